@@ -1,0 +1,52 @@
+"""What can go wrong, and how a command ends when it does.
+
+FeatcacheError            exit code 1: not the user's making (disk, permission, a held lock)
+├── StorageError          exit code 1: a file system refused or failed
+└── UserError             exit code 2: the input is wrong (also a ValueError)
+    └── CacheError        exit code 2: a file is not a cache, is damaged, stale or of another version
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeatcacheError(Exception):
+    """Base of every error that a command reports in one line.
+
+    The message says what was given, what is accepted, and what to type next.
+    """
+
+    exit_code = 1
+
+
+class StorageError(FeatcacheError):
+    """The file system refused or failed: disk full, read-only, locked by another process."""
+
+
+class UserError(FeatcacheError, ValueError):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class CacheError(UserError):
+    """A file is not a featcache file, is damaged, is of another version, or holds something else."""
+
+
+def one_of(given: object, choices: Iterable[str], what: str) -> str:
+    """Say in one sentence that `given` is none of `choices`, naming near matches.
+
+    Args:
+        given: What the user typed.
+        choices: What is accepted.
+        what: The kind of thing, for example "backbone".
+
+    Returns:
+        For example: "no backbone 'resnet81'; did you mean resnet18, resnet101? Known: …".
+    """
+    known = sorted(choices)
+    near = difflib.get_close_matches(str(given).lower(), known, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"no {what} {str(given)!r}; {hint}Known: {', '.join(known)}"
