@@ -1,0 +1,163 @@
+"""How good a classifier is, and how sure of that we can be. Labels are class indices from 0."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def top1(labels: ArrayLike, predicted: ArrayLike) -> float:
+    """Share of rows whose predicted class is right; NaN for no rows.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+
+    Raises:
+        ValueError: The two have different lengths.
+    """
+    correct = _correct(labels, predicted)
+    return float(correct.mean()) if correct.size else math.nan
+
+
+def topk(labels: ArrayLike, scores: ArrayLike, k: int = 5) -> float:
+    """Share of rows whose true class is among the k highest scores; NaN for no rows.
+
+    Equal scores count against the row, so that a constant score earns nothing by its order.
+
+    Args:
+        labels: True classes [N].
+        scores: One score per row and class [N, C]: logits or probabilities.
+        k: How many classes may be named; C or more is always right.
+    """
+    truth, table = np.asarray(labels), np.asarray(scores)
+    if table.ndim != 2 or len(truth) != len(table):
+        raise ValueError(f"labels {truth.shape} do not match scores {table.shape}")
+    if not truth.size:
+        return math.nan
+    if k >= table.shape[1]:
+        return 1.0
+    own = table[np.arange(len(truth)), truth]
+    # The true class itself is among those at least as high, hence no strict comparison with k.
+    return float(((table >= own[:, None]).sum(axis=1) <= k).mean())
+
+
+def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDArray[np.int64]:
+    """Count rows by true and predicted class.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+        num_classes: Number C of classes.
+
+    Returns:
+        Counts [C, C] int64, true class by row, predicted class by column.
+
+    Raises:
+        ValueError: The lengths differ, or a class lies outside 0 .. C-1.
+    """
+    truth, guess = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
+    if truth.shape != guess.shape or truth.ndim != 1:
+        raise ValueError(f"labels {truth.shape} do not match predictions {guess.shape}")
+    for name, values in (("labels", truth), ("predictions", guess)):
+        if values.size and not 0 <= values.min() <= values.max() < num_classes:
+            raise ValueError(f"{name} must lie in 0 .. {num_classes - 1}")
+    flat = np.bincount(truth * num_classes + guess, minlength=num_classes * num_classes)
+    return flat.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[float]:
+    """Recall of every class: the share of its rows that were found; NaN for a class without rows.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+        num_classes: Number C of classes.
+    """
+    counts = confusion(labels, predicted, num_classes)
+    totals = counts.sum(axis=1)
+    hits = counts.diagonal()
+    return [float(h / t) if t else math.nan for h, t in zip(hits, totals, strict=True)]
+
+
+def balanced(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> float:
+    """Mean recall over the classes that have rows, so that a rare class counts like a common one.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+        num_classes: Number C of classes.
+    """
+    recalls = [r for r in per_class(labels, predicted, num_classes) if not math.isnan(r)]
+    return float(np.mean(recalls)) if recalls else math.nan
+
+
+def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share; stays within [0, 1] and holds near its ends.
+
+    Args:
+        num_correct: Rows that were right.
+        num_samples: All rows; none gives (0, 1).
+        level: Coverage, between 0 and 1.
+
+    Returns:
+        The lower and the upper end.
+
+    Raises:
+        ValueError: The counts or the level are impossible.
+    """
+    if not 0 <= num_correct <= num_samples or not 0 < level < 1:
+        raise ValueError(f"{num_correct} of {num_samples} at level {level} is impossible")
+    if num_samples == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = num_correct / num_samples
+    widening = z * z / num_samples
+    centre = (share + widening / 2) / (1 + widening)
+    half = (
+        z
+        / (1 + widening)
+        * math.sqrt(share * (1 - share) / num_samples + widening / (4 * num_samples))
+    )
+    # At the ends the formula gives 0 and 1 but for rounding.
+    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
+    high = 1.0 if num_correct == num_samples else min(1.0, centre + half)
+    return low, high
+
+
+def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
+    """Two-sided p value that two classifiers, scored on the same rows, are equally good.
+
+    Only rows on which they differ tell them apart. Up to 1,000 of those the binomial test is exact;
+    beyond, the normal approximation with continuity correction is as good as equal.
+
+    Args:
+        correct_a: Whether the first was right, [N] bool.
+        correct_b: Whether the second was right, [N] bool, same rows in the same order.
+
+    Raises:
+        ValueError: The two have different lengths.
+    """
+    first, second = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"{first.shape} and {second.shape} are not scores of the same rows")
+    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    differing = only_a + only_b
+    if differing == 0:
+        return 1.0
+    if differing > 1000:
+        z = max(0.0, abs(only_a - only_b) - 1) / math.sqrt(differing)
+        return math.erfc(z / math.sqrt(2))
+    tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
+    # Whole numbers until the last step: 2**1000 does not fit a float's precision, its ratio does.
+    return min(1.0, 2 * tail / 2**differing)
+
+
+def _correct(labels: ArrayLike, predicted: ArrayLike) -> NDArray[np.bool_]:
+    truth, guess = np.asarray(labels), np.asarray(predicted)
+    if truth.shape != guess.shape or truth.ndim != 1:
+        raise ValueError(f"labels {truth.shape} do not match predictions {guess.shape}")
+    return np.asarray(truth == guess, dtype=bool)
