@@ -153,7 +153,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
         return math.erfc(z / math.sqrt(2))
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
     # Whole numbers until the last step: 2**1000 does not fit a float's precision, its ratio does.
-    return min(1.0, 2 * tail / 2**differing)
+    return min(1.0, 2 * tail / (1 << differing))
 
 
 def _correct(labels: ArrayLike, predicted: ArrayLike) -> NDArray[np.bool_]:
