@@ -1,0 +1,19 @@
+"""What a run measured, and what follows from it: run files, tables, advice, plots."""
+
+from featcache.report.advice import advice
+from featcache.report.plots import plot_accuracy_against_seconds
+from featcache.report.run import Predictions, Row, RunReport, benchmark_rows
+from featcache.report.tables import break_even, markdown_table, speedups, text_table
+
+__all__ = [
+    "Predictions",
+    "Row",
+    "RunReport",
+    "advice",
+    "benchmark_rows",
+    "break_even",
+    "markdown_table",
+    "plot_accuracy_against_seconds",
+    "speedups",
+    "text_table",
+]
