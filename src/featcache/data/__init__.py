@@ -1,0 +1,31 @@
+"""Datasets: from a name, a folder or a manifest to labelled pictures and their pixels."""
+
+from featcache.data.batches import (
+    DecodedSplit,
+    bad_image_error,
+    decode_split,
+    iterate_batches,
+)
+from featcache.data.dataset import ImageDataset, ImageSplit
+from featcache.data.images import EXTENSIONS, REASONS, BadImage
+from featcache.data.load import describe, load_dataset
+from featcache.data.loader import iterate_pixels
+from featcache.data.pixels import normalize, to_pixels, view_pixels
+
+__all__ = [
+    "EXTENSIONS",
+    "REASONS",
+    "BadImage",
+    "DecodedSplit",
+    "ImageDataset",
+    "ImageSplit",
+    "bad_image_error",
+    "decode_split",
+    "describe",
+    "iterate_batches",
+    "iterate_pixels",
+    "load_dataset",
+    "normalize",
+    "to_pixels",
+    "view_pixels",
+]

@@ -1,0 +1,297 @@
+"""What a dataset is: ordered, labelled samples with a content hash each, loaded one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featcache.config import DataConfig, DatasetInfo
+from featcache.data.images import BadImage, decode, read_file, to_rgb
+from featcache.memo import Memo, is_settled, stamp_of
+from featcache.runtime import num_cores
+
+Kind = Literal["digits", "torchvision", "folder", "manifest"]
+Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+
+HASH_CHUNK = 32
+
+
+class Source(Protocol):
+    """Where the pictures of a split come from, by position in the source."""
+
+    def read(self, position: int) -> bytes | Image.Image:
+        """The undecoded picture. Raises BadImage."""
+        ...
+
+    def content(self, position: int) -> bytes:
+        """The sha256 of what the picture is: 32 bytes, all zero if it cannot be read."""
+        ...
+
+    def finish(self) -> None:
+        """Called after a pass over the contents."""
+        ...
+
+
+class FileSource:
+    """Pictures in files.
+
+    Args:
+        paths: Absolute paths.
+        memo: Keeps the files' hashes between runs.
+    """
+
+    def __init__(self, paths: Sequence[str], memo: Memo | None) -> None:
+        self._paths = paths
+        self._memo = memo
+
+    def read(self, position: int) -> bytes:
+        """The file's bytes. Raises BadImage."""
+        return read_file(self._paths[position])
+
+    def content(self, position: int) -> bytes:
+        """The sha256 of the file's bytes, from the memo if the file has not changed since."""
+        path = self._paths[position]
+        now_s = time.time()
+        try:
+            before = os.stat(path)
+            known = self._memo.get(path, stamp_of(before)) if self._memo else None
+            if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
+                return bytes.fromhex(known)
+            digest = hashlib.sha256(read_file(path))
+            after = os.stat(path)
+        except BadImage as bad:
+            # An empty or a missing file differs from every picture, and from each other.
+            return bytes(31) + bytes([bad.code])
+        except OSError:
+            return bytes(32)
+        if self._memo and is_settled(before, now_s) and stamp_of(before) == stamp_of(after):
+            self._memo.put(path, stamp_of(before), digest.hexdigest())
+        return digest.digest()
+
+    def finish(self) -> None:
+        """Save the memo."""
+        if self._memo:
+            self._memo.save()
+
+
+class ArraySource:
+    """Pictures that are in memory.
+
+    Args:
+        get: Gives the picture at a position; called from several threads.
+    """
+
+    def __init__(self, get: Callable[[int], Image.Image]) -> None:
+        self._get = get
+
+    def read(self, position: int) -> Image.Image:
+        """The picture."""
+        return self._get(position)
+
+    def content(self, position: int) -> bytes:
+        """The sha256 of mode, size and pixels."""
+        image = self._get(position)
+        digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
+        digest.update(image.tobytes())
+        return digest.digest()
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+class ImageSplit:
+    """The samples of one split, in a fixed order. Immutable.
+
+    Attributes:
+        name: train, test or val.
+        ids: What each sample is called; unique, sorted unless the dataset has an order of its own.
+        labels: int64 [N], indexes into the dataset's class names.
+        weights: float32 [N], or None where no weights were given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ids: Sequence[str],
+        labels: Int64,
+        source: Source,
+        *,
+        positions: Int64 | None = None,
+        weights: Float32 | None = None,
+    ) -> None:
+        self.name = name
+        self.ids = list(ids)
+        self.labels = np.array(labels, dtype=np.int64)
+        self.weights = None if weights is None else np.array(weights, dtype=np.float32)
+        self._positions = np.arange(len(self.ids)) if positions is None else np.array(positions)
+        self._source = source
+        self._content: UInt8 | None = None
+        self._lock = threading.Lock()
+        assert len(self.ids) == len(self.labels) == len(self._positions)
+        for array in (self.labels, self.weights, self._positions):
+            if array is not None:
+                array.setflags(write=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"ImageSplit({self.name!r}, {len(self)} samples)"
+
+    def read(self, index: int) -> bytes | Image.Image:
+        """The undecoded picture of row `index`, for `decode`.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
+        return self._source.read(int(self._positions[index]))
+
+    @staticmethod
+    def decode(raw: bytes | Image.Image) -> Image.Image:
+        """What `read` gave, as an upright RGB picture.
+
+        Raises:
+            BadImage: It is not a picture, is damaged or too large.
+        """
+        return decode(raw) if isinstance(raw, bytes) else to_rgb(raw)
+
+    def load(self, index: int) -> Image.Image:
+        """The picture of row `index`: RGB, 8 bits, upright as its EXIF says, alpha over white.
+
+        Raises:
+            BadImage: It cannot be used; the reason says why.
+        """
+        return self.decode(self.read(index))
+
+    @property
+    def content(self) -> UInt8:
+        """uint8 [N, 32]: the sha256 of every sample, computed in threads on first use.
+
+        Of a file it is that of the bytes, of a picture in memory that of mode, size and pixels.
+        A file that cannot be read has 31 zero bytes and its reason's code.
+        """
+        return self.hash_contents()
+
+    def hash_contents(self, on_done: Callable[[int], None] | None = None) -> UInt8:
+        """Like `content`; calls `on_done` with the number of samples just hashed, now and then."""
+        with self._lock:
+            if self._content is None:
+                hashes = np.empty((len(self), 32), dtype=np.uint8)
+                for start, digests in _in_chunks(self._hash_range, len(self)):
+                    stop = start + len(digests) // 32
+                    hashes[start:stop] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+                    if on_done is not None:
+                        on_done(stop - start)
+                self._source.finish()
+                hashes.setflags(write=False)
+                self._content = hashes
+            return self._content
+
+    def _hash_range(self, start: int, stop: int) -> bytes:
+        return b"".join(self._source.content(int(p)) for p in self._positions[start:stop])
+
+    def subset(self, rows: Int64, *, name: str | None = None) -> ImageSplit:
+        """A split of the given rows, in the given order, loading from the same source."""
+        return ImageSplit(
+            name or self.name,
+            [self.ids[row] for row in rows],
+            self.labels[rows],
+            self._source,
+            positions=self._positions[rows],
+            weights=None if self.weights is None else self.weights[rows],
+        )
+
+    def with_content(self, content: UInt8) -> ImageSplit:
+        """The same split with its hashes already known, uint8 [N, 32]."""
+        assert content.shape == (len(self), 32)
+        twin = self.subset(np.arange(len(self)))
+        twin._content = np.array(content, dtype=np.uint8)
+        twin._content.setflags(write=False)
+        return twin
+
+
+def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:
+    """Run `task(start, stop)` over all of range(total) in threads; results in order."""
+    pool = ThreadPoolExecutor(max_workers=max(1, num_cores()), thread_name_prefix="hash")
+    try:
+        waiting: list[tuple[int, Future[bytes]]] = []
+        for start in range(0, total, HASH_CHUNK):
+            stop = min(start + HASH_CHUNK, total)
+            waiting.append((start, pool.submit(task, start, stop)))
+        for start, future in waiting:
+            yield start, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A named set of splits.
+
+    Attributes:
+        name: Short, fit for a file name.
+        kind: digits, torchvision, folder or manifest.
+        splits: train and test, and val where the dataset has all three.
+        class_names: By label.
+        drawn: Whether the seed had a part in choosing the samples.
+        test_fraction: The share set aside for testing, if any was.
+        notes: What a person should know, such as ignored files; one line each.
+    """
+
+    name: str
+    kind: Kind
+    splits: dict[str, ImageSplit]
+    class_names: list[str]
+    drawn: bool = False
+    test_fraction: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, as hex, of class names and every split's ids, labels, weights and contents.
+
+        Independent of where the files lie and of their modification times.
+        """
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for name in sorted(self.splits):
+            split = self.splits[name]
+            digest.update(json.dumps([name, len(split), split.weights is not None]).encode())
+            for sample_id in split.ids:
+                digest.update(f"{len(sample_id.encode())}:{sample_id}".encode())
+            digest.update(split.labels.astype("<i8").tobytes())
+            if split.weights is not None:
+                digest.update(split.weights.astype("<f4").tobytes())
+            digest.update(split.content.tobytes())
+        return digest.hexdigest()
+
+    def info(self, config: DataConfig) -> DatasetInfo:
+        """What a cache records; the seed is 0 unless it chose the samples."""
+        return DatasetInfo(
+            name=self.name,
+            kind=self.kind,
+            fingerprint=self.fingerprint,
+            num_train=config.num_train,
+            num_test=config.num_test,
+            test_fraction=self.test_fraction,
+            seed=config.seed if self.drawn else 0,
+        )
+
+
+def short_name(text: str) -> str:
+    """`text` as part of a file name: lower case letters, digits, dots, dashes, underscores."""
+    clean = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+    return clean[:60] or "dataset"

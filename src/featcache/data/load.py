@@ -1,0 +1,122 @@
+"""From what the user typed to a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import DataConfig
+from featcache.data.dataset import ImageDataset, ImageSplit
+from featcache.data.digits import load_digits
+from featcache.data.folder import load_folder
+from featcache.data.manifest import load_manifest
+from featcache.data.sampling import stratified_rows
+from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
+from featcache.errors import UserError, one_of
+from featcache.memo import Memo
+
+Int64 = NDArray[np.int64]
+_FLAGS = {"train": "--num-train", "test": "--num-test"}
+
+
+def load_dataset(config: DataConfig) -> ImageDataset:
+    """Load what `config.dataset` names: samples are listed, pictures not yet read.
+
+    A known name (digits, cifar10, ...; case, dashes and underscores do not count) means that
+    dataset even where a folder is called the same; write ./digits for the folder. Anything else
+    is the path of a folder or of a CSV manifest.
+
+    `num_train` and `num_test` take the first ones of a torchvision dataset, and a stratified,
+    seeded sample of the others; val, where there is one, is thinned in train's proportion.
+
+    Raises:
+        UserError: There is no such dataset, or something is wrong with it or with the settings.
+    """
+    name = known_name(config.dataset)
+    if name == "digits":
+        dataset = load_digits(config)
+    elif name is not None:
+        dataset = load_torchvision(config, name, _memo(config, config.data_root / name))
+    else:
+        dataset = _load_path(config, Path(config.dataset).expanduser())
+    return _thinned(dataset, config)
+
+
+def describe(config: DataConfig) -> ImageDataset:
+    """Like load_dataset."""
+    return load_dataset(config)
+
+
+def known_name(text: str) -> str | None:
+    """The key of a dataset known by name, or None."""
+    key = text.strip().lower().replace("-", "").replace("_", "").replace(" ", "")
+    return key if key == "digits" or key in TORCHVISION_SETS else None
+
+
+def _memo(config: DataConfig, root: Path) -> Memo:
+    """File hashes of one dataset; an own memo each, since a memo is read as a whole."""
+    place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
+    return Memo(config.cache_dir, f"files-{place[:16]}")
+
+
+def _load_path(config: DataConfig, path: Path) -> ImageDataset:
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config.dataset!r:.200} cannot be a dataset: {error}") from error
+    if is_folder:
+        return load_folder(config, path, _memo(config, path))
+    if is_file and path.suffix.lower() == ".csv":
+        return load_manifest(config, path, _memo(config, path.parent))
+    if is_file:
+        raise UserError(
+            f"{path} is a file but not a manifest: give a .csv file with columns "
+            "path,label[,split], or a folder of class folders"
+        )
+    if os.sep in config.dataset or path.suffix.lower() == ".csv":
+        raise UserError(
+            f"no folder or file {config.dataset!r}: give a folder of class folders, a CSV "
+            "manifest, or a known name such as digits or cifar10"
+        )
+    known = one_of(config.dataset, ["digits", *TORCHVISION_SETS], "dataset")
+    raise UserError(f"{known}; and no folder or CSV file of that name is here")
+
+
+def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
+    """Apply num_train and num_test."""
+    wanted = {"train": config.num_train, "test": config.num_test}
+    splits = dict(dataset.splits)
+    for name, total in wanted.items():
+        if total is None:
+            continue
+        if total > len(splits[name]):
+            raise UserError(
+                f"{_FLAGS[name]} {total}: {dataset.name} has {len(splits[name])} {name} images; "
+                f"give at most that, or leave {_FLAGS[name]} out"
+            )
+        splits[name] = _fewer(dataset, splits[name], total, config.seed)
+    if "val" in splits and config.num_train is not None:
+        share = config.num_train / len(dataset.splits["train"])
+        total = max(1, round(len(splits["val"]) * share))
+        splits["val"] = _fewer(dataset, splits["val"], total, config.seed)
+    drew = any(total is not None for total in wanted.values()) and dataset.kind != "torchvision"
+    return ImageDataset(
+        dataset.name,
+        dataset.kind,
+        splits,
+        dataset.class_names,
+        drawn=dataset.drawn or drew,
+        test_fraction=dataset.test_fraction,
+        notes=dataset.notes,
+    )
+
+
+def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> ImageSplit:
+    if dataset.kind == "torchvision":
+        return split.subset(np.arange(total))
+    rows = stratified_rows(split.ids, split.labels, total, seed=seed, purpose=split.name)
+    return split.subset(rows)

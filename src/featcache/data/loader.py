@@ -1,0 +1,171 @@
+"""Pixels in order, decoded by threads ahead of their use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import Preprocessing, Views
+from featcache.data.dataset import ImageSplit
+from featcache.data.images import BadImage
+from featcache.data.pixels import view_pixels
+from featcache.runtime import StageTimer
+
+UInt8 = NDArray[np.uint8]
+Pixels = UInt8 | BadImage
+
+CHUNK = 8
+"""Images per task: a future costs as much as decoding a thumbnail."""
+PREFETCH_BYTES = 64 * 2**20
+PREFETCH_IMAGES = 256
+
+
+@dataclass
+class Decoded:
+    """What one task made.
+
+    Attributes:
+        indices: Rows of the split.
+        pixels: Of each row uint8 [V, H, W, 3], or why there are none.
+        read_s: Wall seconds spent reading files.
+        decode_s: Processor seconds spent decoding.
+        resize_s: Processor seconds spent on resizing and views.
+    """
+
+    indices: Sequence[int]
+    pixels: list[Pixels] = field(default_factory=list)
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    resize_s: float = 0.0
+
+    def add_to(self, timer: StageTimer) -> None:
+        """Book the seconds; they add up over threads, so they can exceed the wall clock."""
+        timer.seconds["read"] += self.read_s
+        timer.seconds["decode"] += self.decode_s
+        timer.seconds["resize"] += self.resize_s
+
+
+def iterate_pixels(
+    split: ImageSplit,
+    indices: Iterable[int],
+    prep: Preprocessing,
+    views: Views | None = None,
+    *,
+    workers: int,
+    prefetch: int | None = None,
+    timer: StageTimer | None = None,
+) -> Generator[tuple[int, Pixels], None, None]:
+    """Decode and resize rows of a split, in the order given, none left out.
+
+    The choices of a random view follow from the picture's content, not from its row: the same
+    picture has the same views wherever it stands.
+
+    Args:
+        split: What to read.
+        indices: Rows.
+        prep: How.
+        views: Which versions of each picture; the plain one only unless given.
+        workers: Threads; 0 works in the calling thread.
+        prefetch: Images to be ahead of the caller, chosen by their size unless given.
+        timer: Gets seconds of read, decode and resize, summed over threads, and of waiting.
+
+    Yields:
+        The row and uint8 [V, H, W, 3], or the row and the BadImage that says why there is none.
+    """
+    views = views or Views()
+    # Hash first and once: tasks of several threads would all wait for it.
+    keys = split.content[:, :8].copy().view(">u8")[:, 0] if views.kind == "random" else None
+
+    def task(chunk: Sequence[int], stop: threading.Event) -> Decoded:
+        done = Decoded(chunk)
+        for index in chunk:
+            if stop.is_set():
+                break
+            key = 0 if keys is None else int(keys[index])
+            done.pixels.append(_one(split, index, done, prep=prep, views=views, key=key))
+        return done
+
+    each = prep.image_px**2 * 3 * views.num
+    ahead = prefetch or max(1, min(PREFETCH_IMAGES, PREFETCH_BYTES // each))
+    chunk = max(1, min(CHUNK, ahead // max(1, 2 * workers)))
+    for done in run_ahead(task, chunks(indices, chunk), workers, max(1, ahead // chunk), timer):
+        if timer is not None:
+            done.add_to(timer)
+        yield from zip(done.indices, done.pixels, strict=True)
+
+
+def _one(
+    split: ImageSplit, index: int, done: Decoded, *, prep: Preprocessing, views: Views, key: int
+) -> Pixels:
+    start = time.perf_counter()
+    try:
+        raw = split.read(index)
+        done.read_s += time.perf_counter() - start
+        begun = time.thread_time()
+        image = split.decode(raw)
+        decoded = time.thread_time()
+        done.decode_s += decoded - begun
+        pixels = view_pixels(image, prep, views, key)
+        done.resize_s += time.thread_time() - decoded
+    except BadImage as bad:
+        return bad
+    return pixels
+
+
+def chunks(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Cut into lists of `size`, the last one shorter."""
+    rest = iter(items)
+    while chunk := [int(item) for item in islice(rest, size)]:
+        yield chunk
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def run_ahead(
+    task: Callable[[Item, threading.Event], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int,
+    timer: StageTimer | None = None,
+) -> Iterator[Result]:
+    """Results of `task(item, stop)` in the order of items, computed up to `ahead` items early.
+
+    Closing the generator, or an exception in either side, cancels what has not begun, tells what
+    has through `stop`, and waits for it.
+
+    Args:
+        task: Called from several threads; should return soon once `stop` is set.
+        items: Taken as needed.
+        workers: Threads; 0 calls the task when its result is asked for.
+        ahead: Items under way or done and not yet taken, at most.
+        timer: Gets the seconds that the caller waited, as "wait".
+    """
+    stop = threading.Event()
+    if workers == 0:
+        yield from (task(item, stop) for item in items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    rest = iter(items)
+    clock = timer or StageTimer()
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="decode")
+    try:
+        waiting.extend(pool.submit(task, item, stop) for item in islice(rest, ahead))
+        while waiting:
+            with clock("wait"):
+                result = waiting.popleft().result()
+            waiting.extend(pool.submit(task, item, stop) for item in islice(rest, 1))
+            yield result
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,243 @@
+"""CSV manifests: columns path,label[,split][,weight], paths relative to the manifest's folder."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import posixpath
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from featcache.config import DataConfig
+from featcache.data.dataset import FileSource, ImageDataset, ImageSplit, short_name
+from featcache.data.sampling import split_off_test
+from featcache.errors import UserError
+from featcache.memo import Memo
+
+REQUIRED = ("path", "label")
+OPTIONAL = ("split", "weight")
+SPLIT_NAMES = {"train": "train", "test": "test", "val": "val"}
+MAX_FIELD = 4096
+MAX_LABEL = 256
+
+
+@dataclass(frozen=True)
+class _Row:
+    line: int
+    path: str
+    label: str
+    split: str
+    weight: float
+
+
+def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
+    """Read a manifest.
+
+    Paths must stay in the manifest's folder, links resolved. A split column says train, test or
+    val; val alone serves as test. Without it --test-fraction sets a share aside.
+
+    Raises:
+        UserError: Something is wrong with it; the message names the line.
+    """
+    header, rows = _read_rows(file)
+    _check_paths(file, rows, must_exist=config.on_error == "fail")
+    rows = sorted(rows, key=lambda row: row.path)
+    split_names = {row.split for row in rows}
+    _check_splits(config, file, header, split_names)
+    train_names = {row.label for row in rows if row.split in ("train", "")}
+    class_names = sorted(train_names)
+    _check_classes(file, rows, class_names)
+    number = {name: label for label, name in enumerate(class_names)}
+
+    def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
+        base = os.path.realpath(file.parent)
+        weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
+        labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
+        source = FileSource([os.path.join(base, r.path) for r in chosen], memo)
+        return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
+
+    if "split" in header:
+        key = {"val": "val" if "test" in split_names else "test"}
+        splits = {
+            key.get(name, name): split_of(key.get(name, name), [r for r in rows if r.split == name])
+            for name in ("train", "test", "val")
+            if name in split_names
+        }
+    else:
+        assert config.test_fraction is not None
+        splits = split_off_test(split_of("all", rows), config.test_fraction, config.seed)
+    return ImageDataset(
+        short_name(file.stem),
+        "manifest",
+        splits,
+        class_names,
+        drawn="split" not in header,
+        test_fraction=config.test_fraction,
+        notes=_notes(header),
+    )
+
+
+def _notes(header: list[str]) -> tuple[str, ...]:
+    unknown = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
+    return (f"ignored columns of the manifest: {', '.join(map(repr, unknown))}",) if unknown else ()
+
+
+def _read_rows(file: Path) -> tuple[list[str], list[_Row]]:
+    """Header and rows, checked one by one."""
+    try:
+        # utf-8-sig: spreadsheets put a byte order mark in front, which is not part of the header.
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(_lines(file, text), strict=True)
+            header = _header(file, next(reader, []))
+            rows = [_row(file, reader.line_num, header, fields) for fields in reader if fields]
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: not CSV: {error}") from error
+    if not rows:
+        raise UserError(f"{file} has a header but no rows: add lines of {','.join(header)}")
+    return header, rows
+
+
+def _lines(file: Path, text: Iterator[str]) -> Iterator[str]:
+    """The lines of a file, refusing what is not text."""
+    number = 0
+    try:
+        for number, line in enumerate(text, start=1):
+            if "\0" in line:
+                raise UserError(f"{file}, line {number}: has a NUL byte; is it a text file?")
+            yield line
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}, line {number + 1} or soon after: not UTF-8 ({error.reason}); "
+            "save the file as UTF-8"
+        ) from error
+
+
+def _header(file: Path, fields: list[str]) -> list[str]:
+    header = [field.strip().lower() for field in fields]
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        raise UserError(
+            f"{file}, line 1: no column {' and '.join(map(repr, missing))}; the first line is "
+            f"{','.join(fields)[:100]!r}, wanted path,label[,split][,weight]"
+        )
+    twice = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{file}, line 1: column {twice[0]!r} is there twice; keep one")
+    return header
+
+
+def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
+    where = f"{file}, line {line}"
+    if len(fields) != len(header):
+        raise UserError(f"{where}: {len(fields)} fields, the header has {len(header)}")
+    values = dict(zip(header, fields, strict=True))
+    if max(map(len, fields)) > MAX_FIELD or len(values["label"]) > MAX_LABEL:
+        raise UserError(
+            f"{where}: a field is too long; at most {MAX_FIELD} characters, a label {MAX_LABEL}"
+        )
+    label, split = values["label"].strip(), values.get("split", "train").strip().lower()
+    if not label:
+        raise UserError(f"{where}: the label is empty; give every picture one")
+    if "split" in header and split not in SPLIT_NAMES:
+        raise UserError(f"{where}: split {values['split']!r}; one of train, test, val")
+    weight = _weight(where, values["weight"]) if "weight" in header else 1.0
+    return _Row(line, values["path"], label, split if "split" in header else "", weight)
+
+
+def _weight(where: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and 0 <= weight <= float(np.finfo(np.float32).max)):
+        raise UserError(f"{where}: weight {text!r}; give a number of 0 or more")
+    return weight
+
+
+def _check_paths(file: Path, rows: list[_Row], *, must_exist: bool) -> None:
+    """Refuse paths that repeat, leave the folder, or (if `must_exist`) lead nowhere."""
+    base = os.path.realpath(file.parent)
+    folders: dict[str, str] = {}
+    first: dict[str, int] = {}
+    for row in rows:
+        where = f"{file}, line {row.line}"
+        if not row.path.strip():
+            raise UserError(f"{where}: the path is empty")
+        if posixpath.isabs(row.path) or os.path.isabs(row.path):
+            raise UserError(
+                f"{where}: {row.path} is an absolute path; give it relative to {file.parent}/"
+            )
+        plain = posixpath.normpath(row.path)
+        earlier = first.setdefault(plain, row.line)
+        if earlier != row.line:
+            raise UserError(f"{where}: {row.path} was given in line {earlier} already; keep one")
+        if not _stays_in(base, row.path, folders):
+            raise UserError(
+                f"{where}: {row.path} leaves the manifest's folder; paths must stay in "
+                f"{file.parent}/"
+            )
+        if must_exist:
+            _check_file(where, os.path.join(base, row.path), row.path)
+
+
+def _stays_in(base: str, path: str, folders: dict[str, str]) -> bool:
+    """Whether `path`, links resolved, is below `base`; `folders` remembers resolved folders."""
+    head, tail = os.path.split(os.path.join(base, path))
+    if head not in folders:
+        folders[head] = os.path.realpath(head)
+    full = os.path.join(folders[head], tail)
+    if tail in ("", ".", "..") or os.path.islink(full):
+        full = os.path.realpath(full)
+    return full.startswith(os.path.join(base, ""))
+
+
+def _check_file(where: str, full: str, path: str) -> None:
+    try:
+        status = os.stat(full)
+    except OSError as error:
+        raise UserError(
+            f"{where}: {path}: {error.strerror}; correct the path, or skip such rows with "
+            "--on-error skip"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{where}: {path} is not a file")
+
+
+def _check_splits(config: DataConfig, file: Path, header: list[str], split_names: set[str]) -> None:
+    if "split" not in header:
+        if config.test_fraction is None:
+            raise UserError(
+                f"{file} has no column split: say which share to set aside for testing, for "
+                "example --test-fraction 0.2, or add the column with train and test"
+            )
+        return
+    if config.test_fraction is not None:
+        raise UserError(f"{file} has a column split of its own: leave out --test-fraction")
+    if "train" not in split_names or len(split_names) == 1:
+        lacking = "train" if "train" not in split_names else "test"
+        raise UserError(
+            f"{file}: no row has split {lacking}; train and test are needed "
+            "(val serves where there is no test)"
+        )
+
+
+def _check_classes(file: Path, rows: list[_Row], class_names: list[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(
+            f"{file}: one label only among the train rows, {class_names[0]!r}: a classifier needs "
+            "two or more"
+        )
+    known = set(class_names)
+    for row in sorted(rows, key=lambda row: row.line):
+        if row.label not in known:
+            raise UserError(
+                f"{file}, line {row.line}: label {row.label!r} has no train row; add one or "
+                "correct the label"
+            )

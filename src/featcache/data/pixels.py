@@ -1,0 +1,130 @@
+"""A picture to the network's input: resize, crop, views, normalisation."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featcache.config import Preprocessing, Views
+from featcache.data.images import MAX_PIXELS, TOO_LARGE, BadImage
+
+if TYPE_CHECKING:
+    import torch
+
+UInt8 = NDArray[np.uint8]
+
+RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+AREA = (0.35, 1.0)
+"""Share of the picture that a random view shows."""
+LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+"""Its width over its height, before it is resized to a square."""
+CROP_TRIES = 10
+
+
+def to_pixels(image: Image.Image, prep: Preprocessing) -> UInt8:
+    """Resize and crop as torchvision's Resize and CenterCrop do with PIL pictures, bit for bit.
+
+    Args:
+        image: RGB.
+        prep: `squash` ignores the aspect ratio; `crop` cuts the centre after a resize of the
+            shorter side.
+
+    Returns:
+        uint8 [H, W, 3] with H = W = prep.image_px; may be read-only.
+
+    Raises:
+        BadImage: So long and thin that the resized picture would be too large.
+    """
+    side = prep.image_px
+    if prep.resize == "squash":
+        return np.asarray(_resized(image, (side, side), prep))
+    width, height = image.size
+    short = prep.resize_px
+    # The longer side is cut off, not rounded, as torchvision does.
+    if width <= height:
+        size = (short, int(short * height / width))
+    else:
+        size = (int(short * width / height), short)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise BadImage(TOO_LARGE, f"{width}x{height} px, {size[0]}x{size[1]} px after the resize")
+    image = _resized(image, size, prep)
+    # round() goes to the even number at one half, and so does torchvision.
+    left, top = round((size[0] - side) / 2.0), round((size[1] - side) / 2.0)
+    if (left, top, *size) != (0, 0, side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], prep: Preprocessing) -> Image.Image:
+    return image if image.size == size else image.resize(size, RESAMPLE[prep.interpolation])
+
+
+def view_pixels(image: Image.Image, prep: Preprocessing, views: Views, index: int) -> UInt8:
+    """All views of one picture.
+
+    Args:
+        image: RGB.
+        prep: Applied to view 0, the plain picture, and mirrored for `flip`; a random view is
+            resized from its crop straight to the input size.
+        views: Which.
+        index: With `views.seed` and the view's number, decides every random choice.
+
+    Returns:
+        uint8 [V, H, W, 3] with V = views.num.
+    """
+    plain = to_pixels(image, prep)
+    if views.num == 1:
+        return plain[None]
+    pixels = np.empty((views.num, *plain.shape), dtype=np.uint8)
+    pixels[0] = plain
+    if views.kind == "flip":
+        pixels[1] = plain[:, ::-1]
+        return pixels
+    side = (prep.image_px, prep.image_px)
+    for view in range(1, views.num):
+        rng = np.random.Generator(np.random.PCG64([views.seed, index, view]))
+        box = _random_box(image.size, rng)
+        crop = np.asarray(image.resize(side, RESAMPLE[prep.interpolation], box=box))
+        pixels[view] = crop[:, ::-1] if rng.random() < 0.5 else crop
+    return pixels
+
+
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A crop of random area, shape and place; the largest central one if none fits."""
+    width, height = size
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(*AREA)
+        ratio = math.exp(rng.uniform(*LOG_RATIO))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    side = min(size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def normalize(pixels: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
+    """Scale to [0, 1], subtract the mean, divide by the standard deviation, per channel.
+
+    Args:
+        pixels: uint8 [N, H, W, 3], on any device.
+        prep: Whose mean and std count.
+
+    Returns:
+        float32 [N, 3, H, W] in channels-last memory, on the same device.
+    """
+    import torch
+
+    mean = torch.tensor(prep.mean, dtype=torch.float32, device=pixels.device)
+    std = torch.tensor(prep.std, dtype=torch.float32, device=pixels.device)
+    scaled = pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    return scaled.permute(0, 3, 1, 2)

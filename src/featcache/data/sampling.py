@@ -1,0 +1,83 @@
+"""Seeded, stratified choice of samples.
+
+Samples are ranked by a hash of seed and id, not by a random generator: the choice is the same on
+every machine and version, and hardly moves when a dataset grows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.data.dataset import ImageSplit
+from featcache.errors import UserError
+
+Int64 = NDArray[np.int64]
+
+
+def quotas(counts: Sequence[int], total: int) -> list[int]:
+    """Share `total` among classes in proportion to `counts`, by largest remainder.
+
+    Every share is within one of the exact proportion; the sum is `total`. Ties go to the class
+    that comes first.
+    """
+    population = sum(counts)
+    assert 0 <= total <= population
+    exact = [count * total for count in counts]  # in units of 1 / population
+    shares = [e // population for e in exact] if population else [0] * len(counts)
+    by_remainder = sorted(
+        range(len(counts)), key=lambda c: (-(exact[c] - shares[c] * population), c)
+    )
+    for label in by_remainder[: total - sum(shares)]:
+        shares[label] += 1
+    return shares
+
+
+def stratified_rows(
+    ids: Sequence[str], labels: Int64, total: int, *, seed: int, purpose: str
+) -> Int64:
+    """Choose exactly `total` rows with each class in proportion.
+
+    Args:
+        ids: Names of the samples, [N].
+        labels: Class of each sample, int64 [N].
+        total: How many to choose, at most N.
+        seed: Other seeds choose other samples.
+        purpose: Sets draws with the same seed apart.
+
+    Returns:
+        Row numbers, int64 [total], ascending.
+    """
+    counts = [int(n) for n in np.bincount(labels)]
+    return _lowest_ranked(ids, labels, quotas(counts, total), f"{seed}\0{purpose}")
+
+
+def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
+    """Set a share of each class aside for testing; every class keeps a sample to train on.
+
+    Raises:
+        UserError: There would be nothing to test on.
+    """
+    counts = [int(n) for n in np.bincount(every.labels)]
+    wanted = min(max(1, round(len(every) * fraction)), len(every))
+    shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, wanted), counts, strict=True)]
+    if sum(shares) == 0:
+        raise UserError(
+            f"{len(every)} images are too few to set aside a test part: every class has to keep "
+            "one to train on; add images"
+        )
+    test = _lowest_ranked(every.ids, every.labels, shares, f"{seed}\0test")
+    train = np.setdiff1d(np.arange(len(every)), test)
+    return {"train": every.subset(train, name="train"), "test": every.subset(test, name="test")}
+
+
+def _lowest_ranked(ids: Sequence[str], labels: Int64, shares: list[int], salt: str) -> Int64:
+    ranks = [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
+    chosen: list[int] = []
+    for label, share in enumerate(shares):
+        rows = [int(row) for row in np.flatnonzero(labels == label)]
+        chosen += sorted(rows, key=lambda row: (ranks[row], row))[:share]
+    return np.array(sorted(chosen), dtype=np.int64)

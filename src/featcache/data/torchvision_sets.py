@@ -1,0 +1,190 @@
+"""torchvision's classification datasets by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from featcache.config import DataConfig
+from featcache.data.dataset import ArraySource, FileSource, ImageDataset, ImageSplit, Source
+from featcache.data.sampling import split_off_test
+from featcache.errors import UserError
+from featcache.memo import Memo
+
+DEFAULT_TEST_FRACTION = 0.2
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """How to ask torchvision for one dataset.
+
+    Attributes:
+        factory: The class in torchvision.datasets.
+        splits: Arguments of each split; one split called "all" is divided by --test-fraction.
+        places: Files and folders under the data root that hold it.
+    """
+
+    factory: str
+    splits: dict[str, dict[str, Any]]
+    places: tuple[str, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+_BY_FLAG: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+
+
+def _by_name(train: str = "train", test: str = "test", val: str = "") -> dict[str, dict[str, Any]]:
+    splits = {"train": {"split": train}, "test": {"split": test}}
+    return {**splits, "val": {"split": val}} if val else splits
+
+
+TORCHVISION_SETS: dict[str, TorchvisionSet] = {
+    "cifar10": TorchvisionSet("CIFAR10", _BY_FLAG, ("cifar-10-batches-py",)),
+    "cifar100": TorchvisionSet("CIFAR100", _BY_FLAG, ("cifar-100-python",)),
+    "country211": TorchvisionSet("Country211", _by_name(val="valid"), ("country211",)),
+    "dtd": TorchvisionSet("DTD", _by_name(val="val"), ("dtd",)),
+    "emnist": TorchvisionSet("EMNIST", _BY_FLAG, ("EMNIST",), {"split": "balanced"}),
+    "eurosat": TorchvisionSet("EuroSAT", {"all": {}}, ("eurosat",)),
+    "fashionmnist": TorchvisionSet("FashionMNIST", _BY_FLAG, ("FashionMNIST",)),
+    "fgvcaircraft": TorchvisionSet("FGVCAircraft", _by_name(val="val"), ("fgvc-aircraft-2013b",)),
+    "flowers102": TorchvisionSet("Flowers102", _by_name(val="val"), ("flowers-102",)),
+    "food101": TorchvisionSet("Food101", _by_name(), ("food-101",)),
+    "gtsrb": TorchvisionSet("GTSRB", _by_name(), ("gtsrb",)),
+    "imagenette": TorchvisionSet("Imagenette", _by_name(test="val"), ("imagenette2",)),
+    "kmnist": TorchvisionSet("KMNIST", _BY_FLAG, ("KMNIST",)),
+    "mnist": TorchvisionSet("MNIST", _BY_FLAG, ("MNIST",)),
+    "oxfordiiitpet": TorchvisionSet(
+        "OxfordIIITPet", _by_name(train="trainval"), ("oxford-iiit-pet",)
+    ),
+    "qmnist": TorchvisionSet("QMNIST", _BY_FLAG, ("QMNIST",)),
+    "renderedsst2": TorchvisionSet("RenderedSST2", _by_name(val="val"), ("rendered-sst2",)),
+    "stanfordcars": TorchvisionSet("StanfordCars", _by_name(), ("stanford_cars",)),
+    "stl10": TorchvisionSet("STL10", _by_name(), ("stl10_binary",)),
+    "svhn": TorchvisionSet("SVHN", _by_name(), ("train_32x32.mat", "test_32x32.mat")),
+    "usps": TorchvisionSet("USPS", _BY_FLAG, ("usps.bz2", "usps.t.bz2")),
+}
+"""By name in lower case without dashes and underscores."""
+
+
+def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
+    """Load a dataset by its key in TORCHVISION_SETS, downloading it if need be.
+
+    Raises:
+        UserError: The download failed, or --test-fraction was given needlessly.
+    """
+    spec = TORCHVISION_SETS[name]
+    if "all" not in spec.splits and config.test_fraction is not None:
+        raise UserError(f"{name} has its own test split: leave out --test-fraction")
+    parts = {split: _open(config, name, spec, args) for split, args in spec.splits.items()}
+    labels = {split: _labels(part) for split, part in parts.items()}
+    splits = {
+        split: _split_of(split if split != "all" else name, part, labels[split], memo)
+        for split, part in parts.items()
+    }
+    class_names = _class_names(next(iter(parts.values())), labels)
+    if "all" not in splits:
+        return ImageDataset(name, "torchvision", splits, class_names)
+    fraction = config.test_fraction or DEFAULT_TEST_FRACTION
+    divided = split_off_test(splits["all"], fraction, config.seed)
+    return ImageDataset(
+        name, "torchvision", divided, class_names, drawn=True, test_fraction=fraction
+    )
+
+
+def _open(config: DataConfig, name: str, spec: TorchvisionSet, arguments: dict[str, Any]) -> Any:
+    """Construct torchvision's dataset: from disk if it is there, else by download."""
+    from torchvision import datasets
+
+    factory = getattr(datasets, spec.factory)
+    every = {"root": str(config.data_root), **spec.extra, **arguments}
+    # stdout belongs to --json, and some datasets print.
+    with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.suppress(RuntimeError, OSError):
+            return factory(**every, download=False)
+        try:
+            return factory(**every, download=True)
+        except Exception as error:  # the many downloaders raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{name} is not in {config.data_root}/ and could not be downloaded ({reason}); "
+                f"connect to a network, or put its files ({', '.join(spec.places)}) there, or "
+                "give the folder that has them with --data-root; digits works offline"
+            ) from error
+
+
+def _labels(part: Any) -> Int64:
+    """Labels in the dataset's order, int64 [N]; read without decoding where that is possible."""
+    pairs = _pairs(part)
+    if pairs is not None:
+        return np.array([label for _, label in pairs], dtype=np.int64)
+    for attribute in ("targets", "labels", "_labels"):
+        values = getattr(part, attribute, None)
+        if values is not None and len(values) == len(part):
+            array = np.asarray(values)
+            return (array[:, 0] if array.ndim == 2 else array).astype(np.int64)
+    return np.array([int(part[i][1]) for i in range(len(part))], dtype=np.int64)
+
+
+def _pairs(part: Any) -> list[tuple[str, int]] | None:
+    """(path, label) of every sample, of the datasets that keep such a list."""
+    for attribute in ("samples", "_samples"):
+        values = getattr(part, attribute, None)
+        if values and len(values) == len(part):
+            return [(os.fspath(path), int(label)) for path, label in values]
+    return None
+
+
+def _paths(part: Any) -> list[str] | None:
+    """The file of every sample, of the datasets that keep files."""
+    pairs = _pairs(part)
+    if pairs is not None:
+        return [path for path, _ in pairs]
+    for attribute in ("_image_files", "_images"):
+        values = getattr(part, attribute, None)
+        if values and len(values) == len(part):
+            return [os.fspath(path) for path in values]
+    return None
+
+
+def _class_names(part: Any, labels: dict[str, Int64]) -> list[str]:
+    """Names by label; the label's number, with leading zeros, where the dataset has none."""
+    count = 1 + max(int(values.max()) for values in labels.values())
+    names = [str(name) for name in getattr(part, "classes", None) or []]
+    if len(names) >= count and len(set(names)) == len(names):
+        return names
+    return [f"{label:0{len(str(count - 1))}d}" for label in range(count)]
+
+
+def _split_of(name: str, part: Any, labels: Int64, memo: Memo) -> ImageSplit:
+    ids = [f"{name}/{number:06d}" for number in range(len(part))]
+    paths = _paths(part)
+    source: Source
+    if paths is not None:
+        source = FileSource([os.path.abspath(path) for path in paths], memo)
+    else:
+        source = ArraySource(_picture_at(part))
+    return ImageSplit(name, ids, labels, source)
+
+
+def _picture_at(part: Any) -> Callable[[int], Image.Image]:
+    def get(position: int) -> Image.Image:
+        picture = part[position][0]
+        assert isinstance(picture, Image.Image)
+        return picture
+
+    return get
+
+
+def places_of(config: DataConfig, name: str) -> list[Path]:
+    """The files and folders that the dataset is kept in."""
+    return [config.data_root / place for place in TORCHVISION_SETS[name].places]

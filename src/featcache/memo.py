@@ -1,0 +1,176 @@
+"""Remembers facts about files, such as their sha256, for as long as the files do not change.
+
+A memo is a convenience: lost, damaged or unwritable, it costs time and never changes an answer.
+The file is two lines of JSON: a header with the sha256 of the second line, and the entries,
+each key with the digest of its stamp and its value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import StorageError
+from featcache.runtime import write_atomically
+
+MAX_BYTES = 256 * 2**20
+MAX_FILES = 32
+SETTLE_S = 2.0
+"""Clocks of file systems tick as coarsely as this: a younger file could change unseen."""
+
+_PREFIX = ".featcache-memo-"
+_FORMAT = {"format": "featcache-memo", "version": 1}
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
+    """What changes whenever a file's content does: size, times in ns, inode and device."""
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return (status.st_size, *times, status.st_ino, status.st_dev)
+
+
+def is_settled(status: os.stat_result, now_s: float) -> bool:
+    """Whether the file's last change is old enough for its stamp to prove anything.
+
+    A second write within one tick of the file system's clock leaves the stamp as it was, so a file
+    changed just now, or in what the clock calls the future, must be read again next time.
+    """
+    return max(status.st_mtime, status.st_ctime) < now_s - SETTLE_S
+
+
+class Memo:
+    """A bounded dictionary in `cache_dir`, each value valid for one stamp only.
+
+    Args:
+        cache_dir: Where the file lies.
+        name: Which of several memos; each is one file and is read as a whole.
+    """
+
+    def __init__(self, cache_dir: Path, name: str = "files") -> None:
+        clean = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
+        self.path = Path(cache_dir) / f"{_PREFIX}{clean}.json"
+        self._lock = threading.Lock()
+        self._entries: dict[str, list[Any]] | None = None
+        self._new: dict[str, list[Any]] = {}
+
+    def get(self, key: str, stamp: Sequence[int]) -> Any | None:
+        """The value put for `key`, or None if there is none or the stamp is another."""
+        with self._lock:
+            if self._entries is None:
+                self._entries = _read(self.path)
+            entry = self._new.get(key) or self._entries.get(key)
+        if entry is None or entry[0] != _digest(stamp):
+            return None
+        return entry[1]
+
+    def put(self, key: str, stamp: Sequence[int], value: Any) -> None:
+        """Remember `value`, which must be what JSON can hold, for `key` with this stamp."""
+        with self._lock:
+            self._new[key] = [_digest(stamp), value]
+
+    def save(self) -> None:
+        """Write what is new. A folder that cannot be written is left alone."""
+        with self._lock:
+            if not self._new:
+                return
+            # Read again: another process may have added entries since.
+            entries = {key: e for key, e in _read(self.path).items() if key not in self._new}
+            entries.update(self._new)
+            with contextlib.suppress(StorageError):
+                write_atomically(self.path, _encode(entries))
+            self._entries, self._new = entries, {}
+        _remove_oldest(self.path)
+
+    def file_sha256(self, path: Path) -> str:
+        """The sha256 of a file's bytes as 64 hex digits, remembered while the file is unchanged.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        key = os.path.abspath(path)
+        now_s = time.time()
+        before = os.stat(key)
+        known = self.get(key, stamp_of(before))
+        if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
+            return known
+        with open(key, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if is_settled(before, now_s) and stamp_of(os.stat(key)) == stamp_of(before):
+            self.put(key, stamp_of(before), sha256)
+        return sha256
+
+
+def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
+    """One stamp for all files at and below `paths`, or None if there are none or one is too young.
+
+    Raises:
+        OSError: A folder or file cannot be looked at.
+    """
+    now_s = time.time()
+    found = hashlib.sha256()
+    num_files = 0
+    for top in paths:
+        for file in _files_below(top):
+            status = os.stat(file)
+            if not is_settled(status, now_s):
+                return None
+            found.update(f"{file}\0{stamp_of(status)}\0".encode(errors="surrogateescape"))
+            num_files += 1
+    return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
+
+
+def _files_below(top: Path) -> Iterable[str]:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(os.stat(top).st_mode):
+            yield os.fspath(top)
+            return
+    for folder, subfolders, files in os.walk(top):
+        subfolders.sort()
+        yield from (os.path.join(folder, name) for name in sorted(files))
+
+
+def _digest(stamp: Sequence[int]) -> str:
+    return hashlib.blake2b(repr(tuple(stamp)).encode(), digest_size=12).hexdigest()
+
+
+def _encode(entries: dict[str, list[Any]]) -> bytes:
+    """The file's bytes; the oldest entries go when they would not fit."""
+    while True:
+        body = json.dumps(entries, separators=(",", ":")).encode()
+        if len(body) <= MAX_BYTES or not entries:
+            header = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
+            return json.dumps(header).encode() + b"\n" + body + b"\n"
+        entries = dict(list(entries.items())[len(entries) // 2 + 1 :])
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    """The entries of a memo file; none if it is missing, foreign, damaged or too large."""
+    try:
+        if path.stat().st_size > MAX_BYTES + 4096:
+            return {}
+        head, body = path.read_bytes().rstrip(b"\n").split(b"\n")
+        header = json.loads(head)
+        wanted = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
+        entries = json.loads(body) if header == wanted else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {k: e for k, e in entries.items() if isinstance(e, list) and len(e) == 2}
+
+
+def _remove_oldest(path: Path) -> None:
+    """Keep at most MAX_FILES memos in the folder."""
+    with contextlib.suppress(OSError):
+        memos = sorted(path.parent.glob(f"{_PREFIX}*.json"), key=lambda p: p.stat().st_mtime_ns)
+        for old in memos[:-MAX_FILES]:
+            if old != path:
+                old.unlink(missing_ok=True)
