@@ -1,0 +1,133 @@
+"""Bytes at offsets: whole reads and writes, hashing, reserving room, syncing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import CacheError, StorageError
+
+CHUNK_BYTES = 2**20
+_NO_RESERVING = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError while reading `path` into a one-line error.
+
+    Raises:
+        CacheError: The file is not there or may not be read.
+        StorageError: The file system failed.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheError(f"no cache {path}: {_hint(path)}") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise CacheError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot read {path}: {reason}; try again when it is back") from error
+
+
+def _hint(path: Path) -> str:
+    if not path.name.endswith(".part") and path.with_name(path.name + ".part").exists():
+        return "its extraction is unfinished; run the same extract-features command to go on"
+    return "give a file written by extract-features"
+
+
+def open_regular(path: Path) -> int:
+    """Open an ordinary file for reading and nothing else: no pipe can block, no device is touched.
+
+    Raises:
+        CacheError: There is no such file, or it is not an ordinary one.
+        StorageError: The file system failed.
+    """
+    with reading(path):
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+    kind = "a folder" if stat.S_ISDIR(mode) else "not an ordinary file"
+    raise CacheError(f"{path} is {kind}: give a file written by extract-features")
+
+
+def read_at(fd: int, num_bytes: int, offset: int) -> bytes:
+    """Read exactly so many bytes.
+
+    Raises:
+        OSError: The file ends before.
+    """
+    parts = []
+    while num_bytes:
+        part = os.pread(fd, num_bytes, offset)
+        if not part:
+            raise OSError(errno.EIO, "the file became shorter while it was read")
+        parts.append(part)
+        num_bytes -= len(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Write all of a contiguous buffer; a call that writes a part is continued."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written
+
+
+def sha256_of(fd: int, ranges: Iterable[tuple[int, int]]) -> bytes:
+    """Sha256 of the bytes in (start, end) ranges, in order, in bounded memory."""
+    digest = hashlib.sha256()
+    for start, end in ranges:
+        for at in range(start, end, CHUNK_BYTES):
+            digest.update(read_at(fd, min(CHUNK_BYTES, end - at), at))
+    return digest.digest()
+
+
+def reserve(fd: int, num_bytes: int) -> bool:
+    """Make room on the disk for a file of so many bytes, so that it cannot run out midway.
+
+    Returns:
+        False where the file system cannot reserve; the file then has its size but not its room.
+
+    Raises:
+        OSError: There is not enough room.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            os.posix_fallocate(fd, 0, num_bytes)
+        except OSError as error:
+            if error.errno not in _NO_RESERVING:
+                raise
+        else:
+            return True
+    os.ftruncate(fd, num_bytes)
+    return False
+
+
+def sync(fd: int) -> None:
+    """Have the data on the disk."""
+    getattr(os, "fdatasync", os.fsync)(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, so that a rename survives a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_RESERVING:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,95 @@
+"""One writer per cache: a lock that says who holds it and that a dead process cannot keep."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import StorageError
+from featcache.runtime import storage_errors
+
+# A lock of the fcntl kind does not keep out the process that holds it, so that is kept here. It is
+# chosen because forked children do not inherit it: an orphaned worker cannot keep it.
+_held: dict[tuple[int, int], str] = {}
+_guard = threading.Lock()
+
+
+class Lock:
+    """An exclusive lock on `path` (NAME.h5.lock), held until `release` or the end of the process.
+
+    The file stays behind when released: removing it would let two runs lock two different files.
+
+    Raises:
+        StorageError: Another run holds it (the message says which), or the file system has no
+            locks or refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _guard, storage_errors(path):
+            if (holder := _held.get(_identity(path))) is not None:
+                # Told from memory: opening and closing the file would drop this process's lock.
+                raise StorageError(_held_message(path, holder))
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(self._fd)
+                raise StorageError(_held_message(path, _read_holder(path))) from None
+            except OSError:
+                os.close(self._fd)
+                raise
+            self._key = _identity(path)
+            _held[self._key] = self._say_who()
+
+    def _say_who(self) -> str:
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        with contextlib.suppress(OSError):  # for the others' message only; the lock is held
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(who).encode(), 0)
+        return _holder(who)
+
+    def release(self) -> None:
+        """Let others write; does nothing the second time."""
+        if self._key in _held:
+            with _guard:
+                os.close(self._fd)
+                del _held[self._key]
+                self._key = (-1, -1)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return (-1, -1)
+    return status.st_dev, status.st_ino
+
+
+def _held_message(path: Path, holder: str) -> str:
+    cache = path.with_name(path.name.removesuffix(".lock"))
+    return (
+        f"{cache} is being written by {holder}: wait for that run, end it, "
+        "or choose another --output"
+    )
+
+
+def _holder(who: Any) -> str:
+    return f"process {int(who['pid'])} on {who['host']!s:.100} since {who['since']!s:.40}"
+
+
+def _read_holder(path: Path) -> str:
+    """Who wrote the lock file, or "another process" where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return _holder(json.loads(file.read(4096)))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "another process"

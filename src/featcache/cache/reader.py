@@ -1,0 +1,249 @@
+"""Reading a finished cache: opened and checked in milliseconds, features mapped, never copied."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache import layout as form
+from featcache.cache.layout import block_range, num_blocks
+from featcache.cache.meta import parse_meta
+from featcache.cache.storage import CacheFile, texts_of
+from featcache.config import CacheMeta
+from featcache.errors import CacheError
+
+
+def meta_of(file: CacheFile) -> CacheMeta:
+    """The metadata of an open file (its own bytes are to be checked before).
+
+    Raises:
+        CacheError: It is not valid.
+    """
+    features = file.layout.extents[f"{file.layout.splits[0]}/features"]
+    return parse_meta(file.array("meta_json").tobytes(), features, file.path)
+
+
+def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
+    """What a finished cache says about itself, without looking at its rows.
+
+    Returns:
+        The metadata and the class names.
+
+    Raises:
+        CacheError: It is not a finished cache, or is damaged.
+    """
+    cache = FeatureCache(path)
+    return cache.meta, cache.class_names
+
+
+class FeatureCache:
+    """A finished cache.
+
+    Opening reads and checks everything but the features (a sha256 over it); features are checked
+    block by block (CRC-32) when they are first used. Example:
+
+        X, y = FeatureCache("cache/NAME.h5").split("train")
+
+    Attributes:
+        path: The file.
+        meta: What made the features.
+        class_names: C names; labels index them.
+        splits: Rows of each split by name, skipped ones left out.
+
+    Raises:
+        CacheError: Not a cache, unfinished, damaged, or of another version.
+        StorageError: The file system failed.
+    """
+
+    def __init__(self, path: Path | str, *, _unfinished: bool = False) -> None:
+        self.path = Path(path)
+        self._file = CacheFile(self.path)
+        states = (self._file.array(f"{s}/state") for s in self._file.layout.splits)
+        unfinished = any((state != 1).any() for state in states)
+        if unfinished or (self.path.name.endswith(".part") and not _unfinished):
+            raise CacheError(
+                f"{self.path} is unfinished: run the same extract-features command to go on"
+            )
+        self._digest = self._file.array("digest").tobytes()
+        if self._digest != self._file.digest():
+            parts = ", ".join(self._file.damaged_parts()) or "marks or checksums"
+            raise CacheError(
+                f"{self.path} is damaged ({parts}): run featcache verify {self.path} for details"
+            )
+        self.meta = meta_of(self._file)
+        self.class_names = texts_of(self._file.array("class_names"), self.path)
+        self._splits = {
+            name: FeatureSplit(self._file, name, len(self.class_names))
+            for name in self._file.layout.splits
+        }
+        self.splits = {name: len(split) for name, split in self._splits.items()}
+
+    def split(self, name: str, *, check: bool = True) -> FeatureSplit:
+        """One split by name.
+
+        Args:
+            name: For example "train".
+            check: Whether features are checked against their checksums before they are given out.
+
+        Raises:
+            CacheError: There is no such split.
+        """
+        if name not in self._splits:
+            raise CacheError(f"{self.path} has no split {name!r}: it has {', '.join(self._splits)}")
+        if check:
+            return self._splits[name]
+        return FeatureSplit(self._file, name, len(self.class_names), check=False)
+
+    @property
+    def skipped(self) -> list[tuple[str, str, int]]:
+        """Samples without features as (split, id, reason code of data.REASONS)."""
+        return [(name, *entry) for name, split in self._splits.items() for entry in split.skipped]
+
+    def check(self) -> None:
+        """Check every block of every split.
+
+        Raises:
+            CacheError: A block is damaged; it is named.
+        """
+        for split in self._splits.values():
+            split.check()
+
+
+class FeatureSplit:
+    """The rows of one split; skipped samples are left out everywhere.
+
+    Unpacks to its arrays: `X, y = split`.
+
+    Attributes:
+        name: For example "train".
+        y: [n], int64 class numbers.
+        weights: [n], float32 sample weights, or None.
+        rows: [n], int64: each row's place in the dataset's order, skipped samples counted.
+        num_views: V.
+        dim: D.
+    """
+
+    def __init__(self, file: CacheFile, name: str, num_classes: int, *, check: bool = True) -> None:
+        self._file, self.name = file, name
+        self.num_views, self._num_rows, self.dim = file.layout.extents[f"{name}/features"].shape
+        self._status = file.array(f"{name}/row_status")
+        self.rows = np.flatnonzero(self._status == 0)
+        labels = file.array(f"{name}/labels")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise CacheError(f"{file.path}: a label of {name} is not a class; {form.AGAIN}")
+        self.y: npt.NDArray[np.int64] = labels[self.rows].astype(np.int64)
+        weighted = f"{name}/weights" in file.layout.extents
+        self.weights: npt.NDArray[np.float32] | None = (
+            file.array(f"{name}/weights")[self.rows].astype(np.float32) if weighted else None
+        )
+        self._checked = np.full(num_blocks(self._num_rows), not check)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        yield self.X
+        yield self.y
+
+    @functools.cached_property
+    def _all_ids(self) -> list[str]:
+        return texts_of(self._file.array(f"{self.name}/ids"), self._file.path)
+
+    @property
+    def ids(self) -> list[str]:
+        """The n samples' names."""
+        return [self._all_ids[row] for row in self.rows]
+
+    @property
+    def content(self) -> npt.NDArray[np.uint8]:
+        """[n, 32], uint8: the sha256 of each sample."""
+        return self._file.array(f"{self.name}/content")[self.rows]
+
+    @property
+    def skipped(self) -> list[tuple[str, int]]:
+        """Samples without features as (id, reason code)."""
+        bad = np.flatnonzero(self._status)
+        return [(self._all_ids[row], int(self._status[row])) for row in bad]
+
+    @property
+    def X(self) -> npt.NDArray[Any]:  # noqa: N802
+        """View 0, the plain images: features [n, D] as `view` gives them."""
+        return self.view(0)
+
+    def view(self, view: int) -> npt.NDArray[Any]:
+        """Features [n, D] of one view, read-only, in the cache's dtype: compute in float32.
+
+        Mapped from the file, not copied, unless samples were skipped.
+
+        Raises:
+            CacheError: A block is damaged.
+        """
+        features: npt.NDArray[Any] = self.views[view]
+        return features
+
+    @functools.cached_property
+    def views(self) -> npt.NDArray[Any]:
+        """Features [V, n, D] of all views, like `view`."""
+        self.check()
+        features = self._file.map(f"{self.name}/features")
+        if len(self.rows) < self._num_rows:
+            features = np.asarray(features[:, self.rows])
+            features.flags.writeable = False
+        return features
+
+    def check(self) -> None:
+        """Check every block that was not checked before.
+
+        Raises:
+            CacheError: A block is damaged; it is named.
+        """
+        self.check_rows(range(self._num_rows))
+
+    def check_rows(self, rows: range) -> None:
+        """Check the blocks that hold `rows` (places in the dataset's order), each once.
+
+        Raises:
+            CacheError: A block is damaged; it is named.
+        """
+        blocks = range(rows.start // form.BLOCK_ROWS, num_blocks(rows.stop))
+        left = [b for b in blocks if not self._checked[b]]
+        if not left:
+            return
+        crc = self._file.array(f"{self.name}/crc32")
+        for block in left:
+            if self._file.crc_of(self.name, block) != crc[block]:
+                where = block_range(block, self._num_rows)
+                raise CacheError(
+                    f"{self._file.path} is damaged: rows {where.start} to {where.stop - 1} of "
+                    f"{self.name} (from {self._all_ids[where.start]!r}) fail their checksum; run "
+                    f"featcache verify {self._file.path} --repair"
+                )
+            self._checked[block] = True
+
+    def iter_blocks(
+        self, batch_rows: int = 4096, view: int = 0
+    ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
+        """Stream the split in order in bounded memory, checking as it goes.
+
+        Args:
+            batch_rows: At most so many rows at a time.
+            view: Which view.
+
+        Yields:
+            Features [m, D] in the cache's dtype and labels [m]; each row once.
+
+        Raises:
+            CacheError: A block is damaged.
+        """
+        for start in range(0, self._num_rows, batch_rows):
+            rows = range(start, min(start + batch_rows, self._num_rows))
+            self.check_rows(rows)
+            low, high = np.searchsorted(self.rows, (rows.start, rows.stop))
+            if low < high:
+                features = self._file.view_rows(self.name, view, rows)
+                yield features[self.rows[low:high] - start], self.y[low:high]

@@ -1,0 +1,88 @@
+"""Small caches with rows that can be computed again from their place, shared by the cache tests."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from featcache.cache import CacheWriter, SplitRows, open_writer
+from featcache.config import BackboneInfo, CacheMeta, DatasetInfo, Preprocessing, Views
+
+CLASSES = ["cat", "dog", "føx"]
+ROWS = {"train": 150, "test": 70}  # blocks of 64: three (one short) and two
+DIM = 5
+
+
+def make_meta(
+    *, dim: int = DIM, dtype: str = "float32", num_views: int = 1, **changes
+) -> CacheMeta:
+    kind = {1: "none", 2: "flip"}.get(num_views, "random")
+    prep = Preprocessing(image_px=32, resize="squash", resize_px=32)
+    return CacheMeta(
+        backbone=BackboneInfo(
+            backbone="resnet18",
+            weights=changes.get("weights", "random"),
+            weights_sha256="ab" * 32,
+            feature_dim=dim,
+            preprocessing=prep,
+        ),
+        dataset=DatasetInfo(
+            name="toy",
+            kind="folder",
+            fingerprint=changes.get("fingerprint", "cd" * 32),
+            num_train=None,
+            num_test=None,
+            test_fraction=None,
+            seed=42,
+        ),
+        views=Views(kind=kind, num=num_views, seed=0),
+        dtype=dtype,
+        precision="float32",
+        engine="torch",
+        versions={"torch": "2.6"},
+    )
+
+
+def make_split(name: str, num: int, *, weights: bool = False, prefix: str = "") -> SplitRows:
+    ids = [f"{name}/{prefix}{i:05d}.png" for i in range(num)]
+    content = [list(hashlib.sha256(sample.encode()).digest()) for sample in ids]
+    return SplitRows(
+        name=name,
+        ids=ids,
+        labels=np.arange(num) % len(CLASSES),
+        content=np.array(content, np.uint8),
+        weights=np.arange(num, dtype=np.float32) / 4 if weights else None,
+    )
+
+
+def make_splits(rows: dict[str, int] = ROWS, *, weights: bool = False) -> list[SplitRows]:
+    return [make_split(name, num, weights=weights) for name, num in rows.items()]
+
+
+def expected(split: str, rows: range, num_views: int = 1, dim: int = DIM) -> np.ndarray:
+    """Features [V, n, D]: a number that says split, view, row and column; exact in float16."""
+    view, row, column = np.ogrid[:num_views, rows.start : rows.stop, :dim]
+    values = (row * 7 + column * 3 + view * 11 + len(split)) % 1999 - 1000
+    return (values / 4).astype(np.float32)
+
+
+def fill(writer: CacheWriter, *, num_views: int = 1, dim: int = DIM, stop_after: int | None = None):
+    """Write pending blocks (at most `stop_after`); returns how many."""
+    written = 0
+    for split in writer.layout.splits:
+        for rows in writer.pending(split):
+            if written == stop_after:
+                return written
+            good = np.zeros(len(rows), np.uint8)
+            writer.write_block(split, rows, expected(split, rows, num_views, dim), good)
+            written += 1
+    return written
+
+
+def make_cache(path: Path, rows: dict[str, int] = ROWS, *, num_views=1, dim=DIM, **meta) -> Path:
+    settings = make_meta(dim=dim, num_views=num_views, **meta)
+    with open_writer(path, settings, CLASSES, make_splits(rows)) as writer:
+        fill(writer, num_views=num_views, dim=dim)
+        return writer.finish()
