@@ -7,8 +7,9 @@ from featcache.data.batches import (
     iterate_batches,
 )
 from featcache.data.dataset import ImageDataset, ImageSplit
+from featcache.data.describe import describe
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
-from featcache.data.load import describe, load_dataset
+from featcache.data.load import load_dataset
 from featcache.data.loader import iterate_pixels
 from featcache.data.pixels import normalize, to_pixels, view_pixels
 

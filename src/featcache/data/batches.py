@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +144,7 @@ def _from_memory(
             yield pixels, decoded.split.labels[rows], rows
 
 
-def _is_good(split: ImageSplit, index: int, view: Pixels, on_bad: OnBad | None) -> bool:
+def _is_good(split: ImageSplit, index: int, view: Pixels, on_bad: OnBad | None) -> TypeGuard[UInt8]:
     if not isinstance(view, BadImage):
         return True
     if on_bad is None:

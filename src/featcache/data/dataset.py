@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from featcache.config import DataConfig, DatasetInfo
-from featcache.data.images import BadImage, decode, read_file, to_rgb
-from featcache.memo import Memo, is_settled, stamp_of
+from featcache.data.images import decode, to_rgb
+from featcache.data.sources import Source
 from featcache.runtime import num_cores
 
 Kind = Literal["digits", "torchvision", "folder", "manifest"]
@@ -28,89 +27,6 @@ UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
 HASH_CHUNK = 32
-
-
-class Source(Protocol):
-    """Where the pictures of a split come from, by position in the source."""
-
-    def read(self, position: int) -> bytes | Image.Image:
-        """The undecoded picture. Raises BadImage."""
-        ...
-
-    def content(self, position: int) -> bytes:
-        """The sha256 of what the picture is: 32 bytes, all zero if it cannot be read."""
-        ...
-
-    def finish(self) -> None:
-        """Called after a pass over the contents."""
-        ...
-
-
-class FileSource:
-    """Pictures in files.
-
-    Args:
-        paths: Absolute paths.
-        memo: Keeps the files' hashes between runs.
-    """
-
-    def __init__(self, paths: Sequence[str], memo: Memo | None) -> None:
-        self._paths = paths
-        self._memo = memo
-
-    def read(self, position: int) -> bytes:
-        """The file's bytes. Raises BadImage."""
-        return read_file(self._paths[position])
-
-    def content(self, position: int) -> bytes:
-        """The sha256 of the file's bytes, from the memo if the file has not changed since."""
-        path = self._paths[position]
-        now_s = time.time()
-        try:
-            before = os.stat(path)
-            known = self._memo.get(path, stamp_of(before)) if self._memo else None
-            if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
-                return bytes.fromhex(known)
-            digest = hashlib.sha256(read_file(path))
-            after = os.stat(path)
-        except BadImage as bad:
-            # An empty or a missing file differs from every picture, and from each other.
-            return bytes(31) + bytes([bad.code])
-        except OSError:
-            return bytes(32)
-        if self._memo and is_settled(before, now_s) and stamp_of(before) == stamp_of(after):
-            self._memo.put(path, stamp_of(before), digest.hexdigest())
-        return digest.digest()
-
-    def finish(self) -> None:
-        """Save the memo."""
-        if self._memo:
-            self._memo.save()
-
-
-class ArraySource:
-    """Pictures that are in memory.
-
-    Args:
-        get: Gives the picture at a position; called from several threads.
-    """
-
-    def __init__(self, get: Callable[[int], Image.Image]) -> None:
-        self._get = get
-
-    def read(self, position: int) -> Image.Image:
-        """The picture."""
-        return self._get(position)
-
-    def content(self, position: int) -> bytes:
-        """The sha256 of mode, size and pixels."""
-        image = self._get(position)
-        digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
-        digest.update(image.tobytes())
-        return digest.digest()
-
-    def finish(self) -> None:
-        """Nothing to do."""
 
 
 class ImageSplit:
@@ -260,7 +176,7 @@ class ImageDataset:
     test_fraction: float | None = None
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256, as hex, of class names and every split's ids, labels, weights and contents.
 

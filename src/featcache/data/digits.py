@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featcache.config import DataConfig
-from featcache.data.dataset import ArraySource, ImageDataset, ImageSplit
+from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.sampling import split_off_test
+from featcache.data.sources import ArraySource
 
 DIGITS_TEST_FRACTION = 0.2
 WHITE = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from featcache.config import DataConfig
-from featcache.data.dataset import FileSource, ImageDataset, ImageSplit, short_name
+from featcache.data.dataset import ImageDataset, ImageSplit, short_name
 from featcache.data.images import EXTENSIONS
 from featcache.data.sampling import split_off_test
+from featcache.data.sources import FileSource
 from featcache.errors import UserError
 from featcache.memo import Memo
 
@@ -25,6 +27,7 @@ SPLIT_FOLDERS = {
     "validation": "val",
 }
 _IGNORED_FOLDERS = {"__MACOSX"}
+MAX_DEPTH = 32
 _ACCEPTED = ", ".join(EXTENSIONS)
 
 
@@ -47,13 +50,15 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
     Raises:
         UserError: It is not such a folder; the message says what is wrong and what to do.
     """
-    tops = _split_tops(root)
+    tops, beside = _split_tops(root)
     if "train" in tops and len(tops) > 1:
         if config.test_fraction is not None:
             others = " and ".join(f"{tops[s].name}/" for s in tops if s != "train")
             raise UserError(f"{root} has its own {others}: leave out --test-fraction")
-        return _load_split_tree(root, tops, memo)
-    _refuse_half_split(root, tops)
+        return _load_split_tree(root, tops, memo, beside)
+    if not beside or config.test_fraction is None:
+        # With other folders and a share, train/ may well be a class: of vehicles, say.
+        _refuse_half_split(root, tops)
     tree = _read_tree(root, root)
     if config.test_fraction is None:
         raise UserError(
@@ -73,31 +78,40 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
     )
 
 
-def _load_split_tree(root: Path, tops: dict[str, Path], memo: Memo) -> ImageDataset:
+def _load_split_tree(
+    root: Path, tops: dict[str, Path], memo: Memo, beside: list[str]
+) -> ImageDataset:
     trees = {split: _read_tree(root, top) for split, top in tops.items()}
     class_names = sorted(trees["train"].by_class)
     for tree in trees.values():
         _refuse_other_classes(trees["train"], tree)
     if "test" not in trees:
         trees["test"] = trees.pop("val")
-    splits = {s: _split_of(s, trees[s], root, class_names, memo) for s in trees}
+    order = [split for split in ("train", "test", "val") if split in trees]
+    splits = {s: _split_of(s, trees[s], root, class_names, memo) for s in order}
     notes = _notes(list(trees.values()))
+    if beside:
+        notes += (f"ignored folders beside {tops['train'].name}/: {', '.join(beside[:5])}",)
     return ImageDataset(short_name(root.resolve().name), "folder", splits, class_names, notes=notes)
 
 
-def _split_tops(root: Path) -> dict[str, Path]:
-    """The folders that hold train, test and val, whatever their case."""
+def _split_tops(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders that hold train, test and val, whatever their case, and the other folders."""
     tops: dict[str, Path] = {}
+    beside: list[str] = []
     for entry in _entries(root):
         split = SPLIT_FOLDERS.get(entry.name.lower())
-        if split is None or not entry.is_dir():
+        if not _is_folder(entry):
+            continue
+        if split is None:
+            beside.append(entry.name)
             continue
         if split in tops:
             raise UserError(
                 f"{root} has both {tops[split].name}/ and {entry.name}/: keep one of them"
             )
         tops[split] = root / entry.name
-    return tops
+    return tops, beside
 
 
 def _refuse_half_split(root: Path, tops: dict[str, Path]) -> None:
@@ -116,7 +130,7 @@ def _read_tree(root: Path, top: Path) -> _Tree:
     tree = _Tree(top, {})
     loose: list[str] = []
     for entry in _entries(top):
-        if entry.is_dir():
+        if _is_folder(entry):
             found = _pictures(root, Path(entry.path), tree.ignored)
             tree.by_class[entry.name] = sorted(found)
         elif _is_picture(entry.name):
@@ -197,20 +211,26 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             f"cannot list {folder}: {error.strerror}; make it readable, or give another folder"
         ) from error
     for entry in found:
-        if not _is_utf8(entry.name):
+        if not is_printable(entry.name):
             raise UserError(
-                f"the name {os.fsencode(entry.name)!r} in {folder} is not UTF-8: rename the file"
+                f"the name {os.fsencode(entry.name)!r} in {folder} is not UTF-8, or has control "
+                "characters: rename it"
             )
     kept = (entry for entry in found if entry.name not in _IGNORED_FOLDERS)
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _is_utf8(name: str) -> bool:
+def is_printable(name: str) -> bool:
+    """Whether a name can stand in a cache and in a one-line message."""
+    # Python reads bytes that are not UTF-8 as lone surrogates.
+    return not re.search("[\\x00-\\x1f\\x7f\ud800-\udfff]", name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        name.encode()
-    except UnicodeEncodeError:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for example; opening it will say so
         return False
-    return True
 
 
 def _pictures(
@@ -224,8 +244,10 @@ def _pictures(
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
+    if len(above) >= MAX_DEPTH:
+        raise UserError(f"{folder} lies more than {MAX_DEPTH} folders deep in its class folder")
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _pictures(root, Path(entry.path), ignored, (*above, here))
         elif _is_picture(entry.name):
             yield os.path.relpath(entry.path, root).replace(os.sep, "/")

@@ -85,8 +85,8 @@ class BadImage(Exception):  # noqa: N818
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of a regular file.
+def read_file(path: str) -> tuple[bytes, os.stat_result]:
+    """The bytes of a regular file, and its status before they were read.
 
     Raises:
         BadImage: It is missing, empty, too large, not a regular file, or cannot be read.
@@ -107,7 +107,7 @@ def read_file(path: str) -> bytes:
         raise BadImage(UNREADABLE, error.strerror or "") from error
     if not data:
         raise BadImage(EMPTY)
-    return data
+    return data, status
 
 
 def decode(data: bytes) -> Image.Image:

@@ -46,11 +46,6 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     return _thinned(dataset, config)
 
 
-def describe(config: DataConfig) -> ImageDataset:
-    """Like load_dataset."""
-    return load_dataset(config)
-
-
 def known_name(text: str) -> str | None:
     """The key of a dataset known by name, or None."""
     key = text.strip().lower().replace("-", "").replace("_", "").replace(" ", "")

@@ -6,16 +6,18 @@ import csv
 import math
 import os
 import posixpath
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from featcache.config import DataConfig
-from featcache.data.dataset import FileSource, ImageDataset, ImageSplit, short_name
+from featcache.data.dataset import ImageDataset, ImageSplit, short_name
 from featcache.data.sampling import split_off_test
+from featcache.data.sources import FileSource
 from featcache.errors import UserError
 from featcache.memo import Memo
 
@@ -24,6 +26,8 @@ OPTIONAL = ("split", "weight")
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val"}
 MAX_FIELD = 4096
 MAX_LABEL = 256
+MAX_BYTES = 2**30
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,10 @@ def _notes(header: list[str]) -> tuple[str, ...]:
 def _read_rows(file: Path) -> tuple[list[str], list[_Row]]:
     """Header and rows, checked one by one."""
     try:
-        # utf-8-sig: spreadsheets put a byte order mark in front, which is not part of the header.
-        with file.open(encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(_lines(file, text), strict=True)
+        if file.stat().st_size > MAX_BYTES:
+            raise UserError(f"{file} is larger than {MAX_BYTES} bytes: is it a manifest?")
+        with file.open("rb") as raw:
+            reader = csv.reader(_lines(file, raw), strict=True)
             header = _header(file, next(reader, []))
             rows = [_row(file, reader.line_num, header, fields) for fields in reader if fields]
     except OSError as error:
@@ -104,19 +109,20 @@ def _read_rows(file: Path) -> tuple[list[str], list[_Row]]:
     return header, rows
 
 
-def _lines(file: Path, text: Iterator[str]) -> Iterator[str]:
+def _lines(file: Path, raw: Iterable[bytes]) -> Iterator[str]:
     """The lines of a file, refusing what is not text."""
-    number = 0
-    try:
-        for number, line in enumerate(text, start=1):
-            if "\0" in line:
-                raise UserError(f"{file}, line {number}: has a NUL byte; is it a text file?")
-            yield line
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}, line {number + 1} or soon after: not UTF-8 ({error.reason}); "
-            "save the file as UTF-8"
-        ) from error
+    for number, line in enumerate(raw, start=1):
+        if b"\0" in line:
+            raise UserError(
+                f"{file}, line {number}: has a NUL byte; save the file as text in UTF-8"
+            )
+        try:
+            # Spreadsheets put a byte order mark in front, which is not part of the header.
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+            ) from error
 
 
 def _header(file: Path, fields: list[str]) -> list[str]:
@@ -142,6 +148,8 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
         raise UserError(
             f"{where}: a field is too long; at most {MAX_FIELD} characters, a label {MAX_LABEL}"
         )
+    if any(_CONTROL.search(field) for field in fields):
+        raise UserError(f"{where}: a field has a line break or another control character")
     label, split = values["label"].strip(), values.get("split", "train").strip().lower()
     if not label:
         raise UserError(f"{where}: the label is empty; give every picture one")
@@ -202,8 +210,9 @@ def _check_file(where: str, full: str, path: str) -> None:
     try:
         status = os.stat(full)
     except OSError as error:
+        slash = " (write / between folders)" if "\\" in path else ""
         raise UserError(
-            f"{where}: {path}: {error.strerror}; correct the path, or skip such rows with "
+            f"{where}: {path}: {error.strerror}{slash}; correct the path, or skip such rows with "
             "--on-error skip"
         ) from error
     if not stat.S_ISREG(status.st_mode):

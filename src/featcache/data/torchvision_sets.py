@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featcache.config import DataConfig
-from featcache.data.dataset import ArraySource, FileSource, ImageDataset, ImageSplit, Source
+from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.sampling import split_off_test
+from featcache.data.sources import ArraySource, FileSource, Source
 from featcache.errors import UserError
 from featcache.memo import Memo
 
@@ -93,6 +94,7 @@ def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
     }
     class_names = _class_names(next(iter(parts.values())), labels)
     if "all" not in splits:
+        splits = {name: splits[name] for name in ("train", "test", "val") if name in splits}
         return ImageDataset(name, "torchvision", splits, class_names)
     fraction = config.test_fraction or DEFAULT_TEST_FRACTION
     divided = split_off_test(splits["all"], fraction, config.seed)
