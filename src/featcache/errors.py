@@ -11,6 +11,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+FEW_CHOICES = 20
+
 
 class FeatcacheError(Exception):
     """Base of every error that a command reports in one line.
@@ -44,9 +46,14 @@ def one_of(given: object, choices: Iterable[str], what: str) -> str:
         what: The kind of thing, for example "backbone".
 
     Returns:
-        For example: "no backbone 'resnet81'; did you mean resnet18, resnet101? Known: …".
+        For example: "no backbone 'resnet81'; did you mean resnet18, resnet101?"; without a near
+        match, or when there are few choices, all of them are listed.
     """
     known = sorted(choices)
     near = difflib.get_close_matches(str(given).lower(), known, n=3, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return f"no {what} {str(given)!r}; {hint}Known: {', '.join(known)}"
+    parts = [f"no {what} {str(given)[:200]!r}"]
+    if near:
+        parts.append(f"did you mean {', '.join(near)}?")
+    if not near or len(known) <= FEW_CHOICES:
+        parts.append(f"known: {', '.join(known)}")
+    return "; ".join(parts)

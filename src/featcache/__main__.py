@@ -1,0 +1,7 @@
+"""`python -m featcache` is the `featcache` command."""
+
+import sys
+
+from featcache.cli import main
+
+sys.exit(main())

@@ -1,0 +1,208 @@
+"""The commands: parse, call the worker, print; the workers are imported only when they run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from featcache.errors import FeatcacheError, UserError, one_of
+from featcache.runtime import say
+
+EXIT_INTERRUPTED = 130
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+Report = dict[str, Any]
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: its settings class, and where its worker and its summary live."""
+
+    config: str
+    worker: str
+    summary: str
+    help: str
+
+
+COMMANDS = {
+    "extract-features": Command(
+        config="ExtractConfig",
+        worker="extract:extract",
+        summary="extract:summary_lines",
+        help="run the frozen backbone once and cache its features",
+    ),
+    "train-head": Command(
+        config="TrainHeadConfig",
+        worker="heads:train_head",
+        summary="heads:summary_lines",
+        help="fit a head on cached features",
+    ),
+    "finetune": Command(
+        config="FinetuneConfig",
+        worker="finetune:finetune",
+        summary="finetune:summary_lines",
+        help="train the whole network on the images, for comparison",
+    ),
+}
+
+
+def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> Config:
+    """Read the command line into a config; `--help` prints and leaves.
+
+    Raises:
+        UserError: The line does not parse or a value is out of range, said in one line.
+    """
+    import tyro
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = ["--verbose" if word == "-v" else word for word in words]
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_class, prog=prog, args=words, config=markers)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue(), prog)) from None
+
+
+def _one_line(boxed: str, prog: str) -> str:
+    """Boil tyro's framed message down to its first part and the flags it suggests."""
+    rows = [row.strip("│╭╮╰╯ \t") for row in boxed.splitlines()]
+    text: list[str] = []
+    for row in rows[1:]:  # the first row is the frame's title
+        if row.startswith(("For full helptext", "Argument helptext")):
+            break
+        if row and not row.startswith("─"):
+            text.append(row)
+    sentence = " ".join(text).rstrip(".")
+    if sentence.startswith("Error parsing ") and "Config: " in sentence:
+        return sentence.split("Config: ", 1)[1]  # one of our own checks, a whole sentence already
+    return f"{sentence}; type {prog} --help for every flag"
+
+
+def run(
+    prog: str,
+    config_class: type[Config],
+    worker: Callable[[Config], Report],
+    argv: Sequence[str] | None = None,
+    summary: Callable[[Report], list[str]] | None = None,
+) -> int:
+    """Parse, work, report; every foreseen failure ends in one line on stderr.
+
+    Args:
+        prog: The command's name in messages.
+        config_class: The dataclass that the flags are made from.
+        worker: Does the work and returns the JSON-able report.
+        argv: Words of the command line; the process's own when None.
+        summary: Makes the human text of the report.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
+    """
+    try:
+        config = parse(prog, config_class, argv)
+        report = worker(config)
+        for line in summary(report) if summary else []:
+            say(line)
+        if getattr(config, "json", False):
+            sys.stdout.write(json.dumps(report) + "\n")
+            sys.stdout.flush()
+        return int(report.get("exit_code", 0))
+    except KeyboardInterrupt:
+        say(f"{prog}: interrupted; what was finished is kept, and the same command goes on")
+        return EXIT_INTERRUPTED
+    except FeatcacheError as error:
+        say(f"{prog}: {_single(error)}")
+        return error.exit_code
+    except MemoryError:
+        say(f"{prog}: out of memory; try fewer images (--num-train) or a smaller --batch-size")
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of our output left; nothing is wrong with the work. Closing here keeps the
+        # interpreter from complaining again at shutdown.
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return EXIT_FAILED
+    except OSError as error:
+        say(f"{prog}: {_single(error)}")
+        return EXIT_FAILED
+
+
+def _single(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _load(home: str) -> Any:
+    module, name = home.split(":")
+    return getattr(importlib.import_module(f"featcache.{module}"), name)
+
+
+def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one of `COMMANDS`; its worker is imported after the command line has been read."""
+    command = COMMANDS[name]
+    return run(
+        prog or name,
+        getattr(importlib.import_module("featcache.config"), command.config),
+        lambda config: _load(command.worker)(config),
+        argv,
+        lambda report: _load(command.summary)(report),
+    )
+
+
+def extract_features(argv: Sequence[str] | None = None) -> int:
+    """Console script `extract-features`."""
+    return run_command("extract-features", argv)
+
+
+def train_head(argv: Sequence[str] | None = None) -> int:
+    """Console script `train-head`."""
+    return run_command("train-head", argv)
+
+
+def finetune(argv: Sequence[str] | None = None) -> int:
+    """Console script `finetune`."""
+    return run_command("finetune", argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console script `featcache`: the first word picks the command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if words else EXIT_USAGE
+    if words[0] == "--version":
+        from featcache import __version__
+
+        sys.stdout.write(f"featcache {__version__}\n")
+        return 0
+    if words[0] not in COMMANDS:
+        say(f"featcache: {one_of(words[0], COMMANDS, 'command')}; type featcache --help")
+        return EXIT_USAGE
+    return run_command(words[0], words[1:], prog=f"featcache {words[0]}")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: featcache COMMAND [OPTIONS]",
+            "",
+            "Cache a frozen backbone's features, fit heads on them, compare with fine-tuning.",
+            "",
+            *rows,
+            "",
+            "featcache COMMAND --help lists a command's flags.",
+            "",
+        ]
+    )
