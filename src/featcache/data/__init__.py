@@ -10,23 +10,27 @@ from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.describe import describe
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
 from featcache.data.load import load_dataset
-from featcache.data.loader import iterate_pixels
+from featcache.data.loader import Decoded, chunks, iterate_pixels, pixel_task, run_ahead
 from featcache.data.pixels import normalize, to_pixels, view_pixels
 
 __all__ = [
     "EXTENSIONS",
     "REASONS",
     "BadImage",
+    "Decoded",
     "DecodedSplit",
     "ImageDataset",
     "ImageSplit",
     "bad_image_error",
+    "chunks",
     "decode_split",
     "describe",
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",
     "normalize",
+    "pixel_task",
+    "run_ahead",
     "to_pixels",
     "view_pixels",
 ]

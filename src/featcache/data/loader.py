@@ -54,6 +54,29 @@ class Decoded:
         timer.seconds["resize"] += self.resize_s
 
 
+def pixel_task(
+    split: ImageSplit, prep: Preprocessing, views: Views
+) -> Callable[[Sequence[int], threading.Event], Decoded]:
+    """Make the task that reads, decodes and resizes a few rows of a split, for `run_ahead`.
+
+    The choices of a random view follow from the picture's content, not from its row: the same
+    picture has the same views wherever it stands.
+    """
+    # Hash first and once: tasks of several threads would all wait for it.
+    keys = split.content[:, :8].copy().view(">u8")[:, 0] if views.kind == "random" else None
+
+    def task(chunk: Sequence[int], stop: threading.Event) -> Decoded:
+        done = Decoded(chunk)
+        for index in chunk:
+            if stop.is_set():
+                break
+            key = 0 if keys is None else int(keys[index])
+            done.pixels.append(_one(split, index, done, prep=prep, views=views, key=key))
+        return done
+
+    return task
+
+
 def iterate_pixels(
     split: ImageSplit,
     indices: Iterable[int],
@@ -65,9 +88,6 @@ def iterate_pixels(
     timer: StageTimer | None = None,
 ) -> Generator[tuple[int, Pixels], None, None]:
     """Decode and resize rows of a split, in the order given, none left out.
-
-    The choices of a random view follow from the picture's content, not from its row: the same
-    picture has the same views wherever it stands.
 
     Args:
         split: What to read.
@@ -82,18 +102,7 @@ def iterate_pixels(
         The row and uint8 [V, H, W, 3], or the row and the BadImage that says why there is none.
     """
     views = views or Views()
-    # Hash first and once: tasks of several threads would all wait for it.
-    keys = split.content[:, :8].copy().view(">u8")[:, 0] if views.kind == "random" else None
-
-    def task(chunk: Sequence[int], stop: threading.Event) -> Decoded:
-        done = Decoded(chunk)
-        for index in chunk:
-            if stop.is_set():
-                break
-            key = 0 if keys is None else int(keys[index])
-            done.pixels.append(_one(split, index, done, prep=prep, views=views, key=key))
-        return done
-
+    task = pixel_task(split, prep, views)
     each = prep.image_px**2 * 3 * views.num
     ahead = prefetch or max(1, min(PREFETCH_IMAGES, PREFETCH_BYTES // each))
     chunk = max(1, min(CHUNK, ahead // max(1, 2 * workers)))
