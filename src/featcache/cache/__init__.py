@@ -1,15 +1,24 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
+from featcache.cache.dataset import FeatureDataset
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
+from featcache.cache.repair import prepare_repair
+from featcache.cache.summary import info
+from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 
 __all__ = [
     "CacheWriter",
     "FeatureCache",
+    "FeatureDataset",
     "FeatureSplit",
     "SplitRows",
+    "VerifyReport",
+    "info",
     "open_writer",
     "part_path",
+    "prepare_repair",
     "read_meta",
+    "verify",
 ]

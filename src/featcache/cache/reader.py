@@ -13,19 +13,33 @@ import numpy.typing as npt
 from featcache.cache import layout as form
 from featcache.cache.layout import block_range, num_blocks
 from featcache.cache.meta import parse_meta
+from featcache.cache.plan import SplitRows
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.config import CacheMeta
 from featcache.errors import CacheError
 
 
 def meta_of(file: CacheFile) -> CacheMeta:
-    """The metadata of an open file (its own bytes are to be checked before).
+    """The metadata of an open file.
 
     Raises:
-        CacheError: It is not valid.
+        CacheError: It is damaged or not valid.
     """
     features = file.layout.extents[f"{file.layout.splits[0]}/features"]
-    return parse_meta(file.array("meta_json").tobytes(), features, file.path)
+    return parse_meta(file.fixed("meta_json").tobytes(), features, file.path)
+
+
+def check_finished(file: CacheFile) -> None:
+    """Check that every block is marked as written.
+
+    Raises:
+        CacheError: Some are not.
+    """
+    states = (file.array(f"{split}/state") for split in file.layout.splits)
+    if any((state != 1).any() for state in states):
+        raise CacheError(
+            f"{file.path} is unfinished: run the same extract-features command to go on"
+        )
 
 
 def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
@@ -37,8 +51,25 @@ def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
     Raises:
         CacheError: It is not a finished cache, or is damaged.
     """
-    cache = FeatureCache(path)
-    return cache.meta, cache.class_names
+    file = CacheFile(Path(path))
+    check_finished(file)
+    return meta_of(file), texts_of(file.fixed("class_names"), file.path)
+
+
+def rows_of(file: CacheFile, split: str) -> SplitRows:
+    """The fixed datasets of one split; unchecked.
+
+    Raises:
+        CacheError: An id is not UTF-8.
+    """
+    weighted = f"{split}/weights" in file.layout.extents
+    return SplitRows(
+        name=split,
+        ids=texts_of(file.array(f"{split}/ids"), file.path),
+        labels=file.array(f"{split}/labels"),
+        content=file.array(f"{split}/content"),
+        weights=file.array(f"{split}/weights") if weighted else None,
+    )
 
 
 class FeatureCache:
@@ -54,6 +85,7 @@ class FeatureCache:
         meta: What made the features.
         class_names: C names; labels index them.
         splits: Rows of each split by name, skipped ones left out.
+        digest: The file's own sha256 of all but the features; differs when anything differs.
 
     Raises:
         CacheError: Not a cache, unfinished, damaged, or of another version.
@@ -63,14 +95,13 @@ class FeatureCache:
     def __init__(self, path: Path | str, *, _unfinished: bool = False) -> None:
         self.path = Path(path)
         self._file = CacheFile(self.path)
-        states = (self._file.array(f"{s}/state") for s in self._file.layout.splits)
-        unfinished = any((state != 1).any() for state in states)
-        if unfinished or (self.path.name.endswith(".part") and not _unfinished):
+        if self.path.name.endswith(".part") and not _unfinished:
             raise CacheError(
                 f"{self.path} is unfinished: run the same extract-features command to go on"
             )
-        self._digest = self._file.array("digest").tobytes()
-        if self._digest != self._file.digest():
+        check_finished(self._file)
+        self.digest = self._file.array("digest").tobytes()
+        if self.digest != self._file.digest():
             parts = ", ".join(self._file.damaged_parts()) or "marks or checksums"
             raise CacheError(
                 f"{self.path} is damaged ({parts}): run featcache verify {self.path} for details"
@@ -98,6 +129,26 @@ class FeatureCache:
         if check:
             return self._splits[name]
         return FeatureSplit(self._file, name, len(self.class_names), check=False)
+
+    @property
+    def num_rows(self) -> dict[str, tuple[int, int]]:
+        """Samples of each split, skipped ones included, and how many were skipped."""
+        sizes = {name: self._file.layout.num_rows(name) for name in self.splits}
+        return {name: (num, num - self.splits[name]) for name, num in sizes.items()}
+
+    def rows(self, name: str) -> SplitRows:
+        """What was known of a split before extraction, skipped samples included.
+
+        Raises:
+            CacheError: There is no such split.
+        """
+        self.split(name)
+        return rows_of(self._file, name)
+
+    @property
+    def file(self) -> CacheFile:
+        """The open file, for this package's own use."""
+        return self._file
 
     @property
     def skipped(self) -> list[tuple[str, str, int]]:
@@ -187,10 +238,14 @@ class FeatureSplit:
         return features
 
     @functools.cached_property
+    def _mapped(self) -> npt.NDArray[Any]:
+        return self._file.map(f"{self.name}/features")
+
+    @functools.cached_property
     def views(self) -> npt.NDArray[Any]:
         """Features [V, n, D] of all views, like `view`."""
         self.check()
-        features = self._file.map(f"{self.name}/features")
+        features = self._mapped
         if len(self.rows) < self._num_rows:
             features = np.asarray(features[:, self.rows])
             features.flags.writeable = False
@@ -224,6 +279,11 @@ class FeatureSplit:
                     f"featcache verify {self._file.path} --repair"
                 )
             self._checked[block] = True
+
+    def row(self, row: int, view: int = 0) -> npt.NDArray[Any]:
+        """Features [D] of one row by its place in the dataset's order; check it first."""
+        features: npt.NDArray[Any] = self._mapped[view, row]
+        return features
 
     def iter_blocks(
         self, batch_rows: int = 4096, view: int = 0

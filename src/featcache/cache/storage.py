@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import weakref
 from pathlib import Path
@@ -50,6 +51,20 @@ class CacheFile:
         with reading(self.path):
             data = read_at(self.fd, extent.num_bytes, extent.offset)
         return np.frombuffer(data, extent.dtype).reshape(extent.shape)
+
+    def fixed(self, name: str) -> npt.NDArray[Any]:
+        """A copy of one of the datasets that never change, checked against its own sha256.
+
+        Raises:
+            CacheError: It is damaged.
+            StorageError: The file system failed.
+        """
+        array = self.array(name)
+        if hashlib.sha256(array.tobytes()).hexdigest() != self.layout.extents[name].sha256:
+            raise CacheError(
+                f"{self.path} is damaged ({name}): run featcache verify {self.path} for details"
+            )
+        return array
 
     def map(self, name: str) -> npt.NDArray[Any]:
         """One dataset memory-mapped, read-only; unchecked."""

@@ -7,10 +7,11 @@ pages does not matter. NAME.h5 appears by one rename after everything was checke
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from featcache.cache.layout import Extent, Layout, block_crc, block_range, parse
 from featcache.cache.lock import Lock
 from featcache.cache.plan import Plan, SplitRows, make_plan
 from featcache.cache.reader import FeatureCache, meta_of
+from featcache.cache.reuse import RowSource, describe_differences, setting_differences
 from featcache.cache.skeleton import make_skeleton
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
@@ -46,6 +48,7 @@ def open_writer(
     splits: Sequence[SplitRows],
     *,
     force: bool = False,
+    reuse: FeatureCache | None = None,
 ) -> CacheWriter:
     """Begin a cache, or go on with NAME.h5.part where it stopped.
 
@@ -55,6 +58,8 @@ def open_writer(
         class_names: C names; labels index them.
         splits: Every row of every split.
         force: Start afresh, whatever is there; an existing NAME.h5 is replaced at the end.
+        reuse: Keep this older cache's rows of samples with the same content (usually the cache at
+            `path`, which is replaced at the end); rows of an unfinished update are kept too.
 
     Raises:
         UserError: Something that a cache cannot hold, or no room on the disk.
@@ -62,22 +67,52 @@ def open_writer(
         StorageError: Another run is writing it, or the file system refused.
     """
     plan = make_plan(meta, class_names, splits)
+    with locked(path) as lock:
+        part = part_path(path)
+        sources = [] if reuse is None else [reuse.file]
+        if force:
+            with storage_errors(part):
+                part.unlink(missing_ok=True)
+        elif path.exists() and reuse is None:
+            raise CacheError(f"{path} exists: give --force to replace it, or another --output")
+        elif sources and (stale := _stale_part(part, plan)):
+            sources.append(stale)  # stays readable without its name
+            with storage_errors(part):
+                part.unlink()
+        if not os.path.lexists(part):
+            create_part(part, plan)
+        return CacheWriter(path, plan, lock, RowSource(sources, meta))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[Lock]:
+    """Lock a cache for writing; the lock is kept on success and released on an error.
+
+    Raises:
+        StorageError: Another run is writing it, or the file system refused.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path.with_name(path.name + ".lock"))
     try:
-        part = part_path(path)
-        if force:
-            with storage_errors(part):
-                part.unlink(missing_ok=True)
-        elif path.exists():
-            raise CacheError(f"{path} exists: give --force to replace it, or another --output")
-        if not os.path.lexists(part):
-            create_part(part, plan)
-        return CacheWriter(path, plan, lock)
+        yield lock
     except BaseException:
         lock.release()
         raise
+
+
+def _stale_part(part: Path, plan: Plan) -> CacheFile | None:
+    """The unfinished file if it was begun for other images with the same settings."""
+    if not os.path.lexists(part):
+        return None
+    file = CacheFile(part)
+    try:
+        check_same(file, plan)
+    except CacheError:
+        if setting_differences(meta_of(file), plan.meta):
+            raise
+        return file
+    return None
 
 
 def create_part(part: Path, plan: Plan) -> None:
@@ -139,9 +174,10 @@ class CacheWriter:
     Attributes:
         path: The finished cache's path.
         num_resumed: Rows of each split that an earlier run had written.
+        num_reused: Other rows of each split that an older cache has and that need no computing.
     """
 
-    def __init__(self, path: Path, plan: Plan, lock: Lock) -> None:
+    def __init__(self, path: Path, plan: Plan, lock: Lock, source: RowSource) -> None:
         self.path, self._part, self._plan, self._lock = path, part_path(path), plan, lock
         file = CacheFile(self._part)
         try:
@@ -154,6 +190,12 @@ class CacheWriter:
             self._fd = os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._unsynced, self._synced_at = 0, time.monotonic()
         self.num_resumed = {split: self._rows_done(split) for split in self.layout.splits}
+        self._source = source
+        try:
+            self.num_reused = {split: self._copy_reused(split) for split in self.layout.splits}
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def _rows_done(self, split: str) -> int:
         num = self.layout.num_rows(split)
@@ -163,6 +205,38 @@ class CacheWriter:
         """Row ranges of the blocks that are not written yet, in order."""
         num = self.layout.num_rows(split)
         return [block_range(int(b), num) for b in np.flatnonzero(~self._done[split])]
+
+    def _find_reused(self, split: str, rows: range) -> npt.NDArray[np.int64]:
+        return self._source.find(self._plan.arrays[f"{split}/content"][rows.start : rows.stop])
+
+    def _copy_reused(self, split: str) -> int:
+        """Write the blocks of which every row is there; returns the rows found in all blocks."""
+        found = 0
+        for rows in self.pending(split) if len(self._source) else ():
+            mask, features = self.reused_rows(split, rows)
+            found += int(mask.sum())
+            if mask.all():
+                self.write_block(split, rows, features, np.zeros(len(rows), np.uint8))
+        return found
+
+    def is_reused(self, split: str, rows: range) -> npt.NDArray[np.bool_]:
+        """Which rows an older cache has: [n]."""
+        return self._find_reused(split, rows) >= 0
+
+    def reused_rows(
+        self, split: str, rows: range
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
+        """Rows that an older cache has.
+
+        Returns:
+            Which rows, [n]; and features [V, n, D], float32, zeros where there is none.
+        """
+        num_views, _, dim = self.layout.extents[f"{split}/features"].shape
+        features = np.zeros((num_views, len(rows), dim), np.float32)
+        places = self._find_reused(split, rows)
+        for row in np.flatnonzero(places >= 0):
+            features[:, row] = self._source.fetch(int(places[row]))
+        return places >= 0, features
 
     def write_block(
         self,
@@ -302,10 +376,8 @@ def check_same(file: CacheFile, plan: Plan) -> None:
         raise CacheError(
             f"{file.path} is damaged in {', '.join(damaged)}: give --force to start afresh"
         )
-    differences = meta_of(file).differences(plan.meta)
-    if differences:
-        fields = "; ".join(f"{n}: there {a!r}, wanted {b!r}" for n, a, b in differences)
-        raise CacheError(f"{name} settings: {fields}; {fresh}")
+    if differences := meta_of(file).differences(plan.meta):
+        raise CacheError(f"{name} settings: {describe_differences(differences)}; {fresh}")
     here = {n: (e.dtype, e.shape, e.sha256) for n, e in file.layout.extents.items()}
     there = {n: (e.dtype, e.shape, e.sha256) for n, e in plan.members.items()}
     differ = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))

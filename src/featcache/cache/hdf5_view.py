@@ -1,0 +1,107 @@
+"""What the HDF5 library sees in a file, asked in a process of its own with a limit on everything.
+
+Readers never need this; `verify` uses it to make sure that other HDF5 tools will find the same
+datasets at the same places. The library can crash or loop for ever on a damaged file, so it runs in
+a child process with bounded memory and time, and with its plug-ins off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featcache.cache.layout import Layout
+
+MAX_MEMORY_BYTES = 2**31
+MAX_SECONDS = 30
+
+
+def compare_view(path: Path, layout: Layout) -> str | None:
+    """Ask the HDF5 library where the datasets are.
+
+    Returns:
+        None if it agrees with the layout record, else what is different.
+    """
+    wanted = {
+        name: [extent.offset, extent.dtype, list(extent.shape)]
+        for name, extent in layout.extents.items()
+    }
+    # The plug-in switch keeps HDF5 from loading code that a file names as its filter.
+    environment = {**os.environ, "HDF5_PLUGIN_PRELOAD": "::", "OPENBLAS_NUM_THREADS": "1"}
+    try:
+        child = subprocess.run(  # noqa: S603
+            # -P: this folder's modules must not hide the standard library's.
+            [sys.executable, "-P", __file__, str(path.absolute())],
+            input=json.dumps(wanted),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=MAX_SECONDS,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"the HDF5 library did not answer in {MAX_SECONDS} s"
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"status {child.returncode}"]
+        return f"the HDF5 library cannot read it: {lines[-1]:.200}"
+    return child.stdout.strip() or None
+
+
+def look(path: str, wanted: dict[str, list[Any]]) -> str:
+    """Compare the file's HDF5 objects with `wanted`; runs in the child.
+
+    Returns:
+        What is different, or nothing.
+    """
+    import h5py
+
+    groups = {""} | {name.rpartition("/")[0] for name in wanted}
+    with h5py.File(path, "r", locking=False) as file:
+        if file.userblock_size:
+            return "it has a user block"
+        for group in sorted(groups):
+            prefix = f"{group}/" if group else ""
+            here = file[group or "/"]
+            names = {
+                name[len(prefix) :].partition("/")[0] for name in wanted if name.startswith(prefix)
+            }
+            if len(here) != len(names) or set(here) != names:
+                return f"other objects in /{group}"
+            if any(type(here.get(name, getlink=True)) is not h5py.HardLink for name in names):
+                return f"a link instead of an object in /{group}"
+        for name, (offset, dtype, shape) in wanted.items():
+            if difference := _difference(h5py, file[name], offset, dtype, tuple(shape)):
+                return f"{name}: {difference}"
+    return ""
+
+
+def _difference(h5py: Any, dataset: Any, offset: int, dtype: str, shape: tuple[int, ...]) -> str:
+    if not isinstance(dataset, h5py.Dataset):
+        return "not a dataset"
+    create = dataset.id.get_create_plist()
+    plain = create.get_layout() == h5py.h5d.CONTIGUOUS and not create.get_external_count()
+    if not plain or create.get_nfilters():
+        return "not plain contiguous data"
+    if (dataset.dtype.str, dataset.shape, dataset.id.get_offset()) != (dtype, shape, offset):
+        return f"{dataset.dtype.str} {dataset.shape} at {dataset.id.get_offset()}"
+    return ""
+
+
+def _limit() -> None:
+    """Bound this process; the parent bounds its time."""
+    import resource
+
+    with_room = (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1])
+    resource.setrlimit(resource.RLIMIT_AS, with_room)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    _limit()
+    sys.stdout.write(look(sys.argv[1], json.load(sys.stdin)))

@@ -1,0 +1,69 @@
+"""`featcache info`: what a cache holds and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.cache.layout import VERSION
+from featcache.cache.reader import meta_of
+from featcache.cache.storage import CacheFile, texts_of
+
+MAX_SKIPPED = 1000
+
+
+def info(path: Path | str) -> dict[str, Any]:
+    """What a cache, finished or not, says about itself, for JSON.
+
+    Features are not read, so not checked. At most MAX_SKIPPED skipped samples of a split are
+    listed; `num_skipped` counts them all.
+
+    Raises:
+        CacheError: Not a cache, or what it says about itself is damaged.
+        StorageError: The file system failed.
+    """
+    file = CacheFile(Path(path))
+    meta = meta_of(file)
+    class_names = texts_of(file.fixed("class_names"), file.path)
+    splits = {name: _describe(file, name, class_names) for name in file.layout.splits}
+    done = all(split["num_blocks_done"] == split["num_blocks"] for split in splits.values())
+    return {
+        "path": str(file.path),
+        "format_version": VERSION,
+        "file_bytes": file.layout.file_bytes,
+        "finished": done and not file.path.name.endswith(".part"),
+        "digest": file.array("digest").tobytes().hex(),
+        "feature_dim": meta.backbone.feature_dim,
+        "num_views": meta.views.num,
+        "dtype": meta.dtype,
+        "class_names": class_names,
+        "splits": splits,
+        "meta": dataclasses.asdict(meta),
+    }
+
+
+def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, Any]:
+    status, state = file.array(f"{split}/row_status"), file.array(f"{split}/state")
+    labels = file.fixed(f"{split}/labels").clip(0, len(class_names) - 1)
+    bad = np.flatnonzero(status)
+    counts = np.bincount(labels[status == 0], minlength=len(class_names))
+    return {
+        "num_samples": len(status),
+        "num_skipped": len(bad),
+        "skipped": _skipped(file, split, bad[:MAX_SKIPPED]),
+        "num_per_class": dict(zip(class_names, counts.tolist(), strict=True)),
+        "num_blocks": len(state),
+        "num_blocks_done": int((state == 1).sum()),
+        "weighted": f"{split}/weights" in file.layout.extents,
+    }
+
+
+def _skipped(file: CacheFile, split: str, rows: Any) -> list[dict[str, Any]]:
+    if not len(rows):
+        return []
+    ids = texts_of(file.fixed(f"{split}/ids")[rows], file.path)
+    codes = file.array(f"{split}/row_status")[rows].tolist()
+    return [{"id": name, "code": code} for name, code in zip(ids, codes, strict=True)]
