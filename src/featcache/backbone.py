@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import UserError, one_of
-from featcache.memo import Memo
+from featcache.memo import Memo, is_settled, stamp_of
 from featcache.recipe import init_linear
 from featcache.runtime import version_of
 
@@ -29,7 +31,7 @@ WAYS_OUT = (
 # Wrappers that training scripts put around a state dict, outermost first.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "backbone")
 KEY_PREFIXES = ("module.", "model.", "net.", "backbone.", "encoder.", "_orig_mod.")
-# Shapes say nothing of a reader's memory, so a checkpoint may not unpack to much more than its size.
+# A small archive may unpack to anything; a checkpoint is stored, not compressed.
 MAX_UNPACK_RATIO = 4
 
 State = dict[str, "torch.Tensor"]
@@ -144,18 +146,19 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     Raises:
         UserError: Unknown backbone, or weights that cannot be had or do not fit.
     """
-    memo = Memo(cache_dir)
     is_file = config.weights not in NAMED_WEIGHTS
     spec = str(_weights_file(config).absolute()) if is_file else config.weights
-    key = f"backbone:{config.backbone}:{spec}:{seed if spec == 'random' else ''}"
-    versions = f"{version_of('torch')}:{version_of('torchvision')}"
-    path = memo.get(f"{key}:path", versions)
-    known = memo.get(key, f"{versions}:{_stamp(path)}") if isinstance(path, str) else None
-    if not isinstance(known, dict):
+    # Random weights depend on the seed and on how this torch draws.
+    drawn = f"{seed}:{version_of('torch')}:{version_of('torchvision')}"
+    key = f"backbone:{config.backbone}:{spec}:{drawn if spec == 'random' else ''}"
+    known = _remembered(memo := Memo(cache_dir), key)
+    if known is None:
         path, known = _identity(config, seed)
-        memo.put(f"{key}:path", versions, path)
-        memo.put(key, f"{versions}:{_stamp(path)}", known)
-        memo.save()
+        status = os.stat(path) if path else None
+        if status is None or is_settled(status, time.time()):
+            memo.put(f"{key}:path", (), path)
+            memo.put(key, stamp_of(status) if status else (), known)
+            memo.save()
     own = Preprocessing.from_dict(known["preprocessing"])
     return BackboneInfo(
         backbone=config.backbone,
@@ -179,15 +182,16 @@ def _identity(config: BackboneConfig, seed: int) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _stamp(path: str) -> str:
-    """What changes when a file changes; the empty path stands for no file at all."""
-    if not path:
-        return "none"
+def _remembered(memo: Memo, key: str) -> dict[str, Any] | None:
+    """What `identify` found earlier, if the weights file is still the same."""
+    path = memo.get(f"{key}:path", ())
+    if not isinstance(path, str):
+        return None
     try:
-        s = Path(path).stat()
+        known = memo.get(key, stamp_of(os.stat(path)) if path else ())
     except OSError:
-        return "gone"
-    return f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}"
+        return None
+    return known if isinstance(known, dict) else None
 
 
 def file_sha256(path: Path) -> str:
@@ -225,8 +229,7 @@ def _weights_file(config: BackboneConfig) -> Path:
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise UserError(
             f"--weights {config.weights!r}: give imagenet, bundled, random, "
-            "or a file that ends in .safetensors or .pth"
-            + _near_weights(config.weights)
+            "or a file that ends in .safetensors or .pth" + _near_weights(config.weights)
         )
     if not path.is_file():
         raise UserError(f"--weights {config.weights!r}: there is no such file; check the path")
@@ -241,7 +244,7 @@ def _near_weights(given: str) -> str:
 
 
 def _imagenet_weights(backbone: str) -> Any:
-    """torchvision's default weights of a classification network."""
+    """Default ImageNet weights of a classification network."""
     from torchvision import models
 
     if backbone not in classifiers():
@@ -300,7 +303,7 @@ def _loaded_network(config: BackboneConfig, seed: int) -> nn.Module:
     """A network with its original head, weights loaded wherever they exist but for the head."""
     import torch
 
-    if config.weights != "imagenet" and config.weights != "random":
+    if config.weights not in ("imagenet", "random"):
         _weights_file(config)  # complain of a missing file before building anything
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

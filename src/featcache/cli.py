@@ -142,9 +142,14 @@ def _single(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _load(home: str) -> Any:
+def _late(home: str) -> Callable[[Any], Any]:
+    """A function named as module:function, imported only when it is called."""
     module, name = home.split(":")
-    return getattr(importlib.import_module(f"featcache.{module}"), name)
+
+    def call(argument: Any) -> Any:
+        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument)
+
+    return call
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
@@ -153,9 +158,9 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
     return run(
         prog or name,
         getattr(importlib.import_module("featcache.config"), command.config),
-        lambda config: _load(command.worker)(config),
+        _late(command.worker),
         argv,
-        lambda report: _load(command.summary)(report),
+        _late(command.summary),
     )
 
 

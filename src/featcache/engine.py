@@ -105,7 +105,8 @@ def _runner(network: nn.Module, prep: Preprocessing) -> Callable[[np.ndarray], n
     def run(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             features: Tensor = network(normalize(torch.from_numpy(pixels), prep))
-        return features.numpy()
+        array: np.ndarray = features.numpy()
+        return array
 
     return run
 
@@ -163,7 +164,7 @@ def _gpu_engine(
     """Channels-last on the device; half precision on request, where it stays close to float32."""
     if config.precision == "int8" or config.engine == "openvino":
         raise UserError("openvino and int8 run on the CPU: add --device cpu")
-    network = backbone.to(device, memory_format=torch.channels_last)
+    network = backbone.to(device).to(memory_format=torch.channels_last)
 
     def run_as(dtype: torch.dtype) -> Callable[[np.ndarray], np.ndarray]:
         def run(pixels: np.ndarray) -> np.ndarray:
@@ -173,7 +174,8 @@ def _gpu_engine(
             half = torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32)
             with torch.inference_mode(), half:
                 features: Tensor = network(images)
-            return features.float().cpu().numpy()
+            array: np.ndarray = features.float().cpu().numpy()
+            return array
 
         return run
 

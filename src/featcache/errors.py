@@ -3,7 +3,7 @@
 FeatcacheError            exit code 1: not the user's making (disk, permission, a held lock)
 ├── StorageError          exit code 1: a file system refused or failed
 └── UserError             exit code 2: the input is wrong (also a ValueError)
-    └── CacheError        exit code 2: a file is not a cache, is damaged, stale or of another version
+    └── CacheError        exit code 2: a file is not a cache, is damaged, stale or too new
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UserError(FeatcacheError, ValueError):
 
 
 class CacheError(UserError):
-    """A file is not a featcache file, is damaged, is of another version, or holds something else."""
+    """A file is not featcache's, is damaged, is of another version, or holds something else."""
 
 
 def one_of(given: object, choices: Iterable[str], what: str) -> str:

@@ -35,8 +35,7 @@ class FusedConv(nn.Module):
         self.weight: Tensor = conv.weight.detach()
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.padding, self.stride, self.dilation = (
-            [int(v) for v in values]  # type: ignore[union-attr]
-            for values in (conv.padding, conv.stride, conv.dilation)
+            [int(v) for v in values] for values in (conv.padding, conv.stride, conv.dilation)
         )
         self.groups = conv.groups
         self.activation = "none"
@@ -49,13 +48,12 @@ class FusedConv(nn.Module):
             reorder = torch.ops.mkldnn._reorder_convolution_weight
             self.packed = reorder(self.weight, *shape, list(x.shape))
         out: Tensor
+        convolution = (x, self.packed, self.bias, *shape)
         if residual is None:
-            pointwise = torch.ops.mkldnn._convolution_pointwise
-            out = pointwise(x, self.packed, self.bias, *shape, self.activation, [], "")
+            out = torch.ops.mkldnn._convolution_pointwise(*convolution, self.activation, [], "")
         else:
-            pointwise = torch.ops.mkldnn._convolution_pointwise_.binary
-            sums = ("add", 1.0, "relu", [], "")
-            out = pointwise(residual, x, self.packed, self.bias, *shape, *sums)
+            add_relu = torch.ops.mkldnn._convolution_pointwise_.binary
+            out = add_relu(residual, *convolution, "add", 1.0, "relu", [], "")
         return out
 
 
@@ -119,7 +117,9 @@ def _fuse_relu(traced: fx.GraphModule) -> None:
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         conv = modules.get(node.target) if node.op == "call_module" else None
-        relu = _only_user(node, modules, nn.ReLU) if isinstance(conv, FusedConv) else None
+        if not isinstance(conv, FusedConv):
+            continue
+        relu = _only_user(node, modules, nn.ReLU)
         if relu is not None:
             conv.activation = "relu"
             relu.replace_all_uses_with(node)

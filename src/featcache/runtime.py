@@ -34,6 +34,7 @@ class StageTimer:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Add the wall seconds of the block to `stage`."""
         start = time.perf_counter()
         try:
             yield

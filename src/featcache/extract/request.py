@@ -1,0 +1,145 @@
+"""What a run asks for, and whether a cache already holds exactly that."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from featcache.cache import FeatureCache, read_meta
+from featcache.config import BackboneInfo, CacheMeta, ExtractConfig, Views, flatten
+from featcache.data import ImageDataset
+from featcache.errors import CacheError
+from featcache.runtime import numeric_versions
+
+# Differences in these leave the rows what they are: a dataset may be renamed or moved.
+IMMATERIAL = ("dataset.name",)
+
+
+def wanted_meta(config: ExtractConfig, dataset: ImageDataset, info: BackboneInfo) -> CacheMeta:
+    """The metadata that a cache made by `config` would carry; engine as asked for."""
+    return CacheMeta(
+        backbone=info,
+        dataset=dataset.info(config),
+        views=Views.parse(config.views, config.seed),
+        dtype=config.dtype,
+        precision=config.precision,
+        engine=config.engine,
+        versions=numeric_versions(),
+    )
+
+
+def settings_tag(meta: CacheMeta) -> str:
+    """Eight hex digits of what the user asked for, contents of files left out.
+
+    Files that changed therefore meet the cache made from their old contents, and are refused by
+    name instead of silently filling another file.
+    """
+    asked = flatten(dataclasses.asdict(meta))
+    for name in ("dataset.name", "dataset.fingerprint", "backbone.weights_sha256", "engine"):
+        del asked[name]
+    asked = {k: v for k, v in asked.items() if not k.startswith("versions.")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
+    """Where the cache goes: `--output`, or a name made from the settings."""
+    if config.output is not None:
+        return config.output
+    info = meta.backbone
+    parts = [
+        meta.dataset.name,
+        info.backbone,
+        Path(info.weights).stem,
+        f"{info.preprocessing.image_px}px",
+        settings_tag(meta),
+    ]
+    return config.cache_dir / ("-".join(parts) + ".h5")
+
+
+def differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object, object]]:
+    """Fields that make a cache unfit for a request, as (name, cached, wanted)."""
+    unasked = ("engine",) if wanted.engine == "auto" else ()
+    return [row for row in cached.differences(wanted) if row[0] not in (*IMMATERIAL, *unasked)]
+
+
+def find_hit(
+    config: ExtractConfig, path: Path, wanted: CacheMeta, dataset: ImageDataset
+) -> Path | None:
+    """The finished cache that holds exactly what is wanted, under its own or another name.
+
+    Raises:
+        CacheError: `path` is a cache of something else; the message names what differs.
+    """
+    if path.exists():
+        unfit = differences(read_meta(path)[0], wanted)
+        if unfit:
+            raise CacheError(_stale(path, unfit, dataset))
+        return path
+    if config.output is None:
+        for other in sorted(config.cache_dir.glob(f"*-{settings_tag(wanted)}.h5")):
+            try:
+                if not differences(read_meta(other)[0], wanted):
+                    return other
+            except CacheError:
+                continue  # a damaged neighbour is not this command's business
+    return None
+
+
+def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDataset) -> str:
+    """Say which fields differ, and what to type."""
+    rows = [f"{name} is {_short(old)} there, wanted {_short(new)}" for name, old, new in unfit[:4]]
+    if len(unfit) > len(rows):
+        rows.append(f"and {len(unfit) - len(rows)} more fields")
+    names = {name for name, _, _ in unfit}
+    if "dataset.fingerprint" in names:
+        rows.append(_dataset_changes(FeatureCache(path), dataset))
+    update = "--update computes only what changed, " if names == {"dataset.fingerprint"} else ""
+    return (
+        f"{path} holds something else: {'; '.join(rows)}. Type again with {update}"
+        "--force to extract afresh in its place, or --output FILE to keep both"
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
+
+
+def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
+    """Name the images that make a dataset differ from the cached one."""
+    changes: dict[str, list[str]] = {"added": [], "removed": [], "changed": [], "relabelled": []}
+    old, new = _samples_of_cache(cache), _samples_of_dataset(dataset)
+    changes["added"] = sorted(new.keys() - old.keys())
+    changes["removed"] = sorted(old.keys() - new.keys())
+    for key in sorted(old.keys() & new.keys()):
+        if old[key][1] != new[key][1]:
+            changes["changed"].append(key)
+        elif old[key][0] != new[key][0]:
+            changes["relabelled"].append(key)
+    said = [
+        f"{len(ids)} {what} ({', '.join(ids[:2])}{', …' if len(ids) > 2 else ''})"
+        for what, ids in changes.items()
+        if ids
+    ]
+    if cache.class_names != dataset.class_names:
+        said.append(f"class names {cache.class_names[:5]} there, {dataset.class_names[:5]} wanted")
+    return "images: " + (", ".join(said) or "their order differs")
+
+
+def _samples_of_cache(cache: FeatureCache) -> dict[str, tuple[str, bytes]]:
+    samples: dict[str, tuple[str, bytes]] = {}
+    for name in cache.splits:
+        rows = cache.rows(name)
+        for key, label, content in zip(rows.ids, rows.labels, rows.content, strict=True):
+            samples[f"{name}:{key}"] = (cache.class_names[label], content.tobytes())
+    return samples
+
+
+def _samples_of_dataset(dataset: ImageDataset) -> dict[str, tuple[str, bytes]]:
+    samples: dict[str, tuple[str, bytes]] = {}
+    for name, split in dataset.splits.items():
+        for key, label, content in zip(split.ids, split.labels, split.content, strict=True):
+            samples[f"{name}:{key}"] = (dataset.class_names[label], content.tobytes())
+    return samples

@@ -1,0 +1,204 @@
+"""Stage one: every image through the frozen backbone once, into a cache file.
+
+The flow is dataset → pixels (decoded ahead by threads) → network → rows placed by index. A run
+that finds its cache finished does no work; one that finds it begun goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache.backbone import identify, load_backbone, state_sha256
+from featcache.cache import CacheWriter, FeatureCache, SplitRows, open_writer, read_meta
+from featcache.config import CacheMeta, ExtractConfig
+from featcache.data import ImageDataset, ImageSplit, describe
+from featcache.extract.request import cache_path, find_hit, wanted_meta
+from featcache.extract.stream import computed_rows
+from featcache.runtime import StageTimer, environment, pick_device, say
+
+if TYPE_CHECKING:
+    from featcache.engine import Engine
+
+
+@dataclasses.dataclass(kw_only=True)
+class SplitProgress:
+    """What happened to one split: counts of images, and wall seconds of this run.
+
+    `num_resumed` rows were there from an earlier run or from the cache that is being updated.
+    """
+
+    num_samples: int
+    num_resumed: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0
+
+    def report(self) -> dict[str, Any]:
+        """The JSON of one split; images_per_s is null where nothing was computed."""
+        computed = self.num_samples - self.num_resumed
+        rate = computed / self.seconds if computed and self.seconds else None
+        return {**dataclasses.asdict(self), "images_per_s": rate}
+
+
+def extract(config: ExtractConfig) -> dict[str, Any]:
+    """Cache the features of every split of a dataset, or find that they are cached already.
+
+    Args:
+        config: The command's settings.
+
+    Returns:
+        The command's JSON report.
+
+    Raises:
+        UserError: Wrong input, an unreadable picture under `on_error="fail"`, or a cache that
+            holds something else.
+        StorageError: The disk is full or the cache is being written by another process.
+    """
+    start = time.perf_counter()
+    dataset = describe(config)
+    info = identify(config, config.seed, config.cache_dir)
+    wanted = wanted_meta(config, dataset, info)
+    path = cache_path(config, wanted)
+    found = None if config.force else find_hit(config, path, wanted, dataset)
+    if found is not None:
+        return _report(found, start, hit=True)
+    for note in dataset.notes:
+        say(note)
+    progress, timer, engine = _run(config, path, wanted, dataset, start)
+    return _report(path, start, progress=progress, timer=timer, engine=engine)
+
+
+def _run(
+    config: ExtractConfig, path: Path, wanted: CacheMeta, dataset: ImageDataset, start: float
+) -> tuple[dict[str, SplitProgress], StageTimer, Engine]:
+    """Open or resume the file, fill every pending block, finish."""
+    from featcache.engine import choose_engine
+
+    timer = StageTimer()
+    backbone = load_backbone(config, config.seed)
+    before = state_sha256(backbone)
+    num_images = sum(map(len, dataset.splits.values())) * wanted.views.num
+    prep = wanted.backbone.preprocessing
+    with timer("choose_engine"):
+        engine = choose_engine(config, backbone, prep, pick_device(config.device), num_images)
+    if config.verbose:
+        say(f"engine: {engine.describe()}")
+    meta = dataclasses.replace(wanted, engine=engine.name)
+    rows = [
+        SplitRows(s.name, s.ids, s.labels, s.content, s.weights) for s in dataset.splits.values()
+    ]
+    old = FeatureCache(path) if config.update and path.exists() else None
+    names = dataset.class_names
+    progress: dict[str, SplitProgress] = {}
+    with open_writer(path, meta, names, rows, force=config.force, reuse=old) as writer:
+        timer.seconds["start_up"] = time.perf_counter() - start
+        for split in dataset.splits.values():
+            progress[split.name] = _fill(config, writer, split, meta, engine, timer)
+        assert state_sha256(backbone) == before, "the frozen network moved"
+        with timer("finish"):
+            writer.finish()
+    return progress, timer, engine
+
+
+def _fill(
+    config: ExtractConfig,
+    writer: CacheWriter,
+    split: ImageSplit,
+    meta: CacheMeta,
+    engine: Engine,
+    timer: StageTimer,
+) -> SplitProgress:
+    """Compute the pending blocks of one split."""
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    blocks = writer.pending(split.name)
+    plans = [(rows, *writer.reused_rows(split.name, rows)) for rows in blocks]
+    missing = [rows[i] for rows, reused, _ in plans for i in np.flatnonzero(~reused)]
+    done = SplitProgress(num_samples=len(split), num_resumed=len(split) - len(missing))
+    stream = computed_rows(config, split, missing, meta, engine, timer)
+    bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=None)
+    with bar:
+        for rows, reused, features in plans:
+            status = np.zeros(len(rows), np.uint8)
+            for place in np.flatnonzero(~reused):
+                status[place], features[:, place] = next(stream)
+            with timer("write"):
+                writer.write_block(split.name, rows, features, status)
+            done.num_skipped += int(np.count_nonzero(status))
+            bar.set_postfix_str(_shares(timer), refresh=False)
+            bar.update(int(np.count_nonzero(~reused)))
+    stream.close()
+    done.seconds = time.perf_counter() - start
+    return done
+
+
+def _shares(timer: StageTimer) -> str:
+    """Where the threads' time goes: the network, or reading and decoding."""
+    network = timer.seconds["network"]
+    pixels = sum(timer.seconds[stage] for stage in ("read", "decode", "resize"))
+    return f"network {network / max(network + pixels, 1e-9):.0%}"
+
+
+def _report(
+    path: Path,
+    start: float,
+    *,
+    hit: bool = False,
+    progress: dict[str, SplitProgress] | None = None,
+    timer: StageTimer | None = None,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    meta, class_names = read_meta(path)
+    if progress is None:
+        sizes = FeatureCache(path).num_rows
+        progress = {
+            name: SplitProgress(num_samples=n, num_resumed=n, num_skipped=skipped)
+            for name, (n, skipped) in sizes.items()
+        }
+    return {
+        "command": "extract-features",
+        "cache": str(path),
+        "hit": hit,
+        "backbone": meta.backbone.backbone,
+        "weights": meta.backbone.weights,
+        "weights_sha256": meta.backbone.weights_sha256,
+        "feature_dim": meta.backbone.feature_dim,
+        "precision": meta.precision,
+        "engine": engine.describe() if engine else {"name": meta.engine},
+        "dtype": meta.dtype,
+        "num_views": meta.views.num,
+        "num_classes": len(class_names),
+        "splits": {name: split.report() for name, split in progress.items()},
+        "stage_seconds": dict(timer.seconds) if timer else {},
+        "seconds_total": time.perf_counter() - start,
+        "provenance": dataclasses.asdict(meta),
+        "environment": environment(),
+    }
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    counts = ", ".join(
+        f"{split['num_samples']} {name}"
+        + (f" ({split['num_skipped']} skipped)" if split["num_skipped"] else "")
+        for name, split in report["splits"].items()
+    )
+    prep = report["provenance"]["backbone"]["preprocessing"]
+    made_by = (
+        f"{report['backbone']} ({report['weights']}), {report['feature_dim']}-d, "
+        f"{prep['image_px']} px {prep['resize']}"
+    )
+    if report["hit"]:
+        lines = [f"already cached, nothing to do: {counts} images, {made_by}"]
+    else:
+        computed = sum(s["num_samples"] - s["num_resumed"] for s in report["splits"].values())
+        seconds = sum(s["seconds"] for s in report["splits"].values())
+        rate = f"{computed / seconds:.0f} images/s" if seconds else "no image computed"
+        lines = [f"cached {counts} images, {made_by}: {rate}, {report['seconds_total']:.1f} s"]
+    return [*lines, f"cache: {report['cache']}", f"next: train-head {shlex.quote(report['cache'])}"]

@@ -1,0 +1,129 @@
+"""Rows of features in order, computed by threads ahead of their use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import CacheMeta, ExtractConfig
+from featcache.data import BadImage, Decoded, ImageSplit, bad_image_error, chunks, pixel_task
+from featcache.data import run_ahead as ahead_of
+from featcache.runtime import StageTimer, num_cores, say
+
+if TYPE_CHECKING:
+    from featcache.engine import Engine
+
+Features = NDArray[np.float32]
+# Decoding threads on a GPU machine take few images each, so that the first batch comes soon.
+DECODE_CHUNK = 8
+CHUNKS_AHEAD = 3
+
+
+@dataclass
+class Computed:
+    """One chunk: what was decoded, and float32 [V, n, D] of the n images that could be."""
+
+    decoded: Decoded
+    features: Features
+    network_s: float
+
+
+def computed_rows(
+    config: ExtractConfig,
+    split: ImageSplit,
+    indices: Sequence[int],
+    meta: CacheMeta,
+    engine: Engine,
+    timer: StageTimer,
+) -> Generator[tuple[int, Features], None, None]:
+    """Read, decode, and run the network over rows of a split, in the order given.
+
+    Args:
+        config: What an unreadable picture does.
+        split: The images.
+        indices: Rows to compute.
+        meta: Preprocessing and views.
+        engine: Runs the network; on a CPU inside the threads that decode.
+        timer: Gets seconds by stage; all but "wait" are summed over threads.
+
+    Yields:
+        The row's status code (0 good) and its features [V, D], zeros where it was skipped.
+
+    Raises:
+        UserError: A picture cannot be read and `on_error` is "fail".
+    """
+    decode = pixel_task(split, meta.backbone.preprocessing, meta.views)
+    workers = num_cores() if config.workers is None else config.workers
+    per_chunk = max(1, engine.batch_size // meta.views.num)
+    computed: Iterator[Computed]
+    if engine.device == "cpu":
+
+        def compute(chunk: Sequence[int], stop: threading.Event) -> Computed:
+            return _network(engine, decode(chunk, stop), stop)
+
+        computed = ahead_of(
+            compute, chunks(indices, per_chunk), workers, CHUNKS_AHEAD * max(workers, 1), timer
+        )
+    else:
+        look_ahead = 2 * per_chunk // DECODE_CHUNK + 2 * workers
+        decoded = ahead_of(decode, chunks(indices, DECODE_CHUNK), workers, look_ahead, timer)
+        computed = (_network(engine, group) for group in _grouped(decoded, per_chunk))
+    empty = np.zeros((meta.views.num, meta.backbone.feature_dim), np.float32)
+    for done in computed:
+        done.decoded.add_to(timer)
+        timer.seconds["network"] += done.network_s
+        good = iter(np.moveaxis(done.features, 1, 0))
+        for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
+            if isinstance(pixels, BadImage):
+                yield _skip(config, split, index, pixels), empty
+            else:
+                yield 0, next(good)
+
+
+def _network(engine: Engine, decoded: Decoded, stop: threading.Event | None = None) -> Computed:
+    """Run the network over the pictures of a chunk that could be read."""
+    images: list[Any] = [p for p in decoded.pixels if not isinstance(p, BadImage)]
+    if not images or (stop is not None and stop.is_set()):
+        return Computed(decoded, np.empty((0, 0, 0), np.float32), 0.0)
+    start = time.perf_counter()
+    stacked = np.stack(images, axis=1)  # [V, n, H, W, 3]
+    flat = stacked.reshape(-1, *stacked.shape[2:])
+    size = engine.batch_size
+    parts = [engine.run(flat[i : i + size]) for i in range(0, len(flat), size)]
+    features = np.concatenate(parts).reshape(*stacked.shape[:2], -1)
+    for place, pixels in enumerate(decoded.pixels):
+        if not isinstance(pixels, BadImage):
+            decoded.pixels[place] = pixels[:0]  # the rows wait without their pixels
+    return Computed(decoded, features, time.perf_counter() - start)
+
+
+def _grouped(stream: Iterable[Decoded], num: int) -> Iterator[Decoded]:
+    """Join chunks until they hold `num` rows."""
+    group = Decoded([])
+    for part in stream:
+        group = Decoded(
+            [*group.indices, *part.indices],
+            group.pixels + part.pixels,
+            group.read_s + part.read_s,
+            group.decode_s + part.decode_s,
+            group.resize_s + part.resize_s,
+        )
+        if len(group.indices) >= num:
+            yield group
+            group = Decoded([])
+    if group.indices:
+        yield group
+
+
+def _skip(config: ExtractConfig, split: ImageSplit, index: int, bad: BadImage) -> int:
+    """The status code of an unreadable picture, or the end of the run."""
+    if config.on_error == "fail":
+        raise bad_image_error(split, index, bad)
+    say(f"skipped {split.ids[index]}: {bad.reason}")
+    return bad.code
