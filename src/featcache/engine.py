@@ -136,7 +136,8 @@ def sample_pixels(prep: Preprocessing, num: int, seed: int = 0) -> np.ndarray:
     coarse = rng.integers(0, 256, (num, 8, 8, 3))
     grid = np.arange(side) * 8 // side
     fine = rng.integers(-32, 33, (num, side, side, 3))
-    return np.clip(coarse[:, grid][:, :, grid] + fine, 0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.clip(coarse[:, grid][:, :, grid] + fine, 0, 255).astype(np.uint8)
+    return pixels
 
 
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -1,202 +1,26 @@
-"""Every setting of every command, as frozen dataclasses checked when they are built.
-
-The command line is generated from these classes: a field is a flag, its docstring the help.
-"""
+"""The settings of every command: a field is a flag, its docstring the help."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from featcache.config.checks import check_positive, check_range
+from featcache.config.records import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_IMAGE_PX,
+    Preprocessing,
+    Resize,
+    Views,
+)
 from featcache.errors import UserError
 
-Resize = Literal["squash", "crop"]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Solver = Literal["logistic", "ridge", "adam", "sgd", "knn", "auto"]
 Backend = Literal["auto", "numpy", "sklearn", "torch"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-MAX_IMAGE_PX = 4096
-MAX_VIEWS = 256
-
-
-def _check(name: str, value: float | None, low: float, high: float = math.inf) -> None:
-    """Raise UserError unless `value` is None or a number in [low, high]."""
-    if value is None or (math.isfinite(value) and low <= value <= high):
-        return
-    wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    raise UserError(f"--{name.replace('_', '-')} {value} is out of range: give a number {wanted}")
-
-
-def _check_positive(name: str, value: float | None) -> None:
-    """Raise UserError unless `value` is None or a finite number above zero."""
-    if value is not None and not (math.isfinite(value) and value > 0):
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} {value} is out of range: give a number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How a picture becomes the network's input; weights own theirs.
-
-    `crop` resizes the shorter side to `resize_px` and cuts the central square of `image_px`;
-    `squash` resizes to `image_px` x `image_px`, whatever the aspect ratio. Pixels are then
-    scaled to [0, 1], and `mean` and `std` are per channel, red first.
-    """
-
-    image_px: int
-    resize: Resize
-    resize_px: int
-    interpolation: Interpolation = "bilinear"
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        _check("image_px", self.image_px, 8, MAX_IMAGE_PX)
-        _check("resize_px", self.resize_px, self.image_px, 2 * MAX_IMAGE_PX)
-        for name, allowed in (
-            ("resize", ("squash", "crop")),
-            ("interpolation", ("nearest", "bilinear", "bicubic")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r}: one of {', '.join(allowed)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"mean {self.mean} and std {self.std}: three numbers each, std above 0")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild from `dataclasses.asdict` output that went through JSON.
-
-        Raises:
-            UserError: A field is missing, unknown or out of range.
-        """
-        try:
-            lists = {key: tuple(float(x) for x in values[key]) for key in ("mean", "std")}
-            return cls(**{**values, **lists})
-        except (TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"not a preprocessing record: {values!r:.200}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneInfo:
-    """Which frozen network made the features.
-
-    `weights_sha256` is that of the weights file; for `random` weights, of the tensors.
-    """
-
-    backbone: str
-    weights: str
-    weights_sha256: str
-    feature_dim: int
-    preprocessing: Preprocessing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Views:
-    """Which versions of each image are cached; view 0 is always the plain image.
-
-    `flip` adds its mirror image; `random` adds `num - 1` seeded random-resized-crop-and-flip views.
-    """
-
-    kind: Literal["none", "flip", "random"] = "none"
-    num: int = 1
-    seed: int = 0
-
-    @classmethod
-    def parse(cls, text: str, seed: int) -> Self:
-        """Read the value of `--views`: none, flip, or the number of random views to add.
-
-        Raises:
-            UserError: The text is none of these.
-        """
-        if text == "none":
-            return cls()
-        if text == "flip":
-            return cls(kind="flip", num=2)
-        if text.isascii() and text.isdigit() and 1 <= int(text) < MAX_VIEWS:
-            return cls(kind="random", num=int(text) + 1, seed=seed)
-        raise UserError(f"--views {text!r}: give none, flip, or a number from 1 to {MAX_VIEWS - 1}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """Which images the rows stand for.
-
-    `fingerprint` is a sha256 over class names and, for every split, the ordered ids, labels and
-    content hashes; it does not depend on where the files lie nor on their modification times.
-    """
-
-    name: str
-    kind: str
-    fingerprint: str
-    num_train: int | None
-    num_test: int | None
-    test_fraction: float | None
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheMeta:
-    """What a cache says about itself; stored in the file as canonical JSON.
-
-    `versions` holds the libraries whose version can change a feature. No clock and no host is in
-    here: two runs that would write the same rows have equal metadata, which is the resume key.
-    """
-
-    backbone: BackboneInfo
-    dataset: DatasetInfo
-    views: Views
-    dtype: Literal["float32", "float16"]
-    precision: str
-    engine: str
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces, ASCII."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Rebuild from parsed JSON.
-
-        Raises:
-            UserError: A field is missing, unknown or out of range.
-        """
-        try:
-            parts = dict(values)
-            backbone = dict(parts.pop("backbone"))
-            prep = Preprocessing.from_dict(dict(backbone.pop("preprocessing")))
-            return cls(
-                backbone=BackboneInfo(preprocessing=prep, **backbone),
-                dataset=DatasetInfo(**parts.pop("dataset")),
-                views=Views(**parts.pop("views")),
-                **parts,
-            )
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise UserError(f"not a cache's metadata: {error}") from error
-
-    def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
-        """Fields in which `wanted` differs, as (dotted name, value here, value wanted)."""
-        here, there = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(wanted))
-        names = sorted(here.keys() | there.keys())
-        return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
-
-
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one with dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +61,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.dataset.strip():
             raise UserError("the dataset's name is empty: give digits, a folder, a CSV file, ...")
-        _check("num_train", self.num_train, 1)
-        _check("num_test", self.num_test, 1)
-        _check("seed", self.seed, 0, 2**32 - 1)
+        check_range("num_train", self.num_train, 1)
+        check_range("num_test", self.num_test, 1)
+        check_range("seed", self.seed, 0, 2**32 - 1)
         if self.test_fraction is not None and not 0 < self.test_fraction < 1:
             raise UserError(
                 f"--test-fraction {self.test_fraction} is out of range: "
@@ -267,7 +91,7 @@ class BackboneConfig:
     """Where the network runs: auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _check("image_px", self.image_px, 8, MAX_IMAGE_PX)
+        check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
 
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
         """The weights' own preprocessing with this command's overrides applied."""
@@ -319,8 +143,8 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
         Views.parse(self.views, self.seed)
-        _check("batch_size", self.batch_size, 1, 65536)
-        _check("workers", self.workers, 0, 1024)
+        check_range("batch_size", self.batch_size, 1, 65536)
+        check_range("workers", self.workers, 0, 1024)
         if self.force and self.update:
             raise UserError("--force starts afresh and --update keeps rows: give one of them")
         if self.precision == "int8" and self.engine == "torch":
@@ -377,15 +201,15 @@ class TrainHeadConfig(OutputConfig):
     """The head file (.safetensors); its report is written beside it as .json."""
 
     def __post_init__(self) -> None:
-        _check("epochs", self.epochs, 1, 1_000_000)
-        _check_positive("lr", self.lr)
-        _check("batch_size", self.batch_size, 1)
-        _check("weight_decay", self.weight_decay, 0)
-        _check_positive("strength", self.strength)
-        _check("folds", self.folds, 2, 100)
-        _check("shots", self.shots, 1)
-        _check("num_seeds", self.num_seeds, 1, 1000)
-        _check("seed", self.seed, 0, 2**32 - 1)
+        check_range("epochs", self.epochs, 1, 1_000_000)
+        check_positive("lr", self.lr)
+        check_range("batch_size", self.batch_size, 1)
+        check_range("weight_decay", self.weight_decay, 0)
+        check_positive("strength", self.strength)
+        check_range("folds", self.folds, 2, 100)
+        check_range("shots", self.shots, 1)
+        check_range("num_seeds", self.num_seeds, 1, 1000)
+        check_range("seed", self.seed, 0, 2**32 - 1)
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.2")
 
@@ -435,13 +259,13 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
-        _check("epochs", self.epochs, 1, 100_000)
-        _check_positive("lr", self.lr)
-        _check("backbone_lr", self.backbone_lr, 0)
-        _check("batch_size", self.batch_size, 1)
-        _check("weight_decay", self.weight_decay, 0)
-        _check("patience", self.patience, 1)
-        _check("workers", self.workers, 0, 1024)
+        check_range("epochs", self.epochs, 1, 100_000)
+        check_positive("lr", self.lr)
+        check_range("backbone_lr", self.backbone_lr, 0)
+        check_range("batch_size", self.batch_size, 1)
+        check_range("weight_decay", self.weight_decay, 0)
+        check_range("patience", self.patience, 1)
+        check_range("workers", self.workers, 0, 1024)
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.1")
         if self.freeze_backbone and self.unfreeze:

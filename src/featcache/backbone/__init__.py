@@ -1,0 +1,33 @@
+"""Frozen networks: a torchvision classifier without its head, its weights, their identity."""
+
+from featcache.backbone.identity import file_sha256, identify
+from featcache.backbone.load import build_classifier, load_backbone
+from featcache.backbone.networks import (
+    build_network,
+    classifiers,
+    feature_dim_of,
+    head_of,
+    state_sha256,
+)
+from featcache.backbone.weights import (
+    BUNDLED_FILE,
+    own_preprocessing,
+    read_state,
+    safetensors_metadata,
+)
+
+__all__ = [
+    "BUNDLED_FILE",
+    "build_classifier",
+    "build_network",
+    "classifiers",
+    "feature_dim_of",
+    "file_sha256",
+    "head_of",
+    "identify",
+    "load_backbone",
+    "own_preprocessing",
+    "read_state",
+    "safetensors_metadata",
+    "state_sha256",
+]

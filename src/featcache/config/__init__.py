@@ -1,0 +1,50 @@
+"""Every setting of every command, as frozen dataclasses checked when they are built.
+
+The command line is generated from these classes.
+"""
+
+from featcache.config.commands import (
+    BackboneConfig,
+    Backend,
+    DataConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    OutputConfig,
+    Solver,
+    TrainHeadConfig,
+)
+from featcache.config.records import (
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    BackboneInfo,
+    CacheMeta,
+    DatasetInfo,
+    Interpolation,
+    Preprocessing,
+    Resize,
+    Views,
+    flatten,
+)
+
+__all__ = [
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "BackboneConfig",
+    "BackboneInfo",
+    "Backend",
+    "CacheMeta",
+    "DataConfig",
+    "DatasetInfo",
+    "ExtractConfig",
+    "FinetuneConfig",
+    "Interpolation",
+    "OutputConfig",
+    "Preprocessing",
+    "Resize",
+    "Solver",
+    "TrainHeadConfig",
+    "Views",
+    "flatten",
+]

@@ -1,0 +1,178 @@
+"""What caches, heads and models record of how they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from featcache.config.checks import check_range
+from featcache.errors import UserError
+
+Resize = Literal["squash", "crop"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+MAX_IMAGE_PX = 4096
+MAX_VIEWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes the network's input; weights own theirs.
+
+    `crop` resizes the shorter side to `resize_px` and cuts the central square of `image_px`;
+    `squash` resizes to `image_px` x `image_px`, whatever the aspect ratio. Pixels are then
+    scaled to [0, 1], and `mean` and `std` are per channel, red first.
+    """
+
+    image_px: int
+    resize: Resize
+    resize_px: int
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
+        check_range("resize_px", self.resize_px, self.image_px, 2 * MAX_IMAGE_PX)
+        for name, allowed in (
+            ("resize", ("squash", "crop")),
+            ("interpolation", ("nearest", "bilinear", "bicubic")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} {getattr(self, name)!r}: one of {', '.join(allowed)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean} and std {self.std}: three numbers each, std above 0")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from `dataclasses.asdict` output that went through JSON.
+
+        Raises:
+            UserError: A field is missing, unknown or out of range.
+        """
+        try:
+            lists = {key: tuple(float(x) for x in values[key]) for key in ("mean", "std")}
+            return cls(**{**values, **lists})
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise UserError(f"not a preprocessing record: {values!r:.200}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneInfo:
+    """Which frozen network made the features.
+
+    `weights_sha256` is that of the weights file; for `random` weights, of the tensors.
+    """
+
+    backbone: str
+    weights: str
+    weights_sha256: str
+    feature_dim: int
+    preprocessing: Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Which versions of each image are cached; view 0 is always the plain image.
+
+    `flip` adds its mirror image; `random` adds `num - 1` seeded random-resized-crop-and-flip views.
+    """
+
+    kind: Literal["none", "flip", "random"] = "none"
+    num: int = 1
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str, seed: int) -> Self:
+        """Read the value of `--views`: none, flip, or the number of random views to add.
+
+        Raises:
+            UserError: The text is none of these.
+        """
+        if text == "none":
+            return cls()
+        if text == "flip":
+            return cls(kind="flip", num=2)
+        if text.isascii() and text.isdigit() and 1 <= int(text) < MAX_VIEWS:
+            return cls(kind="random", num=int(text) + 1, seed=seed)
+        raise UserError(f"--views {text!r}: give none, flip, or a number from 1 to {MAX_VIEWS - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """Which images the rows stand for.
+
+    `fingerprint` is a sha256 over class names and, for every split, the ordered ids, labels and
+    content hashes; it does not depend on where the files lie nor on their modification times.
+    """
+
+    name: str
+    kind: str
+    fingerprint: str
+    num_train: int | None
+    num_test: int | None
+    test_fraction: float | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMeta:
+    """What a cache says about itself; stored in the file as canonical JSON.
+
+    `versions` holds the libraries whose version can change a feature. No clock and no host is in
+    here: two runs that would write the same rows have equal metadata, which is the resume key.
+    """
+
+    backbone: BackboneInfo
+    dataset: DatasetInfo
+    views: Views
+    dtype: Literal["float32", "float16"]
+    precision: str
+    engine: str
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, ASCII."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from parsed JSON.
+
+        Raises:
+            UserError: A field is missing, unknown or out of range.
+        """
+        try:
+            parts = dict(values)
+            backbone = dict(parts.pop("backbone"))
+            prep = Preprocessing.from_dict(dict(backbone.pop("preprocessing")))
+            return cls(
+                backbone=BackboneInfo(preprocessing=prep, **backbone),
+                dataset=DatasetInfo(**parts.pop("dataset")),
+                views=Views(**parts.pop("views")),
+                **parts,
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"not a cache's metadata: {error}") from error
+
+    def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
+        """Fields in which `wanted` differs, as (dotted name, value here, value wanted)."""
+        here, there = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(wanted))
+        names = sorted(here.keys() | there.keys())
+        return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dicts into one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

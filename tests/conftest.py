@@ -1,0 +1,23 @@
+"""Settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: OpenMP threads that spin for each other make small tests slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+CIFAR = REPO.parent / "shared" / "data" / "cifar10-2500"
+
+
+@pytest.fixture(scope="session")
+def cifar() -> Path:
+    """Real CIFAR-10 pictures in class folders: 2,000 train and 500 test."""
+    if not CIFAR.is_dir():
+        pytest.skip("needs the CIFAR-10 subset in ../shared/data, which this checkout lacks")
+    return CIFAR

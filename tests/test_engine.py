@@ -1,0 +1,130 @@
+"""The fast forms of the network compute the plain network's features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featcache import engine as en
+from featcache.backbone import load_backbone, own_preprocessing, state_sha256
+from featcache.config import BackboneConfig, ExtractConfig
+from featcache.errors import UserError
+from featcache.fuse import FusedConv, fold_batchnorm, fuse_for_cpu
+
+BUNDLED = BackboneConfig(weights="bundled")
+PREP = own_preprocessing(BUNDLED)
+
+
+def settings(**changes: object) -> ExtractConfig:
+    return ExtractConfig(dataset="digits", weights="bundled", **changes)
+
+
+def images(num: int = 4, side: int = 64) -> torch.Tensor:
+    noise = torch.randn(num, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def with_real_statistics(network: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics that folding cannot ignore."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.2)
+    return network
+
+
+NETWORKS = ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "vgg11_bn", "regnet_y_400mf"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("form", [fold_batchnorm, fuse_for_cpu])
+def test_forms_agree_with_the_plain_network(name: str, form) -> None:
+    network = load_backbone(BackboneConfig(backbone=name, weights="random"), 0)
+    network = with_real_statistics(network)
+    before = state_sha256(network)
+    with torch.inference_mode():
+        wanted, got = network(images()).numpy(), form(network)(images()).numpy()
+    assert en.relative_error(got, wanted) < 2e-5
+    assert state_sha256(network) == before
+
+
+def test_resnet18_fuses_whole() -> None:
+    fused = fuse_for_cpu(load_backbone(BUNDLED, 0))
+    called = [fused.get_submodule(n.target) for n in fused.graph.nodes if n.op == "call_module"]
+    assert sum(isinstance(m, FusedConv) for m in called) == 20
+    assert not any(isinstance(m, nn.ReLU | nn.BatchNorm2d | nn.Conv2d) for m in called)
+    assert not any(n.op == "call_function" and "add" in str(n.target) for n in fused.graph.nodes)
+
+
+def test_a_residual_that_is_needed_later_is_not_overwritten() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.relu(self.b(y) + y) * y
+
+    network = Twice().eval().requires_grad_(False)
+    with torch.inference_mode():
+        wanted, got = network(images()), fuse_for_cpu(network)(images())
+    torch.testing.assert_close(got, wanted)
+
+
+def test_the_input_is_never_written() -> None:
+    class Plus(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.relu(self.conv(x) + x)
+
+    x = images()
+    copy = x.clone()
+    with torch.inference_mode():
+        fuse_for_cpu(Plus().eval().requires_grad_(False))(x)
+    assert torch.equal(x, copy)
+
+
+def test_an_untraceable_network_runs_plain_and_says_so(capsys) -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+
+    engine = en.choose_engine(settings(), Branch().eval(), PREP, "cpu", 10)
+    assert engine.run(en.sample_pixels(PREP, 2)).shape == (2, 3)
+    assert engine.max_error is None
+    assert "unfused" in capsys.readouterr().err
+
+
+def test_features_do_not_depend_on_batch_size() -> None:
+    run = en.choose_engine(settings(), load_backbone(BUNDLED, 0), PREP, "cpu", 10).run
+    pixels = en.sample_pixels(PREP, 33)
+    whole = run(pixels)
+    for size in (1, 7, 32):
+        parts = np.concatenate([run(pixels[i : i + size]) for i in range(0, 33, size)])
+        assert en.relative_error(parts, whole) < 1e-5
+
+
+def test_the_choice_is_timed_on_long_jobs_only() -> None:
+    backbone = load_backbone(BUNDLED, 0)
+    short = en.choose_engine(settings(), backbone, PREP, "cpu", 10)
+    fixed = en.choose_engine(settings(batch_size=5, workers=3), backbone, PREP, "cpu", 9999)
+    assert short.timings == {}
+    assert (fixed.batch_size, fixed.threads, fixed.timings) == (5, 3, {})
+    timed = en.choose_engine(settings(), backbone, PREP, "cpu", 9999)
+    assert timed.batch_size in en.CPU_BATCHES
+    assert len(timed.timings) == len(en.CPU_BATCHES)
+
+
+def test_mixed_precision_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="needs a GPU"):
+        en.choose_engine(settings(precision="amp"), load_backbone(BUNDLED, 0), PREP, "cpu", 10)
