@@ -71,7 +71,7 @@ def decode_split(
     good = np.zeros(len(split), dtype=np.bool_)
     rows = range(len(split))
     for index, view in iterate_pixels(split, rows, prep, workers=workers, timer=timer):
-        if _is_good(split, index, view, on_bad):
+        if _is_good(view, split, index, on_bad):
             pixels[index] = view[0]
             good[index] = True
     return DecodedSplit(split, pixels, good)
@@ -121,7 +121,7 @@ def iterate_batches(
             kept: list[int] = []
             for place in range(len(wanted)):
                 index, view = next(stream)
-                if _is_good(source, index, view, on_bad):
+                if _is_good(view, source, index, on_bad):
                     pixels[len(kept)] = view[0][:, ::-1] if mask[start + place] else view[0]
                     kept.append(index)
             if kept:
@@ -144,7 +144,7 @@ def _from_memory(
             yield pixels, decoded.split.labels[rows], rows
 
 
-def _is_good(split: ImageSplit, index: int, view: Pixels, on_bad: OnBad | None) -> TypeGuard[UInt8]:
+def _is_good(view: Pixels, split: ImageSplit, index: int, on_bad: OnBad | None) -> TypeGuard[UInt8]:
     if not isinstance(view, BadImage):
         return True
     if on_bad is None:

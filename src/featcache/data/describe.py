@@ -45,7 +45,7 @@ def describe(config: DataConfig) -> ImageDataset:
     key = _key(config, name)
     stamp = _stamp(config, name)
     if stamp is not None:
-        known = _from_json(memo.get(key, stamp), config, name)
+        known = _from_json(memo.get(key, stamp), name, _Later(config, name, stamp))
         if known is not None:
             return known
     dataset = load_dataset(config)
@@ -94,11 +94,11 @@ def _to_json(dataset: ImageDataset) -> dict[str, Any] | None:
     }
 
 
-def _from_json(value: Any, config: DataConfig, name: str) -> ImageDataset | None:
+def _from_json(value: Any, name: str, later: _Later) -> ImageDataset | None:
     """The dataset again; None if the description is not one."""
     try:
         splits = {
-            split: _split_from_json(split, part, config) for split, part in value["splits"].items()
+            split: _split_from_json(split, part, later) for split, part in value["splits"].items()
         }
         return ImageDataset(
             name,
@@ -112,14 +112,14 @@ def _from_json(value: Any, config: DataConfig, name: str) -> ImageDataset | None
         return None
 
 
-def _split_from_json(name: str, part: dict[str, str], config: DataConfig) -> ImageSplit:
+def _split_from_json(name: str, part: dict[str, str], later: _Later) -> ImageSplit:
     numbers = _unpack(part["numbers"], "<u4")
     ids = [f"{part['prefix']}/{number:06d}" for number in numbers]
     labels = _unpack(part["labels"], "<u4").astype(np.int64)
     content = _unpack(part["content"], "u1").reshape(-1, 32)
     if not len(ids) == len(labels) == len(content):
         raise ValueError("lengths differ")
-    return ImageSplit(name, ids, labels, _LaterSource(config, name)).with_content(content)
+    return ImageSplit(name, ids, labels, _LaterSource(later, name)).with_content(content)
 
 
 def _pack(values: NDArray[Any], dtype: str) -> str:
@@ -130,32 +130,43 @@ def _unpack(text: str, dtype: str) -> NDArray[Any]:
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
 
 
-class _LaterSource:
-    """Pictures of a dataset that is opened when the first one is asked for."""
+class _Later:
+    """A dataset that is opened when its first picture is asked for."""
 
-    def __init__(self, config: DataConfig, split: str) -> None:
+    def __init__(self, config: DataConfig, name: str, stamp: tuple[int, ...]) -> None:
         self._config = config
-        self._name = split
+        self._name = name
+        self._stamp = stamp
         self._lock = threading.Lock()
-        self._split: ImageSplit | None = None
+        self._dataset: ImageDataset | None = None
 
-    def _opened(self, position: int) -> ImageSplit:
+    def split(self, name: str) -> ImageSplit:
+        """A split of the opened dataset."""
         with self._lock:
-            if self._split is None:
-                self._split = load_dataset(self._config).splits[self._name]
-        if position >= len(self._split):
-            raise UserError(
-                f"{self._config.dataset} changed during the run: run the same command again"
-            )
-        return self._split
+            if self._dataset is None:
+                if _stamp(self._config, self._name) != self._stamp:
+                    raise UserError(
+                        f"the files of {self._name} in {self._config.data_root}/ changed during "
+                        "the run: run the same command again"
+                    )
+                self._dataset = load_dataset(self._config)
+            return self._dataset.splits[name]
+
+
+class _LaterSource:
+    """The pictures of one split of such a dataset."""
+
+    def __init__(self, later: _Later, name: str) -> None:
+        self._later = later
+        self._name = name
 
     def read(self, position: int) -> bytes | Image.Image:
         """The undecoded picture. Raises BadImage."""
-        return self._opened(position).read(position)
+        return self._later.split(self._name).read(position)
 
     def content(self, position: int) -> bytes:
         """The sha256 of the picture."""
-        return self._opened(position).content[position].tobytes()
+        return bytes(self._later.split(self._name).content[position])
 
     def finish(self) -> None:
         """Nothing to do."""

@@ -87,7 +87,7 @@ def _load_split_tree(
         _refuse_other_classes(trees["train"], tree)
     if "test" not in trees:
         trees["test"] = trees.pop("val")
-    order = [split for split in ("train", "test", "val") if split in trees]
+    order: list[str] = [split for split in ("train", "test", "val") if split in trees]
     splits = {s: _split_of(s, trees[s], root, class_names, memo) for s in order}
     notes = _notes(list(trees.values()))
     if beside:

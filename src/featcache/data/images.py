@@ -40,6 +40,7 @@ TRUNCATED, EMPTY, NOT_A_PICTURE, TOO_LARGE, UNREADABLE, MISSING, OTHER = REASONS
 MAX_PIXELS = 2**27
 """Larger pictures are refused before they are decoded: 134 million pixels, 400 MB as RGB."""
 MAX_FILE_BYTES = 2**29
+_MANY_PIXELS = 2**24
 
 EXTENSIONS = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
@@ -47,6 +48,7 @@ EXTENSIONS = (
 )
 """File names that count as pictures, in any case; the content decides the format."""
 
+_HEIGHT_TAG = 0x0101
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -126,7 +128,11 @@ def decode(data: bytes) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BadImage(TOO_LARGE, f"{width}x{height} px, at most {MAX_PIXELS} in all")
-            image.load()
+            _refuse_missing_strips(image)
+            # Pillow warns of large tiles, and of oddities behind an animated PNG's pixels.
+            noisy = width * height > _MANY_PIXELS or (data[:1] == b"\x89" and b"acTL" in data)
+            with _quiet() if noisy else contextlib.nullcontext():
+                image.load()
             return to_rgb(_upright(image))
     except MemoryError as error:
         raise BadImage(TOO_LARGE, "no memory to decode it") from error
@@ -139,6 +145,13 @@ class _Jpeg(JpegImagePlugin.JpegImageFile):
 
     def _read_dpi_from_exif(self) -> None:
         return
+
+
+class _Tiff(TiffImagePlugin.TiffImageFile):
+    """A TIFF that Pillow does not turn upright, since it parses (and warns of) all EXIF for it."""
+
+    def load_end(self) -> None:
+        self._size = self.im.size  # of the picture as stored; Pillow gives that after turning
 
 
 _Factory = Callable[[io.BytesIO], Image.Image]
@@ -167,10 +180,10 @@ _MAGIC: tuple[tuple[bytes, _Factory], ...] = (
     (b"GIF87a", GifImagePlugin.GifImageFile),
     (b"GIF89a", GifImagePlugin.GifImageFile),
     (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0*", TiffImagePlugin.TiffImageFile),
-    (b"II+\0", TiffImagePlugin.TiffImageFile),
-    (b"MM\0+", TiffImagePlugin.TiffImageFile),
+    (b"II*\0", _Tiff),
+    (b"MM\0*", _Tiff),
+    (b"II+\0", _Tiff),
+    (b"MM\0+", _Tiff),
 )
 
 _WARNING_LOCK = threading.Lock()
@@ -190,6 +203,19 @@ def _open(factory: _Factory, data: bytes) -> Image.Image:
         return factory(io.BytesIO(data))
     with _quiet():
         return factory(io.BytesIO(data))
+
+
+def _refuse_missing_strips(image: Image.Image) -> None:
+    """Refuse a TIFF whose strips or tiles do not reach its last row; Pillow leaves the rest black.
+
+    Raises:
+        BadImage: Some rows are not in the file.
+    """
+    if isinstance(image, _Tiff):
+        height = image.tag_v2.get(_HEIGHT_TAG)
+        reached = max((tile.extents[3] for tile in image.tile if tile.extents), default=0)
+        if not isinstance(height, int) or reached < height:
+            raise BadImage(TRUNCATED, f"{reached} of {height} rows")
 
 
 def _reason_of(error: BaseException) -> BadImage:
@@ -263,12 +289,16 @@ def _from_wide(image: Image.Image) -> Image.Image:
     Integers count as 16 bits: 65535 is white. Floats count as 0 to 1 if none is larger, else as
     0 to 255, else as 0 to 65535. Anything else is refused rather than guessed.
     """
-    values = np.asarray(image).astype(np.float64)
-    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 65535:
         raise BadImage(OTHER, f"grey values from {low:g} to {high:g}, wanted 0 to 65535")
     white = 65535.0
     if image.mode == "F" and high <= 255:
         white = 1.0 if high <= 1 else 255.0
-    grey = np.rint(values * (255.0 / white)).astype(np.uint8)
+    grey = np.empty(values.shape, dtype=np.uint8)
+    rows = max(1, _MANY_PIXELS // 16 // values.shape[1])
+    for top in range(0, len(values), rows):  # in strips: float64 takes eight times the memory
+        strip = values[top : top + rows].astype(np.float64)
+        grey[top : top + rows] = np.rint(strip * (255.0 / white))
     return Image.fromarray(grey).convert("RGB")
