@@ -33,7 +33,7 @@ class FeatureDataset:
     """
 
     def __init__(self, path: Path | str, split: str = "train", *, view: int = 0) -> None:
-        self.path, self.split, self.view = Path(path).resolve(), split, view
+        self.path, self.split, self.view = Path(path).absolute(), split, view
         self._digest: bytes | None = None
         self._rows: FeatureSplit | None = None
         self._pid = -1

@@ -14,6 +14,7 @@ from typing import Any
 from featcache.errors import CacheError, StorageError
 
 CHUNK_BYTES = 2**20
+_USERS_MAKING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _NO_RESERVING = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -29,10 +30,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(f"no cache {path}: {_hint(path)}") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise CacheError(f"cannot read {path}: {error.strerror}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        if error.errno in _USERS_MAKING:
+            raise CacheError(f"cannot read {path}: {error.strerror}") from error
+        reason = error.strerror or error
         raise StorageError(f"cannot read {path}: {reason}; try again when it is back") from error
 
 

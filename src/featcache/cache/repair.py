@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+
 from featcache.cache.layout import block_range
-from featcache.cache.plan import make_plan
+from featcache.cache.plan import Plan, make_plan
 from featcache.cache.reader import meta_of, rows_of
 from featcache.cache.reuse import RowSource
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.cache.writer import CacheWriter, create_part, locked, part_path
-from featcache.errors import CacheError
+from featcache.errors import CacheError, UserError
 
 
 def prepare_repair(path: Path) -> CacheWriter:
@@ -37,9 +39,7 @@ def prepare_repair(path: Path) -> CacheWriter:
             f"{path} cannot be repaired: {', '.join(damaged)} are damaged, not only features; "
             "run extract-features --force to make it again"
         )
-    splits = [rows_of(file, name) for name in file.layout.splits]
-    class_names = texts_of(file.array("class_names"), path)
-    plan = make_plan(meta_of(file), class_names, splits)
+    plan = _plan_of(file)
     with locked(path) as lock:
         part = part_path(path)
         if not os.path.lexists(part):
@@ -53,9 +53,18 @@ def prepare_repair(path: Path) -> CacheWriter:
         return writer
 
 
-def _copy_good(file: CacheFile, writer: CacheWriter) -> None:
-    import numpy as np
+def _plan_of(file: CacheFile) -> Plan:
+    splits = [rows_of(file, name) for name in file.layout.splits]
+    class_names = texts_of(file.array("class_names"), file.path)
+    try:
+        return make_plan(meta_of(file), class_names, splits)
+    except CacheError:
+        raise
+    except UserError as error:
+        raise CacheError(f"{file.path} is not a valid cache: {error}") from None
 
+
+def _copy_good(file: CacheFile, writer: CacheWriter) -> None:
     for split in file.layout.splits:
         good = file.good_blocks(split)
         status = file.array(f"{split}/row_status")

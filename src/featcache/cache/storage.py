@@ -35,7 +35,7 @@ class CacheFile:
             if not size:
                 raise CacheError(f"{path} is empty: run extract-features again")
             tail = read_at(self.fd, min(size, form.RECORD_BYTES), max(0, size - form.RECORD_BYTES))
-            self.layout: Layout = parse_record(tail, size, path)
+        self.layout: Layout = parse_record(tail, size, path)
 
     def close(self) -> None:
         """Close the file; arrays that were mapped stay valid."""

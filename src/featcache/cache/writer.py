@@ -76,12 +76,14 @@ def open_writer(
         elif path.exists() and reuse is None:
             raise CacheError(f"{path} exists: give --force to replace it, or another --output")
         elif sources and (stale := _stale_part(part, plan)):
-            sources.append(stale)  # stays readable without its name
+            sources.append(stale)
+        source = RowSource(sources, meta)
+        if len(sources) > 1:  # checked, and stays readable without its name
             with storage_errors(part):
                 part.unlink()
         if not os.path.lexists(part):
             create_part(part, plan)
-        return CacheWriter(path, plan, lock, RowSource(sources, meta))
+        return CacheWriter(path, plan, lock, source)
 
 
 @contextlib.contextmanager
