@@ -74,6 +74,8 @@ def find_hit(
     """
     if path.exists():
         unfit = differences(read_meta(path)[0], wanted)
+        if unfit and config.update:
+            return None
         if unfit:
             raise CacheError(_stale(path, unfit, dataset))
         return path
@@ -95,9 +97,9 @@ def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDa
     names = {name for name, _, _ in unfit}
     if "dataset.fingerprint" in names:
         rows.append(_dataset_changes(FeatureCache(path), dataset))
-    update = "--update computes only what changed, " if names == {"dataset.fingerprint"} else ""
+    update = "--update to compute only what changed, " if names == {"dataset.fingerprint"} else ""
     return (
-        f"{path} holds something else: {'; '.join(rows)}. Type again with {update}"
+        f"{path} holds something else: {'; '.join(rows)}. Type {update}"
         "--force to extract afresh in its place, or --output FILE to keep both"
     )
 

@@ -1,0 +1,327 @@
+"""Extraction: right rows, resumed, refused when stale, nothing moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_helpers import encoded, make_folder, number_in, picture
+from featcache import extract as ex
+from featcache.backbone import load_backbone, state_sha256
+from featcache.cache import FeatureCache, part_path
+from featcache.config import ExtractConfig
+from featcache.data import load_dataset, normalize, to_pixels
+from featcache.engine import Engine, relative_error
+from featcache.errors import CacheError, UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """150 train pictures (three blocks) and 10 test pictures whose number is in their pixels."""
+    return make_folder(tmp_path_factory.mktemp("set") / "pets", train=75, test=5)
+
+
+def settings(dataset: Path | str, tmp_path: Path, **changes: object) -> ExtractConfig:
+    options = {"weights": "random", "image_px": 32, "cache_dir": tmp_path / "cache", **changes}
+    return ExtractConfig(dataset=str(dataset), **options)
+
+
+@pytest.fixture
+def mean_colour(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the network by one whose first two features are the picture's red and green.
+
+    Returns:
+        The sizes of the batches that it was given.
+    """
+    import featcache.engine
+
+    sizes: list[int] = []
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        sizes.append(len(pixels))
+        out = np.zeros((len(pixels), 512), np.float32)
+        out[:, :2] = pixels[:, 5, 5, :2]
+        return out
+
+    def choose(config: ExtractConfig, *rest: object) -> Engine:
+        return Engine(
+            name="torch",
+            precision="float32",
+            device="cpu",
+            batch_size=config.batch_size or 8,
+            threads=2,
+            run=run,
+            timings={},
+            max_error=0.0,
+        )
+
+    monkeypatch.setattr(featcache.engine, "choose_engine", choose)
+    return sizes
+
+
+def numbers(X: np.ndarray) -> list[int]:
+    return [int(row[0]) + 256 * int(row[1]) for row in X]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_rows_labels_and_ids_stay_aligned(
+    folder: Path, tmp_path: Path, mean_colour: list[int], workers: int, batch_size: int
+) -> None:
+    config = settings(folder, tmp_path, workers=workers, batch_size=batch_size)
+    report = ex.extract(config)
+    cache, dataset = FeatureCache(Path(report["cache"])), load_dataset(config)
+    for name, split in dataset.splits.items():
+        cached = cache.split(name)
+        X, y = cached
+        wanted = [number_in(np.asarray(split.load(i))) for i in range(len(split))]
+        assert numbers(X) == wanted
+        assert cached.ids == split.ids
+        assert y.tolist() == split.labels.tolist()
+        assert [cache.class_names[label] for label in y] == [i.split("/")[1] for i in split.ids]
+
+
+def test_features_are_the_plain_networks(folder: Path, tmp_path: Path) -> None:
+    config = settings(folder, tmp_path, views="flip", num_train=20)
+    report = ex.extract(config)
+    cache, split = FeatureCache(Path(report["cache"])), load_dataset(config).splits["train"]
+    prep = cache.meta.backbone.preprocessing
+    pixels = np.stack([to_pixels(split.load(i), prep) for i in range(len(split))])
+    network = load_backbone(config, config.seed)
+    with torch.inference_mode():
+        plain, flipped = (
+            network(normalize(torch.from_numpy(p.copy()), prep)).numpy()
+            for p in (pixels, pixels[:, :, ::-1])
+        )
+    assert relative_error(cache.split("train").view(0), plain) < 1e-4
+    assert relative_error(cache.split("train").view(1), flipped) < 1e-4
+
+
+def test_the_frozen_network_does_not_move(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featcache.extract.run as run
+
+    loaded = []
+
+    def load(*args: object) -> torch.nn.Module:
+        loaded.append(load_backbone(*args))
+        return loaded[0]
+
+    monkeypatch.setattr(run, "load_backbone", load)
+    config = settings(folder, tmp_path)
+    ex.extract(config)
+    assert state_sha256(loaded[0]) == state_sha256(load_backbone(config, config.seed))
+
+
+def test_two_runs_agree_whatever_the_workers(folder: Path, tmp_path: Path) -> None:
+    files = [
+        ex.extract(settings(folder, tmp_path / str(n), workers=n, batch_size=8))["cache"]
+        for n in (0, 3)
+    ]
+    one, two = (Path(file).read_bytes() for file in files)
+    assert one == two
+
+
+def test_a_hit_does_no_work_and_survives_a_move(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "first" / "pets")
+    first = ex.extract(settings(copy, tmp_path))
+    assert not first["hit"]
+    computed = len(mean_colour)
+    moved = copy.rename(tmp_path / "renamed pets")
+    for file in moved.rglob("*.png"):
+        file.touch()
+    second = ex.extract(settings(moved, tmp_path))
+    assert second["hit"]
+    assert second["cache"] == first["cache"]
+    assert len(mean_colour) == computed
+    assert second["splits"]["train"] == {
+        "num_samples": 150,
+        "num_resumed": 150,
+        "num_skipped": 0,
+        "seconds": 0.0,
+        "images_per_s": None,
+    }
+
+
+def test_other_settings_make_another_cache(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    changes = [{}, {"image_px": 48}, {"views": "flip"}, {"dtype": "float16"}, {"normalize": "half"}]
+    files = {ex.extract(settings(folder, tmp_path, **c))["cache"] for c in changes}
+    assert len(files) == len(changes)
+
+
+def change(copy: Path, what: str) -> None:
+    first = copy / "train" / "cat" / "000.png"
+    if what == "changed":
+        first.write_bytes(encoded(picture(4000)))
+    elif what == "added":
+        (copy / "train" / "cat" / "new.png").write_bytes(encoded(picture(4000)))
+    elif what == "removed":
+        first.unlink()
+    else:
+        first.rename(copy / "train" / "dog" / "moved.png")
+
+
+@pytest.mark.parametrize("what", ["changed", "added", "removed", "relabelled"])
+def test_stale_caches_are_refused_then_updated(
+    folder: Path, tmp_path: Path, mean_colour: list[int], what: str
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    path = ex.extract(settings(copy, tmp_path))["cache"]
+    change(copy, what)
+    with pytest.raises(CacheError) as caught:
+        ex.extract(settings(copy, tmp_path))
+    message = str(caught.value)
+    assert "dataset.fingerprint" in message
+    assert "000.png" in message or "new.png" in message
+    assert "--update" in message
+    del mean_colour[:]
+    report = ex.extract(settings(copy, tmp_path, update=True))
+    assert sum(mean_colour) == {"changed": 1, "added": 1, "removed": 0, "relabelled": 0}[what]
+    assert report["cache"] == path
+    fresh = ex.extract(settings(copy, tmp_path / "fresh"))
+    assert Path(path).read_bytes() == Path(fresh["cache"]).read_bytes()
+    assert ex.extract(settings(copy, tmp_path))["hit"]
+
+
+def test_an_explicit_output_refuses_other_settings(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    out = tmp_path / "mine.h5"
+    ex.extract(settings(folder, tmp_path, output=out))
+    with pytest.raises(CacheError, match=r"preprocessing\.image_px is 32 there, wanted 48"):
+        ex.extract(settings(folder, tmp_path, output=out, image_px=48))
+    ex.extract(settings(folder, tmp_path, output=out, image_px=48, force=True))
+    assert FeatureCache(out).meta.backbone.preprocessing.image_px == 48
+
+
+def test_changed_weights_are_refused(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    from safetensors.torch import save_file
+
+    network = load_backbone(settings(folder, tmp_path), 7)
+    file = tmp_path / "w.safetensors"
+    save_file(network.state_dict(), file)
+    ex.extract(settings(folder, tmp_path, weights=str(file)))
+    save_file(load_backbone(settings(folder, tmp_path), 8).state_dict(), file)
+    with pytest.raises(CacheError, match=r"backbone\.weights_sha256"):
+        ex.extract(settings(folder, tmp_path, weights=str(file)))
+
+
+def test_other_library_versions_are_named(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featcache.extract.request as request
+
+    ex.extract(settings(folder, tmp_path))
+    newer = {**request.numeric_versions(), "pillow": "99.0"}
+    monkeypatch.setattr(request, "numeric_versions", lambda: newer)
+    with pytest.raises(CacheError, match=r"versions\.pillow is .* there, wanted 99\.0"):
+        ex.extract(settings(folder, tmp_path))
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.cache import CacheWriter
+
+    write, written = CacheWriter.write_block, []
+
+    def stop_at_third(self: CacheWriter, *args: object) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(args)
+        write(self, *args)
+
+    monkeypatch.setattr(CacheWriter, "write_block", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        ex.extract(settings(folder, tmp_path))
+    monkeypatch.setattr(CacheWriter, "write_block", write)
+    assert not list((tmp_path / "cache").glob("*.h5"))
+    del mean_colour[:]
+    report = ex.extract(settings(folder, tmp_path))
+    assert report["splits"]["train"]["num_resumed"] == 128
+    assert sum(mean_colour) == 150 - 128 + 10
+    whole = ex.extract(settings(folder, tmp_path / "other"))
+    assert Path(report["cache"]).read_bytes() == Path(whole["cache"]).read_bytes()
+    assert not part_path(Path(report["cache"])).exists()
+
+
+def test_bad_pictures_stop_the_run_or_are_recorded(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    (copy / "train" / "cat" / "003.png").write_bytes(b"")
+    (copy / "test" / "dog" / "001.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"train/cat/003\.png.*--on-error skip"):
+        ex.extract(settings(copy, tmp_path))
+    report = ex.extract(settings(copy, tmp_path, on_error="skip"))
+    assert [s["num_skipped"] for s in report["splits"].values()] == [1, 1]
+    cache = FeatureCache(Path(report["cache"]))
+    assert cache.skipped == [("train", "train/cat/003.png", 2), ("test", "test/dog/001.png", 3)]
+    X, y = cache.split("train")
+    assert numbers(X) == [n for n in range(150) if n != 3]
+    assert len(y) == 149
+    again = ex.extract(settings(copy, tmp_path, on_error="skip"))
+    assert again["hit"]
+    assert again["splits"]["test"]["num_skipped"] == 1
+
+
+def test_features_that_are_not_finite_stop_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mean_colour: list[int]
+) -> None:
+    import featcache.engine
+
+    choose = featcache.engine.choose_engine
+
+    def broken(*args: object) -> Engine:
+        engine = choose(*args)
+        return dataclasses.replace(engine, run=lambda pixels: engine.run(pixels) * np.nan)
+
+    monkeypatch.setattr(featcache.engine, "choose_engine", broken)
+    with pytest.raises(UserError, match=r"train/cat/000\.png.*not finite"):
+        ex.extract(settings(folder, tmp_path))
+
+
+def test_random_views_are_seeded_and_differ(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    report = ex.extract(settings(folder, tmp_path, views="3", num_train=70))
+    split = FeatureCache(Path(report["cache"])).split("train")
+    assert split.views.shape == (4, 70, 512)
+    assert report["num_views"] == 4
+    again = ex.extract(settings(folder, tmp_path / "again", views="3", num_train=70))
+    assert Path(report["cache"]).read_bytes() == Path(again["cache"]).read_bytes()
+
+
+def test_the_report_is_json_and_complete(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    report = json.loads(json.dumps(ex.extract(settings(folder, tmp_path))))
+    wanted = "command cache hit backbone weights weights_sha256 feature_dim precision splits"
+    assert {*wanted.split(), "seconds_total"} <= report.keys()
+    assert report["splits"]["train"]["images_per_s"] > 0
+    lines = ex.summary_lines(report)
+    assert "150 train, 10 test" in lines[0]
+    assert lines[-1].startswith("next: train-head ")
+
+
+def test_odd_pictures_are_the_same_on_every_path(tmp_path: Path) -> None:
+    """A grey, an alpha and a rotated picture go through the whole chain."""
+    root = make_folder(tmp_path / "odd", train=2, test=1)
+    Image.new("L", (40, 20), 200).save(root / "train" / "cat" / "grey.png")
+    Image.new("RGBA", (20, 40), (255, 0, 0, 128)).save(root / "train" / "dog" / "alpha.png")
+    report = ex.extract(settings(root, tmp_path))
+    assert report["splits"]["train"]["num_samples"] == 6
