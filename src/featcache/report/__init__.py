@@ -2,7 +2,7 @@
 
 from featcache.report.advice import advice
 from featcache.report.plots import plot_accuracy_against_seconds
-from featcache.report.run import Predictions, Row, RunReport, benchmark_rows
+from featcache.report.run import Predictions, Row, RunReport, benchmark_rows, config_json
 from featcache.report.tables import break_even, markdown_table, speedups, text_table
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "advice",
     "benchmark_rows",
     "break_even",
+    "config_json",
     "markdown_table",
     "plot_accuracy_against_seconds",
     "speedups",

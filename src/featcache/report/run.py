@@ -122,6 +122,12 @@ class RunReport:
         return cls.from_dict(values)
 
 
+def config_json(config: Any) -> dict[str, Any]:
+    """A command's settings as JSON; paths become strings."""
+    fields = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One mode of a comparison: a line of its table and a line of its plot.

@@ -1,0 +1,151 @@
+"""A run's state after an epoch, from which it goes on as if it had never stopped.
+
+One safetensors file: the tensors that training moves, the optimizer's, and those of the best epoch
+so far where early stopping needs them; counters as JSON in its metadata. Nothing else carries state
+from one epoch to the next: order, flips and dropout are drawn from the seed and the epoch's number,
+learning rates from the step's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import FeatcacheError, UserError
+from featcache.finetune.parts import Parts
+from featcache.model_file import State, read_metadata, read_tensors, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "featcache-checkpoint-1"
+
+
+@dataclass
+class Progress:
+    """What a run has done so far.
+
+    Attributes:
+        epochs: One record per finished epoch, as in the report.
+        seconds: Wall seconds spent, earlier sessions included.
+        best_score: Held-out top-1 and negative loss of the best epoch, for early stopping.
+        best_epoch: Its number from 1, 0 before there is one.
+        best: Its moving tensors.
+    """
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    best_score: tuple[float, float] = (-1.0, 0.0)
+    best_epoch: int = 0
+    best: State = field(default_factory=dict)
+
+    @property
+    def stale_epochs(self) -> int:
+        """Epochs since the best one."""
+        return len(self.epochs) - self.best_epoch
+
+
+def run_key(settings: dict[str, Any]) -> str:
+    """Names a run by everything that decides its outcome: 64 hex digits."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where the checkpoint of a model file goes."""
+    return output.with_name(output.stem + ".checkpoint.safetensors")
+
+
+def save_checkpoint(
+    path: Path, key: str, progress: Progress, parts: Parts, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a run's state, atomically.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    tensors = {f"model/{name}": tensor for name, tensor in parts.moving_state().items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{n}": t for n, t in state.items() if t is not None}
+    counters = dataclasses.asdict(dataclasses.replace(progress, best={}))
+    metadata = {"format": FORMAT, "key": key, "progress": json.dumps(counters)}
+    write_safetensors(path, tensors, metadata)
+
+
+def load_checkpoint(
+    path: Path, key: str, parts: Parts, optimizer: torch.optim.Optimizer
+) -> Progress | None:
+    """Put a run back to where its checkpoint was written.
+
+    Returns:
+        What had been done; None when there is no checkpoint, or it is another run's.
+
+    Raises:
+        FeatcacheError: The checkpoint is this run's but damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        metadata = read_metadata(path)
+        if metadata.get("format") != FORMAT or metadata.get("key") != key:
+            return None
+        counters = json.loads(metadata["progress"])
+        counters["best_score"] = tuple(counters["best_score"])
+        groups = _grouped(read_tensors(path))
+        load_moving(parts, groups["model"])
+        _load_optimizer(optimizer, groups["optimizer"])
+        return Progress(**{**counters, "best": groups["best"]})
+    except (UserError, KeyError, ValueError, TypeError) as error:
+        raise FeatcacheError(
+            f"{path} is damaged ({error}); delete it, then the same command starts afresh"
+        ) from error
+
+
+def _grouped(tensors: State) -> dict[str, State]:
+    groups: dict[str, State] = {"model": {}, "best": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        group, rest = name.split("/", 1)
+        groups[group][rest] = tensor
+    return groups
+
+
+def load_moving(parts: Parts, tensors: State) -> None:
+    """Copy tensors into the model in place, so that the memory layout stays.
+
+    Raises:
+        ValueError: They are not exactly the model's moving tensors.
+    """
+    import torch
+
+    own = parts.moving_state()
+    if own.keys() != tensors.keys():
+        raise ValueError(f"{sorted(own.keys() ^ tensors.keys())[:3]} do not match")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ValueError(f"{name} has another shape")
+            tensor.copy_(tensors[name])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
+    """Restore the optimizer's tensors, each in its parameter's memory layout.
+
+    The layout matters: another one would take other code paths, and their rounding differs.
+    """
+    import torch
+
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states: dict[int, dict[str, torch.Tensor]] = {index: {} for index in range(len(params))}
+    for name, tensor in tensors.items():
+        number, what = name.split("/", 1)
+        index = int(number)
+        if tensor.shape == params[index].shape:
+            tensor = torch.empty_like(params[index]).copy_(tensor)  # noqa: PLW2901
+        states[index][what] = tensor
+    whole = {i: state for i, state in states.items() if state}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": whole})

@@ -1,0 +1,212 @@
+"""One fine-tuning run: epochs, scores, checkpoints, report.
+
+The test split is scored after every epoch because people want to watch it; nothing is chosen by
+it. What is chosen (the epoch to keep, the probe's regularisation) is chosen on held-out images, and
+the report says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+from featcache.config import FinetuneConfig
+from featcache.errors import FeatcacheError
+from featcache.finetune.checkpoint import (
+    Progress,
+    checkpoint_path,
+    load_checkpoint,
+    load_moving,
+    save_checkpoint,
+)
+from featcache.finetune.loop import Scores, score, train_epoch
+from featcache.finetune.probe import fit_probe, init_from_file
+from featcache.finetune.setup import Run, prepare
+from featcache.metrics import wilson_interval
+from featcache.model_file import ModelCard, write_model
+from featcache.report import Predictions, RunReport, config_json
+from featcache.runtime import environment, say
+
+if TYPE_CHECKING:
+    import torch
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Train a whole network, or parts of it, on the images themselves.
+
+    Args:
+        config: The command's settings.
+
+    Returns:
+        The command's JSON report; the model file and the report file are written.
+
+    Raises:
+        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+        FeatcacheError: The loss is not finite any more, or the GPU's memory is too small.
+        StorageError: A file could not be written.
+    """
+    import torch
+
+    start = time.perf_counter()
+    try:
+        # Same seed, same weights, on GPUs too.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            return _execute(prepare(config), start)
+    except torch.OutOfMemoryError as error:
+        raise FeatcacheError(
+            f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
+            "lower one, or --device cpu"
+        ) from error
+
+
+def _execute(run: Run, start: float) -> dict[str, Any]:
+    """Train from the beginning or from the checkpoint, score, write model and report."""
+    optimizer = run.parts.make_optimizer()
+    frozen = run.parts.frozen_sha256()
+    checkpoint = checkpoint_path(run.output)
+    progress = None
+    if run.config.resume:
+        progress = load_checkpoint(checkpoint, run.key, run.parts, optimizer)
+    num_resumed = len(progress.epochs) if progress else 0
+    if progress is None:
+        progress = Progress()
+        _initialise_head(run)
+    else:
+        say(f"going on after epoch {num_resumed} of {run.plan.epochs} from {checkpoint}")
+    start -= progress.seconds
+    scores = _train(run, optimizer, progress, start)
+    assert run.parts.frozen_sha256() == frozen, "a frozen part of the network moved"
+    report = _report(run, progress, scores, num_resumed)
+    _write_model(run, report)
+    report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
+    report.save(run.output.with_suffix(".json"))
+    checkpoint.unlink(missing_ok=True)
+    return report.to_json()
+
+
+def _initialise_head(run: Run) -> None:
+    if run.config.init_head is not None:
+        init_from_file(run.parts, run.config.init_head, run.info, run.dataset.class_names)
+    elif run.plan.probe:
+        num_classes = len(run.dataset.class_names)
+        run.probe = fit_probe(run.parts, run.train, run.prep, run.machine, num_classes)
+
+
+def _train(run: Run, optimizer: torch.optim.Optimizer, progress: Progress, start: float) -> Scores:
+    """Train the epochs that are left; ends with the test scores of the model that is kept."""
+    plan, parts, scores = run.plan, run.parts, None
+    for epoch in range(len(progress.epochs), plan.epochs):
+        if plan.patience and progress.stale_epochs >= plan.patience:
+            say(f"stopped early: no gain since epoch {progress.best_epoch}")
+            break
+        loss, seconds, wait = train_epoch(parts, optimizer, run.train, run.prep, run.machine, epoch)
+        record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
+        if run.held is not None:
+            _judge(run, progress, record)
+        scores = score(parts.model, run.test, run.prep, run.machine)
+        record |= {"test_top1": scores.top1, "test_loss": scores.loss}
+        record["eval_seconds"] = scores.seconds + record.get("val_seconds", 0.0)
+        progress.epochs.append(record)
+        say(epoch_line(record, plan.epochs))
+        if epoch + 1 < plan.epochs:
+            progress.seconds = time.perf_counter() - start
+            save_checkpoint(checkpoint_path(run.output), run.key, progress, parts, optimizer)
+    if progress.best and progress.best_epoch != len(progress.epochs):
+        load_moving(parts, progress.best)
+        scores = None
+    return scores or score(parts.model, run.test, run.prep, run.machine)
+
+
+def _judge(run: Run, progress: Progress, record: dict[str, Any]) -> None:
+    """Score the held-out images, and keep the epoch if it is the best so far."""
+    assert run.held is not None
+    held = score(run.parts.model, run.held, run.prep, run.machine)
+    record |= {"val_top1": held.top1, "val_loss": held.loss, "val_seconds": held.seconds}
+    if (held.top1, -held.loss) > progress.best_score:
+        progress.best_score, progress.best_epoch = (held.top1, -held.loss), record["epoch"]
+        progress.best = {n: t.detach().clone() for n, t in run.parts.moving_state().items()}
+
+
+def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+    """One epoch for people."""
+    held = f"  held-out {record['val_top1']:.3f}" if "val_top1" in record else ""
+    return (
+        f"epoch {record['epoch']}/{num_epochs}  loss {record['train_loss']:.3f}{held}  "
+        f"test {record['test_top1']:.3f}  {record['seconds']:.1f} s"
+        f" + {record['eval_seconds']:.1f} s scoring"
+    )
+
+
+def _report(run: Run, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
+    split, num_test = run.test.split, len(run.test)
+    right = int((scores.predicted == split.labels).sum())
+    seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
+    return RunReport(
+        command="finetune",
+        trainable_params=run.parts.trainable_params,
+        test_top1=scores.top1,
+        test_interval=wilson_interval(right, num_test),
+        seconds_total=0.0,  # known once the model is written
+        epochs=progress.epochs,
+        scored_on=f"test split ({num_test} images)",
+        chosen_on=run.chosen_on,
+        config=config_json(run.config),
+        provenance={
+            "backbone": dataclasses.asdict(run.info),
+            "dataset": dataclasses.asdict(run.dataset.info(run.config)),
+            "cache": None,
+        },
+        environment=environment() | run.machine.describe(),
+        more={
+            "model": str(run.output),
+            "seconds_per_epoch": seconds,
+            "images_per_s": len(run.train) / seconds,
+            "num_train": len(run.train),
+            "num_test": num_test,
+            "num_skipped": run.num_skipped,
+            "num_resumed_epochs": num_resumed,
+            "kept_epoch": progress.best_epoch or len(progress.epochs),
+            "read_seconds": run.read_seconds,
+            "recipe": dataclasses.asdict(run.plan),
+            "probe": run.probe,
+        },
+        class_names=run.dataset.class_names,
+        test=Predictions(
+            ids=split.ids,
+            labels=split.labels.tolist(),
+            predicted=scores.predicted.tolist(),
+            confidence=[round(float(c), 6) for c in scores.confidence],
+        ),
+    )
+
+
+def _write_model(run: Run, report: RunReport) -> None:
+    scores = {
+        "test_top1": report.test_top1,
+        "test_interval": list(report.test_interval),
+        "num_test": len(run.test),
+        "chosen_on": report.chosen_on,
+    }
+    card = ModelCard(
+        backbone=run.info.backbone,
+        class_names=run.dataset.class_names,
+        preprocessing=run.prep,
+        provenance={**report.provenance, "recipe": report.more["recipe"]},
+        scores=scores,
+    )
+    write_model(run.output, run.parts.model.state_dict(), card)
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    low, high = report["test_interval"]
+    skipped = sum(report["num_skipped"].values())
+    left_out = f"; {skipped} unreadable pictures left out" if skipped else ""
+    return [
+        f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
+        f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters",
+        f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
+        f"{report['seconds_total']:.1f} s in all{left_out}",
+        f"model: {report['model']}",
+    ]

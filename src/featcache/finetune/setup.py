@@ -1,0 +1,191 @@
+"""From settings to a run that is ready to train: data, network, device, names of files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.backbone import build_classifier, file_sha256, identify
+from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
+from featcache.data import ImageDataset, load_dataset
+from featcache.errors import UserError
+from featcache.finetune.checkpoint import run_key
+from featcache.finetune.images import Images, hold_out, read_images
+from featcache.finetune.loop import Machine
+from featcache.finetune.parts import Parts
+from featcache.finetune.plan import Plan, make_plan
+from featcache.runtime import num_cores, numeric_versions, pick_device
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(eq=False, kw_only=True)
+class Run:
+    """Everything that a run holds while it lasts.
+
+    `key` names it by all that decides its outcome; `chosen_on` says in words which images chose
+    something; `read_seconds` is what reading and decoding took before the first epoch.
+    """
+
+    config: FinetuneConfig
+    plan: Plan
+    info: BackboneInfo
+    dataset: ImageDataset
+    machine: Machine
+    parts: Parts
+    train: Images
+    test: Images
+    held: Images | None
+    chosen_on: str
+    num_skipped: dict[str, int]
+    read_seconds: float
+    key: str
+    output: Path
+    probe: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def prep(self) -> Preprocessing:
+        """How a picture becomes the network's input."""
+        return self.info.preprocessing
+
+
+def prepare(config: FinetuneConfig) -> Run:
+    """Load data and network and check that they fit, before any long work.
+
+    Raises:
+        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+    """
+    plan = make_plan(config)
+    if config.init_head is not None and not config.init_head.is_file():
+        raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+    info = identify(config, config.seed, config.cache_dir)
+    dataset = load_dataset(config)
+    machine = choose_machine(config)
+    parts = Parts(build_classifier(config, len(dataset.class_names), config.seed), plan)
+    check_input(parts.model, info, config)
+    _place(parts.model, machine)
+    start = time.perf_counter()
+    images, skipped = _read_splits(dataset, info.preprocessing, config, machine.workers)
+    read_seconds = time.perf_counter() - start
+    train, held, chosen_on = images["train"], None, "nothing: no setting was chosen by a score"
+    if plan.patience:
+        train, held, chosen_on = hold_out(train, images.get("val"), config)
+    _check_batches(parts, len(train))
+    key = run_key(_decisive(config, plan, info, dataset, machine, images))
+    return Run(
+        config=config,
+        plan=plan,
+        info=info,
+        dataset=dataset,
+        machine=machine,
+        parts=parts,
+        train=train,
+        test=images["test"],
+        held=held,
+        chosen_on=chosen_on,
+        num_skipped=skipped,
+        read_seconds=read_seconds,
+        key=key,
+        output=config.output or config.cache_dir / _file_name(plan, info, dataset, key),
+    )
+
+
+def choose_machine(config: FinetuneConfig) -> Machine:
+    """Where and how to compute.
+
+    The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
+    its continuation, round alike.
+    """
+    import torch
+
+    device = pick_device(config.device)
+    # The frozen network has to give the features that a cache would hold: float32.
+    amp = device == "cuda" and not config.freeze_backbone and torch.cuda.is_bf16_supported()
+    workers = num_cores() if config.workers is None else config.workers
+    return Machine(device=device, amp=amp, channels_last=device != "mps", workers=workers)
+
+
+def _place(model: nn.Module, machine: Machine) -> None:
+    import torch
+
+    layout = torch.channels_last if machine.channels_last else torch.preserve_format
+    model.to(machine.device).to(memory_format=layout)
+
+
+def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:
+    """See whether the network takes pictures of the size asked for.
+
+    Raises:
+        UserError: It does not.
+    """
+    import torch
+
+    side = info.preprocessing.image_px
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"{config.backbone} does not take pictures of {side} px ({reason}); "
+            "choose another size with --image-px, for example 224"
+        ) from error
+
+
+def _read_splits(
+    dataset: ImageDataset, prep: Preprocessing, config: FinetuneConfig, workers: int
+) -> tuple[dict[str, Images], dict[str, int]]:
+    wanted = ["train", "test"]
+    if config.patience and "val" in dataset.splits:
+        wanted.append("val")
+    images, skipped = {}, {}
+    for name in wanted:
+        images[name], skipped[name] = read_images(dataset.splits[name], prep, config, workers)
+    return images, skipped
+
+
+def _check_batches(parts: Parts, num_train: int) -> None:
+    """BatchNorm in train mode cannot average over one image.
+
+    Raises:
+        UserError: It would have to.
+    """
+    if parts.uses_batch_statistics() and min(num_train, parts.plan.batch_size) < 2:
+        what = "--batch-size 1" if num_train > 1 else "one train image"
+        raise UserError(
+            f"{what} gives BatchNorm nothing to average over: use at least 2, or --bn-eval True"
+        )
+
+
+def _decisive(
+    config: FinetuneConfig,
+    plan: Plan,
+    info: BackboneInfo,
+    dataset: ImageDataset,
+    machine: Machine,
+    images: dict[str, Images],
+) -> dict[str, Any]:
+    """All that decides a run's outcome, as JSON."""
+    kept = hashlib.sha256()
+    for name in sorted(images):
+        kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
+    return {
+        "plan": dataclasses.asdict(plan),
+        "backbone": dataclasses.asdict(info),
+        "dataset": dataset.fingerprint,
+        "images": kept.hexdigest(),
+        "init_head": file_sha256(config.init_head) if config.init_head else None,
+        "device": machine.device,
+        "versions": numeric_versions(),
+    }
+
+
+def _file_name(plan: Plan, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
+    what = "head" if plan.freeze_backbone else "+".join(plan.unfreeze) or "finetuned"
+    weights = Path(info.weights).stem
+    return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"

@@ -1,0 +1,153 @@
+"""Fine-tuned models as files: tensors in safetensors, the rest as JSON in its metadata.
+
+A model file carries its own preprocessing under the key that weights files use, so it also serves
+as `--weights FILE`: features of a fine-tuned backbone can be cached like any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.config import Preprocessing
+from featcache.errors import UserError
+from featcache.runtime import storage_errors
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT, VERSION = "featcache-model", 1
+MAX_CLASSES = 1_000_000
+
+State = dict[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model file says about its tensors.
+
+    `provenance` tells which weights it started from and which data it saw; `scores` holds the test
+    accuracy and how many images that stands on.
+    """
+
+    backbone: str
+    class_names: list[str]
+    preprocessing: Preprocessing
+    provenance: dict[str, Any]
+    scores: dict[str, Any]
+
+
+def write_safetensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:
+    """Write tensors so that `path` holds either its old content or all of the new.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the user's umask says; save_file ignores it
+            save_file(dense, temporary, metadata)
+            os.chmod(temporary, mode)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_model(path: Path, state: State, card: ModelCard) -> None:
+    """Write a whole classifier.
+
+    Args:
+        path: The .safetensors file.
+        state: Every parameter and buffer by name.
+        card: What they are.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    fields = dataclasses.asdict(card)
+    metadata = {name: json.dumps(value) for name, value in fields.items() if name != "backbone"}
+    metadata |= {"format": FORMAT, "version": str(VERSION), "backbone": card.backbone}
+    write_safetensors(path, state, metadata)
+
+
+def read_card(path: Path) -> ModelCard:
+    """Read what a model file says, without its tensors.
+
+    Raises:
+        UserError: Not a model file, of another version, or its metadata is damaged.
+    """
+    metadata = read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a fine-tuned model; give a file that finetune wrote")
+    if metadata.get("version") != str(VERSION):
+        raise UserError(
+            f"{path} is a model of version {metadata.get('version')!r:.20}, this program reads "
+            f"version {VERSION}; write it again with finetune"
+        )
+    try:
+        names = json.loads(metadata["class_names"])
+        if not _are_names(names):
+            raise UserError("class_names is not a list of different names")
+        return ModelCard(
+            backbone=metadata["backbone"],
+            class_names=names,
+            preprocessing=Preprocessing.from_dict(json.loads(metadata["preprocessing"])),
+            provenance=dict(json.loads(metadata["provenance"])),
+            scores=dict(json.loads(metadata["scores"])),
+        )
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        reason = f"{error}"[:200]
+        raise UserError(f"{path}: its metadata is damaged ({reason}); write it again") from error
+
+
+def _are_names(names: object) -> bool:
+    return (
+        isinstance(names, list)
+        and 0 < len(names) <= MAX_CLASSES
+        and all(isinstance(name, str) for name in names)
+        and len(set(names)) == len(names)
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file.
+
+    Raises:
+        UserError: There is no such file, or it is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; check the path") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); give another") from error
+
+
+def read_tensors(path: Path) -> State:
+    """Every tensor of a safetensors file, on the CPU.
+
+    Raises:
+        UserError: There is no such file, or it is no safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    read_metadata(path)
+    return load_file(path)
