@@ -65,6 +65,7 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
             f"{root} is one tree of {len(tree.by_class)} class folders without train/ and test/: "
             "say which share to set aside for testing, for example --test-fraction 0.2"
         )
+    _refuse_empty_classes(tree)
     every = _split_of("all", tree, root, sorted(tree.by_class), memo)
     splits = split_off_test(every, config.test_fraction, config.seed)
     return ImageDataset(
@@ -83,6 +84,7 @@ def _load_split_tree(
 ) -> ImageDataset:
     trees = {split: _read_tree(root, top) for split, top in tops.items()}
     class_names = sorted(trees["train"].by_class)
+    _refuse_empty_classes(trees["train"])
     for tree in trees.values():
         _refuse_other_classes(trees["train"], tree)
     if "test" not in trees:
@@ -139,8 +141,8 @@ def _read_tree(root: Path, top: Path) -> _Tree:
             tree.ignored[_suffix(entry.name)] += 1
     if loose:
         raise UserError(
-            f"{top} has {len(loose)} pictures outside class folders, such as {loose[0]}: move them "
-            f"into {top}/<class>/"
+            f"{top} has pictures outside class folders ({len(loose)}, such as {loose[0]}): move "
+            f"them into {top}/<class>/"
         )
     _check_tree(tree)
     return tree
@@ -165,13 +167,16 @@ def _check_tree(tree: _Tree) -> None:
         )
 
 
-def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
-    empty = [name for name, ids in sorted(train.by_class.items()) if not ids]
+def _refuse_empty_classes(tree: _Tree) -> None:
+    empty = [name for name, ids in sorted(tree.by_class.items()) if not ids]
     if empty:
         raise UserError(
-            f"no picture in class folder {train.top / empty[0]}{_and_more(empty)}: add some or "
+            f"no picture in class folder {tree.top / empty[0]}{_and_more(empty)}: add some or "
             "remove the folder"
         )
+
+
+def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
     only = {
         train.top: sorted(train.by_class.keys() - other.by_class.keys()),
         other.top: sorted(other.by_class.keys() - train.by_class.keys()),
@@ -264,8 +269,9 @@ def _is_picture(name: str) -> bool:
 
 
 def _counted(ignored: Counter[str]) -> str:
-    kinds = ", ".join(f"{suffix} {n}x" for suffix, n in ignored.most_common(3))
-    return f"{sum(ignored.values())} other files: {kinds}"
+    kinds = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    told = ", ".join(f"{suffix} {count}x" for suffix, count in kinds[:3])
+    return f"files of other kinds ({told}{', ...' if len(kinds) > 3 else ''})"
 
 
 def _and_more(names: list[str], shown: int = 1) -> str:

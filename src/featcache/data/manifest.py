@@ -142,7 +142,7 @@ def _header(file: Path, fields: list[str]) -> list[str]:
 def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
     where = f"{file}, line {line}"
     if len(fields) != len(header):
-        raise UserError(f"{where}: {len(fields)} fields, the header has {len(header)}")
+        raise UserError(f"{where}: fields: {len(fields)}, in the header: {len(header)}")
     values = dict(zip(header, fields, strict=True))
     if max(map(len, fields)) > MAX_FIELD or len(values["label"]) > MAX_LABEL:
         raise UserError(

@@ -1,0 +1,296 @@
+"""Class-folder trees: what is found, and what is said about what is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_helpers import config, encoded, make_folder, make_tree, number_in, picture
+from featcache.data import BadImage, load_dataset
+from featcache.data import folder as folder_module
+from featcache.errors import UserError
+
+
+def message(root: Path, tmp_path: Path, **settings: object) -> str:
+    with pytest.raises(UserError) as caught:
+        load_dataset(config(root, tmp_path, **settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_train_and_test(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "My Pets!", train=3, test=2)
+    dataset = load_dataset(config(root, tmp_path))
+    assert (dataset.name, dataset.kind) == ("my-pets", "folder")
+    assert dataset.class_names == ["cat", "dog"]
+    assert list(dataset.splits) == ["train", "test"]
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert train.ids == [f"train/{c}/{n:03d}.png" for c in ("cat", "dog") for n in range(3)]
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert test.ids[-1] == "test/dog/001.png"
+    numbers = [number_in(np.asarray(s.load(i))) for s in (train, test) for i in range(len(s))]
+    assert numbers == [0, 1, 2, 3, 4, 5, 1000, 1001, 1002, 1003]
+    assert dataset.notes == ()
+    info = dataset.info(config(root, tmp_path, seed=5))
+    assert (info.seed, info.test_fraction, info.num_train) == (0, None, None)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_val_alone_serves_as_test(tmp_path: Path, name: str) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "test").rename(root / name)
+    dataset = load_dataset(config(root, tmp_path))
+    assert list(dataset.splits) == ["train", "test"]
+    assert dataset.splits["test"].name == "test"
+    assert dataset.splits["test"].ids[0] == f"{name}/cat/000.png"
+
+
+def test_all_three_splits(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    make_tree(root / "val", {"cat": 1, "dog": 2})
+    dataset = load_dataset(config(root, tmp_path))
+    assert {name: len(s) for name, s in dataset.splits.items()} == {"train": 8, "test": 4, "val": 3}
+
+
+def test_one_tree_with_a_share_for_testing(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 20, "dog": 10, "eel": 1})
+    dataset = load_dataset(config(root, tmp_path, test_fraction=0.3, seed=3))
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert np.bincount(test.labels, minlength=3).tolist() == [6, 3, 0]
+    assert not set(train.ids) & set(test.ids)
+    assert train.ids == sorted(train.ids)
+    assert train.ids[0].startswith("cat/")
+    for split in (train, test):
+        for row, sample_id in enumerate(split.ids):
+            first = {"cat": 0, "dog": 20, "eel": 30}[sample_id[:3]]
+            assert number_in(np.asarray(split.load(row))) == first + int(sample_id[4:7])
+    again = load_dataset(config(root, tmp_path, test_fraction=0.3, seed=3))
+    other = load_dataset(config(root, tmp_path, test_fraction=0.3, seed=4))
+    assert again.splits["test"].ids == test.ids != other.splits["test"].ids
+    info = dataset.info(config(root, tmp_path, test_fraction=0.3, seed=3))
+    assert (info.seed, info.test_fraction) == (3, 0.3)
+
+
+def test_a_class_called_train_in_a_tree_of_vehicles(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "vehicles", {"bus": 5, "train": 5})
+    dataset = load_dataset(config(root, tmp_path, test_fraction=0.2))
+    assert dataset.class_names == ["bus", "train"]
+
+
+def test_nested_folders_hidden_files_and_other_files(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    make_tree(root / "train" / "cat", {"more": 1, ".hidden": 1, "__MACOSX": 1}, first=50)
+    for name in (".DS_Store", "._000.png", "Thumbs.db", "notes.txt", "list.txt", "README"):
+        (root / "train" / "cat" / name).write_bytes(b"x")
+    (root / "train" / "labels.csv").write_text("x")
+    (root / "train" / "cat" / "B.JPeG").write_bytes(encoded(picture(9), "JPEG"))
+    (root / "extra").mkdir()
+    dataset = load_dataset(config(root, tmp_path))
+    assert dataset.splits["train"].ids == [
+        "train/cat/000.png",
+        "train/cat/B.JPeG",
+        "train/cat/more/000.png",
+        "train/dog/000.png",
+    ]
+    assert dataset.notes == (
+        "ignored files of other kinds (.txt 2x, .csv 1x, .db 1x, ...)",
+        "ignored folders beside train/: extra",
+    )
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    elsewhere = make_tree(tmp_path / "elsewhere", {"eel": 2}, first=70)
+    (root / "train" / "eel").symlink_to(elsewhere / "eel")
+    (root / "test" / "eel").mkdir()
+    (root / "test" / "eel" / "x.png").symlink_to(elsewhere / "eel" / "001.png")
+    (root / "test" / "eel" / "y.png").symlink_to(elsewhere / "absent.png")
+    dataset = load_dataset(config(root, tmp_path))
+    assert dataset.splits["train"].ids[-1] == "train/eel/001.png"
+    assert number_in(np.asarray(dataset.splits["test"].load(2))) == 71
+    with pytest.raises(BadImage, match="missing"):
+        dataset.splits["test"].load(3)
+
+
+def test_a_loop_of_links_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "cat" / "again").symlink_to(root / "train")
+    assert "is a link to a folder that contains it: remove the link" in message(root, tmp_path)
+
+
+def test_a_link_to_itself_is_not_followed(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    (root / "train" / "cat" / "self.png").symlink_to(root / "train" / "cat" / "self.png")
+    dataset = load_dataset(config(root, tmp_path))
+    with pytest.raises(BadImage, match="unreadable"):
+        dataset.splits["train"].load(1)
+
+
+def test_folders_too_deep(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "cat").joinpath(*"d" * 40).mkdir(parents=True)
+    assert "more than 32 folders deep" in message(root, tmp_path)
+
+
+def test_special_files_are_samples_that_cannot_be_read(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    os.mkfifo(root / "train" / "cat" / "pipe.jpg")
+    split = load_dataset(config(root, tmp_path)).splits["train"]
+    assert split.content[1].tolist() == [0] * 31 + [5]
+    with pytest.raises(BadImage, match="not a regular file"):
+        split.load(1)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    root.mkdir()
+    assert message(root, tmp_path) == (
+        f"{root} has no class folders: put pictures into {root}/<class>/"
+    )
+    (root / "a.txt").write_text("x")
+    assert "has no class folders (only files of other kinds (.txt 1x))" in message(root, tmp_path)
+
+
+def test_folders_without_a_picture(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.heic").write_bytes(b"x")
+    said = message(root, tmp_path, test_fraction=0.2)
+    assert said.startswith(
+        f"no picture in the class folders of {root}, only files of other kinds (.heic 2x); "
+        "file names that count end in .bmp, .gif,"
+    )
+    assert ".jpg" in said
+    assert ".webp" in said
+
+
+def test_pictures_outside_class_folders(tmp_path: Path) -> None:
+    root = tmp_path / "pets"
+    root.mkdir()
+    for name in ("b.png", "a.png"):
+        (root / name).write_bytes(encoded(picture(0)))
+    assert message(root, tmp_path) == (
+        f"{root} has pictures outside class folders (2, such as a.png): move them into "
+        f"{root}/<class>/"
+    )
+    split = make_folder(tmp_path / "split")
+    (split / "train" / "z.png").write_bytes(encoded(picture(0)))
+    assert f"{split}/train has pictures outside class folders (1, such as z.png)" in message(
+        split, tmp_path
+    )
+
+
+def test_one_class_only(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 3})
+    said = message(root, tmp_path, test_fraction=0.2)
+    assert said == f"{root} has one class folder only, 'cat': a classifier needs two or more"
+
+
+def test_the_share_has_to_be_said(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 3, "dog": 3})
+    assert message(root, tmp_path) == (
+        f"{root} is one tree of 2 class folders without train/ and test/: say which share to set "
+        "aside for testing, for example --test-fraction 0.2"
+    )
+
+
+def test_the_share_may_not_be_said_twice(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    said = message(root, tmp_path, test_fraction=0.2)
+    assert said == f"{root} has its own test/: leave out --test-fraction"
+
+
+def test_half_a_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    shutil.rmtree(root / "test")
+    assert message(root, tmp_path) == (
+        f"{root} has train/ but neither test/ nor val/: add one, or give {root}/train itself with "
+        "--test-fraction 0.2"
+    )
+    (root / "train").rename(root / "test")
+    assert message(root, tmp_path) == (
+        f"{root} has test/ but no train/: add train/<class>/ folders"
+    )
+
+
+def test_two_folders_for_one_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "val").mkdir()
+    (root / "valid").mkdir()
+    assert message(root, tmp_path) == f"{root} has both val/ and valid/: keep one of them"
+
+
+def test_classes_that_differ(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "test" / "dog").rename(root / "test" / "dogs")
+    make_tree(root / "train", {"eel": 1})
+    assert message(root, tmp_path) == (
+        f"the class folders of {root}/train and test/ differ: only train/ has 'dog', 'eel'; only "
+        "test/ has 'dogs'; make them the same"
+    )
+
+
+def test_an_empty_class_folder(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "eel").mkdir()
+    (root / "test" / "eel").mkdir()
+    assert message(root, tmp_path) == (
+        f"no picture in class folder {root}/train/eel: add some or remove the folder"
+    )
+    make_tree(root / "train", {"eel": 1})
+    assert load_dataset(config(root, tmp_path)).class_names == ["cat", "dog", "eel"]
+
+
+def test_an_empty_class_folder_in_a_single_tree(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 5, "dog": 5})
+    (root / "eel").mkdir()
+    said = message(root, tmp_path, test_fraction=0.2)
+    assert said == f"no picture in class folder {root}/eel: add some or remove the folder"
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"new\nline.png", b"\x7f.png"])
+def test_names_that_cannot_be_told(tmp_path: Path, name: bytes) -> None:
+    root = make_folder(tmp_path / "pets")
+    try:
+        with open(os.fsencode(root / "train" / "cat") + b"/" + name, "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    said = message(root, tmp_path)
+    assert f"the name {name!r} in {root}/train/cat is not UTF-8, or has control" in said
+
+
+def test_names_in_any_script(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "haustiere", train=1, test=1)
+    for split in ("train", "test"):
+        (root / split / "dog").rename(root / split / "чёрный кот 猫 🐈")
+    dataset = load_dataset(config(root, tmp_path))
+    assert dataset.class_names == ["cat", "чёрный кот 猫 🐈"]
+    assert len(dataset.fingerprint) == 64
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "pets")
+
+    def denied(_: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder_module.os, "scandir", denied)
+    assert message(root, tmp_path) == (
+        f"cannot list {root}: Permission denied; make it readable, or give another folder"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list everything")
+def test_a_class_folder_without_permission(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "cat").chmod(0)
+    try:
+        assert f"cannot list {root}/train/cat: Permission denied" in message(root, tmp_path)
+    finally:
+        (root / "train" / "cat").chmod(0o700)

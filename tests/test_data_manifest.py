@@ -1,0 +1,267 @@
+"""CSV manifests: what is read, and one line for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_helpers import config, make_tree, number_in
+from featcache.data import BadImage, load_dataset
+from featcache.errors import UserError
+
+GOOD = [
+    "path,label,split",
+    "img/a/000.png,cat,train",
+    "img/a/001.png,cat,test",
+    "img/b/000.png,dog,train",
+    "img/b/001.png,dog,test",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_tree(tmp_path / "set" / "img", {"a": 3, "b": 3})
+    return tmp_path / "set"
+
+
+def write(folder: Path, lines: list[str] | bytes) -> Path:
+    file = folder / "list.csv"
+    file.write_bytes(lines if isinstance(lines, bytes) else "\n".join(lines).encode() + b"\n")
+    return file
+
+
+def message(file: Path, tmp_path: Path, **settings: object) -> str:
+    with pytest.raises(UserError) as caught:
+        load_dataset(config(file, tmp_path, **settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(file), "list.csv").replace(str(file.parent), "DIR")
+
+
+def test_with_splits(folder: Path, tmp_path: Path) -> None:
+    dataset = load_dataset(config(write(folder, GOOD), tmp_path))
+    assert (dataset.name, dataset.kind, dataset.class_names) == ("list", "manifest", ["cat", "dog"])
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert train.ids == ["img/a/000.png", "img/b/000.png"]
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1]
+    assert train.weights is None
+    assert [number_in(np.asarray(test.load(i))) for i in range(2)] == [1, 4]
+    assert dataset.info(config(folder, tmp_path)).seed == 0
+
+
+def test_rows_are_sorted_whatever_the_files_order(folder: Path, tmp_path: Path) -> None:
+    one = load_dataset(config(write(folder, GOOD), tmp_path))
+    two = load_dataset(config(write(folder, [GOOD[0], *GOOD[:0:-1]]), tmp_path))
+    assert one.splits["train"].ids == two.splits["train"].ids
+    assert one.fingerprint == two.fingerprint
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "\ufeff" + "\n".join(GOOD),  # a byte order mark
+        "\r\n".join(GOOD),
+        "\n\n".join(GOOD),  # empty lines
+        "\n".join(line.replace("img/a/000.png", '"img/a/000.png"') for line in GOOD),
+        "\n".join([GOOD[0].upper(), *GOOD[1:]]),
+        "\n".join([GOOD[0].replace(",", " , "), *GOOD[1:]]),
+        "\n".join(line.replace(",cat,train", ", cat ,Train ") for line in GOOD),
+        "\n".join(",".join(reversed(line.split(","))) for line in GOOD),
+    ],
+)
+def test_forms_that_mean_the_same(folder: Path, tmp_path: Path, data: str) -> None:
+    dataset = load_dataset(config(write(folder, data.encode()), tmp_path))
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
+
+
+def test_a_share_for_testing(folder: Path, tmp_path: Path) -> None:
+    lines = ["path,label", *(f"img/{c}/00{n}.png,{c}" for c in "ab" for n in range(3))]
+    dataset = load_dataset(config(write(folder, lines), tmp_path, test_fraction=0.34))
+    assert dataset.splits["test"].labels.tolist() == [0, 1]
+    assert dataset.info(config(folder, tmp_path, seed=42)).seed == 42
+
+
+def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, tmp_path: Path) -> None:
+    lines = [GOOD[0] + ",weight,camera"]
+    lines += [f"{line.replace(',test', ',val')},{n}.5,x" for n, line in enumerate(GOOD[1:])]
+    dataset = load_dataset(config(write(folder, lines), tmp_path))
+    assert list(dataset.splits) == ["train", "test"]
+    weights = dataset.splits["train"].weights
+    assert weights is not None
+    assert (weights.dtype, weights.tolist()) == (np.float32, [0.5, 2.5])
+    assert dataset.notes == ("ignored columns of the manifest: 'camera'",)
+
+
+def test_all_three_splits(folder: Path, tmp_path: Path) -> None:
+    dataset = load_dataset(config(write(folder, [*GOOD, "img/a/002.png,cat,val"]), tmp_path))
+    assert list(dataset.splits) == ["train", "test", "val"]
+
+
+def test_a_class_without_test_rows_is_fine(folder: Path, tmp_path: Path) -> None:
+    dataset = load_dataset(config(write(folder, GOOD[:-1]), tmp_path))
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.splits["test"].labels.tolist() == [0]
+
+
+WRONG = {
+    "empty file": (b"", "list.csv, line 1: no column 'path' and 'label'; the first line is '', "),
+    "no path": (["label,split", "a,b"], "list.csv, line 1: no column 'path'; the first line is "),
+    "semicolons": (["path;label", "a;b"], "no column 'path' and 'label'; the first line is 'path;"),
+    "column twice": (["path,label,label"], "list.csv, line 1: column 'label' is there twice"),
+    "header only": (["path,label"], "list.csv has a header but no rows: add lines of path,label"),
+    "too few fields": ([*GOOD, "img/a/002.png"], "list.csv, line 6: fields: 1, in the header: 3"),
+    "too many fields": ([*GOOD, "a,b,train,c"], "list.csv, line 6: fields: 4, in the header: 3"),
+    "empty path": ([*GOOD, ",cat,train"], "list.csv, line 6: the path is empty"),
+    "empty label": ([*GOOD, "img/a/002.png, ,train"], "list.csv, line 6: the label is empty"),
+    "empty split": ([*GOOD, "img/a/002.png,cat,"], "list.csv, line 6: split ''; one of train, "),
+    "odd split": ([*GOOD, "img/a/002.png,cat,dev"], "list.csv, line 6: split 'dev'; one of train,"),
+    "missing file": (
+        [*GOOD, "img/a/009.png,cat,train"],
+        "list.csv, line 6: img/a/009.png: No such file or directory; correct the path, or skip "
+        "such rows with --on-error skip",
+    ),
+    "backslashes": ([*GOOD, "img\\a\\002.png,cat,train"], "(write / between folders)"),
+    "a folder": ([*GOOD, "img/a,cat,train"], "list.csv, line 6: img/a is not a file"),
+    "absolute": ([*GOOD, "/etc/passwd,cat,train"], "line 6: /etc/passwd is an absolute path; give"),
+    "outside": ([*GOOD, "../x.png,cat,train"], "line 6: ../x.png leaves the manifest's folder"),
+    "outside and back": ([*GOOD, "img/../../x,cat,train"], "line 6: img/../../x leaves the"),
+    "itself": ([*GOOD, ".,cat,train"], "line 6: . leaves the manifest's folder; paths must stay"),
+    "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: img/a/000.png was given in line 2 already"),
+    "twice in disguise": ([*GOOD, "./img/b/../a/000.png,dog,test"], "line 6: ./img/b/../a/000.png"),
+    "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: one label only among the train rows, 'c"),
+    "class only in test": (
+        [*GOOD, "img/a/002.png,eel,test"],
+        "list.csv, line 6: label 'eel' has no train row; add one or correct the label",
+    ),
+    "no train": ([GOOD[0], GOOD[2], GOOD[4]], "list.csv: no row has split train; train and test"),
+    "no test": ([GOOD[0], GOOD[1], GOOD[3]], "list.csv: no row has split test; train and test ar"),
+    "latin-1": ("\n".join([*GOOD, "café"]).encode("latin-1"), "list.csv, line 6: not UTF-8"),
+    "utf-16": ("\n".join(GOOD).encode("utf-16"), "list.csv, line 1: has a NUL byte; save the file"),
+    "NUL": ([*GOOD, "a\0b,cat,train"], "list.csv, line 6: has a NUL byte; save the file as text"),
+    "control": ([*GOOD, "a\x1bb,cat,train"], "line 6: a field has a line break or another control"),
+    "line break": ([*GOOD, '"a', 'b",cat,train'], "list.csv, line 7: a field has a line break or"),
+    "open quote": ([*GOOD, '"a,cat,train'], "list.csv, line 6: not CSV: unexpected end of data"),
+    "stray quote": ([*GOOD, '"a"b,cat,train'], "list.csv, line 6: not CSV: ',' expected after"),
+    "huge field": (
+        [*GOOD, "a" * 200_000 + ",cat,train"],
+        "list.csv, line 6: not CSV: field larger",
+    ),
+    "long field": (
+        [*GOOD, "a" * 5000 + ",cat,train"],
+        "list.csv, line 6: a field is too long; at ",
+    ),
+    "long label": (
+        [*GOOD, f"a,{'c' * 300},train"],
+        "list.csv, line 6: a field is too long; at mos",
+    ),
+    "long name": ([*GOOD, "a" * 300 + ",cat,train"], "File name too long; correct the path"),
+    "old Mac": ("\r".join(GOOD).encode(), "line 1: not CSV: new-line character seen in unquoted"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_with_its_line(case: str, folder: Path, tmp_path: Path) -> None:
+    lines, said = WRONG[case]
+    assert said in message(write(folder, lines), tmp_path)
+
+
+@pytest.mark.parametrize("weight", ["", "x", "nan", "inf", "-1", "1e39", "1_0x"])
+def test_weights_are_numbers(weight: str, folder: Path, tmp_path: Path) -> None:
+    lines = [GOOD[0] + ",weight", *(f"{line},{weight}" for line in GOOD[1:])]
+    said = message(write(folder, lines), tmp_path)
+    assert said == f"list.csv, line 2: weight {weight!r}; give a number of 0 or more"
+
+
+def test_a_share_is_said_if_and_only_if_it_is_needed(folder: Path, tmp_path: Path) -> None:
+    said = message(write(folder, GOOD), tmp_path, test_fraction=0.2)
+    assert said == "list.csv has a column split of its own: leave out --test-fraction"
+    lines = [",".join(line.split(",")[:2]) for line in GOOD]
+    said = message(write(folder, lines), tmp_path)
+    assert "say which share to set aside for testing, for example --test-fraction 0.2" in said
+
+
+def test_links_must_stay_inside_too(folder: Path, tmp_path: Path) -> None:
+    make_tree(tmp_path / "secret", {"a": 1})
+    (folder / "link.png").symlink_to(tmp_path / "secret" / "a" / "000.png")
+    (folder / "dir").symlink_to(tmp_path / "secret")
+    (folder / "fine.png").symlink_to(folder / "img" / "a" / "002.png")
+    for path in ("link.png", "dir/a/000.png"):
+        said = message(write(folder, [*GOOD, f"{path},cat,train"]), tmp_path)
+        assert said.startswith(f"list.csv, line 6: {path} leaves the manifest's folder")
+    dataset = load_dataset(config(write(folder, [*GOOD, "fine.png,cat,train"]), tmp_path))
+    assert number_in(np.asarray(dataset.splits["train"].load(0))) == 2
+
+
+def test_a_folder_whose_name_starts_alike_is_outside(folder: Path, tmp_path: Path) -> None:
+    make_tree(tmp_path / "set2", {"a": 1})
+    (folder / "link.png").symlink_to(tmp_path / "set2" / "a" / "000.png")
+    assert "leaves" in message(write(folder, [*GOOD, "link.png,cat,train"]), tmp_path)
+
+
+def test_a_manifest_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
+    write(folder, GOOD)
+    (tmp_path / "other").symlink_to(folder)
+    dataset = load_dataset(config(tmp_path / "other" / "list.csv", tmp_path))
+    assert number_in(np.asarray(dataset.splits["train"].load(1))) == 3
+
+
+def test_missing_files_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+    file = write(folder, [*GOOD, "img/a/009.png,cat,train"])
+    split = load_dataset(config(file, tmp_path, on_error="skip")).splits["train"]
+    assert split.ids[1] == "img/a/009.png"
+    assert split.content[1].tolist() == [0] * 31 + [6]
+    with pytest.raises(BadImage, match="missing"):
+        split.load(1)
+
+
+def test_a_manifest_that_is_far_too_large(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.data.manifest.MAX_BYTES", 50)
+    assert "is larger than 50 bytes" in message(write(folder, GOOD), tmp_path)
+
+
+def fuzz(folder: Path, tmp_path: Path, rng: random.Random, cases: int) -> int:
+    """Mutated manifests load or are refused in one line; how many were refused."""
+    good = "\n".join(GOOD).encode()
+    tokens = [
+        b",",
+        b'"',
+        b"\n",
+        b"\r",
+        b"\0",
+        b"\xff",
+        b"../",
+        b"/",
+        b"train",
+        b"cat",
+        b"\xef\xbb\xbf",
+    ]
+    refused = 0
+    for _ in range(cases):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            place = rng.randrange(len(data))
+            length = rng.choice([0, 0, 1, 6])
+            data[place : place + length] = rng.choice([*tokens, bytes([rng.randrange(256)])])
+        said = ""
+        try:
+            dataset = load_dataset(config(write(folder, bytes(data)), tmp_path))
+            assert all(len(split) for split in dataset.splits.values())
+        except UserError as error:
+            said = str(error)
+        assert "\n" not in said
+        refused += bool(said)
+    return refused
+
+
+def test_damaged_manifests(folder: Path, tmp_path: Path) -> None:
+    assert fuzz(folder, tmp_path, random.Random(0), 300) > 100
+
+
+@pytest.mark.slow
+def test_damaged_manifests_at_length(folder: Path, tmp_path: Path) -> None:
+    assert fuzz(folder, tmp_path, random.Random(1), 20_000) > 5000
