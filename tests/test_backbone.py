@@ -24,7 +24,11 @@ def bundled(**changes: object) -> BackboneConfig:
 
 def test_identity_of_the_bundled_backbone(tmp_path: Path) -> None:
     info = bb.identify(bundled(), 0, tmp_path)
-    assert (info.backbone, info.weights, info.weights_sha256) == ("resnet18", "bundled", BUNDLED_SHA)
+    assert (info.backbone, info.weights, info.weights_sha256) == (
+        "resnet18",
+        "bundled",
+        BUNDLED_SHA,
+    )
     assert info.feature_dim == 512
     prep = info.preprocessing
     assert (prep.image_px, prep.resize, prep.resize_px) == (64, "crop", 64)

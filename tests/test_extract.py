@@ -206,9 +206,7 @@ def test_an_explicit_output_refuses_other_settings(
     assert FeatureCache(out).meta.backbone.preprocessing.image_px == 48
 
 
-def test_changed_weights_are_refused(
-    folder: Path, tmp_path: Path, mean_colour: list[int]
-) -> None:
+def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: list[int]) -> None:
     from safetensors.torch import save_file
 
     network = load_backbone(settings(folder, tmp_path), 7)

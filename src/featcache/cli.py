@@ -51,6 +51,18 @@ COMMANDS = {
         summary="finetune:summary_lines",
         help="train the whole network on the images, for comparison",
     ),
+    "info": Command(
+        config="InfoConfig",
+        worker="extract:inspect",
+        summary="extract:inspect_lines",
+        help="show what a cache holds and where it came from",
+    ),
+    "verify": Command(
+        config="VerifyConfig",
+        worker="extract:check",
+        summary="extract:check_lines",
+        help="check a cache for damage, and repair it",
+    ),
 }
 
 
@@ -82,7 +94,7 @@ def _one_line(boxed: str, prog: str) -> str:
     for row in rows[1:]:  # the first row is the frame's title
         if row.startswith(("For full helptext", "Argument helptext")):
             break
-        if row and not row.startswith("─"):
+        if row.strip("─-"):  # not a rule
             text.append(row)
     sentence = " ".join(text).rstrip(".")
     if sentence.startswith("Error parsing ") and "Config: " in sentence:

@@ -9,9 +9,11 @@ from featcache.config.commands import (
     DataConfig,
     ExtractConfig,
     FinetuneConfig,
+    InfoConfig,
     OutputConfig,
     Solver,
     TrainHeadConfig,
+    VerifyConfig,
 )
 from featcache.config.records import (
     HALF,
@@ -39,12 +41,14 @@ __all__ = [
     "DatasetInfo",
     "ExtractConfig",
     "FinetuneConfig",
+    "InfoConfig",
     "Interpolation",
     "OutputConfig",
     "Preprocessing",
     "Resize",
     "Solver",
     "TrainHeadConfig",
+    "VerifyConfig",
     "Views",
     "flatten",
 ]

@@ -11,7 +11,7 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
     """Raise UserError unless `value` is None or a number in [low, high]."""
     if value is None or (math.isfinite(value) and low <= value <= high):
         return
-    wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
     raise UserError(f"--{name.replace('_', '-')} {value} is out of range: give a number {wanted}")
 
 

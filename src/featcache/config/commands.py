@@ -270,3 +270,29 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.1")
         if self.freeze_backbone and self.unfreeze:
             raise UserError("--freeze-backbone and --unfreeze contradict each other: give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(OutputConfig):
+    """Show what a cache holds and where it came from."""
+
+    cache: Path
+    """A file written by extract-features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(OutputConfig):
+    """Check a cache's structure, checksums, labels, ids and ranges, and name damaged rows."""
+
+    cache: Path
+    """A file written by extract-features."""
+    repair: bool = False
+    """Compute the damaged blocks again; needs --dataset."""
+    dataset: str | None = None
+    """The dataset that the cache was made from, for --repair."""
+    data_root: Path = Path("data")
+    """Where torchvision keeps its datasets."""
+    weights: str | None = None
+    """The weights file that the cache was made with, where they were given by file."""
+    seed: int = 42
+    """The seed that the cache was made with."""

@@ -2,5 +2,16 @@
 
 from featcache.extract.request import cache_path, find_hit, wanted_meta
 from featcache.extract.run import extract, summary_lines
+from featcache.extract.upkeep import check, check_lines, inspect, inspect_lines
 
-__all__ = ["cache_path", "extract", "find_hit", "summary_lines", "wanted_meta"]
+__all__ = [
+    "cache_path",
+    "check",
+    "check_lines",
+    "extract",
+    "find_hit",
+    "inspect",
+    "inspect_lines",
+    "summary_lines",
+    "wanted_meta",
+]

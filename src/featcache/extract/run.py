@@ -98,14 +98,14 @@ def _run(
     with open_writer(path, meta, names, rows, force=config.force, reuse=old) as writer:
         timer.seconds["start_up"] = time.perf_counter() - start
         for split in dataset.splits.values():
-            progress[split.name] = _fill(config, writer, split, meta, engine, timer)
+            progress[split.name] = fill_split(config, writer, split, meta, engine, timer)
         assert state_sha256(backbone) == before, "the frozen network moved"
         with timer("finish"):
             writer.finish()
     return progress, timer, engine
 
 
-def _fill(
+def fill_split(
     config: ExtractConfig,
     writer: CacheWriter,
     split: ImageSplit,

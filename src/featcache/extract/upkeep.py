@@ -1,0 +1,168 @@
+"""Looking into a cache: what it holds, whether it is sound, and mending what is not."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from featcache.backbone import identify, load_backbone
+from featcache.cache import info, prepare_repair, read_meta, verify
+from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
+from featcache.data import REASONS, ImageDataset, describe
+from featcache.errors import CacheError, UserError
+from featcache.extract.run import fill_split
+from featcache.runtime import StageTimer, pick_device
+
+if TYPE_CHECKING:
+    from featcache.cache import VerifyReport
+
+EXIT_DAMAGED = 2
+MAX_LISTED = 10
+
+
+def inspect(config: InfoConfig) -> dict[str, Any]:
+    """What a cache, finished or not, says about itself; features are not read.
+
+    Raises:
+        CacheError: Not a cache, or its description of itself is damaged.
+    """
+    return {"command": "info", **info(config.cache)}
+
+
+def inspect_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    meta = report["meta"]
+    backbone, dataset = meta["backbone"], meta["dataset"]
+    prep = backbone["preprocessing"]
+    state = "finished" if report["finished"] else "unfinished: run extract-features again"
+    lines = [
+        f"{report['path']}: cache format {report['format_version']}, {state}, "
+        f"{report['file_bytes'] / 1e6:.1f} MB",
+        f"backbone   {backbone['backbone']}, weights {backbone['weights']} "
+        f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
+        f"pictures   {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
+        f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
+        f"computed   by {meta['engine']} in {meta['precision']}, "
+        + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
+        f"views      {meta['views']['num']} ({meta['views']['kind']})",
+        f"dataset    {dataset['name']} ({dataset['kind']}), fingerprint "
+        f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
+        + _some(report["class_names"]),
+    ]
+    for name, split in report["splits"].items():
+        done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
+        lines.append(
+            f"{name:<10} {split['num_samples']} images, {split['num_skipped']} skipped"
+            + ("" if report["finished"] else done)
+        )
+        lines += [
+            f"           skipped {row['id']}: {REASONS.get(row['code'], 'unknown reason')}"
+            for row in split["skipped"][:MAX_LISTED]
+        ]
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (", …" if len(names) > MAX_LISTED else "")
+
+
+def check(config: VerifyConfig) -> dict[str, Any]:
+    """Check every byte of a cache that can be checked; with `repair`, compute damaged blocks anew.
+
+    Returns:
+        The JSON report; `exit_code` is 2 where the cache is not sound in the end.
+
+    Raises:
+        CacheError: There is no such file, or its damage cannot be repaired.
+        UserError: The dataset or weights are not those of the cache.
+    """
+    found = verify(config.cache)
+    report = {"command": "verify", **found.to_dict(), "num_repaired": 0}
+    if config.repair and found.finished and not found.ok:
+        num_repaired = _repair(config, found)
+        report |= {**verify(config.cache).to_dict(), "num_repaired": num_repaired}
+    return {**report, "exit_code": 0 if report["ok"] else EXIT_DAMAGED}
+
+
+def check_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    path = report["path"]
+    rows = sum(report["num_rows"].values())
+    if report["ok"]:
+        mended = f", {report['num_repaired']} rows computed again" if report["num_repaired"] else ""
+        return [f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"]
+    if not report["problems"]:
+        done = f"{report['num_blocks_done']} of {report['num_blocks']} blocks are written"
+        return [f"{path} is not finished: {done}; run the same extract-features again"]
+    lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
+    if report["repairable"]:
+        command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
+        lines.append(f"type {command} to compute the damaged rows again")
+    else:
+        lines.append("type the extract-features command that made it with --force")
+    return lines
+
+
+def _repair(config: VerifyConfig, found: VerifyReport) -> int:
+    """Compute the damaged blocks from the images; returns the number of rows."""
+    from featcache.engine import choose_engine
+
+    if config.dataset is None:
+        raise UserError("--repair computes from the images: add --dataset with the dataset's place")
+    if not found.repairable:
+        raise CacheError(
+            f"{config.cache} cannot be repaired: {found.problems[0]}; "
+            "run extract-features --force to make it again"
+        )
+    meta, class_names = read_meta(config.cache)
+    settings = _settings_of(config, meta)
+    dataset = describe(settings)
+    _check_same(meta, class_names, settings, dataset)
+    prep = meta.backbone.preprocessing
+    backbone, timer = load_backbone(settings, settings.seed), StageTimer()
+    engine = choose_engine(settings, backbone, prep, pick_device("auto"), 0)
+    with prepare_repair(config.cache) as writer:
+        damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
+        for split in dataset.splits.values():
+            fill_split(settings, writer, split, meta, engine, timer)
+        writer.finish()
+    return damaged
+
+
+def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
+    """The extraction settings that a cache was made with, as far as it records them."""
+    assert config.dataset is not None
+    views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
+    return ExtractConfig(
+        dataset=config.dataset,
+        data_root=config.data_root,
+        num_train=meta.dataset.num_train,
+        num_test=meta.dataset.num_test,
+        test_fraction=meta.dataset.test_fraction,
+        on_error="skip",
+        seed=config.seed,
+        cache_dir=config.cache.parent,
+        backbone=meta.backbone.backbone,
+        weights=config.weights or meta.backbone.weights,
+        views=views,
+        dtype=meta.dtype,
+        engine="torch" if meta.engine == "torch" else "auto",
+    )
+
+
+def _check_same(
+    meta: CacheMeta, class_names: list[str], settings: ExtractConfig, dataset: ImageDataset
+) -> None:
+    """Refuse to mend a cache from other images or weights than it was made from."""
+    info_now = identify(settings, settings.seed, settings.cache_dir)
+    wanted = {
+        "weights_sha256": (meta.backbone.weights_sha256, info_now.weights_sha256),
+        "dataset.fingerprint": (meta.dataset.fingerprint, dataset.fingerprint),
+        "class_names": (class_names, dataset.class_names),
+    }
+    for name, (there, here) in wanted.items():
+        if there != here:
+            raise CacheError(
+                f"{name} is {str(there)[:80]} in the cache, {str(here)[:80]} now: repair needs "
+                "what the cache was made from (see --dataset, --weights and --seed)"
+            )
