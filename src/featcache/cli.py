@@ -96,7 +96,8 @@ def _one_line(boxed: str, prog: str) -> str:
             break
         if row.strip("─-"):  # not a rule
             text.append(row)
-    sentence = " ".join(text).rstrip(".")
+    # For a value that fits none of a flag's types, tyro goes on to list every attempt.
+    sentence = " ".join(text).split(" Got errors:")[0].rstrip(".")
     if sentence.startswith("Error parsing ") and "Config: " in sentence:
         return sentence.split("Config: ", 1)[1]  # one of our own checks, a whole sentence already
     return f"{sentence}; type {prog} --help for every flag"
