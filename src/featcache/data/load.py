@@ -30,8 +30,9 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     dataset even where a folder is called the same; write ./digits for the folder. Anything else
     is the path of a folder or of a CSV manifest.
 
-    `num_train` and `num_test` take the first ones of a torchvision dataset, and a stratified,
-    seeded sample of the others; val, where there is one, is thinned in train's proportion.
+    `num_train` and `num_test` take the first ones of a torchvision dataset that comes split, and a
+    stratified, seeded sample of the others; val, where there is one, is thinned in train's
+    proportion.
 
     Raises:
         UserError: There is no such dataset, or something is wrong with it or with the settings.
@@ -78,7 +79,7 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
             "manifest, or a known name such as digits or cifar10"
         )
     known = one_of(config.dataset, ["digits", *TORCHVISION_SETS], "dataset")
-    raise UserError(f"{known}; and no folder or CSV file of that name is here")
+    raise UserError(f"no folder or CSV file {config.dataset!r} is here, and {known}")
 
 
 def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
@@ -98,7 +99,7 @@ def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         share = config.num_train / len(dataset.splits["train"])
         total = max(1, round(len(splits["val"]) * share))
         splits["val"] = _fewer(dataset, splits["val"], total, config.seed)
-    drew = any(total is not None for total in wanted.values()) and dataset.kind != "torchvision"
+    drew = any(total is not None for total in wanted.values()) and not _has_own_order(dataset)
     return ImageDataset(
         dataset.name,
         dataset.kind,
@@ -106,12 +107,34 @@ def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         dataset.class_names,
         drawn=dataset.drawn or drew,
         test_fraction=dataset.test_fraction,
-        notes=dataset.notes,
+        notes=dataset.notes + _notes_on_classes(dataset, splits["train"]),
     )
 
 
+def _has_own_order(dataset: ImageDataset) -> bool:
+    """Whether "the first ones" are the dataset's and not an accident of our sorting."""
+    return dataset.kind == "torchvision" and not dataset.drawn
+
+
+def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ...]:
+    """Say when the first train images leave classes out, as of datasets sorted by class.
+
+    Raises:
+        UserError: They are all of one class.
+    """
+    there, kept = (len(np.unique(s.labels)) for s in (dataset.splits["train"], train))
+    if kept < 2:
+        raise UserError(
+            f"the {len(train)} train images of {dataset.name} that --num-train leaves are of one "
+            "class: give a larger number, or leave --num-train out"
+        )
+    if kept == there:
+        return ()
+    return (f"the {len(train)} train images hold {kept} of {there} classes: see --num-train",)
+
+
 def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> ImageSplit:
-    if dataset.kind == "torchvision":
+    if _has_own_order(dataset):
         return split.subset(np.arange(total))
     rows = stratified_rows(split.ids, split.labels, total, seed=seed, purpose=split.name)
     return split.subset(rows)

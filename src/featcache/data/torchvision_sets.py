@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
         split: _split_of(split if split != "all" else name, part, labels[split], memo)
         for split, part in parts.items()
     }
-    class_names = _class_names(next(iter(parts.values())), labels)
+    class_names = _class_names(parts, labels)
     if "all" not in splits:
         splits = {name: splits[name] for name in ("train", "test", "val") if name in splits}
         return ImageDataset(name, "torchvision", splits, class_names)
@@ -109,18 +110,23 @@ def _open(config: DataConfig, name: str, spec: TorchvisionSet, arguments: dict[s
 
     factory = getattr(datasets, spec.factory)
     every = {"root": str(config.data_root), **spec.extra, **arguments}
-    # stdout belongs to --json, and some datasets print.
-    with contextlib.redirect_stdout(sys.stderr):
-        with contextlib.suppress(RuntimeError, OSError):
+    with contextlib.ExitStack() as stack:
+        # stdout belongs to --json, and some datasets print; NumPy warns of how CIFAR was pickled.
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        # The many readers and downloaders raise anything.
+        with contextlib.suppress(Exception):
             return factory(**every, download=False)
         try:
             return factory(**every, download=True)
-        except Exception as error:  # the many downloaders raise anything
+        except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f"{name} is not in {config.data_root}/ and could not be downloaded ({reason}); "
-                f"connect to a network, or put its files ({', '.join(spec.places)}) there, or "
-                "give the folder that has them with --data-root; digits works offline"
+                f"{name} is not (or not whole) in {config.data_root}/ and could not be downloaded "
+                f"({reason}); connect to a network, or put its files ({', '.join(spec.places)}) "
+                "there, or give the folder that has them with --data-root; remove what a broken "
+                "download left; digits works offline"
             ) from error
 
 
@@ -158,10 +164,20 @@ def _paths(part: Any) -> list[str] | None:
     return None
 
 
-def _class_names(part: Any, labels: dict[str, Int64]) -> list[str]:
-    """Names by label; the label's number, with leading zeros, where the dataset has none."""
+def _class_names(parts: dict[str, Any], labels: dict[str, Int64]) -> list[str]:
+    """Names by label; the label's number, with leading zeros, where the dataset has none.
+
+    Raises:
+        UserError: The splits number their classes differently.
+    """
     count = 1 + max(int(values.max()) for values in labels.values())
-    names = [str(name) for name in getattr(part, "classes", None) or []]
+    told = [[str(name) for name in getattr(p, "classes", None) or []] for p in parts.values()]
+    names = told[0]
+    if any(other != names for other in told):
+        raise UserError(
+            "the splits of this dataset have other classes each, so files must be missing: remove "
+            "its folder under --data-root and run again to download it"
+        )
     if len(names) >= count and len(set(names)) == len(names):
         return names
     return [f"{label:0{len(str(count - 1))}d}" for label in range(count)]
