@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, Preprocessing, Views
 from featcache.data import BadImage, Decoded, ImageSplit, bad_image_error, chunks, pixel_task
 from featcache.data import run_ahead as ahead_of
 from featcache.runtime import StageTimer, num_cores, say
@@ -58,9 +58,40 @@ def computed_rows(
     Raises:
         UserError: A picture cannot be read and `on_error` is "fail".
     """
-    decode = pixel_task(split, meta.backbone.preprocessing, meta.views)
+    prep, views = meta.backbone.preprocessing, meta.views
     workers = num_cores() if config.workers is None else config.workers
-    per_chunk = max(1, engine.batch_size // meta.views.num)
+    empty = np.zeros((meta.views.num, meta.backbone.feature_dim), np.float32)
+    for done in computed_chunks(split, indices, prep, views, engine, workers, timer):
+        good = iter(np.moveaxis(done.features, 1, 0))
+        for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
+            if isinstance(pixels, BadImage):
+                yield _skip(config, split, index, pixels), empty
+            else:
+                yield 0, next(good)
+
+
+def computed_chunks(
+    split: ImageSplit,
+    indices: Iterable[int],
+    prep: Preprocessing,
+    views: Views,
+    engine: Engine,
+    workers: int,
+    timer: StageTimer,
+) -> Generator[Computed, None, None]:
+    """Read, decode, and run the network over rows of a split, a chunk at a time.
+
+    Args:
+        split: The images.
+        indices: Rows to compute, in this order.
+        prep: How a picture becomes the network's input.
+        views: Which versions of each picture.
+        engine: Runs the network; on a CPU inside the threads that decode.
+        workers: Threads; 0 works in the calling thread.
+        timer: Gets seconds by stage; all but "wait" are summed over threads.
+    """
+    decode = pixel_task(split, prep, views)
+    per_chunk = max(1, engine.batch_size // views.num)
     computed: Iterator[Computed]
     if engine.device == "cpu":
 
@@ -74,16 +105,10 @@ def computed_rows(
         look_ahead = 2 * per_chunk // DECODE_CHUNK + 2 * workers
         decoded = ahead_of(decode, chunks(indices, DECODE_CHUNK), workers, look_ahead, timer)
         computed = (_network(engine, group) for group in _grouped(decoded, per_chunk))
-    empty = np.zeros((meta.views.num, meta.backbone.feature_dim), np.float32)
     for done in computed:
         done.decoded.add_to(timer)
         timer.seconds["network"] += done.network_s
-        good = iter(np.moveaxis(done.features, 1, 0))
-        for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
-            if isinstance(pixels, BadImage):
-                yield _skip(config, split, index, pixels), empty
-            else:
-                yield 0, next(good)
+        yield done
 
 
 def _network(engine: Engine, decoded: Decoded, stop: threading.Event | None = None) -> Computed:
