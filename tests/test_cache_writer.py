@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from cache_helpers import (
 from featcache.cache import (
     FeatureCache,
     SplitRows,
+    create,
     fileio,
     open_writer,
     part_path,
@@ -283,6 +285,12 @@ def test_second_writer_is_told_who_writes(path):
     begin(path).close()  # free again
 
 
+def test_writer_dropped_without_close_lets_go(path):
+    begin(path)
+    gc.collect()
+    begin(path).close()
+
+
 def run_holder(path: Path) -> subprocess.Popen[str]:
     script = (
         "import sys, time; from pathlib import Path\n"
@@ -501,7 +509,8 @@ CODES = [errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EDQUOT, err
 def test_every_failing_call_is_one_line_and_the_run_goes_on_after(path, code, call, monkeypatch):
     whole = make_cache(path.with_name("whole.h5")).read_bytes()
     with monkeypatch.context() as broken:
-        broken.setattr(writer, call, fail_with(code))
+        for module in (create, writer):
+            broken.setattr(module, call, fail_with(code), raising=False)
         with pytest.raises(StorageError, match=os.strerror(code)) as caught:  # noqa: PT012
             with begin(path) as new:
                 fill(new)
@@ -556,7 +565,7 @@ def test_disk_that_cannot_reserve_still_works(path, monkeypatch):
 
 def test_no_room_is_said_before_anything_is_written(path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(create.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"it needs \d+ bytes, 1000 are free.*--dtype float16"):
         begin(path)
     assert {p.name for p in path.parent.iterdir()} == {"x.h5.lock"}
@@ -623,7 +632,7 @@ def test_full_disk_is_found_in_advance_then_the_run_goes_on(small_disk, monkeypa
         begin(path)
     usage = type("Usage", (), {"free": 2**40})
     with monkeypatch.context() as lying:
-        lying.setattr(writer.shutil, "disk_usage", lambda _: usage)
+        lying.setattr(create.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(StorageError, match="No space left on device"):
             begin(path)
     assert {p.name for p in small_disk.iterdir()} == {"ballast", "x.h5.lock"}
@@ -635,7 +644,7 @@ def test_full_disk_is_found_in_advance_then_the_run_goes_on(small_disk, monkeypa
 def test_disk_that_fills_midway_keeps_what_was_written(small_disk, monkeypatch):
     path, ballast = small_disk / "x.h5", small_disk / "ballast"
     monkeypatch.setattr(os, "posix_fallocate", fail_with(errno.EOPNOTSUPP))
-    monkeypatch.setattr(writer, "_check_room", lambda *_: None)
+    monkeypatch.setattr(create, "_check_room", lambda *_: None)
     with begin(path, splits=make_splits({"train": 2000})) as new:
         fill(new, stop_after=10)
         with pytest.raises(OSError, match="No space"):

@@ -7,6 +7,7 @@ a child process with bounded memory and time, and with its plug-ins off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -97,8 +98,9 @@ def _limit() -> None:
     """Bound this process; the parent bounds its time."""
     import resource
 
-    with_room = (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1])
-    resource.setrlimit(resource.RLIMIT_AS, with_room)
+    with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class Lock:
             except OSError:
                 os.close(self._fd)
                 raise
-            self._key = _identity(path)
-            _held[self._key] = self._say_who()
+            key = _identity(path)
+            _held[key] = self._say_who()
+            # Also when a writer was dropped without being closed.
+            self._drop = weakref.finalize(self, _drop, self._fd, key)
 
     def _say_who(self) -> str:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -59,11 +62,12 @@ class Lock:
 
     def release(self) -> None:
         """Let others write; does nothing the second time."""
-        if self._key in _held:
-            with _guard:
-                os.close(self._fd)
-                del _held[self._key]
-                self._key = (-1, -1)
+        self._drop()
+
+
+def _drop(fd: int, key: tuple[int, int]) -> None:
+    os.close(fd)
+    del _held[key]
 
 
 def _identity(path: Path) -> tuple[int, int]:

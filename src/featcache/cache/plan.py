@@ -52,12 +52,6 @@ class Plan:
     arrays: dict[str, npt.NDArray[Any]]
     members: dict[str, Extent]
 
-    @property
-    def num_bytes(self) -> int:
-        """About how large the file will be, in bytes (within a percent; never less)."""
-        padding = 8192 * (len(self.members) + 2)
-        return sum(extent.num_bytes for extent in self.members.values()) + padding
-
 
 def make_plan(meta: CacheMeta, class_names: Sequence[str], splits: Sequence[SplitRows]) -> Plan:
     """Check everything that goes into a cache but the features.

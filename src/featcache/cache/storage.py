@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from featcache.cache import layout as form
 from featcache.cache.fileio import open_regular, read_at, reading, sha256_of
-from featcache.cache.layout import Layout, block_crc, block_range, parse_record
+from featcache.cache.layout import Layout, block_crc, block_range
+from featcache.cache.record import parse_record
 from featcache.errors import CacheError
 
 

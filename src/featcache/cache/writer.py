@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache import layout as form
-from featcache.cache.fileio import reserve, sha256_of, sync, sync_folder, write_at
-from featcache.cache.layout import Extent, Layout, block_crc, block_range, parse_record
+from featcache.cache.create import create_part
+from featcache.cache.fileio import sha256_of, sync, sync_folder, write_at
+from featcache.cache.layout import block_crc, block_range
 from featcache.cache.lock import Lock
 from featcache.cache.plan import Plan, SplitRows, make_plan
 from featcache.cache.reader import FeatureCache, meta_of
 from featcache.cache.reuse import RowSource, describe_differences, setting_differences
-from featcache.cache.skeleton import make_skeleton
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
 from featcache.errors import CacheError, StorageError, UserError
@@ -115,57 +114,6 @@ def _stale_part(part: Path, plan: Plan) -> CacheFile | None:
             raise
         return file
     return None
-
-
-def create_part(part: Path, plan: Plan) -> None:
-    """Lay out an empty cache on the disk, whole or not at all.
-
-    Raises:
-        UserError: There is no room for it.
-        StorageError: The file system refused.
-    """
-    _check_room(part, plan)
-    skeleton = make_skeleton(plan.members)
-    init = part.with_name(part.name + ".init")
-    with storage_errors(part):
-        init.unlink(missing_ok=True)  # left by a run killed at this very point
-        fd = os.open(init, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            reserve(fd, skeleton.file_bytes)
-            for offset, chunk in skeleton.chunks.items():
-                write_at(fd, chunk, offset)
-            _write_known(fd, plan, skeleton.file_bytes, skeleton.offsets)
-            os.fsync(fd)
-            os.rename(init, part)
-            sync_folder(part.parent)
-        except BaseException:
-            init.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
-
-
-def _write_known(fd: int, plan: Plan, file_bytes: int, offsets: dict[str, int]) -> None:
-    """Write the fixed datasets, and last the layout record with the hash of all that."""
-    extents = {
-        name: Extent(offsets[name], e.dtype, e.shape, e.sha256) for name, e in plan.members.items()
-    }
-    for name, array in plan.arrays.items():
-        write_at(fd, np.ascontiguousarray(array).view(np.uint8), offsets[name])
-    structure = sha256_of(fd, form.complement(extents.values(), file_bytes)).hex()
-    record = Layout(file_bytes, extents, structure).to_record()
-    parse_record(record, file_bytes, Path("new cache"))  # what readers will do
-    write_at(fd, record, offsets["layout"])
-
-
-def _check_room(part: Path, plan: Plan) -> None:
-    with storage_errors(part):
-        free = shutil.disk_usage(part.parent).free
-    if free < plan.num_bytes:
-        raise UserError(
-            f"no room for {part}: it needs {plan.num_bytes} bytes, {free} are free; make room, or "
-            "give --dtype float16, --num-train N, or --cache-dir on another disk"
-        )
 
 
 class CacheWriter:
