@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from featcache.config import FinetuneConfig
+from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError
 from featcache.finetune.checkpoint import (
     Progress,
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
     """Train a whole network, or parts of it, on the images themselves.
 
     Args:
         config: The command's settings.
+        dataset: What to train and score on; what the settings name unless given.
 
     Returns:
         The command's JSON report; the model file and the report file are written.
@@ -52,7 +54,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     try:
         # Same seed, same weights, on GPUs too.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            return _execute(prepare(config), start)
+            return _execute(prepare(config, dataset), start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
             f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
@@ -104,9 +106,11 @@ def _train(run: Run, optimizer: torch.optim.Optimizer, progress: Progress, start
         record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
         if run.held is not None:
             _judge(run, progress, record)
-        scores = score(parts.model, run.test, run.prep, run.machine)
-        record |= {"test_top1": scores.top1, "test_loss": scores.loss}
-        record["eval_seconds"] = scores.seconds + record.get("val_seconds", 0.0)
+        record["eval_seconds"] = record.get("val_seconds", 0.0)
+        if run.config.score == "epoch" or epoch + 1 == plan.epochs:
+            scores = score(parts.model, run.test, run.prep, run.machine)
+            record |= {"test_top1": scores.top1, "test_loss": scores.loss}
+            record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
         say(epoch_line(record, plan.epochs))
         if epoch + 1 < plan.epochs:
@@ -131,9 +135,10 @@ def _judge(run: Run, progress: Progress, record: dict[str, Any]) -> None:
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
     """One epoch for people."""
     held = f"  held-out {record['val_top1']:.3f}" if "val_top1" in record else ""
+    test = f"  test {record['test_top1']:.3f}" if "test_top1" in record else ""
     return (
-        f"epoch {record['epoch']}/{num_epochs}  loss {record['train_loss']:.3f}{held}  "
-        f"test {record['test_top1']:.3f}  {record['seconds']:.1f} s"
+        f"epoch {record['epoch']}/{num_epochs}  loss {record['train_loss']:.3f}{held}{test}"
+        f"  {record['seconds']:.1f} s"
         f" + {record['eval_seconds']:.1f} s scoring"
     )
 

@@ -54,8 +54,12 @@ class Run:
         return self.info.preprocessing
 
 
-def prepare(config: FinetuneConfig) -> Run:
+def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     """Load data and network and check that they fit, before any long work.
+
+    Args:
+        config: The command's settings.
+        dataset: What to train and score on; what the settings name unless given.
 
     Raises:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
@@ -64,7 +68,7 @@ def prepare(config: FinetuneConfig) -> Run:
     if config.init_head is not None and not config.init_head.is_file():
         raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
     info = identify(config, config.seed, config.cache_dir)
-    dataset = load_dataset(config)
+    dataset = load_dataset(config) if dataset is None else dataset
     machine = choose_machine(config)
     parts = Parts(build_classifier(config, len(dataset.class_names), config.seed), plan)
     check_input(parts.model, info, config)
@@ -99,7 +103,8 @@ def choose_machine(config: FinetuneConfig) -> Machine:
     """Where and how to compute.
 
     The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
-    its continuation, round alike.
+    its continuation, round alike. Channels last, because it was never slower: measured with a
+    ResNet18 on a CPU, a training step takes as long at 64 px and two thirds at 224 px.
     """
     import torch
 

@@ -66,7 +66,9 @@ class RunReport:
         hidden = ("more", "class_names", "test")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
-        return {**shown, **self.more, "test_interval": list(self.test_interval)}
+        # Through text, so that what is returned, printed and saved are the same plain values.
+        plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
+        return plain
 
     def save(self, path: Path) -> None:
         """Write the report file, class names and test predictions included.
@@ -200,5 +202,6 @@ def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float]
     points = []
     for seconds, epoch in zip(spent, run.epochs, strict=True):
         elapsed += seconds
-        points.append((elapsed, float(epoch["test_top1"])))
+        if epoch.get("test_top1") is not None:  # an epoch may go without a score
+            points.append((elapsed, float(epoch["test_top1"])))
     return tuple(points)
