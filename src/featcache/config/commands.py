@@ -249,6 +249,8 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Stop early after so many epochs without gain on a held-out part of train."""
     holdout: float = 0.1
     """Share of train held out by --patience."""
+    score: Literal["epoch", "end"] = "epoch"
+    """Score the test split after every epoch, as the notebook does, or once at the end."""
     workers: int | None = None
     """Threads that read and decode; chosen from the number of cores unless given."""
     resume: bool = True
