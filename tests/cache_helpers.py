@@ -84,14 +84,14 @@ def fill(writer: CacheWriter, *, num_views: int = 1, dim: int = DIM, stop_after:
 
 
 @functools.cache
-def _sound_bytes() -> bytes:
+def sound_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         return make_cache(Path(folder, "x.h5")).read_bytes()
 
 
 def copy_cache(path: Path) -> Path:
     """The cache that `make_cache(path)` makes, without doing it again."""
-    path.write_bytes(_sound_bytes())
+    path.write_bytes(sound_bytes())
     return path
 
 

@@ -19,12 +19,14 @@ import pytest
 
 from cache_helpers import (
     CLASSES,
+    copy_cache,
     expected,
     fill,
     make_cache,
     make_meta,
     make_split,
     make_splits,
+    sound_bytes,
 )
 from featcache.cache import (
     FeatureCache,
@@ -85,7 +87,7 @@ def test_resumed_run_makes_the_same_bytes(path, tmp_path):
         assert again.pending("test") == [range(64, 70)]
         fill(again)
         assert again.finish() == path
-    assert path.read_bytes() == make_cache(tmp_path / "whole.h5").read_bytes()
+    assert path.read_bytes() == sound_bytes()
     assert not part_path(path).exists()
 
 
@@ -96,7 +98,7 @@ def test_blocks_may_be_written_in_any_order(path, tmp_path):
                 values = expected(split, rows)
                 new.write_block(split, rows, values, np.zeros(len(rows), np.uint8))
         new.finish()
-    assert path.read_bytes() == make_cache(tmp_path / "whole.h5").read_bytes()
+    assert path.read_bytes() == sound_bytes()
 
 
 def test_an_error_in_the_caller_keeps_what_was_written(path):
@@ -109,7 +111,7 @@ def test_an_error_in_the_caller_keeps_what_was_written(path):
 
 def test_block_damaged_in_the_unfinished_file_is_computed_again(path, tmp_path):
     part = leave_unfinished(path, blocks=3)
-    whole = make_cache(tmp_path / "whole.h5")
+    whole = copy_cache(tmp_path / "whole.h5")
     flip(part, features_offset(whole, row=70))
     report = verify(part)
     assert report.damaged == {"train": [range(64, 128)]}
@@ -191,7 +193,7 @@ def test_foreign_file_in_the_way_is_not_removed(path):
 
 
 def test_finished_cache_is_replaced_only_by_force_and_only_at_the_end(path):
-    before = make_cache(path).read_bytes()
+    before = copy_cache(path).read_bytes()
     reader = FeatureCache(path)
     with pytest.raises(CacheError, match="exists: give --force"):
         begin(path)
@@ -321,7 +323,7 @@ def test_another_process_is_named_and_its_death_frees_the_cache(path):
 
 
 def test_readers_of_a_finished_cache_are_not_blocked(path):
-    make_cache(path)
+    copy_cache(path)
     with begin(path, force=True):
         FeatureCache(path).check()
         assert verify(path).ok
@@ -409,7 +411,7 @@ def test_update_never_keeps_skipped_or_damaged_rows(path):
 
 
 def test_update_refuses_rows_made_with_other_settings(path):
-    make_cache(path)
+    copy_cache(path)
     with pytest.raises(CacheError, match=r"other settings.*backbone\.weights: there 'random'"):
         begin(path, meta=make_meta(weights="imagenet"), reuse=FeatureCache(path))
     assert not part_path(path).exists()
@@ -417,7 +419,7 @@ def test_update_refuses_rows_made_with_other_settings(path):
 
 
 def test_killed_update_goes_on_and_a_changed_one_keeps_its_rows(path):
-    make_cache(path)
+    copy_cache(path)
     one = make_splits({"train": 300, "test": 70})
     meta = make_meta(fingerprint="11" * 32)
     with begin(path, meta=meta, splits=one, reuse=FeatureCache(path)) as new:
@@ -440,7 +442,7 @@ def test_killed_update_goes_on_and_a_changed_one_keeps_its_rows(path):
 
 
 def test_repair_computes_only_damaged_blocks(path):
-    whole = make_cache(path).read_bytes()
+    whole = copy_cache(path).read_bytes()
     flip(path, features_offset(path, row=70))
     flip(path, features_offset(path, "test", row=65))
     report = verify(path)
@@ -457,7 +459,7 @@ def test_repair_computes_only_damaged_blocks(path):
 
 
 def test_killed_repair_goes_on(path):
-    whole = make_cache(path).read_bytes()
+    whole = copy_cache(path).read_bytes()
     flip(path, features_offset(path, row=70))
     flip(path, features_offset(path, "test", row=65))
     with prepare_repair(path) as repair:
@@ -471,7 +473,7 @@ def test_killed_repair_goes_on(path):
 
 @pytest.mark.parametrize("name", ["train/crc32", "train/state", "digest", "structure"])
 def test_repair_makes_marks_digest_and_hdf5_structure_new(path, name):
-    whole = make_cache(path).read_bytes()
+    whole = copy_cache(path).read_bytes()
     extents = FeatureCache(path).file.layout.extents
     flip(path, 100 if name == "structure" else extents[name].offset)
     report = verify(path)
@@ -484,7 +486,7 @@ def test_repair_makes_marks_digest_and_hdf5_structure_new(path, name):
 
 @pytest.mark.parametrize("name", ["train/labels", "test/ids", "class_names", "meta_json"])
 def test_repair_refuses_when_more_than_features_is_damaged(path, name):
-    make_cache(path)
+    copy_cache(path)
     flip(path, FeatureCache(path).file.layout.extents[name].offset)
     assert not verify(path).repairable
     with pytest.raises(CacheError, match=f"{name} are damaged.*--force"):
@@ -507,7 +509,7 @@ CODES = [errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EDQUOT, err
 @pytest.mark.parametrize("code", [*CODES, errno.ESTALE])
 @pytest.mark.parametrize("call", ["reserve", "write_at", "sync", "sync_folder"])
 def test_every_failing_call_is_one_line_and_the_run_goes_on_after(path, code, call, monkeypatch):
-    whole = make_cache(path.with_name("whole.h5")).read_bytes()
+    whole = sound_bytes()
     with monkeypatch.context() as broken:
         for module in (create, writer):
             broken.setattr(module, call, fail_with(code), raising=False)
@@ -549,14 +551,14 @@ def test_write_that_fails_midway_leaves_a_valid_file(path, monkeypatch):
 
 
 def test_short_writes_are_continued(path, monkeypatch):
-    whole = make_cache(path.with_name("whole.h5")).read_bytes()
+    whole = sound_bytes()
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
     assert make_cache(path).read_bytes() == whole
 
 
 def test_disk_that_cannot_reserve_still_works(path, monkeypatch):
-    whole = make_cache(path.with_name("whole.h5")).read_bytes()
+    whole = sound_bytes()
     monkeypatch.setattr(os, "posix_fallocate", fail_with(errno.EOPNOTSUPP))
     assert make_cache(path).read_bytes() == whole
     monkeypatch.delattr(os, "posix_fallocate")
