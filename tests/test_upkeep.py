@@ -82,6 +82,17 @@ def test_repair_refuses_other_images_and_weights(
         check(VerifyConfig(cache=damaged, repair=True, dataset=str(made[0]), seed=1))
 
 
+def test_an_unfinished_cache_says_how_far_it_is(made: tuple[Path, Path], tmp_path: Path) -> None:
+    part = Path(shutil.copy(made[1], tmp_path / "cache.h5.part"))
+    extent = FeatureCache(made[1]).file.layout.extents["train/state"]
+    with part.open("r+b") as file:
+        file.seek(extent.offset)
+        file.write(bytes([0]))
+    report = check(VerifyConfig(cache=part))
+    assert report["exit_code"] == 2
+    assert "3 of 4 blocks" in check_lines(report)[0]
+
+
 def test_files_that_are_no_cache(tmp_path: Path) -> None:
     text = tmp_path / "notes.h5"
     text.write_text("hello")

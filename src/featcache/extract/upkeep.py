@@ -91,9 +91,8 @@ def check_lines(report: dict[str, Any]) -> list[str]:
     if report["ok"]:
         mended = f", {report['num_repaired']} rows computed again" if report["num_repaired"] else ""
         return [f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"]
-    if not report["problems"]:
-        done = f"{report['num_blocks_done']} of {report['num_blocks']} blocks are written"
-        return [f"{path} is not finished: {done}; run the same extract-features again"]
+    if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
+        return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
     if report["repairable"]:
         command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
