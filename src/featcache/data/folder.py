@@ -130,10 +130,11 @@ def _refuse_half_split(root: Path, tops: dict[str, Path]) -> None:
 def _read_tree(root: Path, top: Path) -> _Tree:
     """List a class-folder tree; ids are relative to `root`."""
     tree = _Tree(top, {})
+    prefix = "" if top == root else f"{top.name}/"
     loose: list[str] = []
     for entry in _entries(top):
         if _is_folder(entry):
-            found = _pictures(root, Path(entry.path), tree.ignored)
+            found = _pictures(Path(entry.path), f"{prefix}{entry.name}/", tree.ignored)
             tree.by_class[entry.name] = sorted(found)
         elif _is_picture(entry.name):
             loose.append(entry.name)
@@ -198,8 +199,8 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
     samples = sorted((i, number[c]) for c, ids in tree.by_class.items() for i in ids)
     ids = [sample_id for sample_id, _ in samples]
     labels = np.array([label for _, label in samples], dtype=np.int64)
-    base = os.path.abspath(root)
-    return ImageSplit(name, ids, labels, FileSource([os.path.join(base, i) for i in ids], memo))
+    base = os.path.join(os.path.abspath(root), "")
+    return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -239,9 +240,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _pictures(
-    root: Path, folder: Path, ignored: Counter[str], above: tuple[tuple[int, int], ...] = ()
+    folder: Path, prefix: str, ignored: Counter[str], above: tuple[tuple[int, int], ...] = ()
 ) -> Iterator[str]:
-    """Ids of the pictures in a class folder and its subfolders; links are followed.
+    """Ids, each with `prefix`, of the pictures in a folder and its subfolders; links are followed.
 
     A link to a folder that it lies in would go round for ever and is refused.
     """
@@ -253,9 +254,10 @@ def _pictures(
         raise UserError(f"{folder} lies more than {MAX_DEPTH} folders deep in its class folder")
     for entry in _entries(folder):
         if _is_folder(entry):
-            yield from _pictures(root, Path(entry.path), ignored, (*above, here))
+            below = f"{prefix}{entry.name}/"
+            yield from _pictures(Path(entry.path), below, ignored, (*above, here))
         elif _is_picture(entry.name):
-            yield os.path.relpath(entry.path, root).replace(os.sep, "/")
+            yield prefix + entry.name
         else:
             ignored[_suffix(entry.name)] += 1
 

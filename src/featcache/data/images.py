@@ -140,6 +140,28 @@ def decode(data: bytes) -> Image.Image:
         raise _reason_of(error) from error
 
 
+def decode_opened(image: Image.Image) -> Image.Image:
+    """The picture that `decode` would give, of one that the caller opened or made with Pillow.
+
+    Raises:
+        BadImage: It is damaged, too large, or has no pixels.
+    """
+    if not 0 < image.width * image.height <= MAX_PIXELS:
+        code = TOO_LARGE if image.width * image.height else OTHER
+        raise BadImage(code, f"{image.width}x{image.height} px, at most {MAX_PIXELS} in all")
+    try:
+        # One at a time: the caller may give one picture twice, and loading it is not thread-safe.
+        with _quiet():
+            image.load()
+        # Pillow's own TIFF reader has turned the picture by now.
+        turned = isinstance(image, TiffImagePlugin.TiffImageFile)
+        return to_rgb(image if turned else _upright(image))
+    except MemoryError as error:
+        raise BadImage(TOO_LARGE, "no memory to decode it") from error
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise _reason_of(error) from error
+
+
 class _Jpeg(JpegImagePlugin.JpegImageFile):
     """A JPEG whose EXIF Pillow does not parse: it is slow, and warns when damaged."""
 

@@ -17,7 +17,8 @@ from featcache.data.images import BadImage, read_file
 from featcache.errors import UserError
 from featcache.memo import Memo, is_settled, stamp_of
 
-_NOT_HASHED, _UNREADABLE = 0, 1
+_SHA256 = re.compile("[0-9a-f]{64}").fullmatch
+_NOT_HASHED, _UNSURE = 0, 1
 
 
 class Source(Protocol):
@@ -69,7 +70,7 @@ class FileSource:
 
     def content(self, position: int) -> bytes:
         """The sha256 of the file's bytes, from the memo if the file has not changed since."""
-        stamp = _UNREADABLE
+        stamp = _UNSURE
         try:
             digest, stamp = self._hash(self._paths[position])
         except BadImage as bad:
@@ -86,11 +87,13 @@ class FileSource:
             with contextlib.suppress(OSError):
                 status = os.stat(path)
                 known = self._memo.get(path, stamp_of(status))
-                if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
+                if isinstance(known, str) and _SHA256(known):
                     return bytes.fromhex(known), _short(status)
         data, before = read_file(path)
         digest = hashlib.sha256(data)
-        if self._memo is not None and is_settled(before, now_s):
+        if not is_settled(before, now_s):
+            return digest.digest(), _UNSURE
+        if self._memo is not None:
             with contextlib.suppress(OSError):
                 if stamp_of(os.stat(path)) == stamp_of(before):
                     self._memo.put(path, stamp_of(before), digest.hexdigest())
