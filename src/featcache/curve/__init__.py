@@ -1,0 +1,19 @@
+"""A learning curve of two modes, the cached head and the full fine-tune, and what follows."""
+
+from featcache.curve.points import Cell, Crossing, Point, Side, crossing, curve_points
+from featcache.curve.sentences import curve_advice, size_text
+from featcache.curve.tables import curve_cells, curve_header, curve_text
+
+__all__ = [
+    "Cell",
+    "Crossing",
+    "Point",
+    "Side",
+    "crossing",
+    "curve_advice",
+    "curve_cells",
+    "curve_header",
+    "curve_points",
+    "curve_text",
+    "size_text",
+]

@@ -1,0 +1,158 @@
+"""Three plain sentences on a learning curve: who leads where, whether to switch, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from featcache.curve.points import Crossing, Mode, Point, crossing
+from featcache.report.tables import seconds_text
+
+NAMES: dict[Mode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
+
+
+def size_text(point: Point) -> str:
+    """A size for people: "20 per class", or "all 2,000 images"."""
+    return f"all {point.num_train:,} images" if point.size == "all" else f"{point.size} per class"
+
+
+def curve_advice(points: Sequence[Point]) -> list[str]:
+    """Say which mode is better at which size, whether the curves cross, and what accuracy costs.
+
+    Args:
+        points: From `curve_points`.
+
+    Returns:
+        Three sentences; none where no size was measured in both modes.
+    """
+    measured = [point for point in points if point.difference is not None]
+    if not measured:
+        return []
+    return [_leads(measured), _switch(measured, crossing(measured)), _cost(measured[-1])]
+
+
+def _sizes(points: Sequence[Point]) -> str:
+    """Sizes in words: "5 and 20 per class and all 2,000 images"."""
+    few = [point.size for point in points if point.size != "all"]
+    words = [f"{_and(few)} per class"] if few else []
+    words += [size_text(point) for point in points if point.size == "all"]
+    return _and(words)
+
+
+def _and(words: Sequence[str]) -> str:
+    if len(words) < 3:
+        return " and ".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _leads(measured: Sequence[Point]) -> str:
+    leaders: list[Mode] = ["cached", "finetune"]
+    won = {mode: [p for p in measured if p.verdict == mode] for mode in leaders}
+    open_ = [p for p in measured if p.verdict == "undecided"]
+    test = f"on the same {measured[0].num_test:,} test images"
+    if len(open_) == len(measured):
+        return (
+            f"Accuracy does not decide: with {_sizes(measured)}, no difference is beyond chance "
+            f"{test}."
+        )
+    parts = [f"{NAMES[mode]} with {_sizes(won[mode])}" for mode in leaders if won[mode]]
+    worst = max(p.p_value or 0.0 for p in measured if p.verdict != "undecided")
+    sure = "p < 0.001" if worst < 0.001 else f"p ≤ {worst:.2g}"
+    text = f"More accurate: {', '.join(parts)}, beyond chance {test} ({sure}, corrected for "
+    text += f"{len(measured)} sizes)" if len(measured) > 1 else "one size)"
+    text = text.replace(", corrected for one size)", ")")
+    return f"{text}; with {_sizes(open_)} the figures do not decide." if open_ else f"{text}."
+
+
+def _switch(measured: Sequence[Point], found: Crossing) -> str:
+    last = measured[-1]
+    if found.kind == "crosses":
+        return _crosses(measured, found)
+    if found.kind == "repeated":
+        return (
+            "The lead changes more than once, which no one rule explains: trust the size nearest "
+            "to yours, and repeat it with more seeds."
+        )
+    if found.leader is None:
+        return f"Whether the curves cross, these figures do not say: {_by_cost(last)}."
+    lead, other = NAMES[found.leader], NAMES[_other(found.leader)]
+    if found.kind == "level":
+        return (
+            f"The curves do not cross within the data, but {lead} loses its lead: with "
+            f"{size_text(last)}, {_by_cost(last)}."
+        )
+    return (
+        f"The curves do not cross within the data: {lead} stays ahead of {other} up to "
+        f"{size_text(last)}, so {_pick_leader(last, found.leader)}."
+    )
+
+
+def _crosses(measured: Sequence[Point], found: Crossing) -> str:
+    assert found.leader is not None
+    last = measured[-1]
+    by_size = {point.size: point for point in measured}
+    before, after = by_size[found.before or ""], by_size[found.after or ""]
+    near = f", near {found.num_train:,} images in all" if found.num_train else ""
+    above = (
+        _pick_leader(last, found.leader)
+        if last.verdict == found.leader
+        else f"pick {NAMES[found.leader]}"
+    )
+    return (
+        f"The curves cross between {size_text(before)} and {size_text(after)}{near}: with fewer, "
+        f"pick {NAMES[_other(found.leader)]}; with more, {above}."
+    )
+
+
+def _other(mode: Mode) -> Mode:
+    return "finetune" if mode == "cached" else "cached"
+
+
+def _pick_leader(last: Point, leader: Mode) -> str:
+    """What to do where one mode leads beyond chance, as part of a sentence."""
+    assert last.cached is not None
+    assert last.finetune is not None
+    points = abs(last.difference or 0.0) * 100
+    more = last.finetune.cost_seconds - last.cached.cost_seconds
+    gap = seconds_text(abs(more))
+    if leader == "cached":
+        time = f"and {gap} less" if more > 0 else f"for {gap} more"
+        return f"pick the cached head: {points:.1f} points better {time}"
+    if more > 0:
+        return f"pick fine-tuning when {points:.1f} points are worth {gap} more"
+    return f"pick fine-tuning: {points:.1f} points better and {gap} less"
+
+
+def _by_cost(last: Point) -> str:
+    """What to do where accuracy does not decide, as part of a sentence."""
+    assert last.cached is not None
+    assert last.finetune is not None
+    cached_cheaper = last.cached.cost_seconds <= last.finetune.cost_seconds
+    cheaper = NAMES["cached" if cached_cheaper else "finetune"]
+    gap = seconds_text(abs(last.finetune.cost_seconds - last.cached.cost_seconds))
+    return f"pick {cheaper}, which costs {gap} less; more test images or seeds could decide"
+
+
+def _cost(last: Point) -> str:
+    """Seconds of both modes at the largest size, per trial and per point."""
+    assert last.cached is not None
+    assert last.finetune is not None
+    cached, tuned = last.cached, last.finetune
+    once = seconds_text(cached.cost_seconds - cached.trial_seconds)
+    text = (
+        f"With {size_text(last)}, a first cached head takes {seconds_text(cached.cost_seconds)} "
+        f"({once} of it extraction), every further one {seconds_text(cached.trial_seconds)}, a "
+        f"fine-tune {seconds_text(tuned.cost_seconds)}: {_pays(last)}"
+    )
+    per_point = last.seconds_per_point
+    if per_point is not None and last.verdict == "finetune":
+        return f"{text}, and each point that fine-tuning gains costs {seconds_text(per_point)}."
+    return f"{text}."
+
+
+def _pays(last: Point) -> str:
+    trials = last.pays_after_trials
+    if trials is None:
+        return "the cache never pays for itself, as a head takes no less than a fine-tune"
+    if trials == 1:
+        return "the cache has paid for itself with the first head"
+    return f"the cache has paid for itself after {trials:,} heads"

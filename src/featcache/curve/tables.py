@@ -1,0 +1,77 @@
+"""The learning curve as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from featcache.curve.points import Point, Side
+from featcache.curve.sentences import NAMES, size_text
+from featcache.report.tables import seconds_text
+
+HEADER = (
+    "train images",
+    "cached head",
+    "fine-tune",
+    "difference",
+    "p value",
+    "more accurate",
+    "cached head, time",
+    "fine-tune, time",
+    "time per point",
+    "cache pays after",
+)
+
+
+def curve_header() -> tuple[str, ...]:
+    """The columns' names."""
+    return HEADER
+
+
+def curve_cells(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """The table's body as text, one tuple per size in the order of `curve_header`.
+
+    Accuracy is a mean over seeds with its 95 % interval over test images, difference in points
+    (hundredths), fine-tune less cached head.
+    """
+    return [_cells(point) for point in points]
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
+    per_point = point.seconds_per_point
+    verdicts = {"undecided": "undecided", "unmeasured": "not measured"}
+    size = f"all ({point.num_train:,})" if point.size == "all" else size_text(point)
+    return (
+        size if point.size == "all" else f"{size} ({point.num_train:,})",
+        _top1(point.cached),
+        _top1(point.finetune),
+        "–" if gain is None else f"{100 * gain:+.1f}".replace("-", "−"),
+        "–" if p_value is None else ("< 0.001" if p_value < 0.001 else f"{p_value:.2g}"),
+        verdicts.get(point.verdict) or NAMES[point.verdict],  # type: ignore[index]
+        "–" if point.cached is None else seconds_text(point.cached.cost_seconds),
+        "–" if point.finetune is None else seconds_text(point.finetune.cost_seconds),
+        "–" if per_point is None else seconds_text(per_point),
+        "–" if trials is None else f"{trials:,} head{'s' if trials > 1 else ''}",
+    )
+
+
+def _top1(side: Side | None) -> str:
+    if side is None:
+        return "–"
+    low, high = side.interval
+    return f"{side.top1:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def curve_text(points: Sequence[Point]) -> str:
+    """The table for a terminal: columns aligned, no trailing blanks."""
+    lines = [HEADER, *curve_cells(points)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    aligned = [
+        "  ".join(
+            text.ljust(w) if i in (0, 5) else text.rjust(w)
+            for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([aligned[0], rule, *aligned[1:]])
