@@ -60,14 +60,10 @@ class FeatureDataset:
         return len(self._open())
 
     def __getitem__(self, index: int) -> Row:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        split = self._open()
-        row = int(split.rows[index])
-        split.check_rows(range(row, row + 1))
-        features = split.row(row, self.view)
-        return features.astype(np.float32), int(split.y[index])
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Row]:
         """Several rows at once, which is what a DataLoader asks for."""
-        return [self[index] for index in indices]
+        split = self._open()
+        features = split.take(indices, self.view).astype(np.float32)
+        return list(zip(features, split.y[list(indices)].tolist(), strict=True))

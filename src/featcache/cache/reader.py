@@ -265,8 +265,10 @@ class FeatureSplit:
         Raises:
             CacheError: A block is damaged; it is named.
         """
-        blocks = range(rows.start // form.BLOCK_ROWS, num_blocks(rows.stop))
-        left = [b for b in blocks if not self._checked[b]]
+        self._check_blocks(np.arange(rows.start // form.BLOCK_ROWS, num_blocks(rows.stop)))
+
+    def _check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
+        left = blocks[~self._checked[blocks]].tolist()
         if not left:
             return
         crc = self._file.array(f"{self.name}/crc32")
@@ -276,13 +278,23 @@ class FeatureSplit:
                 raise CacheError(
                     f"{self._file.path} is damaged: rows {where.start} to {where.stop - 1} of "
                     f"{self.name} (from {self._all_ids[where.start]!r}) fail their checksum; run "
-                    f"featcache verify {self._file.path} --repair"
+                    f"featcache verify {self._file.path} --repair --dataset DATASET"
                 )
             self._checked[block] = True
 
-    def row(self, row: int, view: int = 0) -> npt.NDArray[Any]:
-        """Features [D] of one row by its place in the dataset's order; check it first."""
-        features: npt.NDArray[Any] = self._mapped[view, row]
+    def take(self, indices: npt.ArrayLike, view: int = 0) -> npt.NDArray[Any]:
+        """A copy of features [m, D] of some rows, checking only their blocks.
+
+        Args:
+            indices: [m] of 0 to n - 1, in any order.
+            view: Which view.
+
+        Raises:
+            CacheError: A block is damaged.
+        """
+        rows = self.rows[np.asarray(indices, np.int64)]
+        self._check_blocks(np.unique(rows // form.BLOCK_ROWS))
+        features: npt.NDArray[Any] = self._mapped[view, rows]
         return features
 
     def iter_blocks(
