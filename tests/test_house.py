@@ -24,14 +24,16 @@ ROWS = [
     {"memo", "recipe"},
     {"metrics", "cache", "report", "data", "backbone", "fuse"},
     {"engine", "model_file", "curve"},
-    {"heads", "extract", "finetune", "predict", "page"},
+    {"heads", "extract", "finetune", "page"},
+    {"predict"},
+    {"export"},
     {"compare"},
     {"cli"},
     {"__init__", "__main__"},
 ]
 HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"}
 # Modules that exist to be imported late: their callers import them inside functions.
-LATE = {"fuse.py", "engine.py", "skeleton.py", "hdf5_view.py", "estimator.py"}
+LATE = {"fuse.py", "engine.py", "skeleton.py", "hdf5_view.py", "estimator.py", "graph.py"}
 
 
 def modules() -> list[Path]:

@@ -18,11 +18,15 @@ _HOMES = {
     "ExtractConfig": "config",
     "TrainHeadConfig": "config",
     "FinetuneConfig": "config",
+    "PredictConfig": "config",
+    "ExportConfig": "config",
     "FeatureCache": "cache",
     "extract": "extract",
     "train_head": "heads",
     "finetune": "finetune",
     "LinearHead": "heads",
+    "Classifier": "predict",
+    "Prediction": "predict",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -63,6 +63,18 @@ COMMANDS = {
         summary="extract:check_lines",
         help="check a cache for damage, and repair it",
     ),
+    "predict": Command(
+        config="PredictConfig",
+        worker="predict:predict",
+        summary="predict:summary_lines",
+        help="classify pictures with a trained head or model",
+    ),
+    "export": Command(
+        config="ExportConfig",
+        worker="export:export",
+        summary="export:summary_lines",
+        help="write backbone and head as one ONNX or torch.export file",
+    ),
 }
 
 

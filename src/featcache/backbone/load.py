@@ -27,7 +27,11 @@ def load_backbone(config: BackboneConfig, seed: int) -> nn.Module:
     Raises:
         UserError: Unknown backbone, or weights that cannot be had or do not fit.
     """
-    model = loaded_network(config, seed)
+    return without_head(loaded_network(config, seed))
+
+
+def without_head(model: nn.Module) -> nn.Module:
+    """Take the head off a network and freeze the rest."""
     from torch import nn
 
     model.set_submodule(head_of(model)[0], nn.Identity())

@@ -15,6 +15,7 @@ from featcache.config.commands import (
     TrainHeadConfig,
     VerifyConfig,
 )
+from featcache.config.decisions import CompareConfig, ReportConfig
 from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
@@ -28,6 +29,7 @@ from featcache.config.records import (
     Views,
     flatten,
 )
+from featcache.config.usage import ClassifierConfig, ExportConfig, Format, PredictConfig
 
 __all__ = [
     "HALF",
@@ -37,14 +39,20 @@ __all__ = [
     "BackboneInfo",
     "Backend",
     "CacheMeta",
+    "ClassifierConfig",
+    "CompareConfig",
     "DataConfig",
     "DatasetInfo",
+    "ExportConfig",
     "ExtractConfig",
     "FinetuneConfig",
+    "Format",
     "InfoConfig",
     "Interpolation",
     "OutputConfig",
+    "PredictConfig",
     "Preprocessing",
+    "ReportConfig",
     "Resize",
     "Solver",
     "TrainHeadConfig",

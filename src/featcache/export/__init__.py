@@ -1,0 +1,5 @@
+"""Trained classifiers as files for other runtimes: ONNX and torch.export."""
+
+from featcache.export.run import export, summary_lines
+
+__all__ = ["export", "summary_lines"]

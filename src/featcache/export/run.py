@@ -1,0 +1,229 @@
+"""`featcache export`: a trained classifier as one graph that needs neither featcache nor its cache.
+
+The graph is normalisation, backbone and head (standardisation is folded into the head), from
+pictures that are already resized and cropped to logits and probabilities. It computes in float32
+throughout, even where the head's train features were stored in half precision. The file is checked
+against torch before it gets its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache.config import ExportConfig
+from featcache.errors import FeatcacheError, UserError
+from featcache.export.formats import (
+    OUTPUT_NAMES,
+    Runner,
+    onnx_bytes,
+    onnx_runner,
+    pt2_bytes,
+    pt2_runner,
+)
+from featcache.predict import Trained, load_trained, provenance_json
+from featcache.report import config_json
+from featcache.runtime import environment, storage_errors, version_of, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+    from featcache.export.graph import ClassifierGraph
+
+# Largest difference allowed between the file's outputs and torch's, relative to the largest output.
+TOLERANCE = 1e-4
+# Sample pictures for the check, in batches of these sizes.
+BATCHES = (1, 3, 5)
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a classifier as ONNX or torch.export file and check it against torch.
+
+    Args:
+        config: The command's settings.
+
+    Returns:
+        The JSON report; `max_difference` is the worst absolute difference between the file's
+        outputs and torch's on sample pictures.
+
+    Raises:
+        UserError: Wrong input, or a package for ONNX is missing.
+        CacheError: The backbone's weights are not those that the head was trained on.
+        FeatcacheError: The network cannot be exported, or the file computes something else.
+        StorageError: The file cannot be written.
+    """
+    start = time.perf_counter()
+    path = config.output or config.model.with_suffix(".onnx")
+    if path.suffix == ".onnx":
+        require_onnx()
+    trained = load_trained(config.model, weights=config.weights, seed=config.seed)
+    about = describe(trained, config)
+    file_bytes, worst, relative = _write(path, trained, about)
+    return {
+        "command": "export",
+        "model": str(config.model),
+        "output": str(path),
+        "format": path.suffix[1:],
+        "file_bytes": file_bytes,
+        "input": about["input"],
+        "class_names": trained.class_names,
+        "classifier": trained.describe(),
+        "max_difference": worst,
+        "max_relative_difference": relative,
+        "num_checked": sum(BATCHES),
+        "seconds_total": time.perf_counter() - start,
+        "provenance": about["provenance"],
+        "environment": environment(),
+        "config": config_json(config),
+    }
+
+
+def require_onnx() -> None:
+    """Check that the packages for ONNX are there.
+
+    Raises:
+        UserError: One is not, and how to get it.
+    """
+    for name in ONNX_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"exporting to ONNX needs the package {name}, which is not installed: type "
+                'pip install "featcache[export]", or give --output FILE.pt2 for torch.export'
+            ) from error
+
+
+def describe(trained: Trained, config: ExportConfig) -> dict[str, Any]:
+    """What the file says about itself, as JSON."""
+    side = trained.preprocessing.image_px
+    if config.input == "uint8":
+        what = "pictures already resized and cropped as preprocessing says, RGB, 0 to 255"
+        taken = {"name": "pixels", "dtype": "uint8", "shape": ["batch", side, side, 3]}
+    else:
+        what = "the same scaled to 0 to 1, minus mean, divided by std, per channel"
+        taken = {"name": "images", "dtype": "float32", "shape": ["batch", 3, side, side]}
+    return {
+        "featcache_version": version_of("featcache"),
+        "class_names": trained.class_names,
+        "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "input": {**taken, "what": what},
+        "outputs": OUTPUT_NAMES,
+        "provenance": provenance_json(trained),
+    }
+
+
+def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, float, float]:
+    """Write a draft, check it, and only then give it its name.
+
+    Returns:
+        Bytes of the file, worst absolute difference, and worst relative one.
+    """
+    from featcache.export.graph import ClassifierGraph
+
+    is_onnx = path.suffix == ".onnx"
+    graph = ClassifierGraph(trained, takes_pixels=about["input"]["dtype"] == "uint8")
+    samples = sample_batches(trained, about)
+    with _named_failures(trained):
+        program = capture(graph, samples[-1])
+        data = onnx_bytes(program, about) if is_onnx else pt2_bytes(program, about)
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.draft{path.suffix}")
+    try:
+        write_atomically(draft, data)
+        with _named_failures(trained):
+            name = about["input"]["name"]
+            runner = onnx_runner(draft, name) if is_onnx else pt2_runner(draft)
+            worst, relative = differences(graph, runner, samples)
+        if not relative <= TOLERANCE:
+            raise FeatcacheError(
+                f"{path} was not kept: its outputs are off by {worst:.1e} ({relative:.1e} of the "
+                f"largest), above {TOLERANCE:.0e}; give the other format with --output"
+            )
+        with storage_errors(path):
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return len(data), worst, relative
+
+
+def sample_batches(trained: Trained, about: dict[str, Any]) -> list[torch.Tensor]:
+    """Sample pictures in batches of several sizes, as the graph takes them."""
+    import torch
+
+    from featcache.data import normalize
+    from featcache.engine import sample_pixels
+
+    prep = trained.preprocessing
+    pixels = [torch.from_numpy(sample_pixels(prep, num, seed=num)) for num in BATCHES]
+    if about["input"]["dtype"] == "uint8":
+        return pixels
+    return [normalize(batch, prep).contiguous() for batch in pixels]
+
+
+def capture(graph: ClassifierGraph, example: torch.Tensor) -> torch.export.ExportedProgram:
+    """The graph as a program that takes any number of pictures."""
+    import torch
+
+    batch = torch.export.Dim("batch")
+    return torch.export.export(graph, (example,), dynamic_shapes=({0: batch},), strict=False)
+
+
+def differences(
+    graph: ClassifierGraph, runner: Runner, samples: list[torch.Tensor]
+) -> tuple[float, float]:
+    """Worst absolute difference of any output, and worst relative to its batch's largest value.
+
+    Where shapes differ or values are not finite, both are infinite.
+    """
+    import torch
+
+    worst = relative = 0.0
+    for batch in samples:
+        with torch.inference_mode():
+            wanted = [output.numpy() for output in graph(batch)]
+        for ours, theirs in zip(wanted, runner(batch.numpy()), strict=True):
+            if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+                return float("inf"), float("inf")
+            error = float(np.abs(ours - theirs).max())
+            worst = max(worst, error)
+            relative = max(relative, error / max(float(np.abs(ours).max()), 1e-12))
+    return worst, relative
+
+
+@contextlib.contextmanager
+def _named_failures(trained: Trained) -> Iterator[None]:
+    """Say in one line that a network defeats the exporter, whatever the exporter raises."""
+    try:
+        yield
+    except (FeatcacheError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise FeatcacheError(
+            f"{trained.backbone} cannot be exported ({type(error).__name__}: {reason}); try the "
+            "other format, --output FILE.onnx or FILE.pt2"
+        ) from error
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    taken = report["input"]
+    shape = ", ".join(map(str, taken["shape"]))
+    return [
+        f"exported {report['classifier']}, {len(report['class_names'])} classes, "
+        f"{report['file_bytes'] / 1e6:.1f} MB: {taken['name']} {taken['dtype']} [{shape}] to "
+        f"{' and '.join(OUTPUT_NAMES)}",
+        f"worst difference from torch {report['max_difference']:.1e} "
+        f"({report['max_relative_difference']:.1e} of the largest output) on "
+        f"{report['num_checked']} sample pictures",
+        f"file: {report['output']}",
+    ]

@@ -1,0 +1,186 @@
+"""Choosing settings on rows that the candidates were not fitted to; the test split has no say.
+
+Candidates are fitted to one part of train and scored on the other; the best score wins, and of
+equal ones the strongest regularisation. The winner is then fitted to all of train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import TrainHeadConfig
+from featcache.heads.rows import Ints, Rows
+from featcache.heads.solver import Settings, Solver
+from featcache.metrics import top1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which settings won.
+
+    Attributes:
+        settings: The winner's.
+        score: Its selection score: held-out accuracy, weighted as the rows are; None when there
+            was nothing to choose.
+        val_top1: Its plain held-out accuracy, likewise.
+        chosen_on: What chose, in words.
+        table: Every candidate with its scores, in the order tried.
+    """
+
+    settings: Settings
+    score: float | None
+    val_top1: float | None
+    chosen_on: str
+    table: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """The parts that choose: pairs of rows to fit and rows to score.
+
+    Attributes:
+        pairs: One pair for a held-out part, one per fold for cross-validation; none when no row
+            can be spared.
+        name: What this is, in words.
+    """
+
+    pairs: list[tuple[Rows, Rows]]
+    name: str
+
+
+def make_selection(
+    train: Rows, config: TrainHeadConfig, val: Rows | None = None, content: Any = None
+) -> Selection:
+    """Set aside what chooses.
+
+    Args:
+        train: All train rows.
+        config: Says how (`select`, `holdout`, `folds`, `seed`).
+        val: The dataset's own validation split, which wins over a held-out part of train.
+        content: A digest per train row [N, B] uint8; rows with equal digests stay together, so
+            that a copy of a fitted row does not choose. None lets every row stand for itself.
+    """
+    if val is not None and config.select == "holdout":
+        return Selection(pairs=[(train, val)], name=f"the val split ({val.num_rows} rows)")
+    groups = same_rows(content) if content is not None else np.arange(train.num_rows)
+    num_parts = config.folds if config.select == "cv" else 1
+    parts = assign_parts(
+        train.y,
+        groups,
+        config.seed,
+        fraction=config.holdout if num_parts == 1 else None,
+        num_parts=num_parts,
+    )
+    pairs = []
+    for part in range(num_parts):
+        held = np.flatnonzero(parts == part)
+        if held.size:
+            pairs.append((train.take(np.flatnonzero(parts != part)), train.take(held)))
+    if not pairs:
+        return Selection(pairs=[], name="nothing: no class has two different rows to spare")
+    if config.select == "cv":
+        name = f"{num_parts}-fold cross-validation on train, stratified, seed {config.seed}"
+    else:
+        name = (
+            f"a held-out {config.holdout:.0%} of train, stratified, seed {config.seed} "
+            f"({pairs[0][1].num_rows} rows)"
+        )
+    return Selection(pairs=pairs, name=name)
+
+
+def same_rows(content: NDArray[np.uint8]) -> Ints:
+    """Number rows [N] so that rows with equal digests [N, B] have equal numbers."""
+    keys = np.ascontiguousarray(content).view(f"V{content.shape[1]}").ravel()
+    _, groups = np.unique(keys, return_inverse=True)
+    return np.asarray(groups, np.int64)
+
+
+def assign_parts(
+    y: Ints, groups: Ints, seed: int, *, fraction: float | None, num_parts: int
+) -> Ints:
+    """Deal rows to parts, class by class, groups kept together.
+
+    Args:
+        y: Class indices [N].
+        groups: Rows with equal numbers [N] go to the same part.
+        seed: Of the dealing.
+        fraction: Share of each class that part 0 gets; every class with at least two groups gives
+            one and keeps one. None deals each class evenly to `num_parts` parts.
+        num_parts: Number of parts when `fraction` is None.
+
+    Returns:
+        The part of each row, [N]; -1 for rows that are always fitted: a class's only group.
+    """
+    random = np.random.default_rng([seed, 0x5E1EC7])
+    unique, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    part_of = np.full(len(unique), -1, np.int64)
+    labels = y[first]
+    offset = 0
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            continue
+        if fraction is None:
+            # Each class goes on where the last one ended, so that no part is always the larger.
+            part_of[members] = (np.arange(len(members)) + offset) % num_parts
+            offset += len(members)
+        else:
+            spared = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            part_of[members[:spared]] = 0
+    return np.asarray(part_of[inverse], np.int64)
+
+
+def choose(solver: Solver, train: Rows, selection: Selection) -> Choice:
+    """Choose a solver's settings.
+
+    Args:
+        solver: What is to be fitted.
+        train: All train rows.
+        selection: What chooses.
+    """
+    candidates = solver.candidates(train)
+    if len(candidates) == 1:
+        return Choice(
+            settings=candidates[0], score=None, val_top1=None,
+            chosen_on="nothing: all settings were given", table=[],
+        )  # fmt: skip
+    if not selection.pairs:
+        return Choice(
+            settings=solver.fallback(), score=None, val_top1=None,
+            chosen_on=selection.name, table=[],
+        )  # fmt: skip
+    scores, plain, passes = _score_all(solver, candidates, selection)
+    table = [
+        {**settings, "score": float(s), "top1": float(t), "passes": int(n)}
+        for settings, s, t, n in zip(candidates, scores, plain, passes, strict=True)
+    ]
+    best = int(np.argmax(scores))
+    return Choice(
+        settings=candidates[best], score=float(scores[best]), val_top1=float(plain[best]),
+        chosen_on=selection.name, table=table,
+    )  # fmt: skip
+
+
+def _score_all(
+    solver: Solver, candidates: Sequence[Settings], selection: Selection
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Ints]:
+    """Weighted and plain accuracy over all scored rows, and passes, by candidate."""
+    right = np.zeros(len(candidates))
+    plain = np.zeros(len(candidates))
+    passes = np.zeros(len(candidates), np.int64)
+    weight, count = 0.0, 0
+    for fit_rows, held in selection.pairs:
+        for i, fitted in enumerate(solver.fit_all(fit_rows, candidates)):
+            predicted = fitted.head.predict(held.plain)
+            right[i] += held.weights @ (predicted == held.y)
+            plain[i] += top1(held.y, predicted) * held.num_rows
+            passes[i] += fitted.num_passes
+        weight += float(held.weights.sum())
+        count += held.num_rows
+    # Rounding must not break ties: equal accuracies are equal.
+    return np.round(right / weight, 12), plain / count, passes

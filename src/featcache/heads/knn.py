@@ -1,0 +1,179 @@
+"""k nearest neighbours: the rows themselves are the head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from featcache.errors import UserError
+from featcache.heads.linear import Floats, checked_features, row_blocks
+
+Metric = Literal["cosine", "euclidean"]
+
+# How sharply votes fall with distance: a cosine similarity lower by this much counts 1/e.
+TEMPERATURE = 0.07
+# Similarities are computed for so many values at a time.
+BLOCK_VALUES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnnHead:
+    """Votes of the k nearest train rows, near ones counting more.
+
+    cosine: rows are scaled to length one, a neighbour's vote is exp(similarity / 0.07).
+    euclidean: a neighbour's vote is one over its distance. Votes carry the row's weight.
+
+    Attributes:
+        rows: Train features [N, D], float16, float32 or float64.
+        labels: Their class indices [N] int64.
+        class_names: C names.
+        k: Number of neighbours.
+        metric: What near means.
+        row_weights: What each row counts for, [N], if not all count alike.
+        solver: Always "knn".
+        chosen: The settings, and how they were chosen.
+        scores: What it scored, by name.
+        provenance: Which backbone, preprocessing and dataset the features came from.
+    """
+
+    rows: Floats
+    labels: NDArray[np.int64]
+    class_names: list[str]
+    k: int = 10
+    metric: Metric = "cosine"
+    row_weights: Floats | None = None
+    solver: str = "knn"
+    chosen: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or self.labels.shape != (len(self.rows),) or not len(self.rows):
+            raise UserError(
+                f"knn needs rows [N, D] and labels [N], not {self.rows.shape} and "
+                f"{self.labels.shape}"
+            )
+        if self.labels.dtype.kind != "i" or not (
+            0 <= self.labels.min() <= self.labels.max() < len(self.class_names)
+        ):
+            raise UserError(f"knn labels must be class numbers below {len(self.class_names)}")
+        if self.row_weights is not None and self.row_weights.shape != self.labels.shape:
+            raise UserError(f"knn row_weights {self.row_weights.shape} do not match its rows")
+        if self.metric not in ("cosine", "euclidean") or not isinstance(self.k, int) or self.k < 1:
+            raise UserError(f"knn with k={self.k!r:.20} and metric {self.metric!r:.20}")
+
+    @property
+    def feature_dim(self) -> int:
+        """Width D of the features it takes."""
+        return int(self.rows.shape[1])
+
+    @property
+    def num_params(self) -> int:
+        """Nothing is trained."""
+        return 0
+
+    def predict_proba(self, X: ArrayLike) -> Floats:
+        """Share of the votes by class, [N, C], for features [N, D]."""
+        features = checked_features(X, self.feature_dim)
+        found = [
+            vote(near, self, k=self.k) for near in nearest(self.rows, features, self.k, self.metric)
+        ]
+        return np.concatenate(found) if found else np.zeros((0, len(self.class_names)), np.float32)
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """Class indices [N] of features [N, D]."""
+        return np.asarray(self.predict_proba(X).argmax(axis=1), np.int64)
+
+    def score(self, X: ArrayLike, y: ArrayLike) -> float:
+        """Top-1 accuracy on features [N, D] with class indices [N]."""
+        from featcache.metrics import top1
+
+        return top1(y, self.predict(X))
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with other attributes."""
+        return dataclasses.replace(self, **fields)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest train rows of some features, nearest first.
+
+    Attributes:
+        index: Row numbers [n, k].
+        log_votes: Logarithm of each one's vote [n, k]: no distance is too large for it.
+    """
+
+    index: NDArray[np.int64]
+    log_votes: Floats
+
+
+def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[Neighbours]:
+    """Find the k nearest rows of every feature.
+
+    Args:
+        rows: Train features [N, D].
+        features: [M, D].
+        k: At most N neighbours are found.
+        metric: cosine or euclidean.
+
+    Yields:
+        The neighbours of consecutive features.
+    """
+    k = min(k, len(rows))
+    dtype = np.float64 if rows.dtype == np.float64 else np.float32
+    # Distances do not change when everything moves; near the origin they lose fewer digits.
+    centre = rows.mean(axis=0, dtype=np.float64).astype(dtype) if metric == "euclidean" else None
+    base = _ready(rows.astype(dtype), centre)
+    squares = np.einsum("nd,nd->n", base, base) if metric == "euclidean" else None
+    for _, block in row_blocks(features, max(1, BLOCK_VALUES // len(rows))):
+        query = _ready(block.astype(dtype), centre)
+        closeness = query @ base.T
+        if squares is not None:
+            closeness *= 2
+            closeness -= squares
+        index = _largest(closeness, k)
+        top = np.take_along_axis(closeness, index, axis=1)
+        if squares is None:
+            log_votes = top / TEMPERATURE
+        else:
+            own = np.einsum("nd,nd->n", query, query)
+            # The expansion of the square rounds; the distance of the few found is taken again.
+            distance = np.linalg.norm(query[:, None] - base[index], axis=2)
+            floor = np.finfo(dtype).eps * np.sqrt(own + squares.max())[:, None]
+            log_votes = -np.log(np.maximum(distance, floor + np.finfo(dtype).tiny))
+        yield Neighbours(index, log_votes)
+
+
+def vote(near: Neighbours, head: KnnHead, *, k: int) -> Floats:
+    """Share of the first k neighbours' votes by class, [n, C]."""
+    index, log_votes = near.index[:, :k], near.log_votes[:, :k]
+    votes = np.exp(log_votes - log_votes.max(axis=1, keepdims=True))
+    if head.row_weights is not None:
+        votes = votes * head.row_weights[index]
+    shares = np.zeros((len(index), len(head.class_names)), votes.dtype)
+    np.add.at(shares, (np.arange(len(index))[:, None], head.labels[index]), votes)
+    return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+
+def _ready(features: Floats, centre: Floats | None) -> Floats:
+    """Centred for distances, or of unit length for similarities; zero rows stay zero."""
+    if centre is not None:
+        return np.asarray(features - centre)
+    length = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.where(length > 0, length, 1))
+
+
+def _largest(closeness: Floats, k: int) -> NDArray[np.int64]:
+    """Column numbers [n, k] of the k largest of each row, largest first, ties by column."""
+    width = closeness.shape[1]
+    some = np.arange(width)[None].repeat(len(closeness), 0)
+    if k < width:
+        some = np.sort(np.argpartition(closeness, width - k, axis=1)[:, width - k :], axis=1)
+    order = np.argsort(-np.take_along_axis(closeness, some, axis=1), axis=1, kind="stable")
+    return np.asarray(np.take_along_axis(some, order, axis=1))

@@ -1,0 +1,172 @@
+"""Multinomial logistic regression with an L2 penalty, solved to convergence.
+
+The objective is scikit-learn's, `LogisticRegression(C=strength)`: with S the sum of the weights,
+
+    strength * sum_i s_i * cross_entropy_i + |W|^2 / 2,    the bias unpenalised,
+
+divided here by strength * S, so that it is a mean loss plus lam / 2 * |W|^2. For two classes
+scikit-learn penalises the difference of the two weight rows instead of both rows; halving the
+strength gives the same classifier. Rows are centred first, which only the bias notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from featcache.heads.lbfgs import Solution, Spectrum, minimise, second_moment_spectrum
+from featcache.heads.linear import Floats
+from featcache.heads.rows import Doubles, Ints, Rows
+from featcache.heads.softmax_loss import SoftmaxLoss, loss_in_memory
+
+# Up to so many values, float64 costs little and reaches the optimum to its last digits.
+SMALL = 4_000_000
+# Weight zero and this bias: a class without train rows is never predicted.
+ABSENT_BIAS = -1e4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fit:
+    """A fitted linear map of raw features and how it was reached.
+
+    Attributes:
+        weight: [C, D] float64.
+        bias: [C] float64.
+        mean: [D], if the features were standardised.
+        scale: [D], likewise.
+        converged: Whether the solver reached its tolerance.
+        num_passes: Passes over the rows.
+        objective: The minimised value: mean loss plus penalty.
+    """
+
+    weight: Doubles
+    bias: Doubles
+    mean: Doubles | None = None
+    scale: Doubles | None = None
+    converged: bool = True
+    num_passes: int = 0
+    objective: float | None = None
+
+
+def moments(X: Floats, share: Doubles) -> tuple[Doubles, Doubles]:
+    """Weighted mean and standard deviation of every feature.
+
+    A feature that never changes but for rounding gets deviation 1: it is then left as it is.
+
+    Args:
+        X: Features [N, D].
+        share: Weights [N] that sum to one.
+
+    Returns:
+        Mean [D] and deviation [D], float64.
+    """
+    light = share.astype(np.float32) if X.dtype == np.float32 else share
+    first = X[0].astype(np.float64)
+    # Shifted by the first row, so that a large common offset does not cancel digits away.
+    shifted = X - X[0]
+    offset = (light @ shifted).astype(np.float64)
+    square = (light @ np.square(shifted, out=shifted)).astype(np.float64)
+    deviation = np.sqrt((square - offset**2).clip(min=0.0))
+    rounding = 1e-6 if X.dtype == np.float32 else 1e-12
+    size = np.abs(first) + np.sqrt(square)
+    deviation[deviation <= rounding * size] = 1.0
+    deviation[deviation == 0] = 1.0
+    return first + offset, deviation
+
+
+class LogisticProblem:
+    """Rows made ready once, for many strengths.
+
+    Args:
+        rows: Train rows; all views count, each with its part of the row's weight.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        features, labels, weights = rows.stacked()
+        self.total = float(weights.sum())
+        self.num_classes = rows.num_classes
+        self.present, self.y = _dense_labels(labels, rows.num_classes)
+        self.share = weights / self.total
+        small = features.size <= SMALL
+        X: Floats = features.astype(np.float64 if small else np.float32)
+        self.mean, self.deviation = moments(X, self.share)
+        np.subtract(X, self.mean.astype(X.dtype), out=X)
+        self._centred = X
+        self._scaled: Floats | None = None
+        self._spectra: dict[bool, Spectrum] = {}
+
+    def features(self, *, standardize: bool) -> Floats:
+        """Centred rows [N, D], of unit deviation if asked for."""
+        if not standardize:
+            return self._centred
+        if self._scaled is None:
+            self._scaled = self._centred / self.deviation.astype(self._centred.dtype)
+        return self._scaled
+
+    def loss(self, *, standardize: bool) -> SoftmaxLoss:
+        """The loss over these rows and the classes that have any."""
+        features = self.features(standardize=standardize)
+        return loss_in_memory(features, self.y, self.share, len(self.present))
+
+    def spectrum(self, *, standardize: bool) -> Spectrum:
+        """For the preconditioner; computed once."""
+        if standardize not in self._spectra:
+            features = self.features(standardize=standardize)
+            self._spectra[standardize] = second_moment_spectrum(features)
+        return self._spectra[standardize]
+
+    def penalty(self, strength: float) -> float:
+        """The objective's lam for scikit-learn's C."""
+        own = strength / 2 if len(self.present) == 2 else strength
+        return 1.0 / (own * self.total)
+
+    def raw(self, solution: Solution, *, standardize: bool) -> Fit:
+        """Undo centring and scaling, and give classes without rows their output."""
+        weight, bias = solution.point[:-1].T, solution.point[-1]
+        if standardize:
+            weight = weight / self.deviation
+        bias = bias - weight @ self.mean
+        full_weight = np.zeros((self.num_classes, weight.shape[1]))
+        full_bias = np.full(self.num_classes, ABSENT_BIAS)
+        full_weight[self.present], full_bias[self.present] = weight, bias
+        return Fit(
+            weight=full_weight,
+            bias=full_bias,
+            mean=self.mean if standardize else None,
+            scale=self.deviation if standardize else None,
+            converged=solution.converged,
+            num_passes=solution.num_passes,
+            objective=solution.objective,
+        )
+
+
+def fit_path(
+    problem: LogisticProblem, strengths: Sequence[float], *, standardize: bool
+) -> Iterator[Fit]:
+    """Fit every strength in turn, each from where the one before it ended.
+
+    Args:
+        problem: The rows.
+        strengths: scikit-learn's C; from small to large is fastest.
+        standardize: Whether features are scaled to unit deviation.
+
+    Yields:
+        One fit per strength.
+    """
+    loss = problem.loss(standardize=standardize)
+    spectrum = problem.spectrum(standardize=standardize)
+    start = None
+    for strength in strengths:
+        solution = minimise(loss, problem.penalty(strength), spectrum, start)
+        start = solution.point
+        yield problem.raw(solution, standardize=standardize)
+
+
+def _dense_labels(labels: Ints, num_classes: int) -> tuple[Ints, Ints]:
+    """The classes that have rows, and labels counted among those only."""
+    present = np.flatnonzero(np.bincount(labels, minlength=num_classes))
+    place = np.zeros(num_classes, np.int64)
+    place[present] = np.arange(len(present))
+    return present, place[labels]

@@ -1,0 +1,44 @@
+"""A run's report in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """What `train-head` prints for people.
+
+    Args:
+        report: What `train_head` returned.
+    """
+    lines = [
+        f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.4f}, "
+        f"test accuracy {epoch['test_top1']:.3f}, {epoch['seconds']:.3f} s"
+        for epoch in report["epochs"]
+    ]
+    low, high = report["test_interval"]
+    chosen = report["chosen"]
+    settings = ", ".join(
+        f"{name} {_text(value)}"
+        for name, value in chosen.items()
+        if name not in ("score", "chosen_on", "candidates")
+    )
+    chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
+    lines.append(f"{report['solver']} ({report['backend']}): {settings}; {chosen_on}")
+    if report["val_top1"] is not None:
+        lines.append(f"held-out accuracy {report['val_top1']:.3f}")
+    lines.append(
+        f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
+    )
+    lines.append(
+        f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
+        f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
+    )
+    return lines
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,229 @@
+"""A trained classifier on new pictures: `Classifier.load(path).predict(pictures)`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import ExtractConfig, Preprocessing, Views
+from featcache.data import BadImage, ImageSplit
+from featcache.errors import UserError
+from featcache.extract.stream import computed_chunks
+from featcache.heads import KnnHead, softmax
+from featcache.predict.load import Trained, load_trained
+from featcache.predict.pictures import Picture, split_of
+from featcache.runtime import StageTimer, num_cores, pick_device, say
+
+if TYPE_CHECKING:
+    from featcache.engine import Engine
+
+Row = NDArray[np.float32]
+# Neighbours of many pictures are found together: the train rows are read once for all of them.
+KNN_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says about one picture.
+
+    Attributes:
+        label: The likeliest class.
+        probability: Of that class.
+        topk: The likeliest classes with their probabilities, likeliest first.
+    """
+
+    label: str
+    probability: float
+    topk: tuple[tuple[str, float], ...]
+
+
+class Classifier:
+    """A head with its backbone, or a fine-tuned model, ready for pictures.
+
+    Example:
+        classifier = Classifier.load("cache/pets.logistic.safetensors")
+        for prediction in classifier.predict(["cat.jpg", Image.open("dog.jpg")]):
+            print(prediction.label, prediction.probability)
+
+    Args:
+        trained: What `load_trained` gave.
+        device: auto, cpu, cuda or mps.
+        batch_size: Images per forward pass; measured unless given.
+        workers: Threads; as many as cores unless given.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        *,
+        device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        self.trained = trained
+        self._device = pick_device(device)
+        self._settings = ExtractConfig(
+            dataset="pictures",
+            device=device,
+            precision=_precision(trained, self._device),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        self._engine: Engine | None = None
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, weights: str | None = None, seed: int = 42, **how: Any
+    ) -> Self:
+        """Read a file that train-head or finetune wrote.
+
+        Args:
+            path: The file.
+            weights: The backbone's weights file, if it lies neither here nor beside the head.
+            seed: Draws the backbone's weights, if the head was trained on random ones.
+            **how: device, batch_size and workers.
+
+        Raises:
+            UserError: The file is missing, damaged or of another kind.
+            CacheError: The weights are not those that the head was trained on.
+        """
+        return cls(load_trained(Path(path), weights=weights, seed=seed), **how)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the C classes, in the order of `predict_proba`'s columns."""
+        return list(self.trained.class_names)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes the network's input."""
+        return self.trained.preprocessing
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the classifier was made from."""
+        return self.trained.provenance
+
+    def predict(self, pictures: Picture | Iterable[Picture], topk: int = 1) -> list[Prediction]:
+        """Classify pictures.
+
+        Args:
+            pictures: Paths or PIL images of any mode, one or many.
+            topk: Name so many of the likeliest classes.
+
+        Returns:
+            One prediction per picture, in their order.
+
+        Raises:
+            UserError: A picture cannot be read.
+        """
+        return [self.prediction(row, topk) for row in self.predict_proba(pictures)]
+
+    def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
+        """Probabilities [N, C] of pictures (paths or PIL images of any mode, one or many).
+
+        Raises:
+            UserError: A picture cannot be read.
+        """
+        split = split_of(pictures)
+        rows = np.zeros((len(split), len(self.trained.class_names)), np.float32)
+        with contextlib.closing(self.stream(split)) as stream:
+            for index, row in stream:
+                if isinstance(row, BadImage):
+                    raise UserError(f"{split.ids[index]}: {row}; repair it or leave it out")
+                rows[index] = row
+        return rows
+
+    def prediction(self, probabilities: Row, topk: int = 1) -> Prediction:
+        """Name the likeliest classes of one row of probabilities [C]."""
+        order = np.argsort(-probabilities, kind="stable")[: max(1, topk)]
+        names = self.trained.class_names
+        best = tuple((names[c], float(probabilities[c])) for c in order)
+        return Prediction(best[0][0], best[0][1], best)
+
+    def engine(self, num_images: int) -> Engine:
+        """What runs the network; chosen on first use, measured when there are many images."""
+        if self._engine is None:
+            from featcache.engine import choose_engine
+
+            trained = self.trained
+            self._engine = choose_engine(
+                self._settings, trained.network, trained.preprocessing, self._device, num_images
+            )
+        return self._engine
+
+    def stream(
+        self, split: ImageSplit, timer: StageTimer | None = None
+    ) -> Generator[tuple[int, Row | BadImage], None, None]:
+        """Classify the pictures of a split in order, in bounded memory.
+
+        Args:
+            split: The pictures.
+            timer: Gets seconds by stage.
+
+        Yields:
+            The row, and probabilities [C] or the reason why there are none.
+        """
+        timer = timer or StageTimer()
+        together = KNN_ROWS if isinstance(self.trained.head, KnnHead) else 1
+        with torch_threads_kept():
+            outputs = self._outputs(split, timer)
+            while group := list(islice(outputs, together)):
+                good = [row for _, row in group if not isinstance(row, BadImage)]
+                probabilities = iter(self._probabilities(np.stack(good)) if good else ())
+                for index, row in group:
+                    yield index, row if isinstance(row, BadImage) else next(probabilities)
+
+    def _outputs(
+        self, split: ImageSplit, timer: StageTimer
+    ) -> Iterator[tuple[int, Row | BadImage]]:
+        """What the network gives for every picture, from the threads that extraction uses."""
+        with timer("choose_engine"):
+            engine = self.engine(len(split))
+        workers = self._settings.workers
+        workers = num_cores() if workers is None else workers
+        rows, prep = range(len(split)), self.trained.preprocessing
+        for done in computed_chunks(split, rows, prep, Views(), engine, workers, timer):
+            good = iter(done.features[0] if done.features.size else ())
+            for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
+                yield index, pixels if isinstance(pixels, BadImage) else next(good)
+
+    def _probabilities(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Probabilities [n, C] of features [n, D], or of logits [n, C]."""
+        head = self.trained.head
+        if head is None:
+            return np.asarray(softmax(outputs), np.float32)
+        if self.trained.dtype == "float16":  # as the head's train features were rounded
+            outputs = outputs.astype(np.float16).astype(np.float32)
+        return np.asarray(head.predict_proba(outputs), np.float32)
+
+
+def _precision(trained: Trained, device: str) -> Literal["float32", "int8", "amp"]:
+    """How to compute, so that the features are those that the head was trained on."""
+    if trained.precision == "int8":
+        return "int8"
+    if trained.precision == "amp" and device == "cuda":
+        return "amp"
+    if trained.precision == "amp":
+        say("the head was trained on features in mixed precision; computing in float32 here")
+    return "float32"
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undo the engine's choice of torch's threads, which belongs to the whole process."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,244 @@
+"""From a head or model file to the network that it was trained with, and proof that it is that one.
+
+A head file names its backbone's weights and their sha256; other weights would give other features,
+so they are refused. A model file holds all of its network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from featcache.backbone import (
+    build_classifier,
+    classifiers,
+    feature_dim_of,
+    file_sha256,
+    head_of,
+    state_sha256,
+)
+from featcache.backbone.load import loaded_network, without_head
+from featcache.backbone.weights import NAMED_WEIGHTS, weights_file
+from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
+from featcache.errors import CacheError, StorageError, UserError, one_of
+from featcache.heads import Head, load_head
+from featcache.model_file import read_card, read_metadata, read_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CACHE_SUFFIXES = (".h5", ".hdf5", ".part")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a classifier file stands for.
+
+    Attributes:
+        path: The file.
+        kind: "head" (`network` gives features) or "model" (`network` gives logits).
+        network: Frozen, in eval mode, on the CPU: float32 images [N, 3, H, W] to [N, D] or [N, C].
+        head: What turns features into classes; None for a model.
+        class_names: C names.
+        preprocessing: How a picture becomes the network's input.
+        backbone: The torchvision network's name.
+        dtype: As which type the head's train features were stored.
+        precision: How they were computed.
+        scores: What the classifier scored when it was trained.
+        provenance: What it was made from.
+    """
+
+    path: Path
+    kind: Literal["head", "model"]
+    network: nn.Module
+    head: Head | None
+    class_names: list[str]
+    preprocessing: Preprocessing
+    backbone: str
+    dtype: str
+    precision: str
+    scores: dict[str, Any]
+    provenance: dict[str, Any]
+
+    def describe(self) -> str:
+        """One phrase for people: what classifies."""
+        prep = self.preprocessing
+        fed = f"{prep.image_px} px {prep.resize}"
+        if self.head is None:
+            return f"fine-tuned {self.backbone}, {fed}"
+        weights = self.provenance["backbone"]["weights"]
+        return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
+
+
+def load_trained(path: Path, *, weights: str | None = None, seed: int = 42) -> Trained:
+    """Load a head with its backbone, or a fine-tuned model.
+
+    Args:
+        path: A file that train-head or finetune wrote.
+        weights: Where a head's backbone has its weights, if not where they are looked for: the
+            working directory and the head's own.
+        seed: Draws the backbone's weights, if the head was trained on random ones.
+
+    Raises:
+        UserError: The file is missing, damaged or neither of the two, or the weights cannot be had.
+        CacheError: The weights are not those that the head was trained on.
+    """
+    if path.suffix in CACHE_SUFFIXES and path.is_file():
+        raise UserError(f"{path} is a cache, not a classifier: type train-head {path} first")
+    try:
+        kind = read_metadata(path).get("format")
+        if kind == "featcache-model":
+            return _load_model(path)
+        if kind == "featcache-head":
+            return _load_with_backbone(path, weights, seed)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    raise UserError(
+        f"{path} is neither a head nor a fine-tuned model: give a file that train-head or finetune "
+        "wrote"
+    )
+
+
+def _load_with_backbone(path: Path, weights: str | None, seed: int) -> Trained:
+    head = load_head(path)
+    info = _backbone_of(head, path)
+    network = _network_of(info, path, weights, seed)
+    provenance = head.provenance
+    return Trained(
+        path=path,
+        kind="head",
+        network=network,
+        head=head,
+        class_names=head.class_names,
+        preprocessing=info.preprocessing,
+        backbone=info.backbone,
+        dtype=str(provenance.get("dtype", "float32")),
+        precision=str(provenance.get("precision", "float32")),
+        scores=head.scores,
+        provenance=provenance,
+    )
+
+
+def _backbone_of(head: Head, path: Path) -> BackboneInfo:
+    """The backbone that a head's provenance names."""
+    try:
+        values = dict(head.provenance["backbone"])
+        prep = Preprocessing.from_dict(dict(values.pop("preprocessing")))
+        info = BackboneInfo(preprocessing=prep, **values)
+        for name in ("backbone", "weights", "weights_sha256"):
+            if not isinstance(getattr(info, name), str):
+                raise TypeError(f"{name} is no text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not say which backbone it is for ({error!s:.100}): run train-head again"
+        ) from error
+    if info.backbone not in classifiers():
+        raise UserError(f"{path}: {one_of(info.backbone, classifiers(), 'backbone')}")
+    if info.feature_dim != head.feature_dim:
+        raise CacheError(
+            f"{path} is for {info.feature_dim} features by its provenance, {head.feature_dim} by "
+            "its tensors: run train-head again"
+        )
+    return info
+
+
+def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) -> nn.Module:
+    """The backbone with the weights that `info` names, if their hash is the one it records."""
+    config = BackboneConfig(
+        backbone=info.backbone, weights=weights or _find_weights(info, path), device="cpu"
+    )
+    if config.weights not in ("imagenet", "random"):
+        _check_file(info, path, config)  # before a wrong file is called unfit for the network
+    network = loaded_network(config, seed)
+    if config.weights == "imagenet":
+        _check_file(info, path, config)
+    elif config.weights == "random":
+        what = f"the random weights that --seed {seed} draws here"
+        _check_hash(info, path, what, state_sha256(network), "give extract-features' --seed")
+    dim = feature_dim_of(head_of(network)[1])
+    if dim != info.feature_dim:
+        raise CacheError(
+            f"{path} is for {info.feature_dim} features, {info.backbone} gives {dim}: run "
+            "train-head again"
+        )
+    return without_head(network)
+
+
+def _find_weights(info: BackboneInfo, path: Path) -> str:
+    """The name that `--weights` would have: of weights by file, look here and beside the head."""
+    if info.weights in NAMED_WEIGHTS:
+        return info.weights
+    name = Path(info.weights).name
+    there = [p for p in (Path(name), path.parent / name) if name and p.is_file()]
+    right = [p for p in there if file_sha256(p) == info.weights_sha256]
+    if not there:
+        raise UserError(
+            f"{path} needs the weights file {name} (sha256 {info.weights_sha256}), which is "
+            f"neither here nor in {path.parent}: add --weights FILE"
+        )
+    return str((right or there)[0])
+
+
+def _check_file(info: BackboneInfo, path: Path, config: BackboneConfig) -> None:
+    file = weights_file(config)
+    assert file is not None
+    what = str(file) if config.weights not in NAMED_WEIGHTS else f"--weights {config.weights}"
+    advice = "give the file that it was trained on as --weights FILE, or run train-head again"
+    _check_hash(info, path, what, file_sha256(file), advice)
+
+
+def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: str) -> None:
+    if found != info.weights_sha256:
+        raise CacheError(
+            f"{path} was trained on weights {info.weights} with sha256 {info.weights_sha256}, but "
+            f"{what} has {found}: {advice}"
+        )
+
+
+def _load_model(path: Path) -> Trained:
+    card, tensors = read_card(path), read_tensors(path)
+    if card.backbone not in classifiers():
+        raise UserError(f"{path}: {one_of(card.backbone, classifiers(), 'backbone')}")
+    config = BackboneConfig(backbone=card.backbone, weights="random", device="cpu")
+    network = build_classifier(config, len(card.class_names), 0)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
+            f"{len(card.class_names)} classes: write it again with finetune"
+        ) from error
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{path} is a damaged model, {name} holds values that are not finite: write it "
+                "again with finetune"
+            )
+    return Trained(
+        path=path,
+        kind="model",
+        network=network.requires_grad_(False).eval(),
+        head=None,
+        class_names=card.class_names,
+        preprocessing=card.preprocessing,
+        backbone=card.backbone,
+        dtype="float32",
+        precision="float32",
+        scores=card.scores,
+        provenance=card.provenance,
+    )
+
+
+def provenance_json(trained: Trained) -> dict[str, Any]:
+    """What classifies and what it was made from, as JSON for reports and exported files."""
+    return {
+        "kind": trained.kind,
+        "file": trained.path.name,
+        "backbone": trained.backbone,
+        "solver": trained.head.solver if trained.head else None,
+        "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "scores": trained.scores,
+        "trained_on": trained.provenance,
+    }
