@@ -17,6 +17,8 @@ from featcache.cache.layout import complement
 from featcache.errors import CacheError, FeatcacheError
 from hostile.cache_files import extent_of, read_record, rehash, write_record
 
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+
 
 def contents(path: Path) -> tuple[object, ...]:
     """Everything a user can get out of a cache."""
@@ -190,14 +192,14 @@ def fuzz(mutations, num_cases: int, path: Path, seed: int) -> collections.Counte
     return counts
 
 
-@pytest.mark.parametrize("num_cases", [600, pytest.param(12_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_cases", [600, pytest.param(12_000, marks=SLOW)])
 def test_damage_is_found_or_harmless(num_cases, tmp_path):
     counts = fuzz(HONEST, num_cases, tmp_path / "x.h5", seed=1)
     print(f"damaged cache files: {dict(counts)}")
     assert counts["refused"] > 0.8 * num_cases
 
 
-@pytest.mark.parametrize("num_cases", [100, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_cases", [100, pytest.param(4000, marks=SLOW)])
 def test_forged_files_are_refused_or_read_without_a_traceback(num_cases, tmp_path):
     counts = fuzz(FORGED, num_cases, tmp_path / "x.h5", seed=2)
     print(f"forged cache files: {dict(counts)}")
@@ -220,6 +222,7 @@ def test_cut_at_many_places(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_byte_that_is_no_padding_matters(tmp_path):
     """One flipped bit in every byte of every dataset and of the HDF5 metadata, one at a time."""
     path = copy_cache(tmp_path / "x.h5")
@@ -238,6 +241,7 @@ def test_every_byte_that_is_no_padding_matters(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_what_other_hdf5_tools_see_after_damage(tmp_path):
     """The HDF5 library, in its bounded process, on damaged metadata: always an answer."""
     path = tmp_path / "x.h5"

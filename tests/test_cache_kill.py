@@ -18,6 +18,7 @@ from featcache.cache.storage import CacheFile
 
 HERE = Path(__file__).parent
 PAGE = 4096
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 def kill(kind: str, num_kills: int, folder: Path) -> dict[str, int]:
@@ -40,9 +41,9 @@ def kill(kind: str, num_kills: int, folder: Path) -> dict[str, int]:
         ("extract", 30),
         ("update", 15),
         ("repair", 15),
-        pytest.param("extract", 200, marks=pytest.mark.slow),
-        pytest.param("update", 100, marks=pytest.mark.slow),
-        pytest.param("repair", 100, marks=pytest.mark.slow),
+        pytest.param("extract", 200, marks=SLOW),
+        pytest.param("update", 100, marks=SLOW),
+        pytest.param("repair", 100, marks=SLOW),
     ],
 )
 def test_killed_at_random_moments(kind, num_kills, tmp_path):
@@ -96,7 +97,7 @@ def done_blocks(path: Path) -> dict[str, np.ndarray]:
     return {split: file.good_blocks(split) for split in file.layout.splits}
 
 
-@pytest.mark.parametrize("num_cuts", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_cuts", [40, pytest.param(1000, marks=SLOW)])
 def test_power_cut_at_random_moments(num_cuts, tmp_path, monkeypatch):
     """Simulated: pages written since the last sync reach the disk or not, at random."""
     rows, dim = {"train": 1500, "test": 300}, 24
