@@ -129,7 +129,7 @@ def test_damage_is_found_where_it_is_used_and_nowhere_else(path):
     flip_feature(path, 70)
     cache = FeatureCache(path)
     assert len(cache.split("test").X) == 70
-    message = r"rows 64 to 127 of train \(from 'train/00064\.png'\).*featcache verify .* --repair --dataset DATASET"
+    message = r"rows 64 to 127 of train \(from 'train/00064\.png'\).*verify .* --repair --dataset"
     with pytest.raises(CacheError, match=message):
         _ = cache.split("train").X
     stream = cache.split("train").iter_blocks(64)
