@@ -6,7 +6,6 @@ equal ones the strongest regularisation. The winner is then fitted to all of tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Settings, Solver
-from featcache.metrics import top1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,44 +141,75 @@ def choose(solver: Solver, train: Rows, selection: Selection) -> Choice:
         train: All train rows.
         selection: What chooses.
     """
-    candidates = solver.candidates(train)
-    if len(candidates) == 1:
-        return Choice(
-            settings=candidates[0], score=None, val_top1=None,
-            chosen_on="nothing: all settings were given", table=[],
-        )  # fmt: skip
+    series = solver.series(train)
+    if sum(map(len, series)) == 1:
+        given = "nothing: all settings were given"
+        return Choice(settings=series[0][0], score=None, val_top1=None, chosen_on=given, table=[])
     if not selection.pairs:
+        name = selection.name
         return Choice(
-            settings=solver.fallback(), score=None, val_top1=None,
-            chosen_on=selection.name, table=[],
-        )  # fmt: skip
-    scores, plain, passes = _score_all(solver, candidates, selection)
-    table = [
-        {**settings, "score": float(s), "top1": float(t), "passes": int(n)}
-        for settings, s, t, n in zip(candidates, scores, plain, passes, strict=True)
-    ]
-    best = int(np.argmax(scores))
+            settings=solver.fallback(), score=None, val_top1=None, chosen_on=name, table=[]
+        )
+    first, *others = selection.pairs
+    tally = Tally()
+    tried = _walk(solver, series, first, tally)
+    for pair in others:
+        prepared = solver.prepare(pair[0], tried)
+        for place, settings in enumerate(tried):
+            tally.add(place, pair[1], prepared.predict(settings, pair[1].plain))
+    table = [{**settings, **tally.scores(place)} for place, settings in enumerate(tried)]
+    best = max(range(len(table)), key=lambda place: float(table[place]["score"]))
     return Choice(
-        settings=candidates[best], score=float(scores[best]), val_top1=float(plain[best]),
-        chosen_on=selection.name, table=table,
-    )  # fmt: skip
+        settings=tried[best],
+        score=float(table[best]["score"]),
+        val_top1=float(table[best]["top1"]),
+        chosen_on=selection.name,
+        table=table,
+    )
 
 
-def _score_all(
-    solver: Solver, candidates: Sequence[Settings], selection: Selection
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Ints]:
-    """Weighted and plain accuracy over all scored rows, and passes, by candidate."""
-    right = np.zeros(len(candidates))
-    plain = np.zeros(len(candidates))
-    passes = np.zeros(len(candidates), np.int64)
-    weight, count = 0.0, 0
-    for fit_rows, held in selection.pairs:
-        for i, fitted in enumerate(solver.fit_all(fit_rows, candidates)):
-            predicted = fitted.head.predict(held.plain)
-            right[i] += held.weights @ (predicted == held.y)
-            plain[i] += top1(held.y, predicted) * held.num_rows
-            passes[i] += fitted.num_passes
-        weight += float(held.weights.sum())
-        count += held.num_rows
-    # Rounding must not break ties: equal accuracies are equal.
-    return np.round(right / weight, 12), plain / count, passes
+class Tally:
+    """Counts of right predictions by candidate, over one part or several."""
+
+    def __init__(self) -> None:
+        self._right: dict[int, float] = {}
+        self._weight: dict[int, float] = {}
+        self._hits: dict[int, int] = {}
+        self._count: dict[int, int] = {}
+
+    def add(self, place: int, held: Rows, predicted: Ints) -> None:
+        """Count a candidate's predictions of a held-out part."""
+        correct = predicted == held.y
+        for total, value in (
+            (self._right, float(held.weights @ correct)),
+            (self._weight, float(held.weights.sum())),
+        ):
+            total[place] = total.get(place, 0.0) + value
+        self._hits[place] = self._hits.get(place, 0) + int(correct.sum())
+        self._count[place] = self._count.get(place, 0) + held.num_rows
+
+    def scores(self, place: int) -> dict[str, float]:
+        """Weighted accuracy, which chooses, and plain accuracy."""
+        # Rounded, so that sums taken in another order do not break ties.
+        score = round(self._right[place] / self._weight[place], 12)
+        return {"score": score, "top1": self._hits[place] / self._count[place]}
+
+
+def _walk(
+    solver: Solver, series: list[list[Settings]], pair: tuple[Rows, Rows], tally: Tally
+) -> list[Settings]:
+    """Score the candidates of each series in turn until it no longer gains; returns those tried."""
+    fit_rows, held = pair
+    tried: list[Settings] = []
+    for candidates in series:
+        prepared = solver.prepare(fit_rows, candidates)
+        best, worse = -1.0, 0
+        for settings in candidates:
+            tally.add(len(tried), held, prepared.predict(settings, held.plain))
+            score = tally.scores(len(tried))["score"]
+            tried.append(settings)
+            worse = worse + 1 if score < best else 0
+            best = max(best, score)
+            if solver.patience is not None and worse >= solver.patience:
+                break
+    return tried

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from featcache.heads.softmax_loss import Doubles, Floats, SoftmaxLoss
 
-MEMORY = 20
+MEMORY = 30
 MAX_ITERATIONS = 1000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
@@ -36,6 +36,10 @@ class Spectrum:
     vectors: Doubles
 
 
+# A step, the gradient's change along it without the penalty's part, both [D + 1, C].
+Pair = tuple[Doubles, Doubles]
+
+
 @dataclass(frozen=True)
 class Solution:
     """Where the solver ended.
@@ -46,6 +50,7 @@ class Solution:
         gap: Estimated distance of F to its minimum.
         num_passes: Passes over the rows.
         converged: Whether the gap is within tolerance.
+        pairs: What was learnt of the loss's curvature; it holds for any penalty.
     """
 
     point: Doubles
@@ -53,6 +58,50 @@ class Solution:
     gap: float
     num_passes: int
     converged: bool
+    pairs: tuple[Pair, ...] = ()
+
+
+class _Memory:
+    """The last steps and the gradient's changes along them, and what follows for a new gradient.
+
+    The penalty's part of a change is lam times the step, known exactly; it is kept apart, so that
+    what was learnt under one penalty serves under the next.
+    """
+
+    def __init__(self, lam: float, pairs: tuple[Pair, ...]) -> None:
+        self._lam = lam
+        self._pairs: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=MEMORY)
+        for step, change in pairs:
+            whole = change.copy()
+            whole[:-1] += lam * step[:-1]
+            self.add(step, whole)
+
+    def add(self, step: Doubles, change: Doubles) -> None:
+        """Remember a step, unless the gradient did not grow along it."""
+        product = float(np.vdot(step, change))
+        if product > 0:
+            self._pairs.append((step, change, 1.0 / product))
+
+    def pairs(self) -> tuple[Pair, ...]:
+        """What is remembered, without the penalty."""
+        pairs = []
+        for step, change, _ in self._pairs:
+            bare = change.copy()
+            bare[:-1] -= self._lam * step[:-1]
+            pairs.append((step, bare))
+        return tuple(pairs)
+
+    def direction(self, gradient: Doubles, precondition: _Preconditioner) -> Doubles:
+        """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
+        rest, factors = gradient.copy(), []
+        for step, change, inverse in reversed(self._pairs):
+            factor = inverse * float(np.vdot(step, rest))
+            rest -= factor * change
+            factors.append(factor)
+        direction = precondition(rest)
+        for (step, change, inverse), factor in zip(self._pairs, reversed(factors), strict=True):
+            direction += step * (factor - inverse * float(np.vdot(change, direction)))
+        return direction
 
 
 def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
@@ -92,6 +141,7 @@ def minimise(
     lam: float,
     spectrum: Spectrum,
     start: Doubles | None = None,
+    pairs: tuple[Pair, ...] = (),
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -103,6 +153,7 @@ def minimise(
         lam: Penalty, above zero.
         spectrum: Of the rows' second moment, for speed alone.
         start: Where to begin, [D + 1, C]; the class frequencies unless given.
+        pairs: Of an earlier solution for the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
             of the objective.
         max_iterations: Give up after so many steps, with `converged` False.
@@ -112,10 +163,10 @@ def minimise(
     curvature = np.empty((loss.num_classes, loss.num_classes))
     value, gradient = _penalised(loss, lam, point, curvature)
     precondition = _Preconditioner(spectrum, lam, curvature)
-    pairs: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=MEMORY)
+    memory = _Memory(lam, pairs)
     gap, converged = np.inf, False
     for iteration in range(max_iterations):
-        direction = _two_loops(gradient, pairs, precondition)
+        direction = memory.direction(gradient, precondition)
         decrement = float(np.vdot(gradient, direction))
         gap, converged = decrement / 2, decrement / 2 <= tolerance * abs(value)
         if converged:
@@ -129,14 +180,12 @@ def minimise(
             converged = gap <= 100 * tolerance * abs(value)
             break
         new_point, new_value, new_gradient = found
-        step, change = new_point - point, new_gradient - gradient
-        product = float(np.vdot(step, change))
-        if product > 0:
-            pairs.append((step, change, 1.0 / product))
+        memory.add(new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
         if refresh:
             precondition = _Preconditioner(spectrum, lam, curvature)
-    return Solution(point, value, float(gap), loss.num_evaluations - before, bool(converged))
+    passes = loss.num_evaluations - before
+    return Solution(point, value, float(gap), passes, bool(converged), memory.pairs())
 
 
 def start_point(loss: SoftmaxLoss) -> Doubles:
@@ -154,23 +203,6 @@ def _penalised(
     value, gradient = loss.evaluate(weight, point[-1], curvature)
     gradient[:-1] += lam * weight
     return value + lam / 2 * float(np.vdot(weight, weight)), gradient
-
-
-def _two_loops(
-    gradient: Doubles,
-    pairs: deque[tuple[Doubles, Doubles, float]],
-    precondition: _Preconditioner,
-) -> Doubles:
-    """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
-    rest, factors = gradient.copy(), []
-    for step, change, inverse in reversed(pairs):
-        factor = inverse * float(np.vdot(step, rest))
-        rest -= factor * change
-        factors.append(factor)
-    direction = precondition(rest)
-    for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        direction += step * (factor - inverse * float(np.vdot(change, direction)))
-    return direction
 
 
 def _line_search(

@@ -11,12 +11,11 @@ strength gives the same classifier. Rows are centred first, which only the bias 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.heads.lbfgs import Solution, Spectrum, minimise, second_moment_spectrum
+from featcache.heads.lbfgs import TOLERANCE, Solution, Spectrum, minimise, second_moment_spectrum
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Doubles, Ints, Rows
 from featcache.heads.softmax_loss import SoftmaxLoss, loss_in_memory
@@ -142,26 +141,54 @@ class LogisticProblem:
         )
 
 
-def fit_path(
-    problem: LogisticProblem, strengths: Sequence[float], *, standardize: bool
-) -> Iterator[Fit]:
-    """Fit every strength in turn, each from where the one before it ended.
+class StrengthPath:
+    """Fits of the same rows with one strength after another.
+
+    The solution moves smoothly with the logarithm of the strength: each fit begins on the straight
+    line through the two before it, with the curvature that they learnt.
 
     Args:
         problem: The rows.
-        strengths: scikit-learn's C; from small to large is fastest.
         standardize: Whether features are scaled to unit deviation.
-
-    Yields:
-        One fit per strength.
     """
-    loss = problem.loss(standardize=standardize)
-    spectrum = problem.spectrum(standardize=standardize)
-    start = None
-    for strength in strengths:
-        solution = minimise(loss, problem.penalty(strength), spectrum, start)
-        start = solution.point
-        yield problem.raw(solution, standardize=standardize)
+
+    def __init__(self, problem: LogisticProblem, *, standardize: bool) -> None:
+        self._problem, self._standardize = problem, standardize
+        self._loss = problem.loss(standardize=standardize)
+        self._spectrum = problem.spectrum(standardize=standardize)
+        self._before: list[tuple[float, Solution]] = []
+
+    def fit(self, strength: float, tolerance: float = TOLERANCE) -> Fit:
+        """Fit with scikit-learn's C = `strength`; from small to large is fastest.
+
+        Args:
+            strength: Above zero.
+            tolerance: How far the objective may be from its minimum, relative to itself.
+        """
+        problem = self._problem
+        pairs = self._before[-1][1].pairs if self._before else ()
+        solution = minimise(
+            self._loss,
+            problem.penalty(strength),
+            self._spectrum,
+            self._start(np.log(strength)),
+            pairs,
+            tolerance=tolerance,
+        )
+        self._before = [*self._before[-1:], (np.log(strength), solution)]
+        return problem.raw(solution, standardize=self._standardize)
+
+    def _start(self, place: float) -> Doubles | None:
+        """Where to look first, for the logarithm of a strength."""
+        if not self._before:
+            return None
+        last, end = self._before[-1]
+        if len(self._before) == 1 or last == self._before[0][0]:
+            return end.point
+        first, begin = self._before[0]
+        # Not further than the two are apart: a line is no guide to far away.
+        ahead = float(np.clip((place - last) / (last - first), -1.0, 1.0))
+        return np.asarray(end.point + ahead * (end.point - begin.point))
 
 
 def _dense_labels(labels: Ints, num_classes: int) -> tuple[Ints, Ints]:

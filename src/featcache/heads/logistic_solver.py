@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.heads.linear import LinearHead
-from featcache.heads.logistic import Fit, LogisticProblem, fit_path
-from featcache.heads.rows import Rows
+from featcache.heads.lbfgs import TOLERANCE
+from featcache.heads.linear import Floats, LinearHead
+from featcache.heads.logistic import Fit, LogisticProblem, StrengthPath
+from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Fitted, Settings
 
 # scikit-learn's C, half a decade apart. Few rows of few clean features want the weak end, many
 # correlated features the strong one.
 STRENGTHS = tuple(float(f"{c:.3g}") for c in np.logspace(-5, 2, 15))
-Path = Callable[..., Iterator[Fit]]
+# How far from its minimum the objective may be while choosing, relative to itself.
+SELECTION_TOLERANCE = 1e-4
+
+
+class Path(Protocol):
+    """Fits the same rows with one strength after another."""
+
+    def fit(self, strength: float, tolerance: float) -> Fit:
+        """Fit with one strength, to a tolerance relative to the objective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +46,17 @@ class LogisticSolver:
     backend: str = "numpy"
     name: str = "logistic"
 
-    def candidates(self, rows: Rows) -> list[Settings]:
-        """Every strength, plain and standardised."""
+    @property
+    def patience(self) -> int | None:
+        """Two decades of strengths without gain."""
+        return 4
+
+    def series(self, rows: Rows) -> list[list[Settings]]:
+        """Every strength on plain features, then every strength on standardised ones."""
         del rows
         strengths = STRENGTHS if self.strength is None else (self.strength,)
         return [
-            {"strength": strength, "standardize": scaled}
-            for strength in strengths
+            [{"strength": strength, "standardize": scaled} for strength in strengths]
             for scaled in standardize_choices(self.standardize)
         ]
 
@@ -52,41 +65,58 @@ class LogisticSolver:
         strength = 1.0 if self.strength is None else self.strength
         return {"strength": strength, "standardize": self.standardize == "on"}
 
-    def fit_all(self, rows: Rows, candidates: Sequence[Settings]) -> Iterator[Fitted]:
-        """Fit along the path of strengths, plain features first, then standardised ones.
+    def prepare(self, rows: Rows, candidates: Sequence[Settings]) -> PreparedLogistic:
+        """Centre the rows once for all strengths."""
+        del candidates
+        return PreparedLogistic(self, LogisticProblem(rows))
+
+
+class PreparedLogistic:
+    """Rows ready for logistic regression; fits go from one strength to the next."""
+
+    def __init__(self, solver: LogisticSolver, problem: LogisticProblem) -> None:
+        self._solver, self._problem = solver, problem
+        self._paths: dict[bool, Path] = {}
+
+    def fit(self, settings: Settings) -> Fitted:
+        """Fit to convergence.
 
         Raises:
-            UserError: A fit did not converge.
+            UserError: It did not converge.
         """
-        problem = LogisticProblem(rows)
-        fits: dict[int, Fit] = {}
-        for scaled in (False, True):
-            places = [i for i, c in enumerate(candidates) if c["standardize"] is scaled]
-            places.sort(key=lambda i: float(candidates[i]["strength"]))
-            strengths = [float(candidates[i]["strength"]) for i in places]
-            if strengths:
-                path = self._path()(problem, strengths, standardize=scaled)
-                fits.update(zip(places, path, strict=True))
-        return (self._checked(fits[i], candidates[i]) for i in range(len(candidates)))
-
-    def _path(self) -> Path:
-        if self.backend == "numpy":
-            return fit_path
-        from featcache.heads import backends
-
-        return backends.fit_path_sklearn if self.backend == "sklearn" else backends.fit_path_torch
-
-    def _checked(self, fit: Fit, settings: Settings) -> Fitted:
-        if not fit.converged:
-            raise UserError(
-                f"logistic with strength {settings['strength']:g} did not converge in "
-                f"{fit.num_passes} passes: give a smaller --strength, or --standardize on"
-            )
+        fit = self._fit(settings, TOLERANCE)
         return Fitted(
-            head=head_of_fit(fit, self.class_names, "logistic"),
+            head=head_of_fit(fit, self._solver.class_names, "logistic"),
             num_passes=fit.num_passes,
             objective=fit.objective,
         )
+
+    def predict(self, settings: Settings, X: Floats) -> Ints:
+        """Predict with a fit whose objective is within a ten-thousandth of its minimum."""
+        fit = self._fit(settings, SELECTION_TOLERANCE)
+        return head_of_fit(fit, self._solver.class_names, "logistic").predict(X)
+
+    def _fit(self, settings: Settings, tolerance: float) -> Fit:
+        scaled, strength = bool(settings["standardize"]), float(settings["strength"])
+        if scaled not in self._paths:
+            # Only one path at a time: each holds a copy of the rows.
+            self._paths = {scaled: self._make_path(scaled)}
+        fit = self._paths[scaled].fit(strength, tolerance)
+        if not fit.converged:
+            raise UserError(
+                f"logistic with strength {strength:g} did not converge in {fit.num_passes} "
+                "passes: give a smaller --strength, or --standardize on"
+            )
+        return fit
+
+    def _make_path(self, scaled: bool) -> Path:
+        if self._solver.backend == "numpy":
+            return StrengthPath(self._problem, standardize=scaled)
+        from featcache.heads import backends
+
+        sklearn = self._solver.backend == "sklearn"
+        kind = backends.SklearnPath if sklearn else backends.TorchPath
+        return kind(self._problem, standardize=scaled)
 
 
 def standardize_choices(standardize: str) -> tuple[bool, ...]:

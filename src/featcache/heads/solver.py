@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from featcache.heads.files import Head
-from featcache.heads.rows import Rows
+from featcache.heads.linear import Floats
+from featcache.heads.rows import Ints, Rows
 
 # What a candidate is fitted with, for example {"strength": 0.01, "standardize": True}.
 Settings = dict[str, Any]
@@ -30,6 +31,19 @@ class Fitted:
     objective: float | None = None
 
 
+class Prepared(Protocol):
+    """Rows made ready for many settings."""
+
+    def fit(self, settings: Settings) -> Fitted:
+        """The head for these settings, to the solver's full precision."""
+
+    def predict(self, settings: Settings, X: Floats) -> Ints:
+        """What a head with these settings says of features [M, D]: class indices [M].
+
+        May be less precise than `fit`, by less than matters for choosing.
+        """
+
+
 class Solver(Protocol):
     """One way to fit a head."""
 
@@ -41,11 +55,15 @@ class Solver(Protocol):
     def backend(self) -> str:
         """What computes."""
 
-    def candidates(self, rows: Rows) -> list[Settings]:
-        """Settings to choose among, the strongest regularisation first: ties go to the first."""
+    @property
+    def patience(self) -> int | None:
+        """Stop a series after so many candidates in a row below its best; None tries all."""
+
+    def series(self, rows: Rows) -> list[list[Settings]]:
+        """Candidates in series, each from strong to weak regularisation: ties go to the first."""
 
     def fallback(self) -> Settings:
         """Settings to use where nothing can be held out."""
 
-    def fit_all(self, rows: Rows, candidates: Sequence[Settings]) -> Iterator[Fitted]:
-        """Fit every candidate, in their order, sharing what can be shared."""
+    def prepare(self, rows: Rows, candidates: Sequence[Settings]) -> Prepared:
+        """Make rows ready for some of these candidates."""

@@ -11,7 +11,7 @@ from featcache.config import TrainHeadConfig
 from featcache.heads.linear import Floats, LinearHead
 from featcache.heads.logistic import moments
 from featcache.heads.logistic_solver import standardize_choices
-from featcache.heads.rows import Rows
+from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Fitted, Settings
 from featcache.heads.steps import (
     DEFAULT_LR,
@@ -50,19 +50,26 @@ class StepsSolver:
         """Numpy unless torch was asked for."""
         return "torch" if self.config.backend == "torch" else "numpy"
 
-    def candidates(self, rows: Rows) -> list[Settings]:
+    @property
+    def patience(self) -> int | None:
+        """All candidates train together."""
+        return None
+
+    def series(self, rows: Rows) -> list[list[Settings]]:
         """The recipe as given; with --sweep, every rate and decay, plain and standardised."""
         del rows
         config = self.config
         if not config.sweep:
-            return [self.fallback()]
-        base = self.fallback()["lr"]
+            return [[self.fallback()]]
+        base = float(self.fallback()["lr"])
         rates = [base] if config.lr is not None else [float(f"{base * r:.3g}") for r in SWEEP_RATES]
         decays = sorted({*SWEEP_DECAYS, config.weight_decay}, reverse=True)
         return [
-            {"lr": lr, "weight_decay": decay, "standardize": scaled}
-            for decay in decays
-            for lr in rates
+            [
+                {"lr": lr, "weight_decay": decay, "standardize": scaled}
+                for decay in decays
+                for lr in rates
+            ]
             for scaled in standardize_choices(config.standardize)
         ]
 
@@ -72,18 +79,9 @@ class StepsSolver:
         scaled = self.config.standardize == "on"
         return {"lr": lr, "weight_decay": self.config.weight_decay, "standardize": scaled}
 
-    def fit_all(self, rows: Rows, candidates: Sequence[Settings]) -> Iterator[Fitted]:
-        """Train all candidates together, those with standardised features in a second run."""
-        heads: dict[int, LinearHead] = {}
-        for scaled in (False, True):
-            places = [i for i, c in enumerate(candidates) if c["standardize"] is scaled]
-            if places:
-                for last in self.epochs(rows, [candidates[i] for i in places]):
-                    fitted = last[1]
-                heads.update(zip(places, fitted, strict=True))
-        return (
-            Fitted(head=heads[i], num_passes=self.config.epochs) for i in range(len(candidates))
-        )
+    def prepare(self, rows: Rows, candidates: Sequence[Settings]) -> PreparedSteps:
+        """Train all candidates together when the first is asked for."""
+        return PreparedSteps(self, rows, candidates)
 
     def epochs(
         self, rows: Rows, candidates: Sequence[Settings]
@@ -124,3 +122,27 @@ class StepsSolver:
             class_names=self.class_names,
             solver=self.config.solver,
         )
+
+
+class PreparedSteps:
+    """Rows for the loop; all candidates that agree on standardisation train in one run."""
+
+    def __init__(self, solver: StepsSolver, rows: Rows, candidates: Sequence[Settings]) -> None:
+        self._solver, self._rows, self._candidates = solver, rows, candidates
+        self._heads: dict[bool, list[LinearHead]] = {}
+
+    def fit(self, settings: Settings) -> Fitted:
+        """The head after the last epoch."""
+        return Fitted(head=self._head_of(settings), num_passes=self._solver.config.epochs)
+
+    def predict(self, settings: Settings, X: Floats) -> Ints:
+        """Predict with the head after the last epoch."""
+        return self._head_of(settings).predict(X)
+
+    def _head_of(self, settings: Settings) -> LinearHead:
+        scaled = bool(settings["standardize"])
+        alike = [c for c in self._candidates if c["standardize"] is scaled]
+        if scaled not in self._heads:
+            for _, heads in self._solver.epochs(self._rows, alike):
+                self._heads[scaled] = heads
+        return self._heads[scaled][alike.index(settings)]

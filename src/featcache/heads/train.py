@@ -192,6 +192,8 @@ def make_solver(config: TrainHeadConfig, class_names: list[str]) -> Solver:
     """The solver that the settings name."""
     if config.solver in ("adam", "sgd"):
         return StepsSolver(class_names=class_names, config=config)
+    if config.solver != "logistic":
+        raise UserError(f"--solver {config.solver} is not here yet: logistic, adam or sgd")
     return LogisticSolver(
         class_names=class_names,
         strength=config.strength,
@@ -208,7 +210,7 @@ def run_protocol(config: TrainHeadConfig, data: Data, train: Rows, content: Any)
     with timer("fit"):
         choice = choose(solver, train, make_selection(train, config, data.val, content))
         if not isinstance(solver, StepsSolver):
-            fitted = next(iter(solver.fit_all(train, [choice.settings])))
+            fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
     if isinstance(solver, StepsSolver):
         fitted, epochs = watch_epochs(solver, train, choice, data.test, config)
         timer.seconds["fit"] += sum(epoch["seconds"] for epoch in epochs)

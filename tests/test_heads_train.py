@@ -1,0 +1,151 @@
+"""`train-head` from cache to head file, report and summary."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from featcache.config import TrainHeadConfig
+from featcache.errors import UserError
+from featcache.heads import load_head, summary_lines, train_head
+from heads_data import blobs, make_cache, toy_cache
+
+FIELDS = {
+    "command", "head", "solver", "backend", "trainable_params", "val_top1", "test_top1",
+    "test_interval", "balanced_top1", "per_class", "fit_seconds", "seconds_total", "chosen",
+    "epochs", "converged", "chosen_on", "scored_on", "num_train", "num_test", "config",
+    "provenance", "environment",
+}  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return toy_cache(tmp_path / "toy.h5")
+
+
+def run(cache, **settings):
+    return train_head(TrainHeadConfig(cache=cache, cache_dir=cache.parent, **settings))
+
+
+@pytest.mark.parametrize("solver", ["logistic", "adam", "sgd"])
+def test_report_has_what_others_rely_on(cache, solver):
+    report = run(cache, solver=solver, epochs=2)
+    assert report.keys() >= FIELDS
+    assert json.loads(json.dumps(report)) == report
+    assert report["trainable_params"] == 3 * 8 + 3
+    assert report["test_top1"] > 0.4
+    assert report["test_interval"][0] < report["test_top1"] < report["test_interval"][1]
+    assert report["per_class"].keys() == {"ape", "bee", "cat"}
+    assert report["provenance"]["backbone"]["weights_sha256"] == "0" * 64
+    text = "\n".join(summary_lines(report))
+    assert f"{report['test_top1']:.3f}" in text
+    assert report["head"] in text
+
+
+def test_saved_report_matches_the_saved_head(cache):
+    report = run(cache)
+    saved = json.loads((cache.parent / "toy.logistic.json").read_text())
+    head = load_head(report["head"])
+    X, y = blobs(90, seed=2)
+    assert saved["class_names"] == ["ape", "bee", "cat"] == head.class_names
+    assert saved["test"]["labels"] == y.tolist()
+    assert saved["test"]["predicted"] == head.predict(X).tolist()
+    assert saved["test"]["ids"][0] == "test/00000"
+    confidence = head.predict_proba(X).max(axis=1)
+    assert saved["test"]["confidence"] == pytest.approx(confidence, abs=1e-5)
+    assert head.score(X, y) == report["test_top1"]
+    assert head.scores == {"val_top1": report["val_top1"], "test_top1": report["test_top1"]}
+
+
+def test_choice_is_shown_with_its_candidates(cache):
+    report = run(cache)
+    chosen = report["chosen"]
+    assert report["val_top1"] == max(row["top1"] for row in chosen["candidates"])
+    assert {row["standardize"] for row in chosen["candidates"]} == {True, False}
+    assert "held-out 20% of train" in report["chosen_on"]
+    assert "(48 rows)" in report["chosen_on"]
+
+
+def test_nothing_is_chosen_when_all_is_given(cache):
+    report = run(cache, strength=0.5, standardize="off")
+    assert report["val_top1"] is None
+    assert report["chosen"]["strength"] == 0.5
+    assert report["chosen_on"].startswith("nothing")
+
+
+def test_adam_reports_every_epoch_and_counts_no_choice(cache):
+    report = run(cache, solver="adam", epochs=3)
+    assert [e["epoch"] for e in report["epochs"]] == [1, 2, 3]
+    losses = [e["train_loss"] for e in report["epochs"]]
+    assert losses == sorted(losses, reverse=True)
+    assert report["val_top1"] is None
+    assert report["epochs"][-1]["test_top1"] == report["test_top1"]
+
+
+def test_two_runs_with_one_seed_agree(cache, tmp_path):
+    for solver in ("logistic", "adam"):
+        one = run(cache, solver=solver, output=tmp_path / "a.safetensors")
+        two = run(cache, solver=solver, output=tmp_path / "b.safetensors")
+        first, second = load_head(one["head"]), load_head(two["head"])
+        assert np.array_equal(first.weight, second.weight)
+        assert np.array_equal(first.bias, second.bias)
+
+
+def test_test_labels_do_not_influence_the_head(tmp_path):
+    train, (X, y) = blobs(240, seed=1), blobs(90, seed=2)
+    names = ["ape", "bee", "cat"]
+    for solver in ("logistic", "adam"):
+        heads = []
+        for name, labels in (("a", y), ("b", (y + 1) % 3)):
+            path = make_cache(
+                tmp_path / f"{solver}-{name}.h5", {"train": train, "test": (X, labels)}, names
+            )
+            heads.append(load_head(run(path, solver=solver)["head"]))
+        assert np.array_equal(heads[0].weight, heads[1].weight)
+        assert heads[0].chosen == heads[1].chosen
+
+
+def test_val_split_chooses_where_there_is_one(tmp_path):
+    splits = {"train": blobs(120, seed=1), "val": blobs(60, seed=3), "test": blobs(60, seed=2)}
+    report = run(make_cache(tmp_path / "v.h5", splits, ["a", "b", "c"]))
+    assert report["chosen_on"] == "the val split (60 rows)"
+    assert report["num_train"] == 120
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "adam", "backend": "sklearn"}, "--backend sklearn fits logistic only"),
+        ({"sweep": True}, "--sweep is for adam and sgd"),
+        ({"solver": "adam", "strength": 1.0}, "--weight-decay instead"),
+        ({"output": "head.bin"}, "ends in .safetensors"),
+    ],
+)
+def test_contradictions_are_refused(cache, settings, message):
+    from pathlib import Path
+
+    if "output" in settings:
+        settings = {"output": Path(settings["output"])}
+    with pytest.raises(UserError, match=message):
+        run(cache, **settings)
+
+
+def test_a_cache_without_test_split_is_refused(tmp_path):
+    path = make_cache(tmp_path / "t.h5", {"train": blobs(30)}, ["a", "b", "c"])
+    with pytest.raises(UserError, match="has splits train but no test"):
+        run(path)
+
+
+def test_no_heavy_import_where_none_is_needed(cache):
+    code = (
+        "import sys; from featcache.cli import train_head\n"
+        f"place = [{str(cache)!r}, '--cache-dir', {str(cache.parent)!r}]\n"
+        "for words in ([], ['--solver', 'adam'], ['--backend', 'sklearn']):\n"
+        "    assert train_head([*place, *words]) == 0\n"
+        "    loaded = {'torch', 'h5py', 'sklearn', 'scipy'} & sys.modules.keys()\n"
+        "    allowed = {'sklearn', 'scipy'} if 'sklearn' in words else set()\n"
+        "    assert loaded <= allowed, (words, loaded)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
