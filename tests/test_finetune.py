@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import featcache.finetune.images
 import featcache.finetune.run as run_module
@@ -24,29 +23,13 @@ from featcache.finetune.parts import Parts
 from featcache.finetune.plan import make_plan, rate_factor
 from featcache.model_file import read_card, read_tensors
 from featcache.report import RunReport
-
-SIDE = 24
-
-
-def draw(folder: Path, num: int, hue: tuple[int, int, int], seed: int) -> None:
-    """Noise around a colour: classes that even a few steps can tell apart."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for i in range(num):
-        noise = rng.integers(-60, 61, (SIDE, SIDE, 3))
-        pixels = np.clip(np.array(hue) + noise, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+from pictures import SIDE, make_pets
 
 
 @pytest.fixture(scope="session")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 33 train images (one more than a batch) and 12 test images."""
-    root = tmp_path_factory.mktemp("pets")
-    hues = {"cat": (180, 90, 90), "dog": (90, 180, 90), "eel": (90, 90, 180)}
-    for seed, (name, hue) in enumerate(hues.items()):
-        draw(root / "train" / name, 11, hue, seed)
-        draw(root / "test" / name, 4, hue, 100 + seed)
-    return root
+    return make_pets(tmp_path_factory.mktemp("pets"))
 
 
 def settings(dataset: Path, tmp_path: Path, **changes: object) -> FinetuneConfig:

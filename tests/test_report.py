@@ -142,16 +142,17 @@ class TestTables:
         lines = text_table(four_rows()).splitlines()
         assert lines[0].split("  ")[0] == "mode"
         assert len({len(line) for line in lines[1:]}) == 1
-        assert "0.640 [0.600, 0.680]" in lines[3]
-        assert "6.3 s (6.0 s of it extraction)" in lines[3]
-        assert lines[3].endswith("7.6×")  # 48 s of the slowest against 6.3 s
+        assert "0.640 [0.60, 0.68]" in lines[3]
+        # Per epoch, extraction, total, against 48 s of the slowest.
+        assert " ".join(lines[3].split()[-7:]) == "0.100 s 6.0 s 6.3 s 7.6×"
+        assert " ".join(lines[2].split()[-6:]) == "6.0 s none 18.0 s 2.7×"
         assert "11,181,642" in lines[4]
         assert lines[4].endswith("1.0×")
 
     def test_markdown_table_has_equal_columns(self):
         lines = markdown_table(four_rows()).splitlines()
-        assert {line.count("|") for line in lines} == {7}
-        assert lines[3].startswith(f"| {CACHED} | 5,130 | 0.640 [0.600, 0.680] | 0.100 s |")
+        assert {line.count("|") for line in lines} == {8}
+        assert lines[3].startswith(f"| {CACHED} | 5,130 | 0.640 [0.60, 0.68] | 0.100 s | 6.0 s |")
 
     def test_a_bar_in_a_name_does_not_break_markdown(self):
         row = dataclasses.replace(four_rows()[0], mode="a|b")

@@ -136,7 +136,8 @@ class Row:
 
     All seconds are wall time. `seconds_total` is the whole mode: reading and decoding, the one-time
     extraction where there is one (`extract_seconds`), training, and scoring the test split after
-    every epoch. `seconds_per_epoch` is the training pass alone, `images_per_s` what it reaches.
+    every epoch. `seconds_per_epoch` is the training pass alone, `images_per_s` what it reaches;
+    `eval_seconds_per_epoch` is what scoring adds.
     `points` are (seconds since the mode began, test top-1) at the end of each epoch.
     """
 
@@ -149,6 +150,7 @@ class Row:
     seconds_total: float
     seconds_per_epoch: float
     images_per_s: float
+    eval_seconds_per_epoch: float = 0.0
     extract_seconds: float = 0.0
     num_epochs: int = 0
     points: tuple[tuple[float, float], ...] = ()
@@ -174,7 +176,9 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
 def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
     num_train = int(run.more["num_train"])
-    per_epoch = sum(float(e["seconds"]) for e in run.epochs) / max(len(run.epochs), 1)
+    num_epochs = max(len(run.epochs), 1)
+    per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
+    scoring = sum(float(e.get("eval_seconds", 0.0)) for e in run.epochs) / num_epochs
     return Row(
         mode=mode,
         approach=approach,
@@ -185,6 +189,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         seconds_total=run.seconds_total + extract_seconds,
         seconds_per_epoch=per_epoch,
         images_per_s=num_train / per_epoch if per_epoch else 0.0,
+        eval_seconds_per_epoch=scoring,
         extract_seconds=extract_seconds,
         num_epochs=len(run.epochs),
         points=_points(run, extract_seconds),

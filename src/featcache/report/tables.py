@@ -12,6 +12,7 @@ HEADER = (
     "trainable parameters",
     "test accuracy",
     "time per epoch",
+    "extraction",
     "total time",
     "speed-up",
 )
@@ -37,24 +38,22 @@ def times_text(ratio: float) -> str:
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table's body as text, one tuple per row in the order of `HEADER`.
 
-    Accuracy comes with its 95 % interval. Speed-up is the total time of the slowest mode divided
-    by this mode's.
+    Accuracy comes with its 95 % interval. The total has the extraction in it. Speed-up is the total
+    time of the slowest mode divided by this mode's.
     """
     slowest = max((row.seconds_total for row in rows), default=0.0)
     cells: list[tuple[str, ...]] = []
     for row in rows:
         low, high = row.test_interval
-        total = seconds_text(row.seconds_total)
-        if row.extract_seconds:
-            total += f" ({seconds_text(row.extract_seconds)} of it extraction)"
         ratio = slowest / row.seconds_total if row.seconds_total else math.inf
         cells.append(
             (
                 row.mode,
                 f"{row.trainable_params:,}",
-                f"{row.test_top1:.3f} [{low:.3f}, {high:.3f}]",
+                f"{row.test_top1:.3f} [{low:.2f}, {high:.2f}]",
                 seconds_text(row.seconds_per_epoch),
-                total,
+                seconds_text(row.extract_seconds) if row.extract_seconds else "none",
+                seconds_text(row.seconds_total),
                 times_text(ratio),
             )
         )
@@ -65,11 +64,10 @@ def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal: columns aligned, no trailing blanks."""
     lines = [HEADER, *table_cells(rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    numeric = range(1, len(HEADER))
 
     def aligned(line: tuple[str, ...]) -> str:
         pads = [
-            text.rjust(width) if i in numeric and i != 4 else text.ljust(width)
+            text.rjust(width) if i else text.ljust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ]
         return "  ".join(pads).rstrip()

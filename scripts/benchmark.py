@@ -1,0 +1,383 @@
+"""The notebook's comparison on your data: frozen head, cached head, full fine-tune at two rates.
+
+    python scripts/benchmark.py                       # scikit-learn's digits, offline
+    python scripts/benchmark.py path/to/folder --weights bundled
+
+Every mode trains on the same images in the same order from the same seed and is scored on the same
+test images. Its time is wall time from an empty hand: building the network, reading and decoding,
+training, and scoring the test split after every epoch. The cached mode's time has its extraction in
+it, computed afresh. Before the clock starts, libraries are loaded and the images are listed and
+hashed once, so that the first mode does not pay for the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from featcache import cli, report
+from featcache.config import (
+    BackboneConfig,
+    BackboneInfo,
+    DataConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    OutputConfig,
+    TrainHeadConfig,
+)
+from featcache.report import Row, RunReport
+from featcache.report.run import Approach
+from featcache.runtime import environment, say, write_atomically, write_json
+
+# Mirroring turns these into something else, so the default leaves them as they are.
+NEVER_MIRRORED = ("digits", "mnist", "emnist", "kmnist", "qmnist", "usps", "svhn", "gtsrb")
+LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
+    """Compare a head on cached features with the same head uncached and with full fine-tuning."""
+
+    dataset: tyro.conf.Positional[str] = "digits"
+    """digits, a torchvision dataset's name, a folder of class folders, or a CSV manifest."""
+    weights: str | None = None
+    """As in extract-features; bundled for digits and imagenet for anything else unless given."""
+    epochs: int = 3
+    """Passes over train, in every mode."""
+    lr: float = 1e-3
+    """Learning rate; the last mode fine-tunes at a tenth of it."""
+    batch_size: int = 32
+    """Images per step, in every mode."""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """Mirror train images at random, for which the cache holds a second view; auto does unless the
+    dataset is one of characters or signs."""
+    workers: int | None = None
+    """Threads that read and decode; chosen from the number of cores unless given."""
+    output: Path | None = None
+    """The folder for caches, models and benchmark.json, .md and .png; benchmark-DATASET in
+    --cache-dir unless given."""
+
+    def __post_init__(self) -> None:
+        # The commands' own checks, before anything runs.
+        for make in (self.extract_config, self.head_config, self.finetune_config):
+            make()
+
+    @property
+    def short_name(self) -> str:
+        """The dataset's name as part of a file name."""
+        from featcache.data.dataset import short_name
+
+        return short_name(Path(self.dataset).stem)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return self.output or self.cache_dir / f"benchmark-{self.short_name}"
+
+    @property
+    def chosen_weights(self) -> str:
+        """The weights with their default resolved."""
+        return self.weights or ("bundled" if self.short_name == "digits" else "imagenet")
+
+    @property
+    def flips(self) -> bool:
+        """Whether train images are mirrored at random."""
+        if self.flip == "auto":
+            return self.short_name.replace("-", "") not in NEVER_MIRRORED
+        return self.flip == "on"
+
+    def _shared(self) -> dict[str, Any]:
+        """Settings that every mode has."""
+        bases = (DataConfig, BackboneConfig)
+        names = [field.name for base in bases for field in dataclasses.fields(base)]
+        values = {name: getattr(self, name) for name in names}
+        return values | {"weights": self.chosen_weights, "workers": self.workers}
+
+    def extract_config(self) -> ExtractConfig:
+        """How features are cached; always afresh, or their time would be a lie."""
+        views = "flip" if self.flips else "none"
+        output = self.folder / "features.h5"
+        return ExtractConfig(**self._shared(), views=views, output=output, force=True)
+
+    def head_config(self) -> TrainHeadConfig:
+        """How the head on the cache is trained: as in the loop, raw features included."""
+        return TrainHeadConfig(
+            cache=self.folder / "features.h5",
+            solver="adam",
+            standardize="off",
+            epochs=self.epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            output=self.folder / "cached-head.safetensors",
+        )
+
+    def finetune_config(
+        self, *, lr: float | None = None, freeze: bool = False, name: str = "finetune"
+    ) -> FinetuneConfig:
+        """How the network, or its head in the loop, is trained on images."""
+        return FinetuneConfig(
+            **self._shared(),
+            epochs=self.epochs,
+            lr=self.lr if lr is None else lr,
+            batch_size=self.batch_size,
+            freeze_backbone=freeze,
+            flip=self.flips,
+            resume=False,
+            output=self.folder / f"{name}.safetensors",
+        )
+
+
+Mode = tuple[str, Approach, RunReport, float]
+
+
+def run_modes(config: BenchmarkConfig) -> list[Mode]:
+    """Run the four modes, one after another: name, kind, report, seconds of extraction."""
+    modes: list[Mode] = []
+    slow = config.lr / 10
+    say(f"1/4 {LOOP}")
+    modes.append((LOOP, "loop", run_finetune(config, freeze=True, name="head-in-loop"), 0.0))
+    say(f"2/4 {CACHED}")
+    modes.append((CACHED, "cached", *run_cached(config)))
+    for number, lr in ((3, config.lr), (4, slow)):
+        mode = f"full fine-tune (lr {lr:g})"
+        say(f"{number}/4 {mode}")
+        name = f"finetune-{lr:g}"
+        modes.append((mode, "finetune", run_finetune(config, lr=lr, name=name), 0.0))
+    return modes
+
+
+def run_finetune(config: BenchmarkConfig, **changes: Any) -> RunReport:
+    """One mode with the network in the loop."""
+    from featcache.finetune import finetune
+
+    settings = config.finetune_config(**changes)
+    finetune(settings)
+    assert settings.output is not None
+    return RunReport.load(settings.output.with_suffix(".json"))
+
+
+def run_cached(config: BenchmarkConfig) -> tuple[RunReport, float]:
+    """Extract afresh, then train the head on the cache; also the seconds of extraction."""
+    import torch
+
+    from featcache.extract import extract
+    from featcache.heads import train_head
+
+    num_threads = torch.get_num_threads()
+    start = time.perf_counter()
+    extract(config.extract_config())
+    seconds = time.perf_counter() - start
+    # Extraction gives every thread of its own one core; training wants them all.
+    torch.set_num_threads(num_threads)
+    settings = config.head_config()
+    train_head(settings)
+    assert settings.output is not None
+    return RunReport.load(settings.output.with_suffix(".json")), seconds
+
+
+def warm_up(config: BenchmarkConfig) -> BackboneInfo:
+    """Load libraries and weights and hash the images, which would burden the first mode alone."""
+    import torch
+
+    import featcache.engine
+    import featcache.extract
+    import featcache.finetune
+    import featcache.heads  # noqa: F401
+    from featcache.backbone import identify, load_backbone
+    from featcache.data import load_dataset
+
+    settings = config.extract_config()
+    dataset = load_dataset(settings)
+    sizes = " and ".join(f"{len(split):,} {name}" for name, split in dataset.splits.items())
+    say(f"{dataset.name}: {sizes} images, {len(dataset.class_names)} classes")
+    dataset.fingerprint  # noqa: B018 - computed on first use, then remembered on disk
+    info = identify(settings, config.seed, config.cache_dir)
+    side = info.preprocessing.image_px
+    with torch.inference_mode():
+        load_backbone(settings, config.seed)(torch.zeros(1, 3, side, side))
+    return info
+
+
+def p_values(modes: list[Mode]) -> dict[str, float]:
+    """By mode, the paired test of it against the cached head on the same test images."""
+    from featcache.metrics import mcnemar
+
+    cached = next(run.test for _, kind, run, _ in modes if kind == "cached")
+    values = {}
+    for mode, kind, run, _ in modes:
+        assert run.test is not None
+        assert cached is not None
+        if kind != "cached":
+            assert run.test.ids == cached.ids, "all modes are scored on the same images"
+            values[mode] = mcnemar(run.test.correct(), cached.correct())
+    return values
+
+
+def make_result(config: BenchmarkConfig, info: BackboneInfo, modes: list[Mode]) -> dict[str, Any]:
+    """Everything measured and what follows from it, as JSON."""
+    rows = report.benchmark_rows(modes)
+    tests = p_values(modes)
+    return {
+        "command": "benchmark",
+        "dataset": config.short_name,
+        "rows": [
+            dataclasses.asdict(row) | {"epochs": run.epochs, "later_seconds": row.later_seconds}
+            for row, (_, _, run, _) in zip(rows, modes, strict=True)
+        ],
+        "speedup": report.speedups(rows),
+        "break_even": break_even(rows),
+        "p_values": tests,
+        "same_predictions": same_predictions(modes),
+        "advice": report.advice(rows, tests),
+        "notes": notes(config, info),
+        "config": report.config_json(config),
+        "backbone": dataclasses.asdict(info),
+        "environment": environment(),
+        "typed": typed(),
+    }
+
+
+def break_even(rows: list[Row]) -> dict[str, int | None]:
+    """After how many epochs of one run, or runs of this many epochs, the cache has paid."""
+    loop, cached = rows[0], rows[1]
+    epoch = {row.approach: row.seconds_per_epoch + row.eval_seconds_per_epoch for row in rows[:2]}
+    # What does not recur with every epoch: extraction there; reading and building in both.
+    once = cached.seconds_total - loop.seconds_total
+    once += cached.num_epochs * (epoch["loop"] - epoch["cached"])
+    return {
+        "epochs": report.break_even(once, epoch["cached"], epoch["loop"]),
+        "trials": report.break_even(
+            cached.extract_seconds, cached.later_seconds, loop.seconds_total
+        ),
+    }
+
+
+def same_predictions(modes: list[Mode]) -> int:
+    """On how many test images the cached head and the head in the loop say the same."""
+    one, two = modes[0][2].test, modes[1][2].test
+    assert one is not None
+    assert two is not None
+    return sum(a == b for a, b in zip(one.predicted, two.predicted, strict=True))
+
+
+def notes(config: BenchmarkConfig, info: BackboneInfo) -> list[str]:
+    """What a reader of the table has to know."""
+    from featcache.backbone import own_preprocessing
+
+    own = own_preprocessing(config.extract_config())
+    prep = info.preprocessing
+    lines = [
+        "Total time is wall time from an empty hand: building the network, reading and decoding, "
+        "training, and scoring the test split after every epoch; that of the cached mode includes "
+        "its extraction. Time per epoch is the training pass alone.",
+        "Speed-up is against the slowest mode's total. Accuracy is on "
+        "the test split, with its 95 % interval; the test split chose nothing.",
+    ]
+    if config.chosen_weights == "random":
+        lines.append("Random weights: read the times, not the accuracies.")
+    elif prep.image_px != own.image_px:
+        lines.append(
+            f"The {info.weights} weights were trained at {own.image_px} px and are used at "
+            f"{prep.image_px} px here, where they score low: read the times, not the accuracies."
+        )
+    return lines
+
+
+def typed() -> str:
+    """The command line that made the result."""
+    return shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])
+
+
+def reading(result: dict[str, Any], rows: list[Row]) -> list[str]:
+    """The lines under the table."""
+    num_test, same = rows[0].num_test, result["same_predictions"]
+    epochs, trials = result["break_even"]["epochs"], result["break_even"]["trials"]
+    if epochs is None or trials is None:
+        paid = "The cache does not pay for itself here: the head in the loop is no slower."
+    else:
+        paid = (
+            f"The cache has paid for itself after {counted(epochs, 'epoch')} of one run, or after "
+            f"{counted(trials, 'run')} of {counted(rows[1].num_epochs, 'epoch')}."
+        )
+    agree = f"Cached and uncached heads give the same answer on {same} of {num_test} test images."
+    return [paid, agree, "", *result["advice"]]
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun: 1 epoch, 3 epochs."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def title_of(
+    config: BenchmarkConfig, info: BackboneInfo, rows: list[Row], modes: list[Mode]
+) -> str:
+    """One line that says what was compared."""
+    network = f"{info.backbone} ({info.weights}) at {info.preprocessing.image_px} px"
+    num_train, num_test = modes[0][2].more["num_train"], rows[0].num_test
+    return f"{config.short_name}: {network}, {num_train:,} train and {num_test:,} test images"
+
+
+def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
+    """The result as a page."""
+    environment_ = result["environment"]
+    machine = f"{environment_['processor']}, {environment_['num_cores']} cores"
+    versions = f"torch {environment_['torch']}, torchvision {environment_['torchvision']}"
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            report.markdown_table(rows),
+            "",
+            *(f"{line}\n" for line in reading(result, rows) if line),
+            "![Accuracy against seconds](benchmark.png)",
+            "",
+            *(f"- {line}" for line in result["notes"]),
+            f"- Made by `{result['typed']}` on {machine}; {versions}.",
+            "",
+        ]
+    )
+
+
+def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Run the comparison and write benchmark.json, benchmark.md and benchmark.png.
+
+    Returns:
+        The result as JSON.
+    """
+    folder = config.folder
+    try:
+        info = warm_up(config)
+        modes = run_modes(config)
+    except KeyboardInterrupt:
+        say("benchmark: interrupted; times would be wrong if it went on, so it starts afresh")
+        raise SystemExit(cli.EXIT_INTERRUPTED) from None
+    rows = report.benchmark_rows(modes)
+    result = make_result(config, info, modes)
+    title = title_of(config, info, rows, modes)
+    paths = {kind: folder / f"benchmark.{kind}" for kind in ("json", "md", "png")}
+    result["files"] = {kind: str(path) for kind, path in paths.items()}
+    write_json(paths["json"], result)
+    write_atomically(paths["md"], markdown(title, result, rows).encode())
+    report.plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", report.text_table(rows), "", *reading(result, rows), ""]
+    lines += [f"note: {line}" for line in result["notes"][2:]]
+    lines += [f"written: {', '.join(result['files'].values())}"]
+    print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    return cli.run("benchmark", BenchmarkConfig, benchmark, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
