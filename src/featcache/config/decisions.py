@@ -1,4 +1,4 @@
-"""The settings of the commands that compare and report: a field is a flag, its docstring the help."""
+"""The settings of compare and report: a field is a flag, its docstring the help."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Passes over train of a fine-tune; the recipe's unless given."""
     lr: float | None = None
     """Learning rate of a fine-tune; the recipe's unless given."""
-    min_steps: int = 100
+    min_steps: int = 60
     """Fine-tune small train sets for more epochs, until so many steps are made."""
     workers: int | None = None
     """Threads that read and decode; chosen from the number of cores unless given."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -221,7 +222,7 @@ def crossing(points: Sequence[Point]) -> Crossing:
         return Crossing(kind="undecided")
     last = decided[-1]
     leader: Mode = "cached" if last.verdict == "cached" else "finetune"
-    changes = [(a, b) for a, b in zip(decided, decided[1:], strict=False) if a.verdict != b.verdict]
+    changes = [(a, b) for a, b in pairwise(decided) if a.verdict != b.verdict]
     if len(changes) > 1:
         return Crossing(kind="repeated", leader=leader)
     if changes:
@@ -236,7 +237,7 @@ def crossing(points: Sequence[Point]) -> Crossing:
 
 def _meeting(points: Sequence[Point]) -> int | None:
     """Train images at which the difference is zero, on straight lines over log images."""
-    for a, b in zip(points, points[1:], strict=False):
+    for a, b in pairwise(points):
         left, right = a.difference, b.difference
         if left is None or right is None or left * right > 0 or left == right:
             continue

@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def finetune(config: FinetuneConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
+def finetune(
+    config: FinetuneConfig, dataset: ImageDataset | None = None, checkpoint_s: float = 0.0
+) -> dict[str, Any]:
     """Train a whole network, or parts of it, on the images themselves.
 
     Args:
         config: The command's settings.
         dataset: What to train and score on; what the settings name unless given.
+        checkpoint_s: Least seconds between checkpoints; 0 writes one after every epoch.
 
     Returns:
         The command's JSON report; the model file and the report file are written.
@@ -54,7 +57,9 @@ def finetune(config: FinetuneConfig, dataset: ImageDataset | None = None) -> dic
     try:
         # Same seed, same weights, on GPUs too.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            return _execute(prepare(config, dataset), start)
+            run = prepare(config, dataset)
+            run.checkpoint_s = checkpoint_s
+            return _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
             f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
@@ -112,9 +117,11 @@ def _train(run: Run, optimizer: torch.optim.Optimizer, progress: Progress, start
             record |= {"test_top1": scores.top1, "test_loss": scores.loss}
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
-        say(epoch_line(record, plan.epochs))
-        if epoch + 1 < plan.epochs:
-            progress.seconds = time.perf_counter() - start
+        if "test_top1" in record or run.config.verbose:
+            say(epoch_line(record, plan.epochs))
+        elapsed = time.perf_counter() - start
+        if epoch + 1 < plan.epochs and elapsed - progress.seconds >= run.checkpoint_s:
+            progress.seconds = elapsed
             save_checkpoint(checkpoint_path(run.output), run.key, progress, parts, optimizer)
     if progress.best and progress.best_epoch != len(progress.epochs):
         load_moving(parts, progress.best)

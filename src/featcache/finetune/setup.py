@@ -29,7 +29,8 @@ class Run:
     """Everything that a run holds while it lasts.
 
     `key` names it by all that decides its outcome; `chosen_on` says in words which images chose
-    something; `read_seconds` is what reading and decoding took before the first epoch.
+    something; `read_seconds` is what reading and decoding took before the first epoch;
+    `checkpoint_s` is the least time between checkpoints.
     """
 
     config: FinetuneConfig
@@ -47,6 +48,7 @@ class Run:
     key: str
     output: Path
     probe: dict[str, float] = field(default_factory=dict)
+    checkpoint_s: float = 0.0
 
     @property
     def prep(self) -> Preprocessing:

@@ -1,0 +1,163 @@
+"""Single runs of a comparison: do one, keep it as a report file, find it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featcache.compare.extraction import Extraction
+from featcache.compare.plan import Spec
+from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
+from featcache.curve import cell_of
+from featcache.data import ImageDataset
+from featcache.errors import UserError
+from featcache.finetune import finetune
+from featcache.finetune.plan import make_plan
+from featcache.heads import save_head
+from featcache.heads.train import Data, make_report, provenance_of, run_protocol
+from featcache.report import RunReport, config_json
+
+CHECKPOINT_S = 60.0
+"""A small train set's epoch takes less time than writing the network's state."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bench:
+    """What all runs share.
+
+    Attributes:
+        config: The command's settings.
+        output: The comparison's folder.
+        dataset: Without the pictures that could not be read; its rows are the cache's.
+        data: The cache's splits; no val, as choosing must cost both modes train images.
+        extraction: What the features cost.
+    """
+
+    config: CompareConfig
+    output: Path
+    dataset: ImageDataset
+    data: Data
+    extraction: Extraction
+
+    def report_path(self, spec: Spec) -> Path:
+        """Where a finished run is kept."""
+        return self.output / "runs" / f"{spec.name}.json"
+
+
+def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
+    """A run that an earlier start finished with the same settings; None otherwise."""
+    path = bench.report_path(spec)
+    if not path.is_file():
+        return None
+    try:
+        report = RunReport.load(path)
+        cell = report.more["cell"]
+        right = cell["key"] == spec.key
+        cell_of(report)
+    except (UserError, KeyError, TypeError):
+        return None  # damaged, or of another version: it is made anew
+    return report if right else None
+
+
+def do_run(bench: Bench, spec: Spec) -> RunReport:
+    """Make one run and keep it.
+
+    Raises:
+        UserError: Wrong input.
+        StorageError: The report could not be written.
+    """
+    start = time.perf_counter()
+    make = _train_head if spec.mode == "cached" else _finetune
+    report, cost, trial = make(bench, spec)
+    cell = {
+        "key": spec.key,
+        "mode": spec.mode,
+        "size": spec.size,
+        "draw": spec.draw,
+        "seed": spec.seed,
+        "cost_seconds": cost,
+        "trial_seconds": trial,
+        "spent_seconds": time.perf_counter() - start,
+    }
+    report = dataclasses.replace(report, more={**report.more, "cell": cell})
+    report.save(bench.report_path(spec))
+    return report
+
+
+def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:
+    """The settings of train-head that a cached run stands for."""
+    return TrainHeadConfig(
+        cache=Path(bench.extraction.cache),
+        solver=bench.config.solver,
+        seed=spec.seed,
+        cache_dir=bench.config.cache_dir,
+        output=bench.report_path(spec).with_suffix(".safetensors"),
+    )
+
+
+def _train_head(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
+    """Fit a head on the cached features of some train images."""
+    config, start = head_config(bench, spec), time.perf_counter()
+    train = bench.data.train.take(spec.rows)
+    run = run_protocol(config, bench.data, train, bench.data.content[spec.rows])
+    path = bench.report_path(spec).with_suffix(".safetensors")
+    provenance = provenance_of(bench.data.cache)
+    save_head(path, run.fitted.head, provenance)
+    data = dataclasses.replace(bench.data, train=train)
+    report = make_report(config, data, run, path, provenance, time.perf_counter() - start)
+    extraction = bench.extraction.seconds_per_image * train.num_rows
+    return report, extraction + run.fit_seconds, run.fit_seconds
+
+
+def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
+    """The settings of finetune that a fine-tuning run stands for.
+
+    Args:
+        config: The comparison's.
+        num_train: Train images; few get more epochs. None leaves the epochs as they are.
+        seed: Of training.
+    """
+    ours = {field.name for field in dataclasses.fields(CompareConfig)}
+    theirs = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    shared = (ours & theirs) - {"json", "verbose", "output", "seed"}
+    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    # Random weights are drawn from the seed: every run has to start from those of the cache.
+    seed = config.seed if config.weights == "random" else seed
+    tuning = FinetuneConfig(**values, seed=seed, score="end")
+    if num_train is None:
+        return tuning
+    plan = make_plan(tuning)
+    per_epoch = math.ceil(num_train / plan.batch_size)
+    epochs = max(plan.epochs, math.ceil(config.min_steps / per_epoch))
+    return dataclasses.replace(tuning, epochs=epochs)
+
+
+def _finetune(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
+    """Fine-tune on some train images; the model itself is not kept."""
+    model = bench.output / "work" / f"{spec.name}.safetensors"
+    config = finetune_config(bench.config, len(spec.rows), spec.seed)
+    config = dataclasses.replace(config, output=model)
+    whole = bench.dataset
+    train = whole.splits["train"]
+    part = train.subset(spec.rows).with_content(train.content[spec.rows])
+    dataset = dataclasses.replace(whole, splits={"train": part, "test": whole.splits["test"]})
+    finetune(config, dataset, checkpoint_s=CHECKPOINT_S)
+    report = RunReport.load(model.with_suffix(".json"))
+    cost = _tuning_seconds(report)
+    kept = {name: value for name, value in report.more.items() if name != "model"}
+    report = dataclasses.replace(report, more=kept, config=config_json(config))
+    model.unlink(missing_ok=True)
+    model.with_suffix(".json").unlink(missing_ok=True)
+    return report, cost, cost
+
+
+def _tuning_seconds(report: RunReport) -> float:
+    """Seconds from labelled images to a classifier, without reading and scoring the test split."""
+    scoring = sum(float(epoch.get("eval_seconds", 0.0)) for epoch in report.epochs)
+    num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])
+    reading = float(report.more["read_seconds"]) * num_test / (num_train + num_test)
+    return max(report.seconds_total - scoring - reading, 0.0)

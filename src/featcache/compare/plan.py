@@ -1,0 +1,125 @@
+"""Which runs a comparison consists of, on which samples, in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.config import CompareConfig
+from featcache.curve import Mode
+
+Ints = NDArray[np.int64]
+FORMAT = 1
+"""Raised whenever the same settings come to mean another run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec:
+    """One run.
+
+    Attributes:
+        mode: What is trained.
+        size: Train images per class as text, or "all".
+        draw: Which draw of train images, from 0.
+        seed: Of the draw and of training.
+        rows: Train rows, [n], places among the usable train images, ascending.
+        key: Names all that decides the outcome: 64 hex digits.
+    """
+
+    mode: Mode
+    size: str
+    draw: int
+    seed: int
+    rows: Ints
+    key: str
+
+    @property
+    def name(self) -> str:
+        """For file names: "finetune-20-draw0"."""
+        return f"{self.mode}-{self.size}-draw{self.draw}"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        what = "cached head" if self.mode == "cached" else "fine-tune"
+        count = "all" if self.size == "all" else f"{self.size} per class"
+        return f"{what}, {count} ({len(self.rows):,} images), draw {self.draw + 1}"
+
+
+def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: int) -> Ints:
+    """Train rows of one size: `per_class` of every class, or all there are.
+
+    A class's rows are ranked by a hash of seed and id, so the rows of a size are among those of
+    every larger one, and do not depend on the order of the dataset.
+
+    Args:
+        ids: Names of the train images, [N].
+        labels: Their classes, [N].
+        per_class: How many of each class; None for all.
+        seed: Other seeds draw other rows.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    if per_class is None:
+        return np.arange(len(labels))
+    ranks = [hashlib.sha256(f"{seed}\0compare\0{name}".encode()).digest() for name in ids]
+    rows: list[int] = []
+    for label in np.unique(labels):
+        members = sorted(np.flatnonzero(labels == label), key=lambda row: (ranks[row], row))
+        rows += [int(row) for row in members[:per_class]]
+    return np.array(sorted(rows), dtype=np.int64)
+
+
+def make_plan(
+    config: CompareConfig, ids: Sequence[str], labels: Ints, decisive: dict[Mode, dict[str, Any]]
+) -> list[Spec]:
+    """Every run in the order of importance: all sizes of a draw before the next draw.
+
+    A size that takes in every train image is the same as all, and made once.
+
+    Args:
+        config: The command's settings.
+        ids: Names of the usable train images, [N].
+        labels: Their classes, [N].
+        decisive: By mode, what besides the samples decides a run's outcome.
+    """
+    largest = int(np.bincount(labels).max())
+    sizes: list[int | None] = [n for n in config.wanted_sizes() if n is not None and n < largest]
+    if len(sizes) < len(config.wanted_sizes()):
+        sizes.append(None)
+    specs = []
+    for draw in range(config.num_seeds):
+        for size in sizes:
+            seed = (config.seed + draw) % 2**32
+            rows = nested_rows(ids, labels, size, seed)
+            specs += [_spec(mode, size, draw, seed, rows, ids, decisive) for mode in decisive]
+    return specs
+
+
+def _spec(
+    mode: Mode,
+    size: int | None,
+    draw: int,
+    seed: int,
+    rows: Ints,
+    ids: Sequence[str],
+    decisive: dict[Mode, dict[str, Any]],
+) -> Spec:
+    samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
+    facts = {**decisive[mode], "format": FORMAT, "mode": mode, "seed": seed, "samples": samples}
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return Spec(
+        mode=mode,
+        size="all" if size is None else str(size),
+        draw=draw,
+        seed=seed,
+        rows=rows,
+        key=hashlib.sha256(text.encode()).hexdigest(),
+    )

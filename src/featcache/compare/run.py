@@ -1,0 +1,235 @@
+"""`compare`: extract once, make the runs that the budget allows, say what follows from them.
+
+The protocol: every draw of train images is shared by both modes and nested (a size's images are
+among those of the next); settings of the head are chosen on a held-out part of exactly those
+images; the test split is scored once per run and chooses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from featcache.compare.budget import Budget
+from featcache.compare.cells import Bench, do_run, finetune_config, load_finished
+from featcache.compare.extraction import extract_config, shared_cache
+from featcache.compare.plan import Spec, make_plan
+from featcache.config import CompareConfig, TrainHeadConfig, flatten
+from featcache.curve import (
+    Mode,
+    Point,
+    cell_of,
+    crossing,
+    curve_advice,
+    curve_points,
+    curve_text,
+    points_from_json,
+    points_json,
+)
+from featcache.data import ImageDataset, load_dataset
+from featcache.finetune.plan import make_plan as make_tuning_plan
+from featcache.heads.train import Data, check_settings, load_data, provenance_of
+from featcache.report import RunReport, config_json
+from featcache.report.tables import seconds_text
+from featcache.runtime import environment, numeric_versions, say, write_json
+
+MINUTE = 60.0
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Draw the learning curve of the cached head and of fine-tuning.
+
+    Args:
+        config: The command's settings.
+
+    Returns:
+        The report as `--json` prints it; it is also written to the comparison's folder, beside
+        the reports of the single runs.
+
+    Raises:
+        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+        StorageError: A file could not be written.
+    """
+    start = time.perf_counter()
+    check_settings(TrainHeadConfig(cache=Path("unused"), solver=config.solver))
+    bench = prepare(config)
+    plan = make_plan(config, *_train_of(bench.data), _decisive(bench))
+    done, left_out, spent = _run_all(bench, plan)
+    report = _report(bench, plan, done, left_out, spent)
+    report["seconds_total"] = time.perf_counter() - start
+    write_json(bench.output / "compare.json", report)
+    return report
+
+
+def prepare(config: CompareConfig) -> Bench:
+    """Extract or find the cache, and see which images both modes can use."""
+    dataset = load_dataset(config)
+    output = config.output or config.cache_dir / _folder_name(config, dataset)
+    extraction = shared_cache(config, output)
+    head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
+    # A val split would choose for the head what fine-tuning has no use for; neither gets it.
+    data = dataclasses.replace(load_data(head), val=None)
+    usable = {}
+    for name in ("train", "test"):
+        split, rows = dataset.splits[name], data.cache.split(name).rows
+        content = data.cache.rows(name).content[rows]
+        usable[name] = split.subset(rows).with_content(content)
+    return Bench(
+        config=config,
+        output=output,
+        dataset=dataclasses.replace(dataset, splits=usable),
+        data=data,
+        extraction=extraction,
+    )
+
+
+def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
+    """A folder per dataset and settings; more draws, sizes or minutes go on in the same one."""
+    asked = flatten(config_json(extract_config(config)))
+    asked |= {"solver": config.solver, "lr": config.lr}
+    asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
+    for name in ("json", "verbose", "cache_dir", "data_root", "dataset", "workers", "device"):
+        asked.pop(name, None)
+    tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    weights = Path(config.weights).stem
+    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+
+
+def _train_of(data: Data) -> tuple[list[str], Any]:
+    split = data.cache.split("train")
+    return split.ids, split.y
+
+
+def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:
+    """What decides a run's outcome besides its samples and seed."""
+    config = bench.config
+    provenance = provenance_of(bench.data.cache)
+    same = {
+        "backbone": provenance["backbone"],
+        "cache": provenance["cache_digest"],
+        "versions": numeric_versions(),
+    }
+    tuning = dataclasses.asdict(make_tuning_plan(finetune_config(config, None, config.seed)))
+    del tuning["seed"]
+    return {
+        "cached": {**same, "solver": config.solver},
+        "finetune": {**same, "plan": tuning, "min_steps": config.min_steps},
+    }
+
+
+Done = list[tuple[Spec, RunReport]]
+
+
+def _run_all(bench: Bench, plan: list[Spec]) -> tuple[Done, list[dict[str, Any]], float]:
+    """Make or find every run that the budget allows; also what was left out, and seconds spent."""
+    budget = Budget(bench.config.budget * MINUTE, bench.extraction.spent_seconds)
+    done: Done = []
+    left_out: list[dict[str, Any]] = []
+    found = 0
+    for number, spec in enumerate(plan, start=1):
+        report = load_finished(bench, spec)
+        if report is None:
+            estimate = budget.estimate(spec.mode, _passes(bench, spec))
+            if not budget.allows(estimate):
+                left_out.append(_left_out(spec, estimate))
+                continue
+            about = "" if estimate is None else f", about {seconds_text(estimate)}"
+            say(f"[{number}/{len(plan)}] {spec.title}{about}")
+            report = do_run(bench, spec)
+            say(f"    test accuracy {report.test_top1:.3f}")
+        else:
+            found += 1
+        budget.add(spec, report)
+        done.append((spec, report))
+    if found:
+        say(f"{found} of {len(plan)} runs were there from an earlier start")
+    return done, left_out, budget.spent
+
+
+def _passes(bench: Bench, spec: Spec) -> int:
+    """Train images that a run sees, epochs counted."""
+    if spec.mode == "cached":
+        return len(spec.rows)
+    tuning = finetune_config(bench.config, len(spec.rows), spec.seed)
+    return len(spec.rows) * make_tuning_plan(tuning).epochs
+
+
+def _left_out(spec: Spec, estimate: float | None) -> dict[str, Any]:
+    return {
+        "mode": spec.mode,
+        "size": spec.size,
+        "num_train": len(spec.rows),
+        "draw": spec.draw,
+        "estimated_seconds": estimate,
+        "title": spec.title,
+    }
+
+
+def _report(
+    bench: Bench, plan: list[Spec], done: Done, left_out: list[dict[str, Any]], spent: float
+) -> dict[str, Any]:
+    """Everything that was found, as plain JSON values."""
+    config, data = bench.config, bench.data
+    points = curve_points(cell_of(report) for _, report in done)
+    report = {
+        "command": "compare",
+        "output": str(bench.output),
+        "dataset": data.cache.meta.dataset.name,
+        "points": points_json(points),
+        "crossing": dataclasses.asdict(crossing(points)),
+        "advice": curve_advice(points),
+        "left_out": left_out,
+        "notes": _notes(config, points, left_out, spent),
+        "runs": [f"runs/{spec.name}.json" for spec, _ in done],
+        "num_planned": len(plan),
+        "spent_seconds": spent,
+        "extraction": dataclasses.asdict(bench.extraction),
+        "num_test": data.test.num_rows,
+        "scored_on": f"test, view 0 ({data.test.num_rows} rows), once per run",
+        "chosen_on": "a held-out part of each run's own train images",
+        "config": config_json(config),
+        "provenance": provenance_of(data.cache),
+        "environment": environment(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(report))
+    return plain
+
+
+def _notes(
+    config: CompareConfig, points: list[Point], left_out: list[dict[str, Any]], spent: float
+) -> list[str]:
+    """What a reader has to know to judge the figures."""
+    notes = []
+    draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
+    if draws and min(draws) < 2:
+        notes.append(
+            "Sizes with one draw of train images do not show how much the draw matters; "
+            "give a larger --budget or --num-seeds."
+        )
+    if left_out:
+        first = left_out[0]
+        needed = spent + sum(float(run["estimated_seconds"] or 0.0) for run in left_out)
+        others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        notes.append(
+            f"Left out for lack of time: {first['title']}{others}; the same command with "
+            f"--budget {max(1, round(needed / MINUTE * 1.1 + 0.5))} makes them too (now "
+            f"{config.budget:g} minutes)."
+        )
+    return notes
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    return [
+        *curve_text(points_from_json(report["points"])).splitlines(),
+        "",
+        *report["advice"],
+        *report["notes"],
+        f"report: {Path(report['output']) / 'compare.json'}",
+        f"next: featcache report {shlex.quote(report['output'])}",
+    ]

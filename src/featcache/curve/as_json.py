@@ -1,0 +1,71 @@
+"""Points of a learning curve as JSON, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from featcache.curve.points import Point, Side
+from featcache.errors import UserError
+
+
+def points_json(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Plain values, what follows from the points included."""
+    return [
+        {
+            **dataclasses.asdict(point),
+            "difference": point.difference,
+            "seconds_per_point": point.seconds_per_point,
+            "pays_after_trials": point.pays_after_trials,
+        }
+        for point in points
+    ]
+
+
+def points_from_json(values: Any) -> list[Point]:
+    """Rebuild what `points_json` made and JSON carried.
+
+    Raises:
+        UserError: It is something else.
+    """
+    try:
+        return [_point(dict(value)) for value in values]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"not the points of a learning curve: {error}") from error
+
+
+def _point(value: dict[str, Any]) -> Point:
+    if value["verdict"] not in ("cached", "finetune", "undecided", "unmeasured"):
+        raise ValueError(f"verdict {value['verdict']!r:.40}")
+    p_value = value["p_value"]
+    return Point(
+        size=str(value["size"]),
+        num_train=int(value["num_train"]),
+        num_test=int(value["num_test"]),
+        cached=_side(value["cached"]),
+        finetune=_side(value["finetune"]),
+        p_value=None if p_value is None else _number(p_value),
+        verdict=value["verdict"],
+    )
+
+
+def _side(value: Any) -> Side | None:
+    if value is None:
+        return None
+    low, high = value["interval"]
+    return Side(
+        top1=_number(value["top1"]),
+        interval=(_number(low), _number(high)),
+        top1_by_seed={int(seed): _number(top1) for seed, top1 in value["top1_by_seed"].items()},
+        cost_seconds=_number(value["cost_seconds"]),
+        trial_seconds=_number(value["trial_seconds"]),
+    )
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
