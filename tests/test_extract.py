@@ -272,6 +272,8 @@ def test_bad_pictures_stop_the_run_or_are_recorded(
     X, y = cache.split("train")
     assert numbers(X) == [n for n in range(150) if n != 3]
     assert len(y) == 149
+    with pytest.raises(UserError, match=r"leaves out 2 pictures.*train/cat/003\.png \(empty file"):
+        ex.extract(settings(copy, tmp_path))
     again = ex.extract(settings(copy, tmp_path, on_error="skip"))
     assert again["hit"]
     assert again["splits"]["test"]["num_skipped"] == 1

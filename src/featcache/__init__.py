@@ -10,24 +10,28 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# Public name: the module it lives in, and its name there. Functions are not called like their
+# packages, because importing a package's module binds the package's name here.
 _HOMES = {
-    "FeatcacheError": "errors",
-    "UserError": "errors",
     "CacheError": "errors",
-    "StorageError": "errors",
-    "ExtractConfig": "config",
-    "TrainHeadConfig": "config",
-    "FinetuneConfig": "config",
-    "PredictConfig": "config",
-    "ExportConfig": "config",
-    "FeatureCache": "cache",
-    "extract": "extract",
-    "train_head": "heads",
-    "finetune": "finetune",
-    "LinearHead": "heads",
     "Classifier": "predict",
+    "ExportConfig": "config",
+    "ExtractConfig": "config",
+    "FeatcacheError": "errors",
+    "FeatureCache": "cache",
+    "FeatureDataset": "cache",
+    "FinetuneConfig": "config",
+    "LinearHead": "heads",
+    "PredictConfig": "config",
     "Prediction": "predict",
+    "StorageError": "errors",
+    "TrainHeadConfig": "config",
+    "UserError": "errors",
+    "extract_features": "extract",
+    "finetune_network": "finetune",
+    "train_head": "heads",
 }
+_RENAMED = {"extract_features": "extract", "finetune_network": "finetune"}
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
@@ -35,7 +39,8 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'featcache' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"featcache.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"featcache.{_HOMES[name]}")
+    return getattr(module, _RENAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -7,10 +7,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from featcache.cache import FeatureCache, read_meta
+from featcache.cache import FeatureCache, info, read_meta
 from featcache.config import BackboneInfo, CacheMeta, ExtractConfig, Views, flatten
-from featcache.data import ImageDataset
-from featcache.errors import CacheError
+from featcache.data import REASONS, ImageDataset
+from featcache.errors import CacheError, UserError
 from featcache.runtime import numeric_versions
 
 # Differences in these leave the rows what they are: a dataset may be renamed or moved.
@@ -87,6 +87,23 @@ def find_hit(
             except CacheError:
                 continue  # a damaged neighbour is not this command's business
     return None
+
+
+def check_skipped(config: ExtractConfig, path: Path) -> None:
+    """Refuse a file, finished or not, that leaves out pictures when none may be left out.
+
+    Raises:
+        UserError: The file was made with `--on-error skip`, this run asks for `fail`.
+    """
+    if config.on_error == "skip" or not path.exists():
+        return
+    left_out = [row for split in info(path)["splits"].values() for row in split["skipped"]]
+    if left_out:
+        reason = REASONS.get(left_out[0]["code"], "unreadable")
+        raise UserError(
+            f"{path} leaves out {len(left_out)} pictures, the first {left_out[0]['id']} ({reason}):"
+            " mend or remove them and type --update, or type --on-error skip to leave them out"
+        )
 
 
 def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDataset) -> str:

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.backbone import identify, load_backbone, state_sha256
-from featcache.cache import CacheWriter, FeatureCache, SplitRows, open_writer, read_meta
+from featcache.cache import (
+    CacheWriter,
+    FeatureCache,
+    SplitRows,
+    open_writer,
+    part_path,
+    read_meta,
+)
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, describe
-from featcache.extract.request import cache_path, find_hit, wanted_meta
+from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows
 from featcache.runtime import StageTimer, environment, pick_device, say
 
@@ -66,7 +73,10 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     path = cache_path(config, wanted)
     found = None if config.force else find_hit(config, path, wanted, dataset)
     if found is not None:
+        check_skipped(config, found)
         return _report(found, start, hit=True)
+    if not config.force:
+        check_skipped(config, part_path(path))
     for note in dataset.notes:
         say(note)
     progress, timer, engine = _run(config, path, wanted, dataset, start)
@@ -118,19 +128,20 @@ def fill_split(
 
     start = time.perf_counter()
     blocks = writer.pending(split.name)
-    plans = [(rows, *writer.reused_rows(split.name, rows)) for rows in blocks]
-    missing = [rows[i] for rows, reused, _ in plans for i in np.flatnonzero(~reused)]
+    missing = [
+        rows[i] for rows in blocks for i in np.flatnonzero(~writer.is_reused(split.name, rows))
+    ]
     done = SplitProgress(num_samples=len(split), num_resumed=len(split) - len(missing))
     stream = computed_rows(config, split, missing, meta, engine, timer)
     bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=None)
     with bar:
-        for rows, reused, features in plans:
+        for rows in blocks:
+            reused, features = writer.reused_rows(split.name, rows)
             status = np.zeros(len(rows), np.uint8)
             for place in np.flatnonzero(~reused):
                 status[place], features[:, place] = next(stream)
             with timer("write"):
                 writer.write_block(split.name, rows, features, status)
-            done.num_skipped += int(np.count_nonzero(status))
             bar.set_postfix_str(_shares(timer), refresh=False)
             bar.update(int(np.count_nonzero(~reused)))
     stream.close()
@@ -155,12 +166,11 @@ def _report(
     engine: Engine | None = None,
 ) -> dict[str, Any]:
     meta, class_names = read_meta(path)
+    sizes = FeatureCache(path).num_rows
     if progress is None:
-        sizes = FeatureCache(path).num_rows
-        progress = {
-            name: SplitProgress(num_samples=n, num_resumed=n, num_skipped=skipped)
-            for name, (n, skipped) in sizes.items()
-        }
+        progress = {n: SplitProgress(num_samples=s[0], num_resumed=s[0]) for n, s in sizes.items()}
+    for name, split in progress.items():
+        split.num_skipped = sizes[name][1]
     return {
         "command": "extract-features",
         "cache": str(path),
