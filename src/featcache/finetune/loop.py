@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,9 @@ class Machine:
         """The context of every forward pass."""
         import torch
 
-        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.amp)
+        if not self.amp:
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
 
     def inputs(self, pixels: NDArray[np.uint8], prep: Preprocessing) -> torch.Tensor:
         """Pixels uint8 [N, H, W, 3] to the network's float32 input [N, 3, H, W] on the device."""

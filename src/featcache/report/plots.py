@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featcache.report.labels import label_lines
 from featcache.report.run import Row
 from featcache.report.tables import seconds_text
 from featcache.runtime import write_atomically
@@ -28,7 +29,8 @@ def plot_accuracy_against_seconds(rows: Sequence[Row], path: Path, title: str = 
     """Draw test top-1 against wall seconds since each mode began, one point per epoch.
 
     Seconds are on a logarithmic axis. The cached mode's line starts, at the bottom, with the
-    stretch that its extraction took. Every line is labelled where it ends.
+    stretch that its extraction took. Every line is named beside its end where
+    there is room, and at the right edge otherwise.
 
     Args:
         rows: The comparison's lines; rows without points are left out.
@@ -54,7 +56,7 @@ def plot_accuracy_against_seconds(rows: Sequence[Row], path: Path, title: str = 
         _draw_line(axes, row, color, marker)
         labels.append((row, color))
     _dress(axes, drawn, title)
-    _label_lines(axes, labels)
+    label_lines(axes, labels)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_atomically(path, picture.getvalue())
@@ -111,36 +113,3 @@ def _draw_extraction(axes: Axes, row: Row) -> None:
         fontsize=9,
         color=color,
     )
-
-
-def _label_lines(axes: Axes, labels: Sequence[tuple[Row, str]]) -> None:
-    """Name every line beside its last point, moved up or down so that no two names touch."""
-    from matplotlib import patheffects
-
-    outline: list[patheffects.AbstractPathEffect] = [
-        patheffects.withStroke(linewidth=3, foreground="white")
-    ]
-    low, high = axes.get_ylim()
-    gap = 0.105 * (high - low)
-    # Of two that end level, the earlier one gets the higher name, so that leaders do not cross.
-    ends = sorted((row.points[-1][1], -row.points[-1][0], i) for i, (row, _) in enumerate(labels))
-    place = -float("inf")
-    places: dict[int, float] = {}
-    for top1, _, i in ends:
-        place = places[i] = max(top1, place + gap)
-    overflow = max(0.0, place - high) if places else 0.0
-    for i, (row, color) in enumerate(labels):
-        seconds, top1 = row.points[-1]
-        text = axes.annotate(
-            f"{row.mode}\n{top1:.3f} after {seconds_text(seconds)}",
-            (seconds, top1),
-            xytext=(1.02, places[i] - overflow),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=9.5,
-            color=color,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8, "alpha": 0.5, "shrinkB": 6},
-            zorder=4,
-        )
-        text.set_path_effects(outline)
