@@ -13,6 +13,7 @@ import torch
 
 import featcache.finetune.images
 import featcache.finetune.run as run_module
+import featcache.finetune.setup as preparation
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
 from featcache.errors import FeatcacheError, UserError
@@ -443,3 +444,21 @@ class TestStart:
             finetune(settings(pets, tmp_path, init_head=full[0].output))
         with pytest.raises(UserError, match=r"none\.safetensors: there is no such file"):
             finetune(settings(pets, tmp_path, init_head=tmp_path / "none.safetensors"))
+
+
+def test_mixed_precision_trains_and_scores(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that GPUs take, tried in bfloat16 on the CPU."""
+    choose = preparation.choose_machine
+    monkeypatch.setattr(
+        preparation,
+        "choose_machine",
+        lambda config: dataclasses.replace(choose(config), amp=True),
+    )
+    config = settings(pets, tmp_path, backbone="resnet18", lr=1e-4)
+    report = finetune(config)
+    assert report["environment"]["amp"]
+    assert report["epochs"][1]["train_loss"] < report["epochs"][0]["train_loss"]
+    # Parameters stay in float32; only the passes are in half precision.
+    assert {tensor.dtype for tensor in weights_of(report).values()} == {torch.float32, torch.int64}
