@@ -134,7 +134,7 @@ def test_contradictions_are_refused(cache, settings, message):
 
 def test_a_cache_without_test_split_is_refused(tmp_path):
     path = make_cache(tmp_path / "t.h5", {"train": blobs(30)}, ["a", "b", "c"])
-    with pytest.raises(UserError, match="has splits train but no test"):
+    with pytest.raises(UserError, match="has rows in train but none in test"):
         run(path)
 
 

@@ -154,9 +154,9 @@ def choose(solver: Solver, train: Rows, selection: Selection) -> Choice:
     tally = Tally()
     tried = _walk(solver, series, first, tally)
     for pair in others:
-        prepared = solver.prepare(pair[0], tried)
+        prepared, features = solver.prepare(pair[0], tried), pair[1].plain
         for place, settings in enumerate(tried):
-            tally.add(place, pair[1], prepared.predict(settings, pair[1].plain))
+            tally.add(place, pair[1], prepared.predict(settings, features))
     table = [{**settings, **tally.scores(place)} for place, settings in enumerate(tried)]
     best = max(range(len(table)), key=lambda place: float(table[place]["score"]))
     return Choice(
@@ -200,12 +200,13 @@ def _walk(
 ) -> list[Settings]:
     """Score the candidates of each series in turn until it no longer gains; returns those tried."""
     fit_rows, held = pair
+    features = held.plain  # one array, by which solvers know that the question is the same
     tried: list[Settings] = []
     for candidates in series:
         prepared = solver.prepare(fit_rows, candidates)
         best, worse = -1.0, 0
         for settings in candidates:
-            tally.add(len(tried), held, prepared.predict(settings, held.plain))
+            tally.add(len(tried), held, prepared.predict(settings, features))
             score = tally.scores(len(tried))["score"]
             tried.append(settings)
             worse = worse + 1 if score < best else 0

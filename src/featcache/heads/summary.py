@@ -18,24 +18,37 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     ]
     low, high = report["test_interval"]
     chosen = report["chosen"]
-    settings = ", ".join(
-        f"{name} {_text(value)}"
-        for name, value in chosen.items()
-        if name not in ("score", "chosen_on", "candidates")
-    )
+    for row in chosen.get("solvers", ()):
+        lines.append(
+            f"{row['solver']:<8} {_settings(row)}: held-out accuracy {row['top1']:.3f}, "
+            f"{row['seconds']:.2f} s"
+        )
     chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
-    lines.append(f"{report['solver']} ({report['backend']}): {settings}; {chosen_on}")
+    lines.append(f"{report['solver']} ({report['backend']}): {_settings(chosen)}; {chosen_on}")
     if report["val_top1"] is not None:
         lines.append(f"held-out accuracy {report['val_top1']:.3f}")
     lines.append(
         f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
+    if shots := report.get("shots"):
+        spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
+        lines.append(
+            f"{shots['shots']} rows per class, {shots['num_seeds']} samples: mean test accuracy "
+            f"{shots['mean']:.3f}{spread}; the lines above and the head are the first sample's"
+        )
+        if shots["short_classes"]:
+            lines.append(f"classes with fewer rows: {', '.join(shots['short_classes'])}")
     lines.append(
         f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
     return lines
+
+
+def _settings(values: dict[str, Any]) -> str:
+    named = ("strength", "k", "metric", "lr", "weight_decay", "standardize")
+    return ", ".join(f"{name} {_text(values[name])}" for name in named if name in values)
 
 
 def _text(value: object) -> str:

@@ -1,8 +1,7 @@
 """`train-head`: choose without the test split, fit all of train, score test once, write both.
 
-The protocol: candidates are fitted to a part of train and scored on the rest (choose.py); the best
-is fitted to all of train; the test split is scored once. The accuracy after each epoch of adam and
-sgd is printed because the notebook prints it; nothing is chosen by it.
+The protocol is in protocol.py. The accuracy after each epoch of adam and sgd is printed because
+the notebook prints it; nothing is chosen by it.
 """
 
 from __future__ import annotations
@@ -10,48 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from featcache import metrics
-from featcache.cache import FeatureCache, FeatureSplit
+from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.choose import Choice, choose, make_selection
-from featcache.heads.files import Head, save_head
-from featcache.heads.linear import Floats
-from featcache.heads.logistic_solver import LogisticSolver
-from featcache.heads.rows import Ints, Rows, balanced_weights, check_classes, check_rows
-from featcache.heads.solver import Fitted, Solver
-from featcache.heads.steps_solver import StepsSolver
+from featcache.heads.data import Data, load_data, open_cache
+from featcache.heads.files import save_head
+from featcache.heads.protocol import Run, run_protocol
+from featcache.heads.shots import draw_shots, shots_summary
 from featcache.report import RunReport
 from featcache.report.run import Predictions
 from featcache.runtime import StageTimer, environment
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Data:
-    """A cache's splits, checked and ready.
-
-    Attributes:
-        cache: Where they come from.
-        train: What heads learn from.
-        content: A digest per train row [N, 32].
-        val: The dataset's own validation rows, if it has any.
-        test: What heads are scored on, once.
-        test_ids: Their names.
-    """
-
-    cache: FeatureCache
-    train: Rows
-    content: Any
-    val: Rows | None
-    test: Rows
-    test_ids: list[str]
 
 
 def train_head(config: TrainHeadConfig) -> dict[str, Any]:
@@ -70,16 +43,17 @@ def train_head(config: TrainHeadConfig) -> dict[str, Any]:
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
-        data = load_data(config)
-        run = run_protocol(config, data, data.train, data.content)
         path = head_path(config)
+        data = load_data(config, open_cache(config))
+        run, shots = run_all(config, data)
         provenance = provenance_of(data.cache)
         scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
         head = run.fitted.head.replace(
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
         save_head(path, head)
-    report = make_report(config, data, run, path, provenance, timer.seconds["total"])
+    more = {"head": str(path), **({"shots": shots} if shots else {})}
+    report = make_report(config, data, run, provenance, timer.seconds["total"], more)
     report.save(path.with_suffix(".json"))
     return report.to_json()
 
@@ -90,19 +64,27 @@ def check_settings(config: TrainHeadConfig) -> None:
     Raises:
         UserError: Naming what to leave out.
     """
-    if config.backend == "sklearn" and config.solver != "logistic":
-        raise UserError(f"--backend sklearn fits logistic only: leave it out for {config.solver}")
-    if config.backend == "torch" and config.solver in ("ridge", "knn"):
-        raise UserError(f"--backend torch fits logistic, adam and sgd: leave it out for "
-                        f"{config.solver}")  # fmt: skip
-    if config.sweep and config.solver not in ("adam", "sgd"):
-        raise UserError(f"--sweep is for adam and sgd: leave it out for {config.solver}")
-    if config.strength is not None and config.solver in ("adam", "sgd"):
+    solver = config.solver
+    if config.backend == "sklearn" and solver != "logistic":
+        raise UserError(f"--backend sklearn fits logistic only: leave it out for {solver}")
+    if config.backend == "torch" and solver not in ("logistic", "adam", "sgd"):
+        raise UserError(f"--backend torch fits logistic, adam and sgd: leave it out for {solver}")
+    if config.sweep and solver not in ("adam", "sgd"):
+        raise UserError(f"--sweep is for adam and sgd: leave it out for {solver}")
+    if config.sweep and config.backend == "torch":
+        raise UserError("--sweep trains in numpy: leave --backend torch out")
+    if config.strength is not None and solver in ("adam", "sgd"):
         raise UserError("--strength is for logistic, ridge and knn: give --weight-decay instead")
+    if config.strength is not None and solver == "auto":
+        raise UserError("--strength means something else to each solver: name one with --solver")
 
 
 def head_path(config: TrainHeadConfig) -> Path:
-    """Where the head goes: --output, or a name in --cache-dir made from cache and solver."""
+    """Where the head goes: --output, or a name in --cache-dir made from cache and solver.
+
+    Raises:
+        UserError: The name does not end as head files do.
+    """
     if config.output is None:
         return config.cache_dir / f"{config.cache.stem}.{config.solver}.safetensors"
     if config.output.suffix != ".safetensors":
@@ -110,151 +92,23 @@ def head_path(config: TrainHeadConfig) -> Path:
     return config.output
 
 
-def load_data(config: TrainHeadConfig) -> Data:
-    """Read the splits that a head needs.
+def run_all(config: TrainHeadConfig, data: Data) -> tuple[Run, dict[str, Any] | None]:
+    """The protocol on all of train, or on each few-shot sample; the first sample's head is kept.
 
-    Raises:
-        UserError: A split is missing, or its rows are of no use.
+    With --shots, settings are chosen within the sample: a large val split is no few-shot choice.
     """
-    cache = FeatureCache(config.cache)
-    for name in ("train", "test"):
-        if name not in cache.splits:
-            raise UserError(
-                f"{config.cache} has splits {', '.join(cache.splits)} but no {name}: run "
-                "extract-features on a dataset with train and test (or with --test-fraction)"
-            )
-    splits = {name: cache.split(name) for name in ("train", "test", "val") if name in cache.splits}
-    rows = {name: load_rows(split, cache.class_names) for name, split in splits.items()}
-    train = rows["train"]
-    check_classes(train.y, cache.class_names)
-    if config.class_weight == "balanced":
-        weights = train.weights * balanced_weights(train.y, train.num_classes)
-        train = dataclasses.replace(train, weights=weights)
-    return Data(
-        cache=cache,
-        train=train,
-        content=splits["train"].content,
-        val=rows.get("val"),
-        test=rows["test"],
-        test_ids=splits["test"].ids,
-    )
-
-
-def load_rows(split: FeatureSplit, class_names: Sequence[str]) -> Rows:
-    """One split as checked rows.
-
-    Raises:
-        UserError: It has no rows, or rows that are of no use.
-    """
-    views = split.views
-    check_rows(views, split.y, split.ids, class_names, split.name)
-    weights = np.ones(len(split)) if split.weights is None else split.weights.astype(np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise UserError(f"the weights of {split.name} must be numbers from 0 on, not all 0")
-    return Rows(views=views, y=split.y, weights=weights, num_classes=len(class_names))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """One pass through the protocol.
-
-    Attributes:
-        solver: The one that won.
-        choice: How its settings were chosen.
-        fitted: On all of train.
-        probabilities: Of the test rows, [N, C].
-        predicted: Their classes, [N].
-        test_top1: The share that is right.
-        epochs: Loss and accuracy after each epoch, for adam and sgd.
-        fit_seconds: Wall time of choosing and fitting.
-    """
-
-    solver: Solver
-    choice: Choice
-    fitted: Fitted
-    probabilities: Floats
-    predicted: Ints
-    test_top1: float
-    epochs: list[dict[str, Any]]
-    fit_seconds: float
-
-    def chosen(self) -> dict[str, Any]:
-        """Settings and how they came about, for reports."""
-        return {
-            **self.choice.settings,
-            "score": self.choice.score,
-            "chosen_on": self.choice.chosen_on,
-            "candidates": self.choice.table,
-        }
-
-
-def make_solver(config: TrainHeadConfig, class_names: list[str]) -> Solver:
-    """The solver that the settings name."""
-    if config.solver in ("adam", "sgd"):
-        return StepsSolver(class_names=class_names, config=config)
-    if config.solver != "logistic":
-        raise UserError(f"--solver {config.solver} is not here yet: logistic, adam or sgd")
-    return LogisticSolver(
-        class_names=class_names,
-        strength=config.strength,
-        standardize=config.standardize,
-        backend="numpy" if config.backend == "auto" else config.backend,
-    )
-
-
-def run_protocol(config: TrainHeadConfig, data: Data, train: Rows, content: Any) -> Run:
-    """Choose, fit all of train, score test once."""
-    timer = StageTimer()
-    solver = make_solver(config, data.cache.class_names)
-    epochs: list[dict[str, Any]] = []
-    with timer("fit"):
-        choice = choose(solver, train, make_selection(train, config, data.val, content))
-        if not isinstance(solver, StepsSolver):
-            fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
-    if isinstance(solver, StepsSolver):
-        fitted, epochs = watch_epochs(solver, train, choice, data.test, config)
-        timer.seconds["fit"] += sum(epoch["seconds"] for epoch in epochs)
-    probabilities = probabilities_of(fitted.head, data.test, config)
-    predicted = probabilities.argmax(axis=1).astype(np.int64)
-    return Run(
-        solver=solver,
-        choice=choice,
-        fitted=fitted,
-        probabilities=probabilities,
-        predicted=predicted,
-        test_top1=metrics.top1(data.test.y, predicted),
-        epochs=epochs,
-        fit_seconds=timer.seconds["fit"],
-    )
-
-
-def watch_epochs(
-    solver: StepsSolver, train: Rows, choice: Choice, test: Rows, config: TrainHeadConfig
-) -> tuple[Fitted, list[dict[str, Any]]]:
-    """Train with the chosen settings; test accuracy after each epoch is shown, not used."""
-    epochs = []
-    for number, (epoch, heads) in enumerate(solver.epochs(train, [choice.settings]), start=1):
-        start = time.perf_counter()
-        probabilities = probabilities_of(heads[0], test, config)
-        epochs.append(
-            {
-                "epoch": number,
-                "train_loss": epoch.losses[0],
-                "test_top1": metrics.top1(test.y, probabilities.argmax(axis=1)),
-                "seconds": epoch.seconds,
-                "eval_seconds": time.perf_counter() - start,
-            }
-        )
-    return Fitted(head=heads[0], num_passes=config.epochs), epochs
-
-
-def probabilities_of(head: Head, test: Rows, config: TrainHeadConfig) -> Floats:
-    """Probabilities [N, C] of view 0, or with `--tta` their mean over the views."""
-    views = test.views if config.tta else test.views[:1]
-    total = head.predict_proba(views[0])
-    for view in views[1:]:
-        total = total + head.predict_proba(view)
-    return np.asarray(total / len(views))
+    if config.shots is None:
+        return run_protocol(config, data, data.train, data.content, data.val), None
+    runs = []
+    for number in range(config.num_seeds):
+        index = draw_shots(data.train.y, config.shots, config.seed, number)
+        rows, content = data.train.take(index), data.content[index]
+        runs.append(run_protocol(config, data, rows, content, None))
+    scores = [
+        {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
+        for i, run in enumerate(runs)
+    ]
+    return runs[0], shots_summary(config.shots, data.train.y, data.class_names, scores)
 
 
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
@@ -267,17 +121,46 @@ def make_report(
     config: TrainHeadConfig,
     data: Data,
     run: Run,
-    path: Path,
     provenance: dict[str, Any],
     seconds: float,
+    more: dict[str, Any],
 ) -> RunReport:
     """Everything that was measured, as the command reports it."""
-    test, names = data.test, data.cache.class_names
+    test = data.test
+    view = f"mean over {len(test.views)} views" if config.tta else "view 0"
+    num_correct = int((run.predicted == test.y).sum())
+    settings = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(config).items()
+    }
+    return RunReport(
+        command="train-head",
+        trainable_params=run.fitted.head.num_params,
+        test_top1=run.test_top1,
+        test_interval=metrics.wilson_interval(num_correct, test.num_rows),
+        seconds_total=seconds,
+        epochs=run.epochs,
+        scored_on=f"test, {view} ({test.num_rows} rows)",
+        chosen_on=run.choice.chosen_on,
+        config=settings,
+        provenance=provenance,
+        environment=environment(),
+        more={**more, **solver_fields(run, data)},
+        class_names=data.class_names,
+        test=Predictions(
+            ids=data.test_ids,
+            labels=test.y.tolist(),
+            predicted=run.predicted.tolist(),
+            confidence=np.round(run.probabilities.max(axis=1), 6).tolist(),
+        ),
+    )
+
+
+def solver_fields(run: Run, data: Data) -> dict[str, Any]:
+    """The report's fields that only this command has."""
+    test, names = data.test, data.class_names
     recalls = metrics.per_class(test.y, run.predicted, len(names))
-    num_views = len(test.views) if config.tta else 1
-    view_name = f"mean over {num_views} views" if config.tta else "view 0"
-    more = {
-        "head": str(path),
+    return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
@@ -289,31 +172,7 @@ def make_report(
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
         "converged": run.fitted.converged,
-        "num_train": data.train.num_rows,
+        "num_passes": run.fitted.num_passes,
+        "num_train": run.num_train,
         "num_test": test.num_rows,
     }
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
-    return RunReport(
-        command="train-head",
-        trainable_params=run.fitted.head.num_params,
-        test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
-        seconds_total=seconds,
-        epochs=run.epochs,
-        scored_on=f"test, {view_name} ({test.num_rows} rows)",
-        chosen_on=run.choice.chosen_on,
-        config=settings,
-        provenance=provenance,
-        environment=environment(),
-        more=more,
-        class_names=names,
-        test=Predictions(
-            ids=data.test_ids,
-            labels=test.y.tolist(),
-            predicted=run.predicted.tolist(),
-            confidence=np.round(run.probabilities.max(axis=1), 6).tolist(),
-        ),
-    )

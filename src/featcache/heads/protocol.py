@@ -1,0 +1,177 @@
+"""The protocol: choose on a part of train, fit all of train, score the test split once."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+
+from featcache import metrics
+from featcache.config import TrainHeadConfig
+from featcache.heads.choose import Choice, Selection, choose, make_selection
+from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
+from featcache.heads.data import Data
+from featcache.heads.files import Head
+from featcache.heads.linear import Floats
+from featcache.heads.logistic_solver import LogisticSolver
+from featcache.heads.rows import Ints, Rows
+from featcache.heads.solver import Fitted, Solver
+from featcache.heads.steps_solver import StepsSolver
+from featcache.heads.threads import threads_for
+from featcache.runtime import StageTimer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One pass through the protocol.
+
+    Attributes:
+        solver: The one that won.
+        choice: How its settings were chosen.
+        fitted: On all of train.
+        probabilities: Of the test rows, [N, C].
+        predicted: Their classes, [N].
+        test_top1: The share that is right.
+        epochs: Loss and accuracy after each epoch, for adam and sgd.
+        fit_seconds: Wall time of choosing and fitting.
+        num_train: Rows that were fitted, views not counted.
+        compared: For `auto`, what each solver reached.
+    """
+
+    solver: Solver
+    choice: Choice
+    fitted: Fitted
+    probabilities: Floats
+    predicted: Ints
+    test_top1: float
+    epochs: list[dict[str, Any]]
+    fit_seconds: float
+    num_train: int
+    compared: list[dict[str, Any]]
+
+    def chosen(self) -> dict[str, Any]:
+        """Settings and how they came about, for reports."""
+        chosen = {
+            **self.choice.settings,
+            "score": self.choice.score,
+            "chosen_on": self.choice.chosen_on,
+            "candidates": self.choice.table,
+        }
+        return {**chosen, "solvers": self.compared} if self.compared else chosen
+
+
+def make_solvers(config: TrainHeadConfig, class_names: list[str]) -> list[Solver]:
+    """The solver that the settings name, or those that `auto` tries."""
+    if config.solver in ("adam", "sgd"):
+        return [StepsSolver(class_names=class_names, config=config)]
+    logistic = LogisticSolver(
+        class_names=class_names,
+        strength=config.strength,
+        standardize=config.standardize,
+        backend="numpy" if config.backend == "auto" else config.backend,
+    )
+    if config.solver == "logistic":
+        return [logistic]
+    ridge = RidgeSolver(
+        class_names=class_names, strength=config.strength, standardize=config.standardize
+    )
+    if config.solver == "ridge":
+        return [ridge]
+    knn = KnnSolver(class_names=class_names, strength=config.strength)
+    return [knn] if config.solver == "knn" else [logistic, ridge, knn]
+
+
+def run_protocol(
+    config: TrainHeadConfig, data: Data, train: Rows, content: Any, val: Rows | None
+) -> Run:
+    """Choose, fit all of train, score test once.
+
+    Args:
+        config: The command's settings.
+        data: Its test split scores.
+        train: All of it, or the rows of a few-shot sample.
+        content: A digest per row of `train`.
+        val: What chooses, if not a part of train.
+    """
+    timer = StageTimer()
+    epochs: list[dict[str, Any]] = []
+    with timer("fit"), threads_for(train.views.size * train.num_classes):
+        selection = make_selection(train, config, val, content)
+        solver, choice, compared = choose_solver(config, data.class_names, train, selection)
+        if not isinstance(solver, StepsSolver):
+            fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
+    if isinstance(solver, StepsSolver):
+        # A batch is small whatever the number of rows.
+        with threads_for(0):
+            fitted, epochs = watch_epochs(solver, train, choice, data.test, config)
+        timer.seconds["fit"] += sum(epoch["seconds"] for epoch in epochs)
+    probabilities = probabilities_of(fitted.head, data.test, config)
+    predicted = probabilities.argmax(axis=1).astype(np.int64)
+    return Run(
+        solver=solver,
+        choice=choice,
+        fitted=fitted,
+        probabilities=probabilities,
+        predicted=predicted,
+        test_top1=metrics.top1(data.test.y, predicted),
+        epochs=epochs,
+        fit_seconds=timer.seconds["fit"],
+        num_train=train.num_rows,
+        compared=compared,
+    )
+
+
+def choose_solver(
+    config: TrainHeadConfig, class_names: list[str], train: Rows, selection: Selection
+) -> tuple[Solver, Choice, list[dict[str, Any]]]:
+    """Choose settings, and among several solvers the one with the best selection score.
+
+    Returns:
+        Solver, choice, and for several solvers what each reached; ties go to the first.
+    """
+    solvers = make_solvers(config, class_names)
+    if len(solvers) > 1 and not selection.pairs:
+        solvers = solvers[:1]  # nothing can tell them apart: logistic regression
+    tried = []
+    for solver in solvers:
+        start = time.perf_counter()
+        tried.append((solver, choose(solver, train, selection), time.perf_counter() - start))
+    if len(tried) == 1:
+        return tried[0][0], tried[0][1], []
+    compared = [
+        {"solver": s.name, **c.settings, "score": c.score, "top1": c.val_top1, "seconds": t}
+        for s, c, t in tried
+    ]
+    best = max(range(len(tried)), key=lambda i: tried[i][1].score or 0.0)
+    return tried[best][0], tried[best][1], compared
+
+
+def watch_epochs(
+    solver: StepsSolver, train: Rows, choice: Choice, test: Rows, config: TrainHeadConfig
+) -> tuple[Fitted, list[dict[str, Any]]]:
+    """Train with the chosen settings; test accuracy after each epoch is shown, not used."""
+    epochs = []
+    for number, (epoch, heads) in enumerate(solver.epochs(train, [choice.settings]), start=1):
+        start = time.perf_counter()
+        probabilities = probabilities_of(heads[0], test, config)
+        epochs.append(
+            {
+                "epoch": number,
+                "train_loss": epoch.losses[0],
+                "test_top1": metrics.top1(test.y, probabilities.argmax(axis=1)),
+                "seconds": epoch.seconds,
+                "eval_seconds": time.perf_counter() - start,
+            }
+        )
+    return Fitted(head=heads[0], num_passes=config.epochs), epochs
+
+
+def probabilities_of(head: Head, test: Rows, config: TrainHeadConfig) -> Floats:
+    """Probabilities [N, C] of view 0, or with `--tta` their mean over the views."""
+    views = test.views if config.tta else test.views[:1]
+    total = head.predict_proba(views[0])
+    for view in views[1:]:
+        total = total + head.predict_proba(view)
+    return np.asarray(total / len(views))

@@ -1,0 +1,53 @@
+"""Few-shot samples: K train rows of each class, drawn several times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from featcache.heads.rows import Ints
+
+
+def draw_shots(y: Ints, shots: int, seed: int, number: int) -> Ints:
+    """Draw rows of one few-shot sample.
+
+    Args:
+        y: Class indices [N].
+        shots: Rows per class; a class with fewer gives all it has.
+        seed: The run's seed.
+        number: Which sample, from 0.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    random = np.random.default_rng([seed, 0x5407, number])
+    drawn = [random.permutation(np.flatnonzero(y == label))[:shots] for label in np.unique(y)]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)
+
+
+def shots_summary(
+    shots: int, y: Ints, class_names: list[str], scores: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Mean and spread over the samples.
+
+    Args:
+        shots: Rows per class.
+        y: Class indices of all train rows [N].
+        class_names: Names of the C classes.
+        scores: One entry per sample, with its `test_top1`.
+
+    Returns:
+        `std` is the sample standard deviation, None for one sample; `short_classes` are those
+        with fewer rows than asked for.
+    """
+    top1 = np.array([score["test_top1"] for score in scores])
+    counts = np.bincount(y, minlength=len(class_names))
+    return {
+        "shots": shots,
+        "num_seeds": len(scores),
+        "mean": float(top1.mean()),
+        "std": float(top1.std(ddof=1)) if len(top1) > 1 else None,
+        "seeds": scores,
+        "short_classes": [n for n, k in zip(class_names, counts, strict=True) if k < shots],
+    }
