@@ -113,5 +113,5 @@ def effective_weights(config: TrainHeadConfig, split: FeatureSplit, num_classes:
     """Sample weights times, if asked for, what balances the classes, [N]."""
     weights = sample_weights(split)
     if config.class_weight == "balanced":
-        weights = weights * balanced_weights(split.y, num_classes)
+        weights = balanced_weights(split.y, weights, num_classes)
     return weights

@@ -26,6 +26,10 @@ MAX_ITERATIONS = 1000
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
+# Relative differences of the objective below this are rounding of the sum, not ascent.
+NOISE = 1e-9
+# Steps without gain after which the limit of precision is reached.
+MAX_STALLED = 5
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Solution:
         objective: F there.
         gap: Estimated distance of F to its minimum.
         num_passes: Passes over the rows.
-        converged: Whether the gap is within tolerance.
+        converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learnt of the loss's curvature; it holds for any penalty.
     """
 
@@ -164,28 +168,49 @@ def minimise(
     value, gradient = _penalised(loss, lam, point, curvature)
     precondition = _Preconditioner(spectrum, lam, curvature)
     memory = _Memory(lam, pairs)
-    gap, converged = np.inf, False
+    best, stalled = _Best(point, value, np.inf), 0
     for iteration in range(max_iterations):
         direction = memory.direction(gradient, precondition)
         decrement = float(np.vdot(gradient, direction))
-        gap, converged = decrement / 2, decrement / 2 <= tolerance * abs(value)
-        if converged:
+        gained = best.update(point, value, decrement)
+        stalled = 0 if gained else stalled + 1
+        if decrement / 2 <= tolerance * abs(value) or stalled == MAX_STALLED:
             break
         refresh = iteration in REFRESH
-        found = _line_search(
-            loss, lam, (point, value, decrement), direction, curvature if refresh else None
-        )
+        here = (point, value, decrement)
+        found = _line_search(loss, lam, here, direction, curvature if refresh else None)
         if found is None:
-            # No decrease is left that the features' precision can show.
-            converged = gap <= 100 * tolerance * abs(value)
-            break
+            break  # no decrease is left that the features' precision can show
         new_point, new_value, new_gradient = found
         memory.add(new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
         if refresh:
             precondition = _Preconditioner(spectrum, lam, curvature)
-    passes = loss.num_evaluations - before
-    return Solution(point, value, float(gap), passes, bool(converged), memory.pairs())
+    return Solution(
+        point=best.point,
+        objective=best.value,
+        gap=best.decrement / 2,
+        num_passes=loss.num_evaluations - before,
+        converged=best.decrement / 2 <= max(tolerance, TOLERANCE) * abs(best.value),
+        pairs=memory.pairs(),
+    )
+
+
+@dataclass
+class _Best:
+    """The best point so far: at the limit of precision the last one need not be."""
+
+    point: Doubles
+    value: float
+    decrement: float
+
+    def update(self, point: Doubles, value: float, decrement: float) -> bool:
+        """Take a point that is lower, or as low as rounding can tell and nearer to the minimum."""
+        lower = value < self.value - NOISE * abs(value)
+        if lower or abs(decrement) < self.decrement:
+            self.point, self.value, self.decrement = point, value, abs(decrement)
+            return True
+        return False
 
 
 def start_point(loss: SoftmaxLoss) -> Doubles:
@@ -215,12 +240,10 @@ def _line_search(
     """Shorten the step until the objective falls enough; None when it cannot."""
     point, value, decrement = here
     length = 1.0
-    # Differences below this are rounding of the sum, not ascent.
-    noise = 1e-9 * abs(value)
     for _ in range(30):
         new_point = point - length * direction
         new_value, gradient = _penalised(loss, lam, new_point, curvature)
-        if new_value <= value - 1e-4 * length * decrement + noise:
+        if new_value <= value - 1e-4 * length * decrement + NOISE * abs(value):
             return new_point, new_value, gradient
         bent = new_value - value + length * decrement
         parabola = decrement * length**2 / (2 * bent) if np.isfinite(bent) else 0.0

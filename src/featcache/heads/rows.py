@@ -125,8 +125,15 @@ def check_classes(y: Ints, class_names: Sequence[str]) -> None:
         )
 
 
-def balanced_weights(y: Ints, num_classes: int) -> Doubles:
-    """Weights [N] that make every class with rows count alike; they sum to N."""
-    counts = np.bincount(y, minlength=num_classes)
-    present = np.count_nonzero(counts)
-    return np.asarray(len(y) / (present * counts[y].astype(np.float64)))
+def balanced_weights(y: Ints, weights: Doubles, num_classes: int) -> Doubles:
+    """Weights [N] changed so that every class with rows counts alike; their sum stays.
+
+    Args:
+        y: Class indices [N].
+        weights: What each row counts for otherwise [N].
+        num_classes: Number C of classes.
+    """
+    totals = np.bincount(y, weights, num_classes)
+    present = np.count_nonzero(totals)
+    share = np.divide(1.0, totals, out=np.zeros(num_classes), where=totals > 0)
+    return np.asarray(weights * share[y] * (totals.sum() / present))

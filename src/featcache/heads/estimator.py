@@ -1,0 +1,144 @@
+"""The heads as scikit-learn estimators, for pipelines, grid searches and cross-validation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from featcache.heads.linear import Floats, LinearHead, softmax
+from featcache.heads.logistic import Fit, LogisticProblem, StrengthPath
+from featcache.heads.ridge import moments_of, ridge_from_few_rows, ridge_from_moments
+from featcache.heads.rows import Rows, balanced_weights
+from featcache.heads.threads import threads_for
+
+# Tight, so that equal problems put differently get equal answers.
+TOLERANCE = 1e-20
+
+
+class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """A linear head with scikit-learn's manners: `fit`, `predict`, `predict_proba`, `score`.
+
+    Args:
+        solver: logistic (multinomial, L2, to convergence) or ridge (closed form).
+        strength: scikit-learn's C for logistic, its alpha for ridge.
+        standardize: Whether to scale features to unit deviation first.
+        class_weight: A factor per class; balanced weighs by the inverse of their frequency.
+
+    Attributes:
+        classes_: Labels [C], sorted; outputs are in this order.
+        coef_: Weights of raw features, [C, D].
+        intercept_: [C].
+        n_features_in_: Width D.
+        n_iter_: Passes over the rows.
+    """
+
+    def __init__(
+        self,
+        solver: Literal["logistic", "ridge"] = "logistic",
+        strength: float = 1.0,
+        standardize: bool = False,
+        class_weight: Literal["balanced"] | dict[Any, float] | None = None,
+    ) -> None:
+        self.solver = solver
+        self.strength = strength
+        self.standardize = standardize
+        self.class_weight = class_weight
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Learn from features [N, D] and labels [N], optionally with weights [N]."""
+        self._check_params()
+        features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(labels)
+        weights = _check_sample_weight(
+            sample_weight, features, dtype=np.float64, ensure_non_negative=True
+        )
+        counted = weights > 0
+        features, labels, weights = features[counted], labels[counted], weights[counted]
+        self.classes_, encoded = np.unique(labels, return_inverse=True)
+        num_classes = len(self.classes_)
+        if num_classes < 2:
+            raise ValueError(f"a classifier needs at least two classes, got {num_classes} class")
+        encoded = encoded.astype(np.int64)
+        if self.class_weight == "balanced":
+            weights = balanced_weights(encoded, weights, num_classes)
+        elif self.class_weight is not None:
+            weights = weights * compute_sample_weight(self.class_weight, labels)
+        rows = Rows(views=features[None], y=encoded, weights=weights, num_classes=num_classes)
+        with threads_for(features.size * num_classes):
+            fit = self._fit(rows)
+        self.coef_: Floats = fit.weight
+        self.intercept_: Floats = fit.bias
+        self.n_iter_ = fit.num_passes
+        return self
+
+    def _check_params(self) -> None:
+        if self.solver not in ("logistic", "ridge"):
+            raise ValueError(f"solver {self.solver!r}: logistic or ridge")
+        weight = self.class_weight
+        if weight is not None and weight != "balanced" and not isinstance(weight, dict):
+            raise ValueError(f"class_weight {weight!r}: None, balanced, or a weight per class")
+        if not self.strength > 0:
+            raise ValueError(f"strength {self.strength!r} must be above 0")
+
+    def _fit(self, rows: Rows) -> Fit:
+        if self.solver == "logistic":
+            path = StrengthPath(LogisticProblem(rows), standardize=self.standardize)
+            fit = path.fit(self.strength, TOLERANCE)
+            if not fit.converged:
+                warnings.warn("logistic did not converge", ConvergenceWarning, stacklevel=3)
+            return fit
+        if rows.num_rows < rows.feature_dim:
+            problem = ridge_from_few_rows(rows, standardize=self.standardize)
+        else:
+            problem = ridge_from_moments(moments_of(rows), standardize=self.standardize)
+        return problem.fit(self.strength)
+
+    def decision_function(self, X: ArrayLike) -> Floats:
+        """Logits of features [N, D]: [N, C], or [N] (for the second class) when C is 2."""
+        scores = self._scores(X)
+        return np.asarray(scores[:, 1] - scores[:, 0]) if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: ArrayLike) -> Floats:
+        """Probabilities [N, C] of features [N, D]."""
+        return softmax(self._scores(X))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Labels [N] of features [N, D]."""
+        scores = self._scores(X)
+        return np.asarray(self.classes_[scores.argmax(axis=1)])
+
+    def _scores(self, X: ArrayLike) -> Floats:
+        check_is_fitted(self)
+        features = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(features @ self.coef_.T + self.intercept_)
+
+    def to_head(self, **fields: Any) -> LinearHead:
+        """The fitted classifier as a head that can be saved; float64, nothing is rounded.
+
+        Args:
+            **fields: Other attributes of the head, such as `provenance`.
+        """
+        check_is_fitted(self)
+        names = [str(label) for label in self.classes_]
+        return LinearHead(
+            **{"class_names": names, "solver": self.solver, **fields},
+            weight=self.coef_.copy(),
+            bias=self.intercept_.copy(),
+        )
+
+    @classmethod
+    def from_head(cls, head: LinearHead) -> Self:
+        """A fitted classifier that predicts as `head` does; labels are class numbers."""
+        model = cls(solver="ridge" if head.solver == "ridge" else "logistic")
+        model.classes_ = np.arange(len(head.class_names))
+        model.coef_, model.intercept_ = head.weight.copy(), head.bias.copy()
+        model.n_features_in_, model.n_iter_ = head.feature_dim, 0
+        return model

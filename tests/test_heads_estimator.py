@@ -1,0 +1,81 @@
+"""The head as a scikit-learn estimator."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import cross_val_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from featcache.heads.estimator import FeatureHeadClassifier
+from heads_data import blobs
+
+
+@parametrize_with_checks(
+    [
+        FeatureHeadClassifier(),
+        FeatureHeadClassifier(solver="ridge"),
+        FeatureHeadClassifier(standardize=True, class_weight="balanced"),
+    ]
+)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+def test_passes_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+def test_logistic_is_scikit_learns_solution():
+    for num_classes in (2, 3):
+        X, y = blobs(150, num_classes=num_classes)
+        X = X.astype(np.float64) + 3.0
+        ours = FeatureHeadClassifier(strength=0.3).fit(X, y)
+        theirs = LogisticRegression(C=0.3, tol=1e-10, max_iter=10_000).fit(X, y)
+        assert ours.predict_proba(X) == pytest.approx(theirs.predict_proba(X), abs=2e-4)
+
+
+def test_ridge_is_scikit_learns_solution():
+    for shape in ((150, 8), (12, 40)):
+        X, y = blobs(shape[0], dim=shape[1])
+        X = X.astype(np.float64)
+        ours = FeatureHeadClassifier(solver="ridge", strength=2.5).fit(X, y)
+        theirs = Ridge(alpha=2.5).fit(X, np.eye(3)[y])
+        assert ours.coef_ == pytest.approx(theirs.coef_, abs=1e-9)
+        assert ours.intercept_ == pytest.approx(theirs.intercept_, abs=1e-9)
+
+
+def test_string_labels_and_cross_validation():
+    X, y = blobs(120)
+    names = np.array(["ape", "bee", "cat"])[y]
+    model = FeatureHeadClassifier(strength=0.1).fit(X, names)
+    assert set(model.predict(X)) == {"ape", "bee", "cat"}
+    assert cross_val_score(FeatureHeadClassifier(), X, names, cv=3).mean() > 0.5
+
+
+def test_sample_weights_are_repeated_rows():
+    X, y = blobs(60)
+    counts = np.arange(60) % 4  # rows of weight 0 count as absent
+    weighted = FeatureHeadClassifier().fit(X, y, sample_weight=counts)
+    repeated = FeatureHeadClassifier().fit(np.repeat(X, counts, 0), np.repeat(y, counts))
+    assert weighted.coef_ == pytest.approx(repeated.coef_, abs=1e-3)
+
+
+def test_head_and_estimator_convert_both_ways():
+    X, y = blobs(90)
+    model = FeatureHeadClassifier().fit(X, y)
+    head = model.to_head()
+    back = FeatureHeadClassifier.from_head(head)
+    assert np.array_equal(head.predict(X), model.predict(X))
+    assert np.array_equal(back.predict_proba(X), model.predict_proba(X))
+    assert head.class_names == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "svm"}, "logistic or ridge"),
+        ({"class_weight": "even"}, "balanced, or a weight per class"),
+        ({"strength": 0.0}, "above 0"),
+    ],
+)
+def test_wrong_settings_are_refused_in_fit(settings, message):
+    X, y = blobs(30)
+    with pytest.raises(ValueError, match=message):
+        FeatureHeadClassifier(**settings).fit(X, y)
