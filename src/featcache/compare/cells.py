@@ -18,7 +18,9 @@ from featcache.errors import UserError
 from featcache.finetune import finetune
 from featcache.finetune.plan import make_plan
 from featcache.heads import save_head
-from featcache.heads.train import Data, make_report, provenance_of, run_protocol
+from featcache.heads.data import Data
+from featcache.heads.protocol import run_protocol
+from featcache.heads.train import make_report, provenance_of
 from featcache.report import RunReport, config_json
 
 CHECKPOINT_S = 60.0
@@ -33,7 +35,7 @@ class Bench:
         config: The command's settings.
         output: The comparison's folder.
         dataset: Without the pictures that could not be read; its rows are the cache's.
-        data: The cache's splits; no val, as choosing must cost both modes train images.
+        data: The cache's splits.
         extraction: What the features cost.
     """
 
@@ -103,12 +105,12 @@ def _train_head(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
     """Fit a head on the cached features of some train images."""
     config, start = head_config(bench, spec), time.perf_counter()
     train = bench.data.train.take(spec.rows)
-    run = run_protocol(config, bench.data, train, bench.data.content[spec.rows])
+    run = run_protocol(config, bench.data, train, bench.data.content[spec.rows], None)
     path = bench.report_path(spec).with_suffix(".safetensors")
     provenance = provenance_of(bench.data.cache)
     save_head(path, run.fitted.head, provenance)
-    data = dataclasses.replace(bench.data, train=train)
-    report = make_report(config, data, run, path, provenance, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    report = make_report(config, bench.data, run, provenance, seconds, {"head": str(path)})
     extraction = bench.extraction.seconds_per_image * train.num_rows
     return report, extraction + run.fit_seconds, run.fit_seconds
 

@@ -33,7 +33,8 @@ from featcache.curve import (
 )
 from featcache.data import ImageDataset, load_dataset
 from featcache.finetune.plan import make_plan as make_tuning_plan
-from featcache.heads.train import Data, check_settings, load_data, provenance_of
+from featcache.heads.data import Data, load_data, open_cache
+from featcache.heads.train import check_settings, provenance_of
 from featcache.report import RunReport, config_json
 from featcache.report.tables import seconds_text
 from featcache.runtime import environment, numeric_versions, say, write_json
@@ -72,8 +73,7 @@ def prepare(config: CompareConfig) -> Bench:
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
-    # A val split would choose for the head what fine-tuning has no use for; neither gets it.
-    data = dataclasses.replace(load_data(head), val=None)
+    data = load_data(head, open_cache(head))
     usable = {}
     for name in ("train", "test"):
         split, rows = dataset.splits[name], data.cache.split(name).rows

@@ -51,7 +51,7 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                 row.mode,
                 f"{row.trainable_params:,}",
                 f"{row.test_top1:.3f} [{low:.2f}, {high:.2f}]",
-                seconds_text(row.seconds_per_epoch),
+                seconds_text(row.seconds_per_epoch) if row.num_epochs else "no epochs",
                 seconds_text(row.extract_seconds) if row.extract_seconds else "none",
                 seconds_text(row.seconds_total),
                 times_text(ratio),

@@ -1,0 +1,55 @@
+"""`featcache report`: one HTML page, and the same in Markdown, from the reports of runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from featcache.config import ReportConfig
+from featcache.page.build import build_page
+from featcache.page.html import to_html
+from featcache.page.markdown import to_markdown
+from featcache.page.read import read_runs
+from featcache.runtime import write_atomically
+
+__all__ = ["summary_lines", "write_report"]
+
+
+def write_report(config: ReportConfig) -> dict[str, Any]:
+    """Read reports and write the page.
+
+    Args:
+        config: The command's settings.
+
+    Returns:
+        What was written, as `--json` prints it.
+
+    Raises:
+        UserError: A file is no report, or the dataset is not that of the runs.
+        StorageError: The page could not be written.
+    """
+    found = read_runs(config.runs)
+    page, advice = build_page(found, config)
+    markdown = config.output.with_suffix(".md")
+    write_atomically(config.output, to_html(page).encode())
+    write_atomically(markdown, to_markdown(page, config.output.name).encode())
+    return {
+        "command": "report",
+        "html": str(config.output),
+        "markdown": str(markdown),
+        "num_files": found.num_files,
+        "ignored": [str(path) for path in found.ignored],
+        "sections": [section.title for section in page.sections],
+        "advice": advice,
+    }
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The result for people."""
+    ignored = report["ignored"]
+    passed = f"; {len(ignored)} other .json files passed over" if ignored else ""
+    return [
+        *report["advice"],
+        f"read {report['num_files']} report files{passed}",
+        f"page: {report['html']}",
+        f"Markdown: {report['markdown']}",
+    ]
