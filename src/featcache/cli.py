@@ -75,6 +75,18 @@ COMMANDS = {
         summary="export:summary_lines",
         help="write backbone and head as one ONNX or torch.export file",
     ),
+    "compare": Command(
+        config="CompareConfig",
+        worker="compare:compare",
+        summary="compare:summary_lines",
+        help="learning curve: cached head against fine-tuning, and which to pick",
+    ),
+    "report": Command(
+        config="ReportConfig",
+        worker="page:write_report",
+        summary="page:summary_lines",
+        help="one HTML page, and Markdown, from the reports of runs",
+    ),
 }
 
 
