@@ -313,9 +313,32 @@ class FeatureSplit:
             CacheError: A block is damaged.
         """
         for start in range(0, self._num_rows, batch_rows):
-            rows = range(start, min(start + batch_rows, self._num_rows))
-            self.check_rows(rows)
-            low, high = np.searchsorted(self.rows, (rows.start, rows.stop))
-            if low < high:
-                features = self._file.view_rows(self.name, view, rows)
-                yield features[self.rows[low:high] - start], self.y[low:high]
+            kept, features = self.read(range(start, min(start + batch_rows, self._num_rows)), view)
+            if len(features):
+                yield features, self.y[kept]
+
+    @property
+    def num_places(self) -> int:
+        """Places in the dataset's order, skipped samples counted: what `read` takes ranges of."""
+        return self._num_rows
+
+    def read(self, places: range, view: int = 0) -> tuple[slice, npt.NDArray[Any]]:
+        """Read some rows from the file, checked; nothing else is kept in memory.
+
+        Args:
+            places: A range of `num_places`.
+            view: Which view.
+
+        Returns:
+            The slice of `y` (and `ids`, `weights`) that they are, and their features [m, D] in the
+            cache's dtype, skipped samples left out.
+
+        Raises:
+            CacheError: A block is damaged.
+        """
+        self.check_rows(places)
+        low, high = (int(at) for at in np.searchsorted(self.rows, (places.start, places.stop)))
+        features = self._file.view_rows(self.name, view, places)
+        if high - low < len(places):
+            features = features[self.rows[low:high] - places.start]
+        return slice(low, high), features
