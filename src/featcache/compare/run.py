@@ -7,6 +7,7 @@ images; the test split is scored once per run and chooses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.compare.budget import Budget
-from featcache.compare.cells import Bench, do_run, finetune_config, load_finished
+from featcache.compare.cells import Bench, do_run, finetune_config, load_finished, warm_up
 from featcache.compare.extraction import extract_config, shared_cache
 from featcache.compare.plan import Spec, make_plan
 from featcache.config import CompareConfig, TrainHeadConfig, flatten
@@ -64,6 +65,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     report = _report(bench, plan, done, left_out, spent)
     report["seconds_total"] = time.perf_counter() - start
     write_json(bench.output / "compare.json", report)
+    with contextlib.suppress(OSError):
+        (bench.output / "work").rmdir()  # empty, unless a killed run may still go on from it
     return report
 
 
@@ -139,6 +142,8 @@ def _run_all(bench: Bench, plan: list[Spec]) -> tuple[Done, list[dict[str, Any]]
                 left_out.append(_left_out(spec, estimate))
                 continue
             about = "" if estimate is None else f", about {seconds_text(estimate)}"
+            if number == found + 1:
+                warm_up(bench, spec)
             say(f"[{number}/{len(plan)}] {spec.title}{about}")
             report = do_run(bench, spec)
             say(f"    test accuracy {report.test_top1:.3f}")

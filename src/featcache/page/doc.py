@@ -37,7 +37,8 @@ class Series:
     """One line of a figure.
 
     `points` are (x, y); `bars` the low and high end of each point's interval; `dots` further single
-    points; `lead_in` is where a dashed stretch to the first point begins.
+    points; `shift` moves the whole line sideways, in px, so that intervals at the same place do not
+    cover each other; `lead_in` asks for a dashed stretch up to the first point.
     """
 
     name: str
@@ -45,7 +46,8 @@ class Series:
     points: Sequence[tuple[float, float]]
     bars: Sequence[tuple[float, float]] = ()
     dots: Sequence[tuple[float, float]] = ()
-    lead_in: float | None = None
+    shift: float = 0.0
+    lead_in: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ def seconds_figure(modes: Sequence[Mode]) -> Figure | None:
         styles = STYLES[row.approach]
         style = styles[used[row.approach] % len(styles)]
         used[row.approach] += 1
-        lead_in = 0.0 if row.extract_seconds else None
+        lead_in = row.extract_seconds > 0
         series.append(Series(name=row.mode, style=style, points=points, lead_in=lead_in))
         for number, (seconds, top1) in enumerate(points, start=1):
             rows.append([row.mode, str(number), seconds_text(seconds), f"{top1:.3f}"])
@@ -67,12 +67,12 @@ def tick_seconds(seconds: float) -> str:
 def curve_figure(points: Sequence[Point]) -> Figure:
     """The learning curve with intervals, and a dot per draw of train images."""
     sides = {
-        "cached head": (0, [(p.num_train, p.cached) for p in points]),
-        "full fine-tune": (2, [(p.num_train, p.finetune) for p in points]),
+        "cached head": (0, -3.0, [(p.num_train, p.cached) for p in points]),
+        "full fine-tune": (2, 3.0, [(p.num_train, p.finetune) for p in points]),
     }
     series = [
-        _curve_series(name, style, [(x, side) for x, side in values if side is not None])
-        for name, (style, values) in sides.items()
+        _curve_series(name, style, shift, [(x, side) for x, side in values if side is not None])
+        for name, (style, shift, values) in sides.items()
     ]
     return Figure(
         caption="Test accuracy at growing numbers of train images: mean over draws of train images "
@@ -87,7 +87,9 @@ def curve_figure(points: Sequence[Point]) -> Figure:
     )
 
 
-def _curve_series(name: str, style: int, values: Sequence[tuple[int, Side]]) -> Series:
+def _curve_series(
+    name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]
+) -> Series:
     dots = [
         (float(x), top1)
         for x, side in values
@@ -100,4 +102,5 @@ def _curve_series(name: str, style: int, values: Sequence[tuple[int, Side]]) -> 
         points=[(float(x), side.top1) for x, side in values],
         bars=[side.interval for _, side in values],
         dots=dots,
+        shift=shift,
     )

@@ -115,7 +115,7 @@ footer { margin-top: 50px; color: var(--soft); font-size: 0.88rem; }
   body { font-size: 10.5pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   nav, summary { display: none; }
-  figure, tr, .pictures li, pre { break-inside: avoid; }
+  figure, tr, .scroll, .pictures li, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
   table { font-size: 8pt; }

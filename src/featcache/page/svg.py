@@ -16,7 +16,7 @@ from featcache.page.doc import Figure, Series
 
 SIZES = {"wide": (760, 400), "narrow": (360, 330)}
 NUM_STYLES = 7
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 50
+LEFT, RIGHT, TOP, BOTTOM = 60, 16, 14, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def x_range(drawn: Sequence[Series]) -> tuple[float, float]:
     """The horizontal axis's ends, with some room."""
     values = [x for series in drawn for x, _ in (*series.points, *series.dots) if x > 0] or [1.0]
     low, high = min(values), max(values)
-    if any(series.lead_in is not None for series in drawn):
+    if any(series.lead_in for series in drawn):
         low /= 1.6
     room = max((high / low) ** 0.06, 1.12)
     return low / room, high * room
@@ -115,7 +115,7 @@ def _axes(figure: Figure, frame: Frame) -> list[str]:
     parts.append(_text((left + right) / 2, frame.height - 8, figure.x_label, "middle", "name"))
     middle = (TOP + bottom) / 2
     parts.append(
-        f'<text class="name" text-anchor="middle" transform="translate(13 {middle:.0f}) '
+        f'<text class="name" text-anchor="middle" transform="translate(14 {middle:.0f}) '
         f'rotate(-90)">{escape(figure.y_label)}</text>'
     )
     return parts
@@ -128,7 +128,7 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str
 
 def _line(series: Series, frame: Frame) -> list[str]:
     style = series.style % NUM_STYLES
-    places = [(frame.x(x), frame.y(y)) for x, y in series.points]
+    places = [(frame.x(x) + series.shift, frame.y(y)) for x, y in series.points]
     parts = []
     for (x, _), bar in zip(places, series.bars, strict=bool(series.bars)):
         low, high = frame.y(bar[0]), frame.y(bar[1])
@@ -136,15 +136,14 @@ def _line(series: Series, frame: Frame) -> list[str]:
             f'<path class="bar s{style}" d="M{x:.1f} {low:.1f}V{high:.1f}'
             f'M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8"/>'
         )
-    if series.lead_in is not None:
+    if series.lead_in:
         first = places[0]
         parts.append(f'<path class="ahead s{style}" d="M{LEFT} {first[1]:.1f}H{first[0]:.1f}"/>')
     way = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts.append(f'<path class="line s{style}" d="M{way}"/>')
     for x, y in series.dots:
-        parts.append(
-            f'<circle class="dot s{style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2"/>'
-        )
+        place = f'cx="{frame.x(x) + series.shift:.1f}" cy="{frame.y(y):.1f}"'
+        parts.append(f'<circle class="dot s{style}" {place} r="2"/>')
     parts += [marker(style, x, y) for x, y in places]
     return parts
 
