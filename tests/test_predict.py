@@ -227,11 +227,12 @@ class TestLibrary:
         finally:
             torch.set_num_threads(before)
 
-    def test_features_in_mixed_precision_are_told_of(
-        self, classifier: Classifier, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("precision", ["amp", "int8"])
+    def test_features_in_another_precision_are_told_of(
+        self, precision: str, classifier: Classifier, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        Classifier(dataclasses.replace(classifier.trained, precision="amp"), device="cpu")
-        assert "computing in float32 here" in capsys.readouterr().err
+        Classifier(dataclasses.replace(classifier.trained, precision=precision), device="cpu")
+        assert f"in {precision}; they are computed in float32 here" in capsys.readouterr().err
 
 
 class TestCommand:

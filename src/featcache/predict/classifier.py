@@ -188,8 +188,8 @@ class Classifier:
         """What the network gives for every picture, from the threads that extraction uses."""
         with timer("choose_engine"):
             engine = self.engine(len(split))
-        workers = self._settings.workers
-        workers = num_cores() if workers is None else workers
+        ours = engine.threads if engine.device == "cpu" else num_cores()
+        workers = ours if self._settings.workers is None else self._settings.workers
         rows, prep = range(len(split)), self.trained.preprocessing
         for done in computed_chunks(split, rows, prep, Views(), engine, workers, timer):
             good = iter(done.features[0] if done.features.size else ())
@@ -206,14 +206,18 @@ class Classifier:
         return np.asarray(head.predict_proba(outputs), np.float32)
 
 
-def _precision(trained: Trained, device: str) -> Literal["float32", "int8", "amp"]:
-    """How to compute, so that the features are those that the head was trained on."""
-    if trained.precision == "int8":
-        return "int8"
+def _precision(trained: Trained, device: str) -> Literal["float32", "amp"]:
+    """How to compute, so that the features are those that the head was trained on.
+
+    The quantised network of int8 follows from train images that are not here.
+    """
     if trained.precision == "amp" and device == "cuda":
         return "amp"
-    if trained.precision == "amp":
-        say("the head was trained on features in mixed precision; computing in float32 here")
+    if trained.precision != "float32":
+        say(
+            f"the head was trained on features in {trained.precision}; they are computed in "
+            "float32 here, so probabilities can differ a little"
+        )
     return "float32"
 
 
