@@ -6,7 +6,9 @@ equal ones the strongest regularisation. The winner is then fitted to all of tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Settings, Solver
+from featcache.heads.solver import Prepared, Settings, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +25,18 @@ class Choice:
 
     Attributes:
         settings: The winner's.
+        chosen_on: What chose, in words.
         score: Its selection score: held-out accuracy, weighted as the rows are; None when there
             was nothing to choose.
         val_top1: Its plain held-out accuracy, likewise.
-        chosen_on: What chose, in words.
         table: Every candidate with its scores, in the order tried.
     """
 
     settings: Settings
-    score: float | None
-    val_top1: float | None
     chosen_on: str
-    table: list[dict[str, Any]]
+    score: float | None = None
+    val_top1: float | None = None
+    table: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,30 +144,60 @@ def choose(solver: Solver, train: Rows, selection: Selection) -> Choice:
         selection: What chooses.
     """
     series = solver.series(train)
-    if sum(map(len, series)) == 1:
-        given = "nothing: all settings were given"
-        return Choice(settings=series[0][0], score=None, val_top1=None, chosen_on=given, table=[])
+    if given := only_candidate(series):
+        return given
     if not selection.pairs:
-        name = selection.name
-        return Choice(
-            settings=solver.fallback(), score=None, val_top1=None, chosen_on=name, table=[]
-        )
-    first, *others = selection.pairs
+        return Choice(settings=solver.fallback(), chosen_on=selection.name)
+    (fit_rows, held), *others = selection.pairs
     tally = Tally()
-    tried = _walk(solver, series, first, tally)
-    for pair in others:
-        prepared, features = solver.prepare(pair[0], tried), pair[1].plain
+    tried = walk(partial(solver.prepare, fit_rows), series, held, tally, solver.patience)
+    for rows, scored in others:
+        prepared, features = solver.prepare(rows, tried), scored.plain
         for place, settings in enumerate(tried):
-            tally.add(place, pair[1], prepared.predict(settings, features))
-    table = [{**settings, **tally.scores(place)} for place, settings in enumerate(tried)]
-    best = max(range(len(table)), key=lambda place: float(table[place]["score"]))
-    return Choice(
-        settings=tried[best],
-        score=float(table[best]["score"]),
-        val_top1=float(table[best]["top1"]),
-        chosen_on=selection.name,
-        table=table,
-    )
+            tally.add(place, scored, prepared.predict(settings, features))
+    return tally.choice(tried, selection.name)
+
+
+def only_candidate(series: list[list[Settings]]) -> Choice | None:
+    """The choice when there is none to make."""
+    if sum(map(len, series)) > 1:
+        return None
+    return Choice(settings=series[0][0], chosen_on="nothing: all settings were given")
+
+
+def walk(
+    prepare: Callable[[list[Settings]], Prepared],
+    series: list[list[Settings]],
+    held: Rows,
+    tally: Tally,
+    patience: int | None,
+) -> list[Settings]:
+    """Score the candidates of each series in turn until it no longer gains.
+
+    Args:
+        prepare: Makes the rows to be fitted ready for some candidates.
+        series: The candidates.
+        held: The rows that score them.
+        tally: Takes the scores, by place among those tried.
+        patience: See `Solver.patience`.
+
+    Returns:
+        The candidates tried.
+    """
+    features = held.plain  # one array, by which solvers know that the question is the same
+    tried: list[Settings] = []
+    for candidates in series:
+        prepared = prepare(candidates)
+        best, worse = -1.0, 0
+        for settings in candidates:
+            tally.add(len(tried), held, prepared.predict(settings, features))
+            score = tally.scores(len(tried))["score"]
+            tried.append(settings)
+            worse = worse + 1 if score < best else 0
+            best = max(best, score)
+            if patience is not None and worse >= patience:
+                break
+    return tried
 
 
 class Tally:
@@ -194,23 +226,14 @@ class Tally:
         score = round(self._right[place] / self._weight[place], 12)
         return {"score": score, "top1": self._hits[place] / self._count[place]}
 
-
-def _walk(
-    solver: Solver, series: list[list[Settings]], pair: tuple[Rows, Rows], tally: Tally
-) -> list[Settings]:
-    """Score the candidates of each series in turn until it no longer gains; returns those tried."""
-    fit_rows, held = pair
-    features = held.plain  # one array, by which solvers know that the question is the same
-    tried: list[Settings] = []
-    for candidates in series:
-        prepared = solver.prepare(fit_rows, candidates)
-        best, worse = -1.0, 0
-        for settings in candidates:
-            tally.add(len(tried), held, prepared.predict(settings, features))
-            score = tally.scores(len(tried))["score"]
-            tried.append(settings)
-            worse = worse + 1 if score < best else 0
-            best = max(best, score)
-            if solver.patience is not None and worse >= solver.patience:
-                break
-    return tried
+    def choice(self, tried: list[Settings], chosen_on: str) -> Choice:
+        """The best of the candidates tried; of equal ones the first."""
+        table = [{**settings, **self.scores(place)} for place, settings in enumerate(tried)]
+        best = max(range(len(table)), key=lambda place: float(table[place]["score"]))
+        return Choice(
+            settings=tried[best],
+            score=float(table[best]["score"]),
+            val_top1=float(table[best]["top1"]),
+            chosen_on=chosen_on,
+            table=table,
+        )

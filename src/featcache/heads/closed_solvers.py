@@ -71,10 +71,24 @@ class RidgeSolver:
 
 
 class PreparedRidge:
-    """Rows decomposed once; all strengths predict in one product."""
+    """Rows decomposed once; all strengths predict in one product.
 
-    def __init__(self, class_names: list[str], rows: Rows, candidates: Sequence[Settings]) -> None:
+    Args:
+        class_names: C names.
+        rows: The rows to fit, or, where `sums` are given, a sample of them.
+        candidates: Everything that will be asked for.
+        sums: Over all rows to fit.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        rows: Rows,
+        candidates: Sequence[Settings],
+        sums: Moments | None = None,
+    ) -> None:
         self._class_names, self._rows, self._candidates = class_names, rows, candidates
+        self._sums = sums
         self._problems: dict[bool, RidgeProblem] = {}
         self._predicted: tuple[Floats, bool, Ints] | None = None
 
@@ -113,7 +127,7 @@ class PreparedRidge:
     def _problem(self, scaled: bool) -> RidgeProblem:
         if scaled not in self._problems:
             rows = self._rows
-            if rows.num_rows * len(rows.views) < rows.feature_dim:
+            if self._sums is None and rows.num_rows * len(rows.views) < rows.feature_dim:
                 problem = ridge_from_few_rows(rows, standardize=scaled)
             else:
                 problem = ridge_from_moments(self._moments, standardize=scaled)
@@ -122,7 +136,7 @@ class PreparedRidge:
 
     @functools.cached_property
     def _moments(self) -> Moments:
-        return moments_of(self._rows)
+        return moments_of(self._rows) if self._sums is None else self._sums
 
 
 @dataclass(frozen=True, kw_only=True)

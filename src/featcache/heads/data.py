@@ -3,41 +3,84 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.rows import Doubles, Rows, balanced_weights, check_classes, check_rows
+from featcache.heads.files import Head
+from featcache.heads.linear import Floats
+from featcache.heads.rows import (
+    Doubles,
+    Ints,
+    Rows,
+    balanced_weights,
+    check_classes,
+    check_finite,
+    check_rows,
+)
+
+# Test rows are scored so many at a time.
+TEST_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class TestSplit:
+    """What heads are scored on, block by block.
+
+    Attributes:
+        y: Class indices [N].
+        ids: N sample names.
+        num_views: Views that count: all with --tta, else the plain one.
+        blocks: Makes an iterator of consecutive rows: features [n, D] of each view that counts.
+    """
+
+    __test__ = False  # pytest: not a test
+
+    y: Ints
+    ids: list[str]
+    num_views: int
+    blocks: Callable[[], Iterator[list[Floats]]]
+
+    @property
+    def num_rows(self) -> int:
+        """Number N of rows."""
+        return len(self.y)
+
+    @property
+    def name(self) -> str:
+        """What was scored, in words."""
+        views = f"mean over {self.num_views} views" if self.num_views > 1 else "view 0"
+        return f"test, {views} ({self.num_rows} rows)"
+
+    def score(self, head: Head) -> tuple[Ints, Floats]:
+        """Predicted classes [N], and the probability given to each [N] float32."""
+        predicted, confidence = [], []
+        for views in self.blocks():
+            total = head.predict_proba(views[0])
+            for view in views[1:]:
+                total = total + head.predict_proba(view)
+            predicted.append(total.argmax(axis=1).astype(np.int64))
+            confidence.append((total.max(axis=1) / len(views)).astype(np.float32))
+        return np.concatenate(predicted), np.concatenate(confidence)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """What a head learns from and is scored on.
+    """What a head learns from, in memory.
 
     Attributes:
-        cache: Where the rows come from.
-        train: What heads learn from.
+        train: The rows.
         content: A digest per train row [N, 32] uint8.
         val: The dataset's own validation rows, if it has any.
-        test: What heads are scored on, once.
-        test_ids: Their names.
     """
 
-    cache: FeatureCache
     train: Rows
-    content: Any
+    content: NDArray[np.uint8]
     val: Rows | None
-    test: Rows
-    test_ids: list[str]
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the C classes."""
-        return self.cache.class_names
 
 
 def open_cache(config: TrainHeadConfig) -> FeatureCache:
@@ -65,23 +108,45 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
 
 
 def load_data(config: TrainHeadConfig, cache: FeatureCache) -> Data:
-    """Read the splits that a head needs.
+    """Read what a head learns from.
 
     Raises:
         UserError: Rows are of no use.
     """
-    splits = {n: cache.split(n) for n in ("train", "test", "val") if cache.splits.get(n)}
-    rows = {name: load_rows(split, cache.class_names) for name, split in splits.items()}
-    train = rows["train"]
-    weights = effective_weights(config, splits["train"], train.num_classes)
-    return Data(
-        cache=cache,
-        train=dataclasses.replace(train, weights=weights),
-        content=splits["train"].content,
-        val=rows.get("val"),
-        test=rows["test"],
-        test_ids=splits["test"].ids,
-    )
+    split = cache.split("train")
+    train = load_rows(split, cache.class_names)
+    if config.class_weight == "balanced":
+        weights = balanced_weights(train.y, train.weights, train.num_classes)
+        train = dataclasses.replace(train, weights=weights)
+    val = load_rows(cache.split("val"), cache.class_names) if cache.splits.get("val") else None
+    return Data(train=train, content=split.content, val=val)
+
+
+def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) -> TestSplit:
+    """The test split, mapped, or read anew each time in bounded memory.
+
+    Raises:
+        UserError: Rows are of no use.
+    """
+    split = cache.split("test")
+    num_views = split.num_views if config.tta else 1
+    mapped = load_rows(split, cache.class_names).views[:num_views] if in_memory else None
+
+    def blocks() -> Iterator[list[Floats]]:
+        if mapped is not None:
+            for start in range(0, mapped.shape[1], TEST_ROWS):
+                yield list(mapped[:, start : start + TEST_ROWS])
+            return
+        for start in range(0, split.num_places, TEST_ROWS):
+            places = range(start, min(start + TEST_ROWS, split.num_places))
+            kept, features = split.read(places)
+            views = [features, *(split.read(places, v)[1] for v in range(1, num_views))]
+            for view in views:
+                check_finite(view, split.ids[kept], "test")
+            if len(features):
+                yield views
+
+    return TestSplit(y=split.y, ids=split.ids, num_views=num_views, blocks=blocks)
 
 
 def load_rows(split: FeatureSplit, class_names: Sequence[str]) -> Rows:
@@ -106,12 +171,4 @@ def sample_weights(split: FeatureSplit) -> Doubles:
     weights = split.weights.astype(np.float64)
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
         raise UserError(f"the weights of {split.name} must be numbers from 0 on, not all 0")
-    return weights
-
-
-def effective_weights(config: TrainHeadConfig, split: FeatureSplit, num_classes: int) -> Doubles:
-    """Sample weights times, if asked for, what balances the classes, [N]."""
-    weights = sample_weights(split)
-    if config.class_weight == "balanced":
-        weights = balanced_weights(split.y, weights, num_classes)
     return weights

@@ -80,17 +80,27 @@ class LogisticProblem:
 
     Args:
         rows: Train rows; all views count, each with its part of the row's weight.
+        scale: Mean and deviation [D] to use instead of the rows' own.
+        present: Numbers of the classes to tell apart, instead of those that have rows.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        scale: tuple[Doubles, Doubles] | None = None,
+        present: Ints | None = None,
+    ) -> None:
         features, labels, weights = rows.stacked()
         self.total = float(weights.sum())
         self.num_classes = rows.num_classes
-        self.present, self.y = _dense_labels(labels, rows.num_classes)
+        if present is None:
+            present = np.flatnonzero(np.bincount(labels, minlength=rows.num_classes))
+        self.present = present
+        self.y = np.searchsorted(present, labels)
         self.share = weights / self.total
         small = features.size <= SMALL
         X: Floats = features.astype(np.float64 if small else np.float32)
-        self.mean, self.deviation = moments(X, self.share)
+        self.mean, self.deviation = moments(X, self.share) if scale is None else scale
         np.subtract(X, self.mean.astype(X.dtype), out=X)
         self._centred = X
         self._scaled: Floats | None = None
@@ -116,10 +126,10 @@ class LogisticProblem:
             self._spectra[standardize] = second_moment_spectrum(features)
         return self._spectra[standardize]
 
-    def penalty(self, strength: float) -> float:
-        """The objective's lam for scikit-learn's C."""
+    def penalty(self, strength: float, total: float | None = None) -> float:
+        """The objective's lam for scikit-learn's C; `total` stands for the rows' own weight."""
         own = strength / 2 if len(self.present) == 2 else strength
-        return 1.0 / (own * self.total)
+        return 1.0 / (own * (self.total if total is None else total))
 
     def raw(self, solution: Solution, *, standardize: bool) -> Fit:
         """Undo centring and scaling, and give classes without rows their output."""
@@ -178,6 +188,10 @@ class StrengthPath:
         self._before = [*self._before[-1:], (np.log(strength), solution)]
         return problem.raw(solution, standardize=self._standardize)
 
+    def last(self) -> Solution:
+        """The last fit, of centred (and scaled) rows."""
+        return self._before[-1][1]
+
     def _start(self, place: float) -> Doubles | None:
         """Where to look first, for the logarithm of a strength."""
         if not self._before:
@@ -189,11 +203,3 @@ class StrengthPath:
         # Not further than the two are apart: a line is no guide to far away.
         ahead = float(np.clip((place - last) / (last - first), -1.0, 1.0))
         return np.asarray(end.point + ahead * (end.point - begin.point))
-
-
-def _dense_labels(labels: Ints, num_classes: int) -> tuple[Ints, Ints]:
-    """The classes that have rows, and labels counted among those only."""
-    present = np.flatnonzero(np.bincount(labels, minlength=num_classes))
-    place = np.zeros(num_classes, np.int64)
-    place[present] = np.arange(len(present))
-    return present, place[labels]

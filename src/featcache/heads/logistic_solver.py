@@ -102,11 +102,7 @@ class PreparedLogistic:
             # Only one path at a time: each holds a copy of the rows.
             self._paths = {scaled: self._make_path(scaled)}
         fit = self._paths[scaled].fit(strength, tolerance)
-        if not fit.converged:
-            raise UserError(
-                f"logistic with strength {strength:g} did not converge in {fit.num_passes} "
-                "passes: give a smaller --strength, or --standardize on"
-            )
+        check_converged(fit, strength)
         return fit
 
     def _make_path(self, scaled: bool) -> Path:
@@ -117,6 +113,19 @@ class PreparedLogistic:
         sklearn = self._solver.backend == "sklearn"
         kind = backends.SklearnPath if sklearn else backends.TorchPath
         return kind(self._problem, standardize=scaled)
+
+
+def check_converged(fit: Fit, strength: float) -> None:
+    """Refuse a fit that is not one.
+
+    Raises:
+        UserError: It did not converge.
+    """
+    if not fit.converged:
+        raise UserError(
+            f"logistic with strength {strength:g} did not converge in {fit.num_passes} passes: "
+            "give a smaller --strength, or --standardize on"
+        )
 
 
 def standardize_choices(standardize: str) -> tuple[bool, ...]:

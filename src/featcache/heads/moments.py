@@ -95,3 +95,44 @@ class Moments:
         variance = square - (self.first / self.total) ** 2
         rounding = 1e-10 * (square + self.shift**2)
         return np.asarray(np.where(variance > rounding, np.sqrt(variance.clip(min=0)), 1.0))
+
+
+@dataclass(eq=False)
+class ScaleSums:
+    """Weighted sums from which every feature's mean and deviation follow.
+
+    Attributes:
+        shift: Some point near the mean, [D].
+        total: Sum of s.
+        first: Sum of s (x - shift), [D].
+        square: Sum of s (x - shift)^2, [D].
+    """
+
+    shift: Doubles
+    total: float
+    first: Doubles
+    square: Doubles
+
+    @classmethod
+    def empty(cls, shift: Doubles) -> Self:
+        """Of no rows."""
+        return cls(shift.astype(np.float64), 0.0, np.zeros(len(shift)), np.zeros(len(shift)))
+
+    def add(self, X: Floats, weights: Doubles) -> None:
+        """Add rows: features [n, D] of float32 or float64, weights [n]."""
+        share = weights.astype(X.dtype)
+        shifted = X - self.shift.astype(X.dtype)
+        self.first += share @ shifted
+        self.square += share @ np.square(shifted, out=shifted)
+        self.total += float(weights.sum())
+
+    def mean(self) -> Doubles:
+        """Mean of the features [D]."""
+        return np.asarray(self.shift + self.first / self.total)
+
+    def deviation(self) -> Doubles:
+        """Standard deviation of every feature [D]; 1 where it never changes but for rounding."""
+        square = self.square / self.total
+        variance = square - (self.first / self.total) ** 2
+        rounding = 1e-10 * (square + self.shift**2)
+        return np.asarray(np.where(variance > rounding, np.sqrt(variance.clip(min=0)), 1.0))

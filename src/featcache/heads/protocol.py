@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from featcache import metrics
 from featcache.config import TrainHeadConfig
 from featcache.heads.choose import Choice, Selection, choose, make_selection
 from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
-from featcache.heads.data import Data
-from featcache.heads.files import Head
-from featcache.heads.linear import Floats
+from featcache.heads.data import Data, TestSplit
+from featcache.heads.linear import Floats, LinearHead
 from featcache.heads.logistic_solver import LogisticSolver
 from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Fitted, Solver
+from featcache.heads.steps import Epoch
 from featcache.heads.steps_solver import StepsSolver
 from featcache.heads.threads import threads_for
 from featcache.runtime import StageTimer
@@ -31,8 +30,8 @@ class Run:
         solver: The one that won.
         choice: How its settings were chosen.
         fitted: On all of train.
-        probabilities: Of the test rows, [N, C].
-        predicted: Their classes, [N].
+        predicted: Classes of the test rows, [N].
+        confidence: The probability given to each, [N].
         test_top1: The share that is right.
         epochs: Loss and accuracy after each epoch, for adam and sgd.
         fit_seconds: Wall time of choosing and fitting.
@@ -43,8 +42,8 @@ class Run:
     solver: Solver
     choice: Choice
     fitted: Fitted
-    probabilities: Floats
     predicted: Ints
+    confidence: Floats
     test_top1: float
     epochs: list[dict[str, Any]]
     fit_seconds: float
@@ -84,38 +83,36 @@ def make_solvers(config: TrainHeadConfig, class_names: list[str]) -> list[Solver
 
 
 def run_protocol(
-    config: TrainHeadConfig, data: Data, train: Rows, content: Any, val: Rows | None
+    config: TrainHeadConfig, class_names: list[str], data: Data, test: TestSplit
 ) -> Run:
     """Choose, fit all of train, score test once.
 
     Args:
         config: The command's settings.
-        data: Its test split scores.
-        train: All of it, or the rows of a few-shot sample.
-        content: A digest per row of `train`.
-        val: What chooses, if not a part of train.
+        class_names: C names.
+        data: Rows to learn from: all, or those of a few-shot sample.
+        test: What scores.
     """
-    timer = StageTimer()
+    timer, train = StageTimer(), data.train
     epochs: list[dict[str, Any]] = []
     with timer("fit"), threads_for(train.views.size * train.num_classes):
-        selection = make_selection(train, config, val, content)
-        solver, choice, compared = choose_solver(config, data.class_names, train, selection)
+        selection = make_selection(train, config, data.val, data.content)
+        solver, choice, compared = choose_solver(config, class_names, train, selection)
         if not isinstance(solver, StepsSolver):
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
     if isinstance(solver, StepsSolver):
         # A batch is small whatever the number of rows.
         with threads_for(0):
-            fitted, epochs = watch_epochs(solver, train, choice, data.test, config)
+            fitted, epochs = watch_epochs(solver.epochs(train, [choice.settings]), test)
         timer.seconds["fit"] += sum(epoch["seconds"] for epoch in epochs)
-    probabilities = probabilities_of(fitted.head, data.test, config)
-    predicted = probabilities.argmax(axis=1).astype(np.int64)
+    predicted, confidence = test.score(fitted.head)
     return Run(
         solver=solver,
         choice=choice,
         fitted=fitted,
-        probabilities=probabilities,
         predicted=predicted,
-        test_top1=metrics.top1(data.test.y, predicted),
+        confidence=confidence,
+        test_top1=metrics.top1(test.y, predicted),
         epochs=epochs,
         fit_seconds=timer.seconds["fit"],
         num_train=train.num_rows,
@@ -149,29 +146,20 @@ def choose_solver(
 
 
 def watch_epochs(
-    solver: StepsSolver, train: Rows, choice: Choice, test: Rows, config: TrainHeadConfig
+    training: Iterator[tuple[Epoch, list[LinearHead]]], test: TestSplit
 ) -> tuple[Fitted, list[dict[str, Any]]]:
-    """Train with the chosen settings; test accuracy after each epoch is shown, not used."""
-    epochs = []
-    for number, (epoch, heads) in enumerate(solver.epochs(train, [choice.settings]), start=1):
+    """Train one head to the end; test accuracy after each epoch is shown, not used."""
+    epochs: list[dict[str, Any]] = []
+    for epoch, heads in training:
         start = time.perf_counter()
-        probabilities = probabilities_of(heads[0], test, config)
+        predicted, _ = test.score(heads[0])
         epochs.append(
             {
-                "epoch": number,
+                "epoch": len(epochs) + 1,
                 "train_loss": epoch.losses[0],
-                "test_top1": metrics.top1(test.y, probabilities.argmax(axis=1)),
+                "test_top1": metrics.top1(test.y, predicted),
                 "seconds": epoch.seconds,
                 "eval_seconds": time.perf_counter() - start,
             }
         )
-    return Fitted(head=heads[0], num_passes=config.epochs), epochs
-
-
-def probabilities_of(head: Head, test: Rows, config: TrainHeadConfig) -> Floats:
-    """Probabilities [N, C] of view 0, or with `--tta` their mean over the views."""
-    views = test.views if config.tta else test.views[:1]
-    total = head.predict_proba(views[0])
-    for view in views[1:]:
-        total = total + head.predict_proba(view)
-    return np.asarray(total / len(views))
+    return Fitted(head=heads[0], num_passes=len(epochs)), epochs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Fitted, Settings
 from featcache.heads.steps import (
     DEFAULT_LR,
+    Batches,
     Epoch,
     Singles,
     StepSettings,
@@ -23,6 +25,7 @@ from featcache.heads.steps import (
     train_steps_torch,
 )
 
+Train = Callable[[Sequence[Settings]], Iterator[tuple[Epoch, list[LinearHead]]]]
 # Multiples of the default learning rate, and decays, that --sweep tries together.
 SWEEP_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SWEEP_DECAYS = (1e-2, 1e-3, 1e-4, 0.0)
@@ -81,17 +84,28 @@ class StepsSolver:
 
     def prepare(self, rows: Rows, candidates: Sequence[Settings]) -> PreparedSteps:
         """Train all candidates together when the first is asked for."""
-        return PreparedSteps(self, rows, candidates)
+        return PreparedSteps(partial(self.epochs, rows), candidates)
 
     def epochs(
         self, rows: Rows, candidates: Sequence[Settings]
     ) -> Iterator[tuple[Epoch, list[LinearHead]]]:
         """Train candidates that agree on standardisation; yields them after each epoch."""
-        config = self.config
         scale = None
         if candidates[0]["standardize"]:
             features, _, weights = rows.stacked()
             scale = moments(features.astype(np.float32), weights / weights.sum())
+        batches = batches_in_memory(rows, self.config.batch_size, self.config.seed, scale)
+        return self.epochs_of(batches, rows.feature_dim, scale, candidates)
+
+    def epochs_of(
+        self,
+        batches: Batches,
+        feature_dim: int,
+        scale: tuple[Floats, Floats] | None,
+        candidates: Sequence[Settings],
+    ) -> Iterator[tuple[Epoch, list[LinearHead]]]:
+        """Train on batches from anywhere; `scale` is what they were standardised with."""
+        config = self.config
         settings = StepSettings(
             optimizer="adam" if config.solver == "adam" else "sgd",
             lr=[float(c["lr"]) for c in candidates],
@@ -100,9 +114,8 @@ class StepsSolver:
             epochs=config.epochs,
             seed=config.seed,
         )
-        batches = batches_in_memory(rows, config.batch_size, config.seed, scale)
         train = train_steps_torch if self.backend == "torch" else train_steps
-        for epoch in train(batches, rows.feature_dim, rows.num_classes, settings):
+        for epoch in train(batches, feature_dim, len(self.class_names), settings):
             pairs = zip(epoch.weights, epoch.biases, strict=True)
             yield epoch, [self._head(weight, bias, scale) for weight, bias in pairs]
 
@@ -125,15 +138,20 @@ class StepsSolver:
 
 
 class PreparedSteps:
-    """Rows for the loop; all candidates that agree on standardisation train in one run."""
+    """Rows for the loop; all candidates that agree on standardisation train in one run.
 
-    def __init__(self, solver: StepsSolver, rows: Rows, candidates: Sequence[Settings]) -> None:
-        self._solver, self._rows, self._candidates = solver, rows, candidates
+    Args:
+        train: Trains some candidates; yields their heads after each epoch.
+        candidates: Everything that will be asked for.
+    """
+
+    def __init__(self, train: Train, candidates: Sequence[Settings]) -> None:
+        self._train, self._candidates = train, candidates
         self._heads: dict[bool, list[LinearHead]] = {}
 
     def fit(self, settings: Settings) -> Fitted:
         """The head after the last epoch."""
-        return Fitted(head=self._head_of(settings), num_passes=self._solver.config.epochs)
+        return Fitted(head=self._head_of(settings))
 
     def predict(self, settings: Settings, X: Floats) -> Ints:
         """Predict with the head after the last epoch."""
@@ -143,6 +161,6 @@ class PreparedSteps:
         scaled = bool(settings["standardize"])
         alike = [c for c in self._candidates if c["standardize"] is scaled]
         if scaled not in self._heads:
-            for _, heads in self._solver.epochs(self._rows, alike):
+            for _, heads in self._train(alike):
                 self._heads[scaled] = heads
         return self._heads[scaled][alike.index(settings)]

@@ -12,16 +12,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from featcache import metrics
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.data import Data, load_data, open_cache
+from featcache.heads.data import Data, TestSplit, load_data, open_cache, open_test
 from featcache.heads.files import save_head
 from featcache.heads.protocol import Run, run_protocol
 from featcache.heads.shots import draw_shots, shots_summary
+from featcache.heads.stream import run_stream, wants_stream
 from featcache.report import RunReport
 from featcache.report.run import Predictions
 from featcache.runtime import StageTimer, environment
@@ -44,16 +43,36 @@ def train_head(config: TrainHeadConfig) -> dict[str, Any]:
     with timer("total"):
         check_settings(config)
         path = head_path(config)
-        data = load_data(config, open_cache(config))
-        run, shots = run_all(config, data)
-        provenance = provenance_of(data.cache)
+        cache = open_cache(config)
+        run, test, more = run_all(config, cache)
+        provenance = provenance_of(cache)
         scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
         head = run.fitted.head.replace(
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
         save_head(path, head)
-    more = {"head": str(path), **({"shots": shots} if shots else {})}
-    report = make_report(config, data, run, provenance, timer.seconds["total"], more)
+    more = {"head": str(path), **more, **solver_fields(run, test, cache.class_names)}
+    report = RunReport(
+        command="train-head",
+        trainable_params=head.num_params,
+        test_top1=run.test_top1,
+        test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
+        seconds_total=timer.seconds["total"],
+        epochs=run.epochs,
+        scored_on=test.name,
+        chosen_on=run.choice.chosen_on,
+        config=settings_of(config),
+        provenance=provenance,
+        environment=environment(),
+        more=more,
+        class_names=cache.class_names,
+        test=Predictions(
+            ids=test.ids,
+            labels=test.y.tolist(),
+            predicted=run.predicted.tolist(),
+            confidence=[round(p, 6) for p in run.confidence.tolist()],
+        ),
+    )
     report.save(path.with_suffix(".json"))
     return report.to_json()
 
@@ -92,23 +111,34 @@ def head_path(config: TrainHeadConfig) -> Path:
     return config.output
 
 
-def run_all(config: TrainHeadConfig, data: Data) -> tuple[Run, dict[str, Any] | None]:
-    """The protocol on all of train, or on each few-shot sample; the first sample's head is kept.
+def run_all(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Run, TestSplit, dict[str, Any]]:
+    """The protocol in memory, as a stream, or on each few-shot sample.
 
-    With --shots, settings are chosen within the sample: a large val split is no few-shot choice.
+    With --shots, settings are chosen within each sample, since a large val split is no few-shot
+    choice; the first sample's head is kept.
+
+    Returns:
+        The run, the test split, and fields for the report.
     """
+    names = cache.class_names
+    streamed = wants_stream(config, cache.split("train"))
+    test = open_test(config, cache, in_memory=not streamed)
+    if streamed:
+        return run_stream(config, cache, test), test, {"streamed": True}
+    data = load_data(config, cache)
     if config.shots is None:
-        return run_protocol(config, data, data.train, data.content, data.val), None
+        return run_protocol(config, names, data, test), test, {"streamed": False}
     runs = []
     for number in range(config.num_seeds):
         index = draw_shots(data.train.y, config.shots, config.seed, number)
-        rows, content = data.train.take(index), data.content[index]
-        runs.append(run_protocol(config, data, rows, content, None))
+        few = Data(train=data.train.take(index), content=data.content[index], val=None)
+        runs.append(run_protocol(config, names, few, test))
     scores = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
         for i, run in enumerate(runs)
     ]
-    return runs[0], shots_summary(config.shots, data.train.y, data.class_names, scores)
+    shots = shots_summary(config.shots, data.train.y, names, scores)
+    return runs[0], test, {"streamed": False, "shots": shots}
 
 
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
@@ -117,57 +147,24 @@ def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     return {**meta, "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 
 
-def make_report(
-    config: TrainHeadConfig,
-    data: Data,
-    run: Run,
-    provenance: dict[str, Any],
-    seconds: float,
-    more: dict[str, Any],
-) -> RunReport:
-    """Everything that was measured, as the command reports it."""
-    test = data.test
-    view = f"mean over {len(test.views)} views" if config.tta else "view 0"
-    num_correct = int((run.predicted == test.y).sum())
-    settings = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
-    return RunReport(
-        command="train-head",
-        trainable_params=run.fitted.head.num_params,
-        test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(num_correct, test.num_rows),
-        seconds_total=seconds,
-        epochs=run.epochs,
-        scored_on=f"test, {view} ({test.num_rows} rows)",
-        chosen_on=run.choice.chosen_on,
-        config=settings,
-        provenance=provenance,
-        environment=environment(),
-        more={**more, **solver_fields(run, data)},
-        class_names=data.class_names,
-        test=Predictions(
-            ids=data.test_ids,
-            labels=test.y.tolist(),
-            predicted=run.predicted.tolist(),
-            confidence=np.round(run.probabilities.max(axis=1), 6).tolist(),
-        ),
-    )
+def settings_of(config: TrainHeadConfig) -> dict[str, Any]:
+    """The command's settings as JSON."""
+    values = dataclasses.asdict(config)
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-def solver_fields(run: Run, data: Data) -> dict[str, Any]:
+def solver_fields(run: Run, test: TestSplit, class_names: list[str]) -> dict[str, Any]:
     """The report's fields that only this command has."""
-    test, names = data.test, data.class_names
-    recalls = metrics.per_class(test.y, run.predicted, len(names))
+    num_classes = len(class_names)
+    recalls = metrics.per_class(test.y, run.predicted, num_classes)
     return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
-        "balanced_top1": metrics.balanced(test.y, run.predicted, len(names)),
+        "balanced_top1": metrics.balanced(test.y, run.predicted, num_classes),
         "per_class": {
             name: None if math.isnan(recall) else recall
-            for name, recall in zip(names, recalls, strict=True)
+            for name, recall in zip(class_names, recalls, strict=True)
         },
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
