@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from featcache.curve.points import Point, Side
 from featcache.errors import UserError
+
+MAX_COUNT = 10**15
+MAX_SECONDS = 1e10
 
 
 def points_json(points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -32,21 +34,24 @@ def points_from_json(values: Any) -> list[Point]:
     """
     try:
         return [_point(dict(value)) for value in values]
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"not the points of a learning curve: {error}") from error
 
 
 def _point(value: dict[str, Any]) -> Point:
+    num_train, num_test = int(value["num_train"]), int(value["num_test"])
+    if not (0 < num_train < MAX_COUNT and 0 < num_test < MAX_COUNT):
+        raise ValueError(f"{num_train} train and {num_test} test images")
     if value["verdict"] not in ("cached", "finetune", "undecided", "unmeasured"):
         raise ValueError(f"verdict {value['verdict']!r:.40}")
     p_value = value["p_value"]
     return Point(
         size=str(value["size"]),
-        num_train=int(value["num_train"]),
-        num_test=int(value["num_test"]),
+        num_train=num_train,
+        num_test=num_test,
         cached=_side(value["cached"]),
         finetune=_side(value["finetune"]),
-        p_value=None if p_value is None else _number(p_value),
+        p_value=None if p_value is None else _number(p_value, 1.0),
         verdict=value["verdict"],
     )
 
@@ -56,16 +61,16 @@ def _side(value: Any) -> Side | None:
         return None
     low, high = value["interval"]
     return Side(
-        top1=_number(value["top1"]),
-        interval=(_number(low), _number(high)),
-        top1_by_seed={int(seed): _number(top1) for seed, top1 in value["top1_by_seed"].items()},
-        cost_seconds=_number(value["cost_seconds"]),
-        trial_seconds=_number(value["trial_seconds"]),
+        top1=_number(value["top1"], 1.0),
+        interval=(_number(low, 1.0), _number(high, 1.0)),
+        top1_by_seed={int(k): _number(top1, 1.0) for k, top1 in value["top1_by_seed"].items()},
+        cost_seconds=_number(value["cost_seconds"], MAX_SECONDS),
+        trial_seconds=_number(value["trial_seconds"], MAX_SECONDS),
     )
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, most: float) -> float:
     number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is not finite")
+    if not 0 <= number <= most:  # also refuses NaN
+        raise ValueError(f"{number} is not between 0 and {most:g}")
     return number

@@ -132,7 +132,7 @@ def _name(report: RunReport, approach: Approach) -> str:
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(plan.get("unfreeze"), list) and plan["unfreeze"]:
         parts.append("only " + ", ".join(str(name)[:40] for name in plan["unfreeze"][:4]))
-    if isinstance(plan.get("lr"), int | float):
+    if isinstance(plan.get("lr"), float):
         parts.append(f"lr {plan['lr']:g}")
     parts = [part for part in parts if part]
     return f"{NAMES[approach]} ({', '.join(parts)})" if parts else NAMES[approach]

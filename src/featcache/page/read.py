@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from featcache.curve import Point, points_from_json
+from featcache.curve import Point, cell_of, points_from_json
 from featcache.errors import UserError
 from featcache.report import Row, RunReport
 
 MAX_BYTES = 256 << 20
 MAX_FILES = 5000
 MAX_CLASSES = 100_000
+MAX_SECONDS = 1e10
+MAX_COUNT = 10**15
 AGAIN = "give the .json that train-head, finetune, compare or benchmark.py wrote"
 TRAINING = ("train-head", "finetune")
 
@@ -103,7 +105,8 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _runs_beside(comparison: Comparison) -> Iterable[Path]:
     """The single runs that a comparison names, in its own folder only."""
-    for name in comparison.values.get("runs", []):
+    names = comparison.values.get("runs")
+    for name in names if isinstance(names, list) else []:
         if isinstance(name, str) and re.fullmatch(r"runs/[\w-]{1,100}\.json", name):
             file = comparison.path.parent / name
             if file.is_file():
@@ -128,13 +131,15 @@ def _take(found: Found, file: Path, seen: set[Path], *, named: bool) -> None:
 def _parsed(file: Path) -> dict[str, Any]:
     try:
         size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(f"{file} has {size:,} bytes, too many for a report; {AGAIN}")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes() if size <= MAX_BYTES else None
     except FileNotFoundError:
         raise UserError(f"there is no file or folder {file}; check the path") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; check the path") from error
+    if text is None:
+        raise UserError(f"{file} has {size:,} bytes, too many for a report; {AGAIN}")
+    try:
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON; {AGAIN}") from error
     if not isinstance(values, dict):
@@ -154,7 +159,7 @@ def _sort_in(found: Found, file: Path, values: dict[str, Any]) -> None:
             check_run(report)
             found.runs.append((file, report))
         elif command == "extract-features":
-            found.extractions[Path(str(values["cache"])).name] = _finite(values["seconds_total"])
+            found.extractions[Path(str(values["cache"])).name] = _seconds(values["seconds_total"])
         elif isinstance(values.get("rows"), list):
             _check_texts(values, "advice", "notes")
             rows = [_row(row) for row in values["rows"]]
@@ -179,6 +184,24 @@ def _finite(value: Any) -> float:
     return float(value)
 
 
+def _share(value: Any) -> float:
+    if not 0 <= _finite(value) <= 1:
+        raise UserError(f"{value!r:.40} is not a share from 0 to 1")
+    return float(value)
+
+
+def _seconds(value: Any) -> float:
+    if not 0 <= _finite(value) <= MAX_SECONDS:
+        raise UserError(f"{value!r:.40} are not seconds")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+        raise UserError(f"{value!r:.40} is not a count")
+    return value
+
+
 def _row(value: dict[str, Any]) -> Row:
     """A line of a benchmark's table."""
     low, high = value["test_interval"]
@@ -188,16 +211,16 @@ def _row(value: dict[str, Any]) -> Row:
     return Row(
         mode=str(value["mode"]),
         approach=approach,
-        trainable_params=int(value["trainable_params"]),
-        test_top1=_finite(value["test_top1"]),
-        test_interval=(_finite(low), _finite(high)),
-        num_test=int(value["num_test"]),
-        seconds_total=_finite(value["seconds_total"]),
-        seconds_per_epoch=_finite(value["seconds_per_epoch"]),
+        trainable_params=_count(value["trainable_params"]),
+        test_top1=_share(value["test_top1"]),
+        test_interval=(_share(low), _share(high)),
+        num_test=_count(value["num_test"]),
+        seconds_total=_seconds(value["seconds_total"]),
+        seconds_per_epoch=_seconds(value["seconds_per_epoch"]),
         images_per_s=_finite(value["images_per_s"]),
-        extract_seconds=_finite(value.get("extract_seconds", 0.0)),
-        num_epochs=int(value.get("num_epochs", 0)),
-        points=tuple((_finite(s), _finite(t)) for s, t in value.get("points", ())),
+        extract_seconds=_seconds(value.get("extract_seconds", 0.0)),
+        num_epochs=_count(value.get("num_epochs", 0)),
+        points=tuple((_seconds(s), _share(t)) for s, t in value.get("points", ())),
     )
 
 
@@ -210,19 +233,27 @@ def check_run(report: RunReport) -> None:
     for name in ("config", "provenance", "environment"):
         if not isinstance(getattr(report, name), dict):
             raise UserError(f"{name} is no table")
-    if isinstance(report.trainable_params, bool) or not isinstance(report.trainable_params, int):
-        raise UserError("trainable_params is no whole number")
-    for name in ("num_train", "num_test"):
-        _finite(report.more.get(name))
+    for count in (
+        report.trainable_params,
+        report.more.get("num_train"),
+        report.more.get("num_test"),
+    ):
+        _count(count)
+    _seconds(report.seconds_total)
+    for share in (report.test_top1, *report.test_interval):
+        _share(share)
     for name in ("scored_on", "chosen_on"):
         if not isinstance(getattr(report, name), str):
             raise UserError(f"{name} is no text")
     for epoch in report.epochs:
-        _finite(epoch["seconds"])
-        _finite(epoch.get("eval_seconds", 0.0))
+        _seconds(epoch["seconds"])
+        _seconds(epoch.get("eval_seconds", 0.0))
         if epoch.get("test_top1") is not None:
-            _finite(epoch["test_top1"])
+            _share(epoch["test_top1"])
     _check_predictions(report)
+    if "cell" in report.more:
+        _seconds(cell_of(report).cost_seconds)
+        _seconds(cell_of(report).trial_seconds)
 
 
 def _check_predictions(report: RunReport) -> None:
@@ -243,4 +274,4 @@ def _check_predictions(report: RunReport) -> None:
         if not all(type(number) is int and 0 <= number < len(names) for number in numbers):
             raise UserError("a test label is not the number of a class")
     for confidence in test.confidence:
-        _finite(confidence)
+        _share(confidence)
