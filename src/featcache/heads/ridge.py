@@ -31,7 +31,7 @@ class RidgeProblem:
     """Rows decomposed, for any strength: W^T = basis @ (targets / (values + alpha / total)).
 
     Attributes:
-        basis: [D, R], where R is the smaller of rows and features.
+        basis: Orthonormal directions [D, R]; R is at most the smaller of rows and features.
         values: Eigenvalues [R].
         targets: [R, C].
         mean: Of the features [D].
@@ -78,9 +78,6 @@ class RidgeProblem:
         scaled = (X - self.mean) / (1.0 if self.deviation is None else self.deviation)
         projected = scaled @ self.basis
         lam = alpha / self.total
-        if len(self.values) < len(self.basis):
-            # The basis is not orthonormal there: column r has the squared length values[r].
-            projected = projected / np.sqrt(np.maximum(self.values, 1e-30))
         return np.asarray((1 + (projected**2 / (self.values + lam)).sum(axis=1)) / self.total)
 
 
@@ -129,10 +126,14 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
     onehot[np.arange(len(y)), y] = 1.0
     class_share = share @ onehot
     values, vectors = np.linalg.eigh(X @ X.T)
+    # Directions in which the rows do not differ carry nothing, and cannot be scaled to length one.
+    some = values > 1e-12 * values[-1]
+    values, vectors = values[some], vectors[:, some]
+    size = np.sqrt(values)
     return RidgeProblem(
-        basis=X.T @ vectors,
-        values=values.clip(min=0.0),
-        targets=vectors.T @ ((onehot - class_share) * root[:, None]),
+        basis=(X.T @ vectors) / size,
+        values=values,
+        targets=size[:, None] * (vectors.T @ ((onehot - class_share) * root[:, None])),
         mean=mean,
         deviation=deviation if standardize else None,
         class_share=class_share,

@@ -1,0 +1,147 @@
+"""Logistic regression against scikit-learn's, whatever solves it."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from featcache.heads.backends import SklearnPath, TorchPath
+from featcache.heads.lbfgs import minimise, second_moment_spectrum
+from featcache.heads.logistic import LogisticProblem, StrengthPath, moments
+from featcache.heads.rows import Rows, balanced_weights
+from featcache.heads.softmax_loss import loss_in_memory
+from heads_data import blobs
+
+PATHS = [StrengthPath, SklearnPath, TorchPath]
+
+
+def rows_of(X, y, *, num_classes=3, weights=None):
+    views = X if X.ndim == 3 else X[None]
+    weights = np.ones(len(y)) if weights is None else weights
+    return Rows(views=views, y=np.asarray(y), weights=weights, num_classes=num_classes)
+
+
+def objective(weight, bias, X, y, strength, sample_weight=None):
+    """scikit-learn's, as its documentation states it, for three classes or more."""
+    X = X.astype(np.float64)
+    logits = X @ weight.T + bias
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(y)), y]
+    sample_weight = np.ones(len(y)) if sample_weight is None else sample_weight
+    return strength * float(sample_weight @ losses) + 0.5 * float((weight**2).sum())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 100.0])
+def test_reaches_scikit_learns_objective(path, strength):
+    X, y = blobs(200, dim=12)
+    X = X * np.geomspace(0.1, 10, 12, dtype=np.float32) + 3  # correlated offsets, mixed scales
+    fit = path(LogisticProblem(rows_of(X, y)), standardize=False).fit(strength)
+    theirs = LogisticRegression(C=strength, tol=1e-9, max_iter=50_000).fit(X.astype(float), y)
+    best = objective(theirs.coef_, theirs.intercept_, X, y, strength)
+    assert objective(fit.weight, fit.bias, X, y, strength) <= best * (1 + 1e-6)
+    assert fit.converged
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_two_classes_are_scikit_learns_binary_problem(path):
+    X, y = blobs(120, num_classes=2)
+    fit = path(LogisticProblem(rows_of(X, y, num_classes=2)), standardize=False).fit(0.2, 1e-10)
+    theirs = LogisticRegression(C=0.2, tol=1e-9, max_iter=10_000).fit(X.astype(float), y)
+    assert fit.weight[1] - fit.weight[0] == pytest.approx(theirs.coef_[0], abs=1e-3)
+    assert fit.bias[1] - fit.bias[0] == pytest.approx(theirs.intercept_[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_standardised_fit_is_that_of_scaled_rows(path):
+    X, y = blobs(150)
+    X = X * 7 + 3
+    fit = path(LogisticProblem(rows_of(X, y)), standardize=True).fit(0.1, 1e-10)
+    Z = (X - X.mean(axis=0)) / X.std(axis=0)
+    theirs = LogisticRegression(C=0.1, tol=1e-9, max_iter=10_000).fit(Z.astype(float), y)
+    ours = X @ fit.weight.T + fit.bias
+    other = Z @ theirs.coef_.T + theirs.intercept_
+    centred = ours - ours.mean(axis=1, keepdims=True)
+    assert centred == pytest.approx(other - other.mean(axis=1, keepdims=True), abs=2e-3)
+    assert fit.mean == pytest.approx(X.mean(axis=0), rel=1e-5)
+    assert fit.scale == pytest.approx(X.std(axis=0), rel=1e-5)
+
+
+def test_weights_and_views_enter_the_objective():
+    X, y = blobs(90)
+    weights = np.linspace(0.1, 3, 90)
+    fit = StrengthPath(LogisticProblem(rows_of(X, y, weights=weights)), standardize=False).fit(0.5)
+    theirs = LogisticRegression(C=0.5, tol=1e-9, max_iter=10_000)
+    theirs.fit(X.astype(float), y, sample_weight=weights)
+    best = objective(theirs.coef_, theirs.intercept_, X, y, 0.5, weights)
+    assert objective(fit.weight, fit.bias, X, y, 0.5, weights) <= best * (1 + 1e-6)
+    # Two equal views are one view.
+    twice = StrengthPath(LogisticProblem(rows_of(np.stack([X, X]), y)), standardize=False)
+    once = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False)
+    assert twice.fit(0.5, 1e-12).weight == pytest.approx(once.fit(0.5, 1e-12).weight, abs=1e-4)
+
+
+def test_warm_path_ends_where_cold_fits_end():
+    X, y = blobs(150, dim=20)
+    problem = LogisticProblem(rows_of(X, y))
+    warm = StrengthPath(problem, standardize=False)
+    strengths = np.geomspace(1e-3, 1e2, 11)
+    passes = 0
+    for strength in strengths:
+        fit = warm.fit(strength)
+        cold = StrengthPath(problem, standardize=False).fit(strength)
+        assert fit.objective == pytest.approx(cold.objective, rel=1e-6)
+        passes += fit.num_passes - cold.num_passes
+    assert passes < 0  # and sooner
+
+
+def test_float32_rows_reach_the_same_objective(monkeypatch):
+    from featcache.heads import logistic
+
+    X, y = blobs(300, dim=30)
+    exact = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0, 1e-12)
+    monkeypatch.setattr(logistic, "SMALL", 0)
+    single = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0)
+    best = objective(exact.weight, exact.bias, X, y, 1.0)
+    assert objective(single.weight, single.bias, X, y, 1.0) == pytest.approx(best, rel=1e-6)
+
+
+def test_gradient_is_the_slope_of_the_loss():
+    random = np.random.default_rng(0)
+    X, y = blobs(40, dim=5)
+    loss = loss_in_memory(X.astype(np.float64), y, np.full(40, 1 / 40), 3)
+    weight, bias = random.normal(size=(5, 3)), random.normal(size=3)
+    _, gradient = loss.evaluate(weight, bias)
+    for i, j in ((0, 0), (4, 2), (5, 1)):
+        step = np.zeros((6, 3))
+        step[i, j] = 1e-6
+        up, _ = loss.evaluate(weight + step[:-1], bias + step[-1])
+        down, _ = loss.evaluate(weight - step[:-1], bias - step[-1])
+        assert gradient[i, j] == pytest.approx((up - down) / 2e-6, abs=1e-8)
+
+
+def test_not_converged_is_said():
+    X, y = blobs(100)
+    loss = loss_in_memory(X, y, np.full(100, 0.01), 3)
+    spectrum = second_moment_spectrum(X)
+    short = minimise(loss, 1e-6, spectrum, max_iterations=2)
+    assert not short.converged
+    assert short.gap > 1e-7 * short.objective
+
+
+def test_moments_survive_large_offsets_and_constant_features():
+    random = np.random.default_rng(0)
+    X = random.normal(size=(500, 3))
+    X[:, 1] += 1e4
+    X[:, 2] = 1e6
+    share = np.full(500, 1 / 500)
+    mean, deviation = moments(X.astype(np.float32), share)
+    assert mean == pytest.approx(X.mean(axis=0), rel=1e-5, abs=1e-3)
+    assert deviation[:2] == pytest.approx(X.std(axis=0)[:2], rel=1e-2)
+    assert deviation[2] == 1.0
+
+
+def test_balanced_weights_make_classes_alike():
+    y = np.array([0, 0, 0, 2])
+    assert balanced_weights(y, np.ones(4), 3).tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
+    weights = balanced_weights(y, np.array([1.0, 2, 3, 2]), 3)
+    assert np.bincount(y, weights) == pytest.approx([4, 0, 4])
