@@ -46,7 +46,8 @@ def test_ridge_is_scikit_learns(shape, alpha):
 
 def test_both_sides_give_the_same_standardised_fit():
     X, y = blobs(30, dim=30)
-    rows = rows_of(X.astype(np.float64) * np.geomspace(0.1, 9, 30), y)
+    X = X.astype(np.float64) * np.geomspace(0.1, 9, 30)
+    rows = rows_of(X, y)
     few = ridge_from_few_rows(rows, standardize=True)
     many = ridge_from_moments(moments_of(rows), standardize=True)
     assert few.fit(2.0).weight == pytest.approx(many.fit(2.0).weight, abs=1e-8)
