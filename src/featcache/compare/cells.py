@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featcache.cache import FeatureCache
 from featcache.compare.extraction import Extraction
 from featcache.compare.plan import Spec
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
@@ -17,10 +19,7 @@ from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune
 from featcache.finetune.plan import make_plan
-from featcache.heads import save_head
-from featcache.heads.data import Data
-from featcache.heads.protocol import run_protocol
-from featcache.heads.train import make_report, provenance_of
+from featcache.heads import train_head
 from featcache.report import RunReport, config_json
 
 CHECKPOINT_S = 60.0
@@ -35,14 +34,14 @@ class Bench:
         config: The command's settings.
         output: The comparison's folder.
         dataset: Without the pictures that could not be read; its rows are the cache's.
-        data: The cache's splits.
+        cache: The features; its train and test rows are the dataset's.
         extraction: What the features cost.
     """
 
     config: CompareConfig
     output: Path
     dataset: ImageDataset
-    data: Data
+    cache: FeatureCache
     extraction: Extraction
 
     def report_path(self, spec: Spec) -> Path:
@@ -94,8 +93,10 @@ def warm_up(bench: Bench, spec: Spec) -> None:
     """Fit a head without keeping it, so that the first run's time holds no loading of libraries."""
     import sklearn.linear_model  # noqa: F401 - fine-tuning's first step
 
-    train, content = bench.data.train.take(spec.rows), bench.data.content[spec.rows]
-    run_protocol(head_config(bench, spec), bench.data, train, content, None)
+    with tempfile.TemporaryDirectory() as folder:
+        config = head_config(bench, spec)
+        path = Path(folder) / "head.safetensors"
+        train_head(dataclasses.replace(config, output=path), spec.rows)
 
 
 def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:
@@ -110,17 +111,14 @@ def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:
 
 
 def _train_head(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
-    """Fit a head on the cached features of some train images."""
-    config, start = head_config(bench, spec), time.perf_counter()
-    train = bench.data.train.take(spec.rows)
-    run = run_protocol(config, bench.data, train, bench.data.content[spec.rows], None)
-    path = bench.report_path(spec).with_suffix(".safetensors")
-    provenance = provenance_of(bench.data.cache)
-    save_head(path, run.fitted.head, provenance)
-    seconds = time.perf_counter() - start
-    report = make_report(config, bench.data, run, provenance, seconds, {"head": str(path)})
-    extraction = bench.extraction.seconds_per_image * train.num_rows
-    return report, extraction + run.fit_seconds, run.fit_seconds
+    """Fit a head on the cached features of some train images; head and report are written."""
+    path = bench.report_path(spec)
+    # An earlier start's report of other settings must not stand beside the new head.
+    path.unlink(missing_ok=True)
+    train_head(head_config(bench, spec), spec.rows)
+    report = RunReport.load(path)
+    fitting = float(report.more["fit_seconds"])
+    return report, bench.extraction.seconds_per_image * len(spec.rows) + fitting, fitting
 
 
 def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:

@@ -34,7 +34,7 @@ from featcache.curve import (
 )
 from featcache.data import ImageDataset, load_dataset
 from featcache.finetune.plan import make_plan as make_tuning_plan
-from featcache.heads.data import Data, load_data, open_cache
+from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
 from featcache.report import RunReport, config_json
 from featcache.report.tables import seconds_text
@@ -60,7 +60,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     start = time.perf_counter()
     check_settings(TrainHeadConfig(cache=Path("unused"), solver=config.solver))
     bench = prepare(config)
-    plan = make_plan(config, *_train_of(bench.data), _decisive(bench))
+    train = bench.dataset.splits["train"]
+    plan = make_plan(config, train.ids, train.labels, _decisive(bench))
     done, left_out, spent = _run_all(bench, plan)
     report = _report(bench, plan, done, left_out, spent)
     report["seconds_total"] = time.perf_counter() - start
@@ -76,17 +77,17 @@ def prepare(config: CompareConfig) -> Bench:
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
-    data = load_data(head, open_cache(head))
+    cache = open_cache(head)
     usable = {}
     for name in ("train", "test"):
-        split, rows = dataset.splits[name], data.cache.split(name).rows
-        content = data.cache.rows(name).content[rows]
-        usable[name] = split.subset(rows).with_content(content)
+        rows = cache.split(name).rows
+        content = cache.rows(name).content[rows]
+        usable[name] = dataset.splits[name].subset(rows).with_content(content)
     return Bench(
         config=config,
         output=output,
         dataset=dataclasses.replace(dataset, splits=usable),
-        data=data,
+        cache=cache,
         extraction=extraction,
     )
 
@@ -103,15 +104,10 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
 
 
-def _train_of(data: Data) -> tuple[list[str], Any]:
-    split = data.cache.split("train")
-    return split.ids, split.y
-
-
 def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:
     """What decides a run's outcome besides its samples and seed."""
     config = bench.config
-    provenance = provenance_of(bench.data.cache)
+    provenance = provenance_of(bench.cache)
     same = {
         "backbone": provenance["backbone"],
         "cache": provenance["cache_digest"],
@@ -179,12 +175,12 @@ def _report(
     bench: Bench, plan: list[Spec], done: Done, left_out: list[dict[str, Any]], spent: float
 ) -> dict[str, Any]:
     """Everything that was found, as plain JSON values."""
-    config, data = bench.config, bench.data
+    config, num_test = bench.config, len(bench.dataset.splits["test"])
     points = curve_points(cell_of(report) for _, report in done)
     report = {
         "command": "compare",
         "output": str(bench.output),
-        "dataset": data.cache.meta.dataset.name,
+        "dataset": bench.cache.meta.dataset.name,
         "points": points_json(points),
         "crossing": dataclasses.asdict(crossing(points)),
         "advice": curve_advice(points),
@@ -194,11 +190,11 @@ def _report(
         "num_planned": len(plan),
         "spent_seconds": spent,
         "extraction": dataclasses.asdict(bench.extraction),
-        "num_test": data.test.num_rows,
-        "scored_on": f"test, view 0 ({data.test.num_rows} rows), once per run",
+        "num_test": num_test,
+        "scored_on": f"test ({num_test} images), once per run",
         "chosen_on": "a held-out part of each run's own train images",
         "config": config_json(config),
-        "provenance": provenance_of(data.cache),
+        "provenance": provenance_of(bench.cache),
         "environment": environment(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(report))

@@ -19,6 +19,7 @@ from featcache.errors import UserError
 from featcache.heads.data import Data, TestSplit, load_data, open_cache, open_test
 from featcache.heads.files import save_head
 from featcache.heads.protocol import Run, run_protocol
+from featcache.heads.rows import Ints
 from featcache.heads.shots import draw_shots, shots_summary
 from featcache.heads.stream import run_stream, wants_stream
 from featcache.report import RunReport
@@ -26,11 +27,12 @@ from featcache.report.run import Predictions
 from featcache.runtime import StageTimer, environment
 
 
-def train_head(config: TrainHeadConfig) -> dict[str, Any]:
+def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, Any]:
     """Fit a head on a cache, score it, write it and its report.
 
     Args:
         config: The command's settings.
+        rows: Learn from these train rows alone, and choose on a part of them; all unless given.
 
     Returns:
         The report as `--json` prints it; the report file also has the test predictions.
@@ -44,7 +46,7 @@ def train_head(config: TrainHeadConfig) -> dict[str, Any]:
         check_settings(config)
         path = head_path(config)
         cache = open_cache(config)
-        run, test, more = run_all(config, cache)
+        run, test, more = run_all(config, cache, rows)
         provenance = provenance_of(cache)
         scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
         head = run.fitted.head.replace(
@@ -111,21 +113,26 @@ def head_path(config: TrainHeadConfig) -> Path:
     return config.output
 
 
-def run_all(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Run, TestSplit, dict[str, Any]]:
-    """The protocol in memory, as a stream, or on each few-shot sample.
+def run_all(
+    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
+) -> tuple[Run, TestSplit, dict[str, Any]]:
+    """The protocol in memory, as a stream, on given rows, or on each few-shot sample.
 
-    With --shots, settings are chosen within each sample, since a large val split is no few-shot
-    choice; the first sample's head is kept.
+    With given rows or --shots, settings are chosen within each sample, since a large val split is
+    no few-shot choice; with --shots the first sample's head is kept.
 
     Returns:
         The run, the test split, and fields for the report.
     """
     names = cache.class_names
-    streamed = wants_stream(config, cache.split("train"))
+    streamed = rows is None and wants_stream(config, cache.split("train"))
     test = open_test(config, cache, in_memory=not streamed)
     if streamed:
         return run_stream(config, cache, test), test, {"streamed": True}
     data = load_data(config, cache)
+    if rows is not None:
+        part = Data(train=data.train.take(rows), content=data.content[rows], val=None)
+        return run_protocol(config, names, part, test), test, {"streamed": False}
     if config.shots is None:
         return run_protocol(config, names, data, test), test, {"streamed": False}
     runs = []
