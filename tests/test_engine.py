@@ -114,17 +114,8 @@ def test_features_do_not_depend_on_batch_size() -> None:
         assert en.relative_error(parts, whole) < 1e-5
 
 
-def test_the_choice_is_timed_on_long_jobs_only() -> None:
-    backbone = load_backbone(BUNDLED, 0)
-    short = en.choose_engine(settings(), backbone, PREP, "cpu", 10)
-    fixed = en.choose_engine(settings(batch_size=5, workers=3), backbone, PREP, "cpu", 9999)
-    assert short.timings == {}
-    assert (fixed.batch_size, fixed.threads, fixed.timings) == (5, 3, {})
-    timed = en.choose_engine(settings(), backbone, PREP, "cpu", 9999)
-    assert timed.batch_size in en.CPU_BATCHES
-    assert len(timed.timings) == len(en.CPU_BATCHES)
-
-
-def test_mixed_precision_needs_a_gpu() -> None:
+def test_the_gpu_and_int8_are_refused_where_they_cannot_be() -> None:
     with pytest.raises(UserError, match="needs a GPU"):
         en.choose_engine(settings(precision="amp"), load_backbone(BUNDLED, 0), PREP, "cpu", 10)
+    with pytest.raises(UserError, match="--device cpu"):
+        en.choose_engine(settings(engine="openvino"), nn.Identity(), PREP, "cuda", 10)

@@ -74,7 +74,7 @@ def test_adam_sees_every_row_once_per_epoch(tmp_path):
     X[:, 0] = np.arange(100)
     cache = make_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
     config = TrainHeadConfig(cache=cache)
-    rows = open_stream(config, FeatureCache(cache).split("train"), 3)
+    rows = open_stream(config, FeatureCache(cache).split("train"), NAMES)
     for with_held, expected in (
         (True, np.arange(100)),
         (False, np.setdiff1d(range(100), rows.held)),

@@ -70,7 +70,7 @@ class TestSplit:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
-    """What a head learns from, in memory.
+    """What a head learns from, in memory, as it is in the cache.
 
     Attributes:
         train: The rows.
@@ -81,6 +81,26 @@ class Data:
     train: Rows
     content: NDArray[np.uint8]
     val: Rows | None
+
+    def take(self, index: Ints) -> Data:
+        """Some train rows alone, without a val split: choose on a part of them."""
+        return Data(train=self.train.take(index), content=self.content[index], val=None)
+
+    def ready(self, config: TrainHeadConfig, class_names: Sequence[str]) -> Data:
+        """Rows that count, with the weights that the command asks for.
+
+        Raises:
+            UserError: Fewer than two classes have rows.
+        """
+        train, content = self.train, self.content
+        if not train.weights.all():  # rows of weight 0 are as good as absent
+            counted = np.flatnonzero(train.weights)
+            train, content = train.take(counted), content[counted]
+        check_classes(train.y, class_names)
+        if config.class_weight == "balanced":
+            weights = balanced_weights(train.y, train.weights, train.num_classes)
+            train = dataclasses.replace(train, weights=weights)
+        return Data(train=train, content=content, val=self.val)
 
 
 def open_cache(config: TrainHeadConfig) -> FeatureCache:
@@ -97,9 +117,7 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
                 f"{config.cache} has rows in {filled} but none in {name}: run extract-features on "
                 "a dataset with train and test, or with --test-fraction"
             )
-    train = cache.split("train")
-    check_classes(train.y, cache.class_names)
-    if config.tta and train.num_views == 1:
+    if config.tta and cache.split("test").num_views == 1:
         raise UserError(
             "--tta averages over cached views, and this cache has one: run extract-features with "
             "--views flip, or leave --tta out"
@@ -107,7 +125,7 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
     return cache
 
 
-def load_data(config: TrainHeadConfig, cache: FeatureCache) -> Data:
+def load_data(cache: FeatureCache) -> Data:
     """Read what a head learns from.
 
     Raises:
@@ -115,9 +133,6 @@ def load_data(config: TrainHeadConfig, cache: FeatureCache) -> Data:
     """
     split = cache.split("train")
     train = load_rows(split, cache.class_names)
-    if config.class_weight == "balanced":
-        weights = balanced_weights(train.y, train.weights, train.num_classes)
-        train = dataclasses.replace(train, weights=weights)
     val = load_rows(cache.split("val"), cache.class_names) if cache.splits.get("val") else None
     return Data(train=train, content=split.content, val=val)
 

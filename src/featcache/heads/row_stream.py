@@ -18,7 +18,7 @@ from featcache.cache import FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.heads.data import sample_weights
 from featcache.heads.linear import Floats
-from featcache.heads.rows import Doubles, Ints, check_finite
+from featcache.heads.rows import Doubles, Ints, check_classes, check_finite
 from featcache.heads.steps import FETCH_BATCHES, Batch, Batches, Singles
 from featcache.recipe import epoch_order
 
@@ -190,16 +190,20 @@ def _cut(
         yield features[cut], y[index[cut]], None if alike else own[cut]
 
 
-def open_stream(config: TrainHeadConfig, split: FeatureSplit, num_classes: int) -> RowStream:
+def open_stream(config: TrainHeadConfig, split: FeatureSplit, class_names: list[str]) -> RowStream:
     """The split as a stream, with rows to hold out chosen.
 
     Args:
         config: Says how many (`holdout`, at most what fits) and with which seed.
         split: Train.
-        num_classes: Number C of classes.
+        class_names: C names.
+
+    Raises:
+        UserError: Fewer than two classes have rows, or weights are of no use.
     """
-    if split.weights is not None:
-        sample_weights(split)  # refuses what cannot be a weight
+    weights = sample_weights(split) if split.weights is not None else None
+    check_classes(split.y if weights is None else split.y[weights > 0], class_names)
+    num_classes = len(class_names)
     stream = RowStream(split, num_classes, np.ones(num_classes), np.zeros(0, np.int64))
     if config.class_weight == "balanced":
         counts = stream.class_counts()
@@ -221,7 +225,7 @@ def draw_held(config: TrainHeadConfig, split: FeatureSplit, num_classes: int) ->
     left = np.bincount(split.y, minlength=num_classes) - np.bincount(
         split.y[drawn], minlength=num_classes
     )
-    return np.asarray(drawn[left[split.y[drawn]] > 0], np.int64)
+    return _counted(split, drawn[left[split.y[drawn]] > 0])
 
 
 def draw_sample(config: TrainHeadConfig, stream: RowStream) -> Ints:
@@ -230,7 +234,12 @@ def draw_sample(config: TrainHeadConfig, stream: RowStream) -> Ints:
     random = np.random.default_rng([config.seed, 0x5A4B])
     count = min(most, stream.num_rows)
     drawn = random.choice(stream.num_rows, count, replace=False, shuffle=False)
-    return np.asarray(np.setdiff1d(drawn, stream.held), np.int64)
+    return _counted(stream.split, np.setdiff1d(drawn, stream.held))
+
+
+def _counted(split: FeatureSplit, index: Ints) -> Ints:
+    """Those of some rows whose weight is not 0."""
+    return index if split.weights is None else index[split.weights[index] > 0]
 
 
 Item = TypeVar("Item")

@@ -64,7 +64,7 @@ def available_memory() -> int:
 def run_stream(config: TrainHeadConfig, cache: FeatureCache, test: TestSplit) -> Run:
     """Choose on held-out rows, fit all of train, score test once, in bounded memory."""
     timer = StageTimer()
-    stream = open_stream(config, cache.split("train"), len(cache.class_names))
+    stream = open_stream(config, cache.split("train"), cache.class_names)
     solvers = [s for s in make_solvers(config, cache.class_names) if s.name != "knn"]
     closed_form = any(isinstance(solver, RidgeSolver) for solver in solvers)
     epochs: list[dict[str, Any]] = []

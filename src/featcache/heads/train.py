@@ -16,7 +16,7 @@ from featcache import metrics
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.data import Data, TestSplit, load_data, open_cache, open_test
+from featcache.heads.data import TestSplit, load_data, open_cache, open_test
 from featcache.heads.files import save_head
 from featcache.heads.protocol import Run, run_protocol
 from featcache.heads.rows import Ints
@@ -129,16 +129,14 @@ def run_all(
     test = open_test(config, cache, in_memory=not streamed)
     if streamed:
         return run_stream(config, cache, test), test, {"streamed": True}
-    data = load_data(config, cache)
-    if rows is not None:
-        part = Data(train=data.train.take(rows), content=data.content[rows], val=None)
+    data = load_data(cache)
+    if rows is not None or config.shots is None:
+        part = (data if rows is None else data.take(rows)).ready(config, names)
         return run_protocol(config, names, part, test), test, {"streamed": False}
-    if config.shots is None:
-        return run_protocol(config, names, data, test), test, {"streamed": False}
     runs = []
     for number in range(config.num_seeds):
         index = draw_shots(data.train.y, config.shots, config.seed, number)
-        few = Data(train=data.train.take(index), content=data.content[index], val=None)
+        few = data.take(index).ready(config, names)
         runs.append(run_protocol(config, names, few, test))
     scores = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
