@@ -63,6 +63,15 @@ def numeric_versions() -> dict[str, str]:
     return {name: ".".join(version_of(name).split(".")[:2]) for name in NUMERIC_LIBRARIES}
 
 
+def recorded_engine(package: str) -> str:
+    """What a cache records of an engine: its package, with the version unless that is torch's.
+
+    torch is among `numeric_versions` already; an absent package has no version.
+    """
+    version = ".".join(version_of(package).split(".")[:2])
+    return package if package == "torch" or version == "absent" else f"{package}-{version}"
+
+
 def environment() -> dict[str, Any]:
     """Machine and versions, for reports."""
     libraries = (*NUMERIC_LIBRARIES, "numpy", "scikit-learn", "h5py")

@@ -4,7 +4,7 @@ from featcache.cache.dataset import FeatureDataset
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
 from featcache.cache.repair import prepare_repair
-from featcache.cache.summary import info
+from featcache.cache.summary import begun_with, info
 from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 
@@ -15,6 +15,7 @@ __all__ = [
     "FeatureSplit",
     "SplitRows",
     "VerifyReport",
+    "begun_with",
     "info",
     "open_writer",
     "part_path",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,29 @@ import numpy as np
 from featcache.cache.layout import VERSION
 from featcache.cache.reader import meta_of
 from featcache.cache.storage import CacheFile, texts_of
+from featcache.cache.writer import part_path
+from featcache.config import CacheMeta
+from featcache.errors import CacheError
 
 MAX_SKIPPED = 1000
+
+
+def begun_with(path: Path) -> CacheMeta | None:
+    """What an unfinished cache's rows are made with; None where none is begun.
+
+    A damaged one counts as none here: `open_writer` refuses it and says why.
+    """
+    part = part_path(path)
+    if not os.path.lexists(part):
+        return None
+    try:
+        file = CacheFile(part)
+        try:
+            return meta_of(file)
+        finally:
+            file.close()
+    except CacheError:
+        return None
 
 
 def info(path: Path | str) -> dict[str, Any]:

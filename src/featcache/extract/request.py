@@ -11,7 +11,7 @@ from featcache.cache import FeatureCache, info, read_meta
 from featcache.config import BackboneInfo, CacheMeta, ExtractConfig, Views, flatten
 from featcache.data import REASONS, ImageDataset
 from featcache.errors import CacheError, UserError
-from featcache.runtime import numeric_versions
+from featcache.runtime import numeric_versions, recorded_engine
 
 # Differences in these leave the rows what they are: a dataset may be renamed or moved.
 IMMATERIAL = ("dataset.name",)
@@ -25,7 +25,7 @@ def wanted_meta(config: ExtractConfig, dataset: ImageDataset, info: BackboneInfo
         views=Views.parse(config.views, config.seed),
         dtype=config.dtype,
         precision=config.precision,
-        engine=config.engine,
+        engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
         versions=numeric_versions(),
     )
 
@@ -60,8 +60,17 @@ def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
 
 def differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object, object]]:
     """Fields that make a cache unfit for a request, as (name, cached, wanted)."""
-    unasked = ("engine",) if wanted.engine == "auto" else ()
-    return [row for row in cached.differences(wanted) if row[0] not in (*IMMATERIAL, *unasked)]
+    same = ("engine",) if _engine_fits(cached.engine, wanted.engine) else ()
+    return [row for row in cached.differences(wanted) if row[0] not in (*IMMATERIAL, *same)]
+
+
+def _engine_fits(cached: str, wanted: str) -> bool:
+    """Whether rows made by one engine are what was asked for.
+
+    `auto` asks for none. What a quantised network adds to its engine's name cannot be known before
+    it is made, and which version of an engine that is not installed does not matter.
+    """
+    return wanted in ("auto", cached) or cached.startswith((f"{wanted}+", f"{wanted}-"))
 
 
 def find_hit(

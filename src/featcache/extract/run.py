@@ -19,6 +19,7 @@ from featcache.cache import (
     CacheWriter,
     FeatureCache,
     SplitRows,
+    begun_with,
     open_writer,
     part_path,
     read_meta,
@@ -26,8 +27,8 @@ from featcache.cache import (
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
-from featcache.extract.stream import computed_rows
-from featcache.runtime import StageTimer, environment, pick_device, say
+from featcache.extract.stream import computed_rows, decode_shortfall
+from featcache.runtime import StageTimer, environment, num_cores, pick_device, say
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -93,12 +94,19 @@ def _run(
     backbone = load_backbone(config, config.seed)
     before = state_sha256(backbone)
     num_images = sum(map(len, dataset.splits.values())) * wanted.views.num
-    prep = wanted.backbone.preprocessing
     with timer("choose_engine"):
-        engine = choose_engine(config, backbone, prep, pick_device(config.device), num_images)
+        engine = choose_engine(
+            config,
+            backbone,
+            wanted.backbone.preprocessing,
+            pick_device(config.device),
+            num_images,
+            dataset.splits.get("train"),
+            _begun_engine(config, path),
+        )
     if config.verbose:
-        say(f"engine: {engine.describe()}")
-    meta = dataclasses.replace(wanted, engine=engine.name)
+        say(f"engine: {engine.sentence()}")
+    meta = dataclasses.replace(wanted, engine=engine.recorded or engine.name)
     rows = [
         SplitRows(s.name, s.ids, s.labels, s.content, s.weights) for s in dataset.splits.values()
     ]
@@ -107,12 +115,33 @@ def _run(
     progress: dict[str, SplitProgress] = {}
     with open_writer(path, meta, names, rows, force=config.force, reuse=old) as writer:
         timer.seconds["start_up"] = time.perf_counter() - start
+        if config.verbose:
+            say(f"started in {timer.seconds['start_up']:.1f} s")
         for split in dataset.splits.values():
             progress[split.name] = fill_split(config, writer, split, meta, engine, timer)
+        _say_if_starved(config, engine, timer)
         assert state_sha256(backbone) == before, "the frozen network moved"
         with timer("finish"):
             writer.finish()
     return progress, timer, engine
+
+
+def _say_if_starved(config: ExtractConfig, engine: Engine, timer: StageTimer) -> None:
+    """On a GPU, tell how many workers would keep it busy."""
+    if engine.device != "cpu":
+        workers = num_cores() if config.workers is None else config.workers
+        note = decode_shortfall(timer.seconds, workers, num_cores())
+        if note is not None:
+            say(note)
+
+
+def _begun_engine(config: ExtractConfig, path: Path) -> str | None:
+    """What made the rows that this run will keep, if there are any."""
+    if config.force:
+        return None
+    if (begun := begun_with(path)) is not None:
+        return begun.engine
+    return read_meta(path)[0].engine if config.update and path.exists() else None
 
 
 def fill_split(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ Features = NDArray[np.float32]
 # Decoding threads on a GPU machine take few images each, so that the first batch comes soon.
 DECODE_CHUNK = 8
 CHUNKS_AHEAD = 3
+# Batches begun on a GPU and not fetched yet, while the next one is being put together.
+GROUPS_IN_FLIGHT = 2
 
 
 @dataclass
@@ -59,7 +63,8 @@ def computed_rows(
         UserError: A picture cannot be read and `on_error` is "fail".
     """
     prep, views = meta.backbone.preprocessing, meta.views
-    workers = num_cores() if config.workers is None else config.workers
+    ours = engine.threads if engine.device == "cpu" else num_cores()
+    workers = ours if config.workers is None else config.workers
     empty = np.zeros((meta.views.num, meta.backbone.feature_dim), np.float32)
     for done in computed_chunks(split, indices, prep, views, engine, workers, timer):
         good = iter(np.moveaxis(done.features, 1, 0))
@@ -104,7 +109,7 @@ def computed_chunks(
     else:
         look_ahead = 2 * per_chunk // DECODE_CHUNK + 2 * workers
         decoded = ahead_of(decode, chunks(indices, DECODE_CHUNK), workers, look_ahead, timer)
-        computed = (_network(engine, group) for group in _grouped(decoded, per_chunk))
+        computed = _on_device(engine, _grouped(decoded, per_chunk))
     for done in computed:
         done.decoded.add_to(timer)
         timer.seconds["network"] += done.network_s
@@ -113,19 +118,72 @@ def computed_chunks(
 
 def _network(engine: Engine, decoded: Decoded, stop: threading.Event | None = None) -> Computed:
     """Run the network over the pictures of a chunk that could be read."""
-    images: list[Any] = [p for p in decoded.pixels if not isinstance(p, BadImage)]
-    if not images or (stop is not None and stop.is_set()):
-        return Computed(decoded, np.empty((0, 0, 0), np.float32), 0.0)
     start = time.perf_counter()
+    batches = [] if stop is not None and stop.is_set() else _batches(engine, decoded)
+    features = _joined(decoded, [engine.run(batch) for batch in batches])
+    return Computed(decoded, features, time.perf_counter() - start if batches else 0.0)
+
+
+def _on_device(engine: Engine, groups: Iterable[Decoded]) -> Iterator[Computed]:
+    """Run the network on a GPU, with the next group begun before the last one is fetched."""
+    assert engine.start is not None
+    waiting: deque[tuple[Decoded, list[Callable[[], tuple[Features, float]]]]] = deque()
+
+    def fetch() -> Computed:
+        decoded, begun = waiting.popleft()
+        done = [finish() for finish in begun]
+        return Computed(decoded, _joined(decoded, [f for f, _ in done]), sum(s for _, s in done))
+
+    for group in groups:
+        waiting.append((group, [engine.start(batch) for batch in _batches(engine, group)]))
+        if len(waiting) > GROUPS_IN_FLIGHT:
+            yield fetch()
+    while waiting:
+        yield fetch()
+
+
+def _batches(engine: Engine, decoded: Decoded) -> list[Any]:
+    """The pictures that could be read, all views, as the network takes them."""
+    images: list[Any] = [p for p in decoded.pixels if not isinstance(p, BadImage)]
+    if not images:
+        return []
     stacked = np.stack(images, axis=1)  # [V, n, H, W, 3]
     flat = stacked.reshape(-1, *stacked.shape[2:])
-    size = engine.batch_size
-    parts = [engine.run(flat[i : i + size]) for i in range(0, len(flat), size)]
-    features = np.concatenate(parts).reshape(*stacked.shape[:2], -1)
+    return [flat[i : i + engine.batch_size] for i in range(0, len(flat), engine.batch_size)]
+
+
+def _joined(decoded: Decoded, parts: list[Features]) -> Features:
+    """Features [V, n, D] of a chunk, whose rows then wait without their pixels."""
+    if not parts:
+        return np.empty((0, 0, 0), np.float32)
+    views = 0
     for place, pixels in enumerate(decoded.pixels):
         if not isinstance(pixels, BadImage):
-            decoded.pixels[place] = pixels[:0]  # the rows wait without their pixels
-    return Computed(decoded, features, time.perf_counter() - start)
+            views = len(pixels)
+            decoded.pixels[place] = pixels[:0]
+    flat = np.concatenate(parts)
+    return flat.reshape(views, -1, flat.shape[1])
+
+
+def decode_shortfall(seconds: Mapping[str, float], workers: int, cores: int) -> str | None:
+    """What to say where decoding keeps a GPU waiting; None where it keeps up.
+
+    Args:
+        seconds: By stage: read, decode and resize summed over threads, and the device's network.
+        workers: Threads that decode.
+        cores: Processors there are.
+    """
+    pixels = sum(seconds.get(stage, 0.0) for stage in ("read", "decode", "resize"))
+    network = seconds.get("network", 0.0)
+    needed = math.ceil(pixels / network) if network > 0 else 0
+    if needed <= workers:
+        return None
+    idle = 1 - network * workers / pixels
+    return (
+        f"decoding keeps the GPU waiting {idle:.0%} of the time: {needed} workers would keep up, "
+        f"{workers} are at work and this machine has {cores} cores; "
+        "give --workers, smaller pictures, or a machine with more cores"
+    )
 
 
 def _grouped(stream: Iterable[Decoded], num: int) -> Iterator[Decoded]:

@@ -119,7 +119,13 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     _check_same(meta, class_names, settings, dataset)
     prep = meta.backbone.preprocessing
     backbone, timer = load_backbone(settings, settings.seed), StageTimer()
-    engine = choose_engine(settings, backbone, prep, pick_device("auto"), 0)
+    device, train = pick_device(settings.device), dataset.splits.get("train")
+    engine = choose_engine(settings, backbone, prep, device, 0, train)
+    if (engine.recorded or engine.name) != meta.engine:
+        raise CacheError(
+            f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, this "
+            f"machine gives {engine.recorded}; run extract-features --force to make it again"
+        )
     with prepare_repair(config.cache) as writer:
         damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
         for split in dataset.splits.values():
@@ -131,6 +137,8 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
 def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
     """The extraction settings that a cache was made with, as far as it records them."""
     assert config.dataset is not None
+    if meta.precision not in ("float32", "int8", "amp"):
+        raise CacheError(f"{config.cache}: its precision {meta.precision!r} is not known here")
     views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
     return ExtractConfig(
         dataset=config.dataset,
@@ -145,7 +153,8 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         weights=config.weights or meta.backbone.weights,
         views=views,
         dtype=meta.dtype,
-        engine="torch" if meta.engine == "torch" else "auto",
+        engine="torch" if meta.engine == "torch" else "openvino",
+        precision=meta.precision,  # type: ignore[arg-type]
     )
 
 

@@ -1,0 +1,20 @@
+"""What runs the frozen network: chosen, checked against the plain network, and timed."""
+
+from featcache.engine.base import (
+    AMP_TOLERANCE,
+    TOLERANCE,
+    Engine,
+    relative_error,
+    sample_pixels,
+)
+from featcache.engine.choice import choose_engine, default_batch
+
+__all__ = [
+    "AMP_TOLERANCE",
+    "TOLERANCE",
+    "Engine",
+    "choose_engine",
+    "default_batch",
+    "relative_error",
+    "sample_pixels",
+]

@@ -1,0 +1,139 @@
+"""The network on a GPU: batches are copied, computed and fetched while the next one is decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.config import ExtractConfig, Preprocessing
+from featcache.data import normalize
+from featcache.engine.base import (
+    AMP_TOLERANCE,
+    TOLERANCE,
+    Engine,
+    Float32,
+    Run,
+    Start,
+    UInt8,
+    relative_error,
+    sample_pixels,
+)
+from featcache.engine.torch_cpu import runner
+from featcache.errors import FeatcacheError, UserError
+
+GPU_BATCH = 256
+CHECKED_IMAGES = 8
+
+
+def gpu_engine(
+    config: ExtractConfig, backbone: nn.Module, prep: Preprocessing, device: str
+) -> Engine:
+    """The network on a device, checked against the processor's float32 features.
+
+    Raises:
+        UserError: openvino or int8 was asked for.
+        FeatcacheError: The device's features are too far off.
+    """
+    if config.precision == "int8" or config.engine == "openvino":
+        raise UserError("openvino and int8 run on the CPU: add --device cpu")
+    pixels = sample_pixels(prep, CHECKED_IMAGES)
+    wanted = runner(backbone, prep)(pixels)
+    network = backbone.to(device).to(memory_format=torch.channels_last)
+    start = _starter(network, prep, device, half=config.precision == "amp")
+    run = _waiting(start)
+    error = relative_error(run(pixels), wanted)
+    limit = AMP_TOLERANCE if config.precision == "amp" else TOLERANCE
+    if not error <= limit:
+        way_out = "--precision float32" if config.precision == "amp" else "--device cpu"
+        raise FeatcacheError(
+            f"{config.precision} features on {device} are off by {error:.1e} of the largest, "
+            f"above {limit:.0e}: use {way_out}"
+        )
+    return Engine(
+        name="torch",
+        precision=config.precision,
+        device=device,
+        batch_size=config.batch_size or GPU_BATCH,
+        threads=1,
+        run=run,
+        timings={},
+        max_error=error,
+        start=start,
+    )
+
+
+def _waiting(start: Start) -> Run:
+    def run(pixels: UInt8) -> Float32:
+        return start(pixels)()[0]
+
+    return run
+
+
+def _starter(network: nn.Module, prep: Preprocessing, device: str, *, half: bool) -> Start:
+    """Make the function that begins a batch; only its result waits for the device."""
+    cuda = device == "cuda"
+
+    def start(pixels: UInt8) -> Callable[[], tuple[Float32, float]]:
+        host = torch.from_numpy(pixels)
+        host = host.pin_memory() if cuda else host
+        elapsed = _cuda_clock() if cuda else _clock()
+        autocast = torch.autocast(device, dtype=torch.float16, enabled=half)
+        with torch.inference_mode(), _full_float32(), autocast:
+            images = normalize(host.to(device, non_blocking=cuda), prep)
+            features = network(images).float().to("cpu", non_blocking=cuda)
+        seconds = elapsed()
+
+        def finish() -> tuple[Float32, float]:
+            busy = seconds()
+            array: Float32 = features.numpy()
+            return array, busy
+
+        return finish
+
+    return start
+
+
+def _clock() -> Callable[[], Callable[[], float]]:
+    """Time a stretch of calls that wait for the device themselves."""
+    begun = time.perf_counter()
+
+    def stop() -> Callable[[], float]:
+        seconds = time.perf_counter() - begun
+        return lambda: seconds
+
+    return stop
+
+
+def _cuda_clock() -> Callable[[], Callable[[], float]]:
+    """Time a stretch of the device's queue; the last call waits for its end."""
+    new_event: Callable[..., Any] = torch.cuda.Event
+    begun, ended = (new_event(enable_timing=True) for _ in range(2))
+    begun.record()
+
+    def stop() -> Callable[[], float]:
+        ended.record()
+
+        def wait() -> float:
+            ended.synchronize()
+            seconds: float = begun.elapsed_time(ended) / 1000
+            return seconds
+
+        return wait
+
+    return stop
+
+
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Forbid TensorFloat-32, which cuDNN uses by itself and which keeps three digits only."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
