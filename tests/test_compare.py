@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -102,7 +103,8 @@ def test_report_is_saved_and_says_what_it_should(done: tuple[CompareConfig, dict
     assert saved["points"] == report["points"]
     assert len(report["advice"]) == 3
     assert report["left_out"] == []
-    assert report["notes"][0].startswith("Sizes with one draw")
+    assert re.match(r"Extraction runs at \d+ images per second, measured", report["notes"][0])
+    assert report["notes"][1].startswith("Sizes with one draw")
     lines = summary_lines(report)
     assert lines[0].startswith("train images")
     assert lines[-1] == f"next: featcache report {config.output}"

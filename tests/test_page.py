@@ -24,8 +24,11 @@ from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainH
 from featcache.curve import curve_advice, curve_points, points_json
 from featcache.errors import UserError
 from featcache.page import summary_lines, write_report
+from featcache.page.build import build_page
 from featcache.page.command import command_line
-from featcache.page.markdown import plain
+from featcache.page.html import to_html
+from featcache.page.markdown import plain, to_markdown
+from featcache.page.read import read_runs
 from featcache.page.scores import confidently_wrong, confused_pairs
 from featcache.page.svg import linear_ticks, log_ticks
 from featcache.report import config_json
@@ -402,7 +405,21 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-JUNK = [None, -1, 1e308, float("nan"), float("inf"), "x" * 50, "", [], {}, [[]], True, 10**400]
+JUNK = [
+    "\ud800\0",
+    None,
+    -1,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "x" * 50,
+    "",
+    [],
+    {},
+    [[]],
+    True,
+    10**400,
+]
 
 
 @pytest.mark.parametrize("kind", ["head", "tune", "cell", "compare", "benchmark"])
@@ -432,7 +449,9 @@ def test_any_value_may_be_junk(tmp_path: Path, kind: str) -> None:
             file = tmp_path / "in" / "given.json"
             file.write_text(json.dumps(changed))
             try:
-                report(tmp_path, file)
+                page, _ = build_page(read_runs([file]), ReportConfig(runs=(file,)))
+                Outline(to_html(page))
+                to_markdown(page, "r.html")
             except UserError as error:
                 assert str(file) in str(error), (path, junk)  # noqa: PT017
 

@@ -185,7 +185,7 @@ def _report(
         "crossing": dataclasses.asdict(crossing(points)),
         "advice": curve_advice(points),
         "left_out": left_out,
-        "notes": _notes(config, points, left_out, spent),
+        "notes": _notes(bench, points, left_out, spent),
         "runs": [f"runs/{spec.name}.json" for spec, _ in done],
         "num_planned": len(plan),
         "spent_seconds": spent,
@@ -202,10 +202,11 @@ def _report(
 
 
 def _notes(
-    config: CompareConfig, points: list[Point], left_out: list[dict[str, Any]], spent: float
+    bench: Bench, points: list[Point], left_out: list[dict[str, Any]], spent: float
 ) -> list[str]:
     """What a reader has to know to judge the figures."""
-    notes = []
+    config, rate = bench.config, 1 / bench.extraction.seconds_per_image
+    notes = [f"Extraction runs at {rate:,.0f} images per second, {bench.extraction.how}."]
     draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
     if draws and min(draws) < 2:
         notes.append(

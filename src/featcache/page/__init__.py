@@ -30,8 +30,9 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     found = read_runs(config.runs)
     page, advice = build_page(found, config)
     markdown = config.output.with_suffix(".md")
-    write_atomically(config.output, to_html(page).encode())
-    write_atomically(markdown, to_markdown(page, config.output.name).encode())
+    # JSON and file names may hold halves of characters, which UTF-8 cannot.
+    write_atomically(config.output, to_html(page).encode(errors="replace"))
+    write_atomically(markdown, to_markdown(page, config.output.name).encode(errors="replace"))
     return {
         "command": "report",
         "html": str(config.output),
