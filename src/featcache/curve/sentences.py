@@ -76,13 +76,24 @@ def _switch(measured: Sequence[Point], found: Crossing) -> str:
         return f"Whether the curves cross, these figures do not say: {_by_cost(last)}."
     lead, other = NAMES[found.leader], NAMES[_other(found.leader)]
     if found.kind == "level":
-        return (
-            f"The curves do not cross within the data, but {lead} loses its lead: with "
-            f"{size_text(last)}, {_by_cost(last)}."
-        )
+        return f"{_lead_in_doubt(last, found.leader)}: {_by_cost(last)}."
     return (
         f"The curves do not cross within the data: {lead} stays ahead of {other} up to "
         f"{size_text(last)}, so {_pick_leader(last, found.leader)}."
+    )
+
+
+def _lead_in_doubt(last: Point, leader: Mode) -> str:
+    """The lead was beyond chance with fewer images, and is not with most."""
+    lead, gain = NAMES[leader], last.difference or 0.0
+    if (gain > 0) == (leader == "finetune") and gain:
+        return (
+            f"The curves do not cross within the data: {lead} is ahead with {size_text(last)} too, "
+            f"by {abs(gain) * 100:.1f} points, but that may be chance"
+        )
+    return (
+        f"The curves do not cross beyond chance within the data, but {lead} loses its lead with "
+        f"{size_text(last)}"
     )
 
 

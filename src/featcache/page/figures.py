@@ -56,12 +56,8 @@ def seconds_figure(modes: Sequence[Mode]) -> Figure | None:
 
 
 def tick_seconds(seconds: float) -> str:
-    """A tick of the axis: "0.5 s", "20 s", "5 min", "2 h"."""
-    if seconds < 120:
-        return f"{seconds:g} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h"
+    """A tick of the axis: "0.5 s", "20 s", "5,000 s"."""
+    return f"{seconds:,.10g} s"
 
 
 def curve_figure(points: Sequence[Point]) -> Figure:
