@@ -154,7 +154,8 @@ def test_an_interrupt_in_the_caller_leaves_no_thread(split: ImageSplit) -> None:
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 from featcache.config import DataConfig, Preprocessing
 from featcache.data import load_dataset, iterate_pixels
 data = load_dataset(DataConfig(dataset=sys.argv[1]))

@@ -33,7 +33,15 @@ ROWS = [
 ]
 HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"}
 # Modules that exist to be imported late: their callers import them inside functions.
-LATE = {"fuse.py", "gpu.py", "torch_cpu.py", "skeleton.py", "hdf5_view.py", "estimator.py", "graph.py"}
+LATE = {
+    "fuse.py",
+    "gpu.py",
+    "torch_cpu.py",
+    "skeleton.py",
+    "hdf5_view.py",
+    "estimator.py",
+    "graph.py",
+}
 
 
 def modules() -> list[Path]:
