@@ -154,8 +154,7 @@ def test_an_interrupt_in_the_caller_leaves_no_thread(split: ImageSplit) -> None:
 
 
 INTERRUPTED = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+import sys, time
 from featcache.config import DataConfig, Preprocessing
 from featcache.data import load_dataset, iterate_pixels
 data = load_dataset(DataConfig(dataset=sys.argv[1]))
