@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -227,3 +229,70 @@ def test_state_hash_sees_batchnorm_buffers() -> None:
     before = bb.state_sha256(network)
     network.train()(torch.from_numpy(np.ones((2, 3, 32, 32), np.float32)))
     assert bb.state_sha256(network) != before
+
+
+ARCHITECTURES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v3_small",
+    "regnet_x_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "swin_t",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_32",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_network_that_is_filled_from_a_file_is_the_one_that_was_saved(
+    name: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    saved = bb.build_network(name).eval()
+    file = tmp_path / "w.safetensors"
+    save_file(saved.state_dict(), file)
+    drawn = torch.random.get_rng_state()
+    loaded = bb.load_backbone(BackboneConfig(backbone=name, weights=str(file)), 0)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    saved.set_submodule(bb.head_of(saved)[0], torch.nn.Identity())
+    for part in ("named_parameters", "named_buffers"):
+        wanted, got = dict(getattr(saved, part)()), dict(getattr(loaded, part)())
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[k], wanted[k]) for k in wanted)
+
+
+def test_weights_without_counters_fill_a_network(tmp_path: Path) -> None:
+    state = bb.read_state(bb.BUNDLED_FILE)
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "w.safetensors")
+    config = BackboneConfig(weights=str(tmp_path / "w.safetensors"))
+    network = bb.load_backbone(config, 0)
+    assert int(network.bn1.num_batches_tracked) == 0
+    assert network.conv1.weight.dtype == torch.float32
+    model = bb.build_classifier(config, 3, 0)
+    assert all(p.requires_grad and p.isfinite().all() for p in model.parameters())
+
+
+def test_importing_torchvision_leaves_the_compiler_for_later() -> None:
+    code = (
+        "import sys; from featcache.runtime import import_torchvision as get;"
+        "models = get('models'); print('torch._dynamo' in sys.modules);"
+        "import torchvision; print(torchvision.ops.roi_align.__module__);"
+        "from torchvision.ops import roi_align; import torch;"
+        "box = torch.tensor([[0., 0., 0., 2., 2.]]);"
+        "print(tuple(roi_align(torch.ones(1, 1, 4, 4), box, 2).shape));"
+        "import torch._dynamo; print(torch._dynamo.is_compiling())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n")[0] == "False"
+    assert out.stdout.split("\n")[2:4] == ["(1, 1, 2, 2)", "False"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
 import sys
 import time
+import types
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import metadata
@@ -124,6 +126,33 @@ def pick_device(name: str) -> str:
     if not there[name]:
         raise UserError(f"--device {name}: this machine has none; use --device cpu or auto")
     return name
+
+
+def import_torchvision(part: str) -> Any:
+    """Import a part of torchvision (models, datasets) without torch's compiler.
+
+    One of its detectors asks the compiler for one function when it is imported, which takes as long
+    as importing torch itself; here that function finds the compiler when it is called.
+    """
+    compiler = "torch._dynamo"
+    if compiler not in sys.modules and "torchvision" not in sys.modules:
+        import torch  # noqa: F401  (the compiler is a part of it, so it has to be there first)
+
+        late = types.ModuleType(f"{compiler}.utils")
+        late.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+        package = types.ModuleType(compiler)
+        package.utils = late  # type: ignore[attr-defined]
+        sys.modules |= {compiler: package, late.__name__: late}
+        try:
+            importlib.import_module("torchvision")
+        finally:
+            del sys.modules[compiler], sys.modules[late.__name__]
+    return importlib.import_module(f"torchvision.{part}")
+
+
+def _is_compile_supported(device_type: str) -> bool:
+    utils = importlib.import_module("torch._dynamo.utils")
+    return bool(utils.is_compile_supported(device_type))
 
 
 def say(text: str) -> None:

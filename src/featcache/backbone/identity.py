@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbone.load import loaded_network
-from featcache.backbone.networks import feature_dim_of, head_of, state_sha256
-from featcache.backbone.weights import NAMED_WEIGHTS, given_file, own_preprocessing, weights_file
+from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
+from featcache.backbone.weights import (
+    NAMED_WEIGHTS,
+    download,
+    given_file,
+    own_preprocessing,
+    weights_file,
+)
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.memo import Memo, is_settled, stamp_of
 from featcache.runtime import version_of
@@ -50,8 +56,10 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
 
 def _identity(config: BackboneConfig, seed: int) -> tuple[str, dict[str, Any]]:
     """Compute what `identify` remembers: the weights file ("" for random) and its facts."""
-    model = loaded_network(config, seed)
+    if config.weights == "imagenet":
+        download(config.backbone)
     file = weights_file(config)
+    model = build_network(config.backbone, drawn=False) if file else loaded_network(config, seed)
     return str(file or ""), {
         "weights_sha256": file_sha256(file) if file else state_sha256(model),
         "feature_dim": feature_dim_of(head_of(model)[1]),

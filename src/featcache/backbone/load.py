@@ -62,16 +62,16 @@ def build_classifier(config: BackboneConfig, num_classes: int, seed: int) -> nn.
 
 
 def loaded_network(config: BackboneConfig, seed: int) -> nn.Module:
-    """A network with its original head, weights loaded wherever they exist but for the head."""
+    """A network with all weights but those of its head, which is for the caller to replace."""
     import torch
 
-    if config.weights not in ("imagenet", "random"):
-        given_file(config)  # complain of a missing file before building anything
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_network(config.backbone)
     if config.weights == "random":
-        return model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return build_network(config.backbone)
+    if config.weights != "imagenet":
+        given_file(config)  # complain of a missing file before building anything
+    model = build_network(config.backbone, drawn=False)
     if config.weights == "imagenet":
         state, source = download(config.backbone), "torchvision's weights"
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import TYPE_CHECKING, Any, cast
 
 from featcache.errors import UserError, one_of
+from featcache.runtime import import_torchvision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,19 +15,22 @@ if TYPE_CHECKING:
 
 def classifiers() -> list[str]:
     """Names of torchvision's classification networks."""
-    from torchvision import models
-
+    models = import_torchvision("models")
     return [name for name in models.list_models(module=models) if not name.startswith("quantized")]
 
 
-def build_network(name: str) -> nn.Module:
+def build_network(name: str, *, drawn: bool = True) -> nn.Module:
     """Build a torchvision classification network with its ImageNet head, weights not loaded.
+
+    Args:
+        name: Torchvision's name of it.
+        drawn: Whether its weights are drawn at random; else they are whatever was in memory, which
+            is quicker where weights from a file replace them.
 
     Raises:
         UserError: torchvision has no such network.
     """
-    from torchvision import models
-
+    models = import_torchvision("models")
     if name not in classifiers():
         raise UserError(one_of(name, classifiers(), "backbone"))
     options: dict[str, Any] = {}
@@ -33,8 +38,25 @@ def build_network(name: str) -> nn.Module:
         # The auxiliary heads only serve training from scratch; the input transform belongs to
         # the published weights, which expect 0.5/0.5 normalisation inside ImageNet's.
         options = {"aux_logits": False, "init_weights": False, "transform_input": True}
-    network: nn.Module = models.get_model(name, weights=None, **options)
+    with contextlib.nullcontext() if drawn else _undrawn():
+        network: nn.Module = models.get_model(name, weights=None, **options)
     return network
+
+
+def _undrawn() -> contextlib.AbstractContextManager[Any]:
+    """Leave new weights as they are instead of filling them with random numbers."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    drawing = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
+
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return args[0] if func in drawing else func(*args, **(kwargs or {}))
+
+    return Undrawn()
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module]:

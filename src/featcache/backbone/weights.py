@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbone.networks import classifiers, head_of
 from featcache.config import BackboneConfig, Preprocessing
 from featcache.errors import UserError, one_of
+from featcache.runtime import import_torchvision
 
 if TYPE_CHECKING:
     import torch
@@ -77,8 +78,7 @@ def _near_weights(given: str) -> str:
 
 def imagenet_weights(backbone: str) -> Any:
     """Default ImageNet weights of a classification network."""
-    from torchvision import models
-
+    models = import_torchvision("models")
     if backbone not in classifiers():
         raise UserError(one_of(backbone, classifiers(), "backbone"))
     return models.get_model_weights(backbone).DEFAULT

@@ -21,6 +21,7 @@ from featcache.data.sampling import split_off_test
 from featcache.data.sources import ArraySource, FileSource, Source
 from featcache.errors import UserError
 from featcache.memo import Memo
+from featcache.runtime import import_torchvision
 
 DEFAULT_TEST_FRACTION = 0.2
 Int64 = NDArray[np.int64]
@@ -106,8 +107,7 @@ def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
 
 def _open(config: DataConfig, name: str, spec: TorchvisionSet, arguments: dict[str, Any]) -> Any:
     """Construct torchvision's dataset: from disk if it is there, else by download."""
-    from torchvision import datasets
-
+    datasets = import_torchvision("datasets")
     factory = getattr(datasets, spec.factory)
     every = {"root": str(config.data_root), **spec.extra, **arguments}
     with contextlib.ExitStack() as stack:
