@@ -12,6 +12,7 @@ L-BFGS needs hundreds. Precision of the result does not rest on it, only speed d
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass
 
@@ -164,6 +165,28 @@ def minimise(
     """
     point = start_point(loss) if start is None else start
     before = loss.num_evaluations
+    end = _descend(loss, lam, spectrum, (point, pairs), tolerance, max_iterations)
+    if not end.converged and not loss.exact:
+        # Where the loss is nearly zero float32 cannot tell how near: go on in float64. The last
+        # pairs are rounding.
+        loss.exact = True
+        left = max_iterations - (loss.num_evaluations - before)
+        begin = (end.point, end.pairs[:-MAX_STALLED])
+        end = _descend(loss, lam, spectrum, begin, tolerance, left)
+        loss.exact = False
+    return dataclasses.replace(end, num_passes=loss.num_evaluations - before)
+
+
+def _descend(
+    loss: SoftmaxLoss,
+    lam: float,
+    spectrum: Spectrum,
+    begin: tuple[Doubles, tuple[Pair, ...]],
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
+    """Walk down from a point with some pairs until the gap is small or no step gains."""
+    point, pairs = begin
     curvature = np.empty((loss.num_classes, loss.num_classes))
     value, gradient = _penalised(loss, lam, point, curvature)
     precondition = _Preconditioner(spectrum, lam, curvature)
@@ -190,7 +213,7 @@ def minimise(
         point=best.point,
         objective=best.value,
         gap=best.decrement / 2,
-        num_passes=loss.num_evaluations - before,
+        num_passes=0,
         converged=best.decrement / 2 <= max(tolerance, TOLERANCE) * abs(best.value),
         pairs=memory.pairs(),
     )

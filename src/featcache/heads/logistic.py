@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.heads.lbfgs import TOLERANCE, Solution, Spectrum, minimise, second_moment_spectrum
-from featcache.heads.linear import Floats
+from featcache.heads.linear import Floats, row_blocks
+from featcache.heads.moments import ScaleSums
 from featcache.heads.rows import Doubles, Ints, Rows
 from featcache.heads.softmax_loss import SoftmaxLoss, loss_in_memory
 
 # Up to so many values, float64 costs little and reaches the optimum to its last digits.
-SMALL = 4_000_000
+SMALL = 500_000
+# Rows at a time that stay in the processor's cache.
+MOMENT_ROWS = 1024
 # Weight zero and this bias: a class without train rows is never predicted.
 ABSENT_BIAS = -1e4
 
@@ -61,18 +64,10 @@ def moments(X: Floats, share: Doubles) -> tuple[Doubles, Doubles]:
     Returns:
         Mean [D] and deviation [D], float64.
     """
-    light = share.astype(np.float32) if X.dtype == np.float32 else share
-    first = X[0].astype(np.float64)
-    # Shifted by the first row, so that a large common offset does not cancel digits away.
-    shifted = X - X[0]
-    offset = (light @ shifted).astype(np.float64)
-    square = (light @ np.square(shifted, out=shifted)).astype(np.float64)
-    deviation = np.sqrt((square - offset**2).clip(min=0.0))
-    rounding = 1e-6 if X.dtype == np.float32 else 1e-12
-    size = np.abs(first) + np.sqrt(square)
-    deviation[deviation <= rounding * size] = 1.0
-    deviation[deviation == 0] = 1.0
-    return first + offset, deviation
+    sums = ScaleSums.empty(X[0].astype(np.float64))
+    for rows, block in row_blocks(X, MOMENT_ROWS):
+        sums.add(block, share[rows])
+    return sums.mean(), sums.deviation()
 
 
 class LogisticProblem:
@@ -98,11 +93,8 @@ class LogisticProblem:
         self.present = present
         self.y = np.searchsorted(present, labels)
         self.share = weights / self.total
-        small = features.size <= SMALL
-        X: Floats = features.astype(np.float64 if small else np.float32)
-        self.mean, self.deviation = moments(X, self.share) if scale is None else scale
-        np.subtract(X, self.mean.astype(X.dtype), out=X)
-        self._centred = X
+        self.mean, self.deviation = moments(features, self.share) if scale is None else scale
+        self._centred = _centred(features, self.mean)
         self._scaled: Floats | None = None
         self._spectra: dict[bool, Spectrum] = {}
 
@@ -203,3 +195,13 @@ class StrengthPath:
         # Not further than the two are apart: a line is no guide to far away.
         ahead = float(np.clip((place - last) / (last - first), -1.0, 1.0))
         return np.asarray(end.point + ahead * (end.point - begin.point))
+
+
+def _centred(features: Floats, mean: Doubles) -> Floats:
+    """Features [N, D] without their mean; in float64 when they are few, else in float32."""
+    dtype = np.float64 if features.size <= SMALL else np.float32
+    X = np.empty(features.shape, dtype)
+    shift = mean.astype(dtype)
+    for rows, block in row_blocks(features, MOMENT_ROWS):
+        np.subtract(block, shift, out=X[rows])
+    return X

@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 Block = tuple[Floats, Ints, Floats]
 
 # A block of rows stays in the processor's cache between its two matrix products.
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,8 @@ class SoftmaxLoss:
         num_classes: Number C of classes.
         class_share: Total weight of every class, [C].
         num_evaluations: How often the rows were passed over so far.
+        exact: Whether arithmetic is done in float64 even where features are float32: slower, and
+            needed only to tell apart losses that are nearly zero.
     """
 
     blocks: Callable[[], Iterator[Block]]
@@ -43,6 +45,7 @@ class SoftmaxLoss:
     num_classes: int
     class_share: Doubles
     num_evaluations: int = 0
+    exact: bool = False
 
     def evaluate(self, weight: Doubles, bias: Doubles, curvature: Doubles | None = None) -> Any:
         """Loss and gradient at one point.
@@ -59,7 +62,8 @@ class SoftmaxLoss:
         gradient = np.zeros((self.feature_dim + 1, self.num_classes))
         outer = np.zeros((self.num_classes, self.num_classes))
         loss = 0.0
-        for X, y, share in self.blocks():
+        for features, y, share in self.blocks():
+            X = features.astype(np.float64) if self.exact else features
             p, block_loss = _probabilities(X, y, share, weight, bias)
             loss += block_loss
             if curvature is not None:
@@ -111,4 +115,5 @@ def loss_in_memory(X: Floats, y: Ints, share: Doubles, num_classes: int) -> Soft
         feature_dim=X.shape[1],
         num_classes=num_classes,
         class_share=totals.astype(np.float64),
+        exact=X.dtype == np.float64,
     )
