@@ -190,6 +190,7 @@ def test_stale_caches_are_refused_then_updated(
     report = ex.extract(settings(copy, tmp_path, update=True))
     assert sum(mean_colour) == {"changed": 1, "added": 1, "removed": 0, "relabelled": 0}[what]
     assert report["cache"] == path
+    assert "of rows kept" in ex.summary_lines(report)[0]
     fresh = ex.extract(settings(copy, tmp_path / "fresh"))
     assert Path(path).read_bytes() == Path(fresh["cache"]).read_bytes()
     assert ex.extract(settings(copy, tmp_path))["hit"]

@@ -156,7 +156,8 @@ def _is_compile_supported(device_type: str) -> bool:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr."""
+    """One line for people, on stderr; file names that are not UTF-8 are escaped."""
+    text = text.encode(errors="backslashreplace").decode()
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 

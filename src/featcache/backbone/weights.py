@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -135,7 +137,9 @@ def download(backbone: str) -> State:
     """Fetch torchvision's weights, hash-checked, or take them from torch.hub's folder."""
     weights = imagenet_weights(backbone)
     try:
-        state: State = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        # torch.hub announces downloads on stdout, which belongs to the JSON; its bar is on stderr.
+        with contextlib.redirect_stdout(io.StringIO()):
+            state: State = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, HTTPException, RuntimeError, ValueError, EOFError) as error:
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise UserError(

@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         StorageError: The file cannot be written.
     """
     start = time.perf_counter()
-    path = config.output or config.model.with_suffix(".onnx")
+    path = config.output or config.model.parent / f"{config.model.stem}.onnx"
     if path.suffix == ".onnx":
         require_onnx()
     trained = load_trained(config.model, weights=config.weights, seed=config.seed)

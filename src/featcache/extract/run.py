@@ -238,6 +238,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     else:
         computed = sum(s["num_samples"] - s["num_resumed"] for s in report["splits"].values())
         seconds = sum(s["seconds"] for s in report["splits"].values())
-        rate = f"{computed / seconds:.0f} images/s" if seconds else "no image computed"
-        lines = [f"cached {counts} images, {made_by}: {rate}, {report['seconds_total']:.1f} s"]
+        rate = f"{computed / seconds:.0f} images/s" if computed else "no image computed"
+        kept = sum(s["num_resumed"] for s in report["splits"].values())
+        share = f", {kept / (kept + computed):.1%} of rows kept" if kept else ""
+        total = f"{report['seconds_total']:.1f} s{share}"
+        lines = [f"cached {counts} images, {made_by}: {rate}, {total}"]
     return [*lines, f"cache: {report['cache']}", f"next: train-head {shlex.quote(report['cache'])}"]

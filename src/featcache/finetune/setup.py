@@ -69,6 +69,8 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     plan = make_plan(config)
     if config.init_head is not None and not config.init_head.is_file():
         raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+    if config.output is not None and config.output.suffix != ".safetensors":
+        raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
     info = identify(config, config.seed, config.cache_dir)
     dataset = load_dataset(config) if dataset is None else dataset
     machine = choose_machine(config)
