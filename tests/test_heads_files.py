@@ -185,3 +185,37 @@ def test_missing_file_says_what_writes_one(tmp_path):
         load_head(tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="is not a file"):
         load_head(tmp_path)
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """Flip, cut, double or overwrite some of a file."""
+    bad = bytearray(data)
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(0, len(bad) or 1))
+        kind = rng.integers(0, 4)
+        if kind == 0 and bad:
+            bad[at % len(bad)] ^= 1 << int(rng.integers(0, 8))
+        elif kind == 1:
+            del bad[at : at + int(rng.integers(1, 64))]
+        elif kind == 2:
+            bad[at:at] = bad[at : at + int(rng.integers(1, 64))]
+        else:
+            bad[at : at + 8] = rng.bytes(8)
+    return bytes(bad)
+
+
+@pytest.mark.parametrize("num_cases", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_mutated_heads_are_refused_or_usable(tmp_path, num_cases):
+    path = tmp_path / "h.safetensors"
+    path.write_bytes(saved_linear())
+    sound, rng, refused = path.read_bytes(), np.random.default_rng(num_cases), 0
+    for _ in range(num_cases):
+        path.write_bytes(mutated(sound, rng))
+        try:
+            head = load_head(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        assert np.isfinite(head.predict_proba(np.zeros((2, 8), np.float32))).all()
+    assert refused > num_cases // 4
