@@ -71,7 +71,8 @@ def loaded_network(config: BackboneConfig, seed: int) -> nn.Module:
             return build_network(config.backbone)
     if config.weights != "imagenet":
         given_file(config)  # complain of a missing file before building anything
-    model = build_network(config.backbone, drawn=False)
+    with torch.random.fork_rng(devices=[]):
+        model = build_network(config.backbone, drawn=False)
     if config.weights == "imagenet":
         state, source = download(config.backbone), "torchvision's weights"
     else:
