@@ -189,6 +189,8 @@ def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.Mon
     network = load_backbone(BUNDLED, 0)
     with pytest.raises(UserError, match=r'--engine openvino.*pip install "featcache\[fast\]"'):
         en.choose_engine(settings(engine="openvino"), network, PREP, "cpu", 10)
+    with pytest.raises(UserError, match=r"begun with openvino .*pip install.* or give --force"):
+        en.choose_engine(settings(), network, PREP, "cpu", 10, None, "openvino-2026.4")
     with pytest.raises(UserError, match=r"--precision int8 needs openvino and nncf"):
         en.choose_engine(settings(precision="int8"), network, PREP, "cpu", 10)
 

@@ -126,7 +126,9 @@ def choose_engine(
         return _int8_engine(job, train)
     asked = begun.split("-")[0] if config.engine == "auto" and begun else config.engine
     if asked == "openvino":
-        vino.need("--engine openvino", "openvino")
+        if config.engine == "openvino":
+            vino.need("--engine openvino", "openvino", otherwise="leave --engine out")
+        vino.need("the cache was begun with openvino and", "openvino", otherwise="give --force")
         return _fastest(job, [_vino_form(job)[0]])
     fused = fused_run(backbone, prep, pixels, job.wanted)
     run, error = (plain, None) if fused is None else fused
@@ -235,7 +237,7 @@ def _int8_engine(job: Job, train: ImageSplit | None) -> Engine:
     Raises:
         UserError: Not installed, too few train images, or too far from float32.
     """
-    vino.need("--precision int8", "openvino", "nncf")
+    vino.need("--precision int8", "openvino", "nncf", otherwise="leave --precision out")
     if train is None:
         raise UserError("--precision int8 calibrates on train images, and there is no train split")
     calibration, others = int8.pick_pixels(train, job.prep, job.threads)

@@ -26,18 +26,15 @@ def is_installed(*packages: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
-def need(flag: str, *packages: str) -> None:
-    """Check that what a flag asks for is installed.
+def need(what: str, *packages: str, otherwise: str) -> None:
+    """Check that packages are installed; `what` needs them, and `otherwise` is the other way out.
 
     Raises:
         UserError: It is not.
     """
     missing = [name for name in packages if not is_installed(name)]
     if missing:
-        option = flag.partition(" ")[0]
-        raise UserError(
-            f"{flag} needs {' and '.join(missing)}: type {INSTALL}, or leave {option} out"
-        )
+        raise UserError(f"{what} needs {' and '.join(missing)}: type {INSTALL}, or {otherwise}")
 
 
 def openvino() -> Any:
