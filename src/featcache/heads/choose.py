@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Prepared, Settings, Solver
+from featcache.heads.solver import NotConverged, Prepared, Settings, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,9 @@ def walk(
 
     Returns:
         The candidates tried.
+
+    Raises:
+        NotConverged: Not even the first candidate did.
     """
     features = held.plain  # one array, by which solvers know that the question is the same
     tried: list[Settings] = []
@@ -190,7 +193,13 @@ def walk(
         prepared = prepare(candidates)
         best, worse = -1.0, 0
         for settings in candidates:
-            tally.add(len(tried), held, prepared.predict(settings, features))
+            try:
+                predicted = prepared.predict(settings, features)
+            except NotConverged:
+                if not tried:
+                    raise
+                break  # the series goes on to ever weaker regularisation, which is harder
+            tally.add(len(tried), held, predicted)
             score = tally.scores(len(tried))["score"]
             tried.append(settings)
             worse = worse + 1 if score < best else 0

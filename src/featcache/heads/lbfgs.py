@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from featcache.heads.softmax_loss import Doubles, Floats, SoftmaxLoss
 
 MEMORY = 30
-MAX_ITERATIONS = 1000
+MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.

@@ -8,12 +8,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from featcache.errors import UserError
 from featcache.heads.lbfgs import TOLERANCE
 from featcache.heads.linear import Floats, LinearHead
 from featcache.heads.logistic import Fit, LogisticProblem, StrengthPath
 from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Fitted, Settings
+from featcache.heads.solver import Fitted, NotConverged, Settings
 
 # scikit-learn's C, half a decade apart. Few rows of few clean features want the weak end, many
 # correlated features the strong one.
@@ -82,7 +81,7 @@ class PreparedLogistic:
         """Fit to convergence.
 
         Raises:
-            UserError: It did not converge.
+            NotConverged: With what to try.
         """
         fit = self._fit(settings, TOLERANCE)
         return Fitted(
@@ -119,10 +118,10 @@ def check_converged(fit: Fit, strength: float) -> None:
     """Refuse a fit that is not one.
 
     Raises:
-        UserError: It did not converge.
+        NotConverged: With what to try.
     """
     if not fit.converged:
-        raise UserError(
+        raise NotConverged(
             f"logistic with strength {strength:g} did not converge in {fit.num_passes} passes: "
             "give a smaller --strength, or --standardize on"
         )

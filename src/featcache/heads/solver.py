@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from featcache.errors import UserError
 from featcache.heads.files import Head
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Ints, Rows
+
+
+class NotConverged(UserError):  # noqa: N818 - said to the user as it is
+    """A solver did not reach its tolerance."""
+
 
 # What a candidate is fitted with, for example {"strength": 0.01, "standardize": True}.
 Settings = dict[str, Any]
@@ -41,6 +47,9 @@ class Prepared(Protocol):
         """What a head with these settings says of features [M, D]: class indices [M].
 
         May be less precise than `fit`, by less than matters for choosing.
+
+        Raises:
+            NotConverged: The solver did not get there; weaker settings would not either.
         """
 
 

@@ -148,7 +148,7 @@ def fit_logistic_streamed(
     """Fit all rows to convergence, a pass over the file per evaluation.
 
     Raises:
-        UserError: It did not converge.
+        NotConverged: With what to try.
     """
     strength, scaled = float(settings["strength"]), bool(settings["standardize"])
     whole = first.whole_scale()
