@@ -1,0 +1,395 @@
+"""How close extraction comes to what the machine can do.
+
+    python scripts/bench_extract.py                     # the roofline, about two minutes
+    python scripts/bench_extract.py --engine openvino --precision int8
+    python scripts/bench_extract.py --notebook FOLDER   # the course notebook's job, both ways
+    python scripts/bench_extract.py --memory            # peak memory of 2,500 and 25,000 images
+
+The roofline measures, in turns so that a neighbour on the machine disturbs all alike: float32
+matrix products on every core, which bound a direct convolution; the bare network as a notebook
+runs it; the bare network in each form that extraction can run; and extract-features end to end
+from pictures in memory and from JPEG photographs that the script makes. The best round counts for
+each row. "Per CPU second" divides by processor time instead of wall time and multiplies by the
+cores: on a busy machine it still says what a quiet one would do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from featcache import cli
+from featcache.config import ExtractConfig, OutputConfig
+from featcache.errors import UserError
+from featcache.runtime import environment, num_cores, say, version_of, write_json
+
+MATRIX_SIDE = 2048
+NOTEBOOK_BATCH = 32
+PHOTO_PX = (1024, 768)
+STAGES = ("read", "decode", "resize", "network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(OutputConfig):
+    """Measure extraction against the machine's bound, the notebook's loop, or its memory."""
+
+    weights: str = "bundled"
+    """As in extract-features: what the numbers are does not change the speed."""
+    image_px: int = 224
+    """Side of the network's input."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What extracts end to end; the bare network is measured in every form there is."""
+    precision: Literal["float32", "int8"] = "float32"
+    """Likewise."""
+    num_images: int = 400
+    """Images of each end-to-end run."""
+    rounds: int = 5
+    """How often everything is measured."""
+    notebook: Path | None = None
+    """Compare with the notebook's own loop on this folder (train/ and test/) instead."""
+    views: Literal["none", "flip"] = "flip"
+    """Of --notebook: flip caches mirrored views too, as the notebook's loop mirrors at random."""
+    memory: bool = False
+    """Compare the peak memory of 2,500 and 25,000 images instead."""
+    folder: Path = Path("cache/bench-extract")
+    """Where pictures, caches and the JSON report go."""
+    docs: Path | None = None
+    """Put the figures into this Markdown file, between its markers for them."""
+
+    def extract_config(self, dataset: str, **changes: Any) -> ExtractConfig:
+        """Settings of one end-to-end run."""
+        options = {
+            "weights": self.weights,
+            "image_px": self.image_px,
+            "engine": self.engine,
+            "precision": self.precision,
+            "cache_dir": self.folder / "cache",
+            "force": True,
+        }
+        return ExtractConfig(dataset=dataset, **{**options, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Images (or floating-point operations) per second, by the wall and by the processor."""
+
+    per_s: float
+    per_cpu_s: float
+    detail: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Measure = Callable[[], Reading]
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Run the mode that was asked for; returns its JSON report."""
+    if config.notebook is not None:
+        from bench_notebook import compare_with_notebook
+
+        report = compare_with_notebook(config, config.notebook)
+    elif config.memory:
+        from bench_memory import compare_memory
+
+        report = compare_memory(config)
+    else:
+        report = roofline(config)
+    report |= {"settings": _settings(config), "environment": environment()}
+    write_json(config.folder / f"{report['command']}.json", report)
+    if config.docs is not None:
+        fill(config.docs, _block_name(config, report), summary_lines(report), report)
+    return report
+
+
+def _block_name(config: BenchConfig, report: dict[str, Any]) -> str:
+    """Which pair of markers a run's figures go between."""
+    parts = [report["command"], config.engine, config.precision]
+    return "-".join([*parts, config.views] if config.notebook else parts)
+
+
+def fill(path: Path, name: str, lines: list[str], report: dict[str, Any]) -> None:
+    """Replace what stands between a file's markers `<!-- NAME -->` and `<!-- end NAME -->`."""
+    text, (begin, end) = path.read_text(), (f"<!-- {name} -->", f"<!-- end {name} -->")
+    if begin not in text or end not in text:
+        raise UserError(f"--docs {path} has no markers {begin} and {end}: add them")
+    head, rest = text.split(begin, 1)
+    machine = f"{report['environment']['processor']}, {report['environment']['num_cores']} cores"
+    versions = ", ".join(f"{n} {version_of(n)}" for n in ("torch", "openvino", "nncf"))
+    block = ["```text", *lines, "", f"{machine}; {versions}", "```"]
+    path.write_text("\n".join([head + begin, *block, end]) + rest.split(end, 1)[1])
+
+
+def _settings(config: BenchConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config).items()
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values}
+
+
+def roofline(config: BenchConfig) -> dict[str, Any]:
+    """Measure every row in turns."""
+    photographs = make_photographs(config.folder / "photographs", config.num_images)
+    flops, rows = measures(config, photographs)
+    readings: dict[str, list[Reading]] = {name: [] for name in rows}
+    for name, measure in rows.items():
+        say(f"warming up: {name}")
+        measure()
+    for number in range(config.rounds):
+        for name, measure in rows.items():
+            readings[name].append(measure())
+            say(f"round {number + 1}: {name}: {readings[name][-1].per_s:.1f}/s")
+    bound = max(r.per_s for r in readings["matrix product"])
+    bound_cpu = max(r.per_cpu_s for r in readings["matrix product"])
+    table = [
+        _row(name, found, (bound, bound_cpu), flops if name != "matrix product" else 1.0)
+        for name, found in readings.items()
+    ]
+    return {
+        "command": "bench-extract",
+        "flops_per_image": flops,
+        "bound_gflops": bound / 1e9,
+        "bound_images_per_s": bound / flops,
+        "rows": table,
+    }
+
+
+def _row(
+    name: str, found: list[Reading], bounds: tuple[float, float], flops: float
+) -> dict[str, Any]:
+    best = max(found, key=lambda reading: reading.per_s)
+    best_cpu = max(reading.per_cpu_s for reading in found)
+    images = name != "matrix product"
+    return {
+        "name": name,
+        "images_per_s": best.per_s if images else None,
+        "images_per_s_rounds": [reading.per_s for reading in found] if images else None,
+        "gflops": best.per_s * flops / 1e9,
+        "share_of_bound": best.per_s * flops / bounds[0],
+        "images_per_cpu_s": best_cpu if images else None,
+        "share_of_bound_per_cpu_s": best_cpu * flops / bounds[1],
+        **best.detail,
+    }
+
+
+def measures(config: BenchConfig, photographs: Path) -> tuple[float, dict[str, Measure]]:
+    """What is measured, by name, and the floating-point operations of one image."""
+    from featcache.backbone import load_backbone
+    from featcache.data import load_dataset
+
+    settings = config.extract_config(str(photographs))
+    backbone = load_backbone(settings, settings.seed)
+    flops = flops_of(backbone, config.image_px)
+    rows: dict[str, Measure] = {
+        "matrix product": matrix_product,
+        "bare network, notebook": notebook_network(settings),
+    }
+    train = load_dataset(settings).splits["train"]
+    rows |= engine_forms(config, train)
+    digits = min(config.num_images, 1400)
+    for name, dataset, options in (
+        ("extract-features, memory", "digits", {"num_train": digits, "num_test": 10}),
+        ("extract-features, JPEG", str(photographs), {}),
+    ):
+        rows[name] = end_to_end(config.extract_config(dataset, **options))
+    return flops, rows
+
+
+def flops_of(backbone: Any, image_px: int) -> float:
+    """Multiplications and additions of one image's convolutions and matrix products."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(1, 3, image_px, image_px))
+    return float(counter.get_total_flops())
+
+
+def timed(work: Callable[[], float]) -> Reading:
+    """Time work that returns how much it did."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    done = work()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Reading(per_s=done / wall, per_cpu_s=done / cpu * num_cores())
+
+
+def on_every_core(call: Callable[[], float], seconds: float = 1.0) -> Reading:
+    """Call from one thread per core for a second; what the calls return is added up."""
+
+    def work() -> float:
+        done, end = 0.0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            done += call()
+        return done
+
+    def everywhere() -> float:
+        with ThreadPoolExecutor(num_cores()) as pool:
+            return sum(pool.map(lambda _: work(), range(num_cores())))
+
+    return timed(everywhere)
+
+
+def matrix_product() -> Reading:
+    """Floating-point operations per second of float32 matrix products, one on each core."""
+    import torch
+
+    torch.set_num_threads(1)
+    side = MATRIX_SIDE
+    a, b = torch.ones(side, side), torch.ones(side, side)
+
+    def call() -> float:
+        torch.mm(a, b)
+        return 2.0 * side**3
+
+    return on_every_core(call)
+
+
+def notebook_network(settings: ExtractConfig) -> Measure:
+    """The network as a notebook runs it: as it was built, batch 32, every core on one batch."""
+    import torch
+
+    from featcache.backbone import load_backbone
+
+    network = load_backbone(settings, settings.seed)
+    assert settings.image_px is not None
+    images = torch.rand(NOTEBOOK_BATCH, 3, settings.image_px, settings.image_px)
+
+    def batches() -> float:
+        done, end = 0.0, time.perf_counter() + 1.0
+        with torch.no_grad():
+            while time.perf_counter() < end:
+                network(images)
+                done += NOTEBOOK_BATCH
+        return done
+
+    def measure() -> Reading:
+        torch.set_num_threads(num_cores())
+        reading = timed(batches)
+        torch.set_num_threads(1)
+        return reading
+
+    return measure
+
+
+def engine_forms(config: BenchConfig, train: Any) -> dict[str, Measure]:
+    """The bare network in each form that extraction can run here."""
+    from featcache.engine.vino import is_installed
+
+    forms = {"bare network, torch": ("torch", "float32")}
+    if is_installed("openvino"):
+        forms["bare network, openvino"] = ("openvino", "float32")
+    if is_installed("openvino", "nncf"):
+        forms["bare network, int8"] = ("openvino", "int8")
+    return {name: bare(config, train, *form) for name, form in forms.items()}
+
+
+def bare(config: BenchConfig, train: Any, engine: Any, precision: Any) -> Measure:
+    """A form of the network alone, from pixels in memory, called as extraction calls it."""
+    from featcache.backbone import load_backbone, own_preprocessing
+    from featcache.engine import choose_engine, sample_pixels
+
+    settings = config.extract_config("digits", engine=engine, precision=precision)
+    prep = settings.preprocessing(own_preprocessing(settings))
+    backbone = load_backbone(settings, settings.seed)
+    chosen = choose_engine(settings, backbone, prep, "cpu", config.num_images, train)
+    pixels = sample_pixels(prep, chosen.batch_size)
+    detail = {"engine": chosen.describe()}
+
+    def call() -> float:
+        chosen.run(pixels)
+        return float(len(pixels))
+
+    return lambda: dataclasses.replace(on_every_core(call), detail=detail)
+
+
+def end_to_end(settings: ExtractConfig) -> Measure:
+    """extract-features as a whole; its rate is without start-up, which is told beside it."""
+    from featcache.extract import extract
+
+    def measure() -> Reading:
+        cpu = time.process_time()
+        report = extract(settings)
+        cpu = time.process_time() - cpu
+        seconds = sum(split["seconds"] for split in report["splits"].values())
+        images = sum(split["num_samples"] for split in report["splits"].values())
+        return Reading(
+            per_s=images / seconds,
+            per_cpu_s=images / cpu * num_cores(),  # start-up is in there, and too little told
+            detail=_where_it_went(report, seconds, images),
+        )
+
+    return measure
+
+
+def _where_it_went(report: dict[str, Any], seconds: float, images: int) -> dict[str, Any]:
+    """Shares of the threads' time by stage, and of the main thread's by write and waiting."""
+    stages, threads = report["stage_seconds"], report["engine"]["threads"]
+    shares = {name: stages.get(name, 0.0) / (threads * seconds) for name in STAGES}
+    return {
+        "engine": report["engine"],
+        "num_images": images,
+        "thread_shares": {**shares, "idle": 1 - sum(shares.values())},
+        "main_thread_shares": {n: stages.get(n, 0.0) / seconds for n in ("write", "wait")},
+        "milliseconds_per_image": {n: 1000 * stages.get(n, 0.0) / images for n in STAGES},
+        "start_up_s": stages.get("start_up", 0.0),
+        "finish_s": stages.get("finish", 0.0),
+    }
+
+
+def make_photographs(root: Path, num: int) -> Path:
+    """Write `num` JPEG files of photographic size and detail, unless they are there already."""
+    for split, count in (("train", num), ("test", 2)):
+        for i in range(count):
+            path = root / split / f"class{i % 2}" / f"{i:04d}.jpg"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                photograph(i if split == "train" else -i - 1).save(path, "JPEG", quality=88)
+    return root
+
+
+def photograph(seed: int) -> Any:
+    """A picture with detail at every scale, so that its file is as large as a photograph's."""
+    from PIL import Image
+
+    rng = np.random.default_rng(abs(seed) * 2 + (seed < 0))
+    width, height = PHOTO_PX
+    total = np.zeros((height, width, 3), np.float32)
+    for step, strength in ((256, 1.5), (64, 1.0), (16, 0.6), (4, 0.4), (1, 0.12)):
+        field = rng.normal(128, 40, (height // step, width // step, 3))
+        coarse = Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
+        fine = coarse.resize(PHOTO_PX, Image.Resampling.BICUBIC)
+        total += (np.asarray(fine, np.float32) - 128) * strength
+    return Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8))
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    if report["command"] != "bench-extract":
+        return list(report["summary"])
+    lines = [f"{'':28}images/s  GFLOP/s  of bound  images per CPU second × cores"]
+    for row in report["rows"]:
+        bare_rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
+        cpu_rate = "" if row["images_per_cpu_s"] is None else f"{row['images_per_cpu_s']:.1f}"
+        lines.append(
+            f"{row['name']:28}{bare_rate:>8}{row['gflops']:>9.0f}{row['share_of_bound']:>10.2f}"
+            f"{cpu_rate:>10} ({row['share_of_bound_per_cpu_s']:.2f})"
+        )
+    for row in report["rows"]:
+        if "thread_shares" in row:
+            shares = {**row["thread_shares"], **row["main_thread_shares"]}
+            told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            lines.append(f"{row['name']}: {told}; start-up {row['start_up_s']:.1f} s")
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    return cli.run("bench-extract", BenchConfig, bench, argv, summary_lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
