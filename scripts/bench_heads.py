@@ -1,0 +1,278 @@
+"""How fast heads are fitted, how good they are, and what they need when memory is short.
+
+    python scripts/bench_heads.py              # speed against scikit-learn, some minutes
+    python scripts/bench_heads.py --table      # accuracy against plain LogisticRegression
+    python scripts/bench_heads.py --views-of FOLDER   # what cached views buy and cost
+    python scripts/bench_heads.py --stream     # 5 million rows in bounded memory, 6 GB of disk
+
+Speed is measured in turns with scikit-learn on the same rows in the same process, and the median
+of the rounds counts. Rows are made, not read: non-negative, correlated and overlapping, as the
+features of a ReLU network are; --features FILE takes real ones (.npz with X [N, D] and y [N]).
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import heads_quality
+import heads_stream
+from featcache import cli
+from featcache.config import OutputConfig
+from featcache.errors import UserError
+from featcache.heads.logistic import LogisticProblem, StrengthPath
+from featcache.heads.ridge import moments_of, ridge_from_moments, strength_grid
+from featcache.heads.rows import Rows
+from featcache.runtime import environment, say
+from heads_stream import make_cache
+
+PATH_STRENGTHS = tuple(float(c) for c in np.geomspace(1e-4, 1.0, 20))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(OutputConfig):
+    """Measure heads: speed, accuracy, views, or bounded memory."""
+
+    num_rows: int = 50_000
+    """Rows of the speed comparison."""
+    feature_dim: int = 512
+    """Their width."""
+    num_classes: tuple[int, ...] = (10, 100)
+    """Numbers of classes to measure."""
+    strengths: tuple[float, ...] = (0.01, 1.0)
+    """scikit-learn's C."""
+    rounds: int = 3
+    """How often everything is measured; the median counts."""
+    features: Path | None = None
+    """Use these rows (.npz with X [N, D] and y [N]) instead of made ones."""
+    table: bool = False
+    """Compare accuracy with plain LogisticRegression on real datasets instead."""
+    folder: tuple[Path, ...] = ()
+    """Of --table: class folders with train/ and test/ to add, as bundled-weight features."""
+    views_of: Path | None = None
+    """Extract this folder with no, flipped and random views, and compare heads on them instead."""
+    stream: bool = False
+    """Fit a large made cache in bounded memory instead."""
+    stream_rows: int = 5_000_000
+    """Rows of --stream."""
+    work_dir: Path = Path(tempfile.gettempdir())
+    """Where made caches go while they are needed."""
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure what the settings ask for."""
+    if config.table:
+        report = heads_quality.table(config.folder, config.work_dir)
+    elif config.views_of is not None:
+        report = heads_quality.views(config.views_of, config.work_dir)
+    elif config.stream:
+        report = heads_stream.run(config.work_dir, config.stream_rows, config.feature_dim)
+    else:
+        report = speed(config)
+    return {"command": "bench-heads", **report, "environment": environment()}
+
+
+def speed(config: BenchConfig) -> dict[str, Any]:
+    """Everything that is timed on one large set of rows, and the whole command on a small one."""
+    rows: list[dict[str, Any]] = []
+    for num_classes in config.num_classes:
+        X, y = load_rows(config, num_classes)
+        for strength in config.strengths:
+            rows.append(against_sklearn(X, y, strength, config.rounds))
+            say(logistic_line(rows[-1]))
+        rows.append(path_cost(X, y, config.rounds))
+        say(path_line(rows[-1]))
+        rows.append(ridge_cost(X, y, config.rounds))
+        say(path_line(rows[-1]))
+    rows.append(command_seconds(config))
+    say(rows[-1]["text"])
+    return {"rows": rows, "summary": []}
+
+
+def load_rows(config: BenchConfig, num_classes: int) -> tuple[Any, Any]:
+    """Features [N, D] float32 and labels [N], given or made."""
+    if config.features is None:
+        return made_features(config.num_rows, config.feature_dim, num_classes)
+    with np.load(config.features, allow_pickle=False) as file:
+        X, y = file["X"].astype(np.float32), file["y"].astype(np.int64)
+    if X.ndim != 2 or y.shape != X.shape[:1]:
+        raise UserError(f"{config.features}: X {X.shape} and y {y.shape}; wanted [N, D] and [N]")
+    return X, y
+
+
+def made_features(num_rows: int, dim: int, num_classes: int, seed: int = 0) -> tuple[Any, Any]:
+    """Rows as a ReLU network gives: few strong directions, many weak ones, classes that overlap."""
+    fixed, drawn = np.random.default_rng(12345), np.random.default_rng(seed)
+    latent = 128
+    sizes = np.geomspace(2.0, 0.1, latent)[:, None]
+    means = 0.22 * fixed.normal(size=(num_classes, latent))
+    mixing = (sizes * fixed.normal(size=(latent, dim)) / np.sqrt(latent)).astype(np.float32)
+    offset = fixed.normal(size=dim).astype(np.float32)
+    y = drawn.integers(num_classes, size=num_rows)
+    hidden = (means[y] + drawn.normal(size=(num_rows, latent))).astype(np.float32)
+    noise = 0.1 * drawn.standard_normal((num_rows, dim), dtype=np.float32)
+    return np.maximum(3 * (hidden @ mixing) + noise + offset, 0), y
+
+
+def rows_of(X: Any, y: Any) -> Rows:
+    """The rows as solvers take them."""
+    return Rows(views=X[None], y=y, weights=np.ones(len(y)), num_classes=int(y.max()) + 1)
+
+
+def against_sklearn(X: Any, y: Any, strength: float, rounds: int) -> dict[str, Any]:
+    """One fit, ours and scikit-learn's at its default and at a tolerance that matches ours."""
+    from sklearn.linear_model import LogisticRegression
+
+    def ours() -> tuple[Any, Any, int]:
+        fit = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(strength)
+        return fit.weight, fit.bias, fit.num_passes
+
+    def theirs(tolerance: float) -> tuple[Any, Any, int]:
+        model = LogisticRegression(C=strength, tol=tolerance, max_iter=20_000).fit(X, y)
+        return model.coef_, model.intercept_, int(model.n_iter_[0])
+
+    tasks = {"featcache": ours, "sklearn": lambda: theirs(1e-4)}
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    result = {}
+    for _ in range(rounds):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            result[name] = task()
+            seconds[name].append(time.perf_counter() - start)
+    values = {n: objective(w, b, X, y, strength) for n, (w, b, _) in result.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "name": "logistic", "num_rows": len(y), "num_classes": int(y.max()) + 1,
+        "strength": strength, "seconds": median["featcache"], "sklearn_seconds": median["sklearn"],
+        "speedup": median["sklearn"] / median["featcache"],
+        "objective_against_sklearn": values["featcache"] / values["sklearn"] - 1,
+        "passes": result["featcache"][2], "sklearn_iterations": result["sklearn"][2],
+        "train_top1": float(np.mean((X @ result["featcache"][0].T.astype(np.float32)
+                                     + result["featcache"][1]).argmax(axis=1) == y)),
+    }  # fmt: skip
+
+
+def objective(weight: Any, bias: Any, X: Any, y: Any, strength: float) -> float:
+    """scikit-learn's objective for three classes or more, in float64."""
+    total = 0.0
+    for start in range(0, len(y), 8192):
+        cut = slice(start, start + 8192)
+        logits = X[cut].astype(np.float64) @ weight.T + bias
+        logits -= logits.max(axis=1, keepdims=True)
+        own = logits[np.arange(len(logits)), y[cut]]
+        total += float((np.log(np.exp(logits).sum(axis=1)) - own).sum())
+    return strength * total + 0.5 * float((weight.astype(np.float64) ** 2).sum())
+
+
+def path_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
+    """Twenty strengths with warm starts against one cold fit of the weakest, all to the end."""
+
+    def some(strengths: tuple[float, ...]) -> Callable[[], int]:
+        def task() -> int:
+            path = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False)
+            return sum(path.fit(strength).num_passes for strength in strengths)
+
+        return task
+
+    one, many = in_turns(some(PATH_STRENGTHS[-1:]), some(PATH_STRENGTHS), rounds)
+    return {
+        "name": f"{len(PATH_STRENGTHS)} strengths with warm starts",
+        "num_classes": int(y.max()) + 1,
+        "one_seconds": one, "all_seconds": many, "ratio": many / one,
+    }  # fmt: skip
+
+
+def ridge_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
+    """Fifty ridge strengths against one."""
+    rows = rows_of(X, y)
+    strengths = strength_grid(rows)
+
+    def some(alphas: Any) -> Callable[[], int]:
+        def task() -> int:
+            problem = ridge_from_moments(moments_of(rows), standardize=False)
+            return len([problem.fit(alpha) for alpha in alphas])
+
+        return task
+
+    one, many = in_turns(some(strengths[25:26]), some(strengths), rounds)
+    return {
+        "name": f"{len(strengths)} ridge strengths", "num_classes": int(y.max()) + 1,
+        "one_seconds": one, "all_seconds": many, "ratio": many / one,
+    }  # fmt: skip
+
+
+def in_turns(first: Callable[[], int], second: Callable[[], int], rounds: int) -> list[float]:
+    """Median seconds of two tasks that take turns."""
+    seconds: list[list[float]] = [[], []]
+    for _ in range(rounds):
+        for times, task in zip(seconds, (first, second), strict=True):
+            start = time.perf_counter()
+            task()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in seconds]
+
+
+def command_seconds(config: BenchConfig) -> dict[str, Any]:
+    """The whole `train-head` process, choice and start-up included, on the notebook's size."""
+    with tempfile.TemporaryDirectory(dir=config.work_dir) as folder:
+        path = Path(folder) / "small.h5"
+        splits = {
+            "train": made_features(2000, config.feature_dim, 10, seed=1),
+            "test": made_features(500, config.feature_dim, 10, seed=2),
+        }
+        make_cache(path, splits, 10)
+        command = [
+            sys.executable,
+            "-m",
+            "featcache",
+            "train-head",
+            str(path),
+            "--cache-dir",
+            folder,
+        ]
+        seconds = []
+        for _ in range(max(config.rounds, 3) + 1):  # the first run reads the disk
+            start = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)  # noqa: S603
+            seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[1:])
+    text = f"train-head on 2,000 × {config.feature_dim}, whole process with choice: {median:.2f} s"
+    return {"name": "train-head process", "seconds": median, "text": text}
+
+
+def logistic_line(row: dict[str, Any]) -> str:
+    """One comparison in words."""
+    return (
+        f"logistic, {row['num_rows']:,} rows, {row['num_classes']} classes, "
+        f"C = {row['strength']:g}: {row['seconds']:.2f} s against scikit-learn's "
+        f"{row['sklearn_seconds']:.2f} s "
+        f"({row['speedup']:.1f} times as fast), {row['passes']} passes against "
+        f"{row['sklearn_iterations']} iterations, objective "
+        f"{row['objective_against_sklearn']:+.1e} relative, train accuracy {row['train_top1']:.3f}"
+    )
+
+
+def path_line(row: dict[str, Any]) -> str:
+    """One ratio in words."""
+    return (
+        f"{row['name']}, {row['num_classes']} classes: {row['all_seconds']:.2f} s, "
+        f"{row['ratio']:.2f} times one fit ({row['one_seconds']:.2f} s)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    return cli.run("bench-heads", BenchConfig, bench, argv, lambda report: report["summary"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
