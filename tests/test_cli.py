@@ -108,18 +108,22 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_foreseen_failures_have_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     from featcache.config import InfoConfig
 
-    def run(error: BaseException) -> int:
+    def run(error: BaseException, *, goes_on: bool = False) -> int:
         def worker(config: InfoConfig) -> dict:
             raise error
 
-        return cli.run("prog", InfoConfig, worker, ["x"])
+        return cli.run("prog", InfoConfig, worker, ["x"], goes_on=goes_on)
 
     assert run(UserError("two\nlines")) == 2
     assert capsys.readouterr().err == "prog: two lines\n"
     assert run(StorageError("disk")) == 1
     assert run(OSError(28, "No space left on device")) == 1
     assert run(MemoryError()) == 1
+    capsys.readouterr()
     assert run(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "prog: interrupted; no file was left half-written\n"
+    assert run(KeyboardInterrupt(), goes_on=True) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         run(ZeroDivisionError())
 

@@ -25,12 +25,16 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: its settings class, and where its worker and its summary live."""
+    """One command: its settings class, and where its worker and its summary live.
+
+    `goes_on` says that the same command takes an interrupted run up again.
+    """
 
     config: str
     worker: str
     summary: str
     help: str
+    goes_on: bool = False
 
 
 COMMANDS = {
@@ -39,6 +43,7 @@ COMMANDS = {
         worker="extract:extract",
         summary="extract:summary_lines",
         help="run the frozen backbone once and cache its features",
+        goes_on=True,
     ),
     "train-head": Command(
         config="TrainHeadConfig",
@@ -51,6 +56,7 @@ COMMANDS = {
         worker="finetune:finetune",
         summary="finetune:summary_lines",
         help="train the whole network on the images, for comparison",
+        goes_on=True,
     ),
     "info": Command(
         config="InfoConfig",
@@ -81,6 +87,7 @@ COMMANDS = {
         worker="compare:compare",
         summary="compare:summary_lines",
         help="learning curve: cached head against fine-tuning, and which to pick",
+        goes_on=True,
     ),
     "report": Command(
         config="ReportConfig",
@@ -134,6 +141,8 @@ def run(
     worker: Callable[[Config], Report],
     argv: Sequence[str] | None = None,
     summary: Callable[[Report], list[str]] | None = None,
+    *,
+    goes_on: bool = False,
 ) -> int:
     """Parse, work, report; every foreseen failure ends in one line on stderr.
 
@@ -143,6 +152,7 @@ def run(
         worker: Does the work and returns the JSON-able report.
         argv: Words of the command line; the process's own when None.
         summary: Makes the human text of the report.
+        goes_on: Whether the same command takes an interrupted run up again.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
@@ -160,7 +170,8 @@ def run(
             sys.stdout.flush()
         return int(report.get("exit_code", 0))
     except KeyboardInterrupt:
-        say(f"{prog}: interrupted; what was finished is kept, and the same command goes on")
+        kept = "what was finished is kept, and the same command goes on"
+        say(f"{prog}: interrupted; {kept if goes_on else 'no file was left half-written'}")
         return EXIT_INTERRUPTED
     except FeatcacheError as error:
         say(f"{prog}: {_single(error)}")
@@ -202,6 +213,7 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
         _late(command.worker),
         argv,
         _late(command.summary),
+        goes_on=command.goes_on,
     )
 
 
