@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import normalize
+from sklearn.preprocessing import StandardScaler, normalize
 
 from featcache.errors import UserError
+from featcache.heads.choose import Tally
 from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
 from featcache.heads.knn import KnnHead, nearest
 from featcache.heads.moments import Moments
@@ -17,6 +18,7 @@ from featcache.heads.ridge import (
     ridge_from_moments,
 )
 from featcache.heads.rows import Rows
+from featcache.heads.solver import Answer
 from heads_data import blobs
 
 NAMES = ["ape", "bee", "cat"]
@@ -102,14 +104,38 @@ def test_moments_of_parts_add_up():
 
 def test_all_strengths_predict_as_each_alone():
     X, y = blobs(80)
-    fresh, _ = blobs(40, seed=5)
+    fresh = rows_of(*blobs(40, seed=5))
     solver = RidgeSolver(class_names=NAMES)
     rows = rows_of(X, y)
     candidates = solver.series(rows)[1]
     together = solver.prepare(rows, candidates)
     for settings in candidates[::7]:
-        alone = solver.prepare(rows, [settings]).fit(settings).head.predict(fresh)
-        assert np.array_equal(together.predict(settings, fresh), alone)
+        alone = solver.prepare(rows, [settings]).fit(settings).head.predict(fresh.plain)
+        answer = together.answer(settings, fresh)
+        assert np.array_equal(answer.classes, alone)
+        scores = Ridge(alpha=settings["strength"]).fit(
+            StandardScaler().fit(X).transform(X), np.eye(3)[y]
+        ).predict(StandardScaler().fit(X).transform(fresh.plain))  # fmt: skip
+        errors = ((scores - np.eye(3)[fresh.y]) ** 2).sum(axis=1)
+        assert answer.losses == pytest.approx(errors, rel=1e-3, abs=1e-5)
+
+
+def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss():
+    held = rows_of(np.zeros((16, 1), np.float32), np.arange(16) % 2)
+
+    def tally_of(*candidates):
+        tally = Tally()
+        for place, (num_right, loss) in enumerate(candidates):
+            classes = np.where(np.arange(16) < num_right, held.y, 1 - held.y)
+            losses = None if loss is None else np.full(16, loss)
+            tally.add(place, held, Answer(classes, losses))
+        tried = [{"strength": float(place)} for place in range(len(candidates))]
+        return tally.choice(tried, "held-out").settings["strength"]
+
+    # 12 of 16 is known to sqrt(12/16 * 4/16 / 16) = 0.108, which is less than two rows.
+    assert tally_of((12, 0.9), (11, 0.5), (10, 0.1)) == 1
+    assert tally_of((12, 0.4), (11, 0.5), (12, 0.6)) == 0
+    assert tally_of((11, None), (12, None), (12, None)) == 1
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

@@ -6,7 +6,7 @@ import pytest
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads import load_head, row_stream, stream, train_head
+from featcache.heads import load_head, row_stream, stream, summary_lines, train_head
 from featcache.heads.row_stream import draw_held, open_stream, read_ahead
 from heads_data import blobs, make_cache, toy_cache
 
@@ -67,6 +67,8 @@ def test_chooses_and_scores(tmp_path):
         assert "held-out random 48 rows of train, seed 42" in report["chosen_on"]
         assert report["test_top1"] > 0.7
         assert report["num_train"] == 240
+        lines = summary_lines(report)
+        assert any(line.startswith("ridge    strength") for line in lines) is (solver == "auto")
 
 
 def test_adam_sees_every_row_once_per_epoch(tmp_path):

@@ -1,11 +1,16 @@
 """Choosing settings on rows that the candidates were not fitted to; the test split has no say.
 
-Candidates are fitted to one part of train and scored on the other; the best score wins, and of
-equal ones the strongest regularisation. The winner is then fitted to all of train.
+Candidates are fitted to one part of train and scored on the other. A held-out part of n rows knows
+an accuracy p to within its standard error sqrt(p (1 - p) / n), so candidates nearer to the best
+than that cannot be told apart by it. Among them the least held-out loss wins, of the kind that the
+solver minimises (cross-entropy, squared error): it depends less on luck, and a low one means
+probabilities that can be believed. Nearest neighbours have no loss: there the best accuracy wins,
+and of equal ones the largest k. The winner is then fitted to all of train.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +21,7 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import NotConverged, Prepared, Settings, Solver
+from featcache.heads.solver import Answer, NotConverged, Prepared, Settings, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +31,11 @@ class Choice:
     Attributes:
         settings: The winner's.
         chosen_on: What chose, in words.
-        score: Its selection score: held-out accuracy, weighted as the rows are; None when there
-            was nothing to choose.
+        score: Its held-out accuracy, weighted as the rows are; None when there was nothing to
+            choose.
         val_top1: Its plain held-out accuracy, likewise.
+        best_score: The highest score of any candidate; solvers are compared by it, as each of them
+            then is as lucky as the others.
         table: Every candidate with its scores, in the order tried.
     """
 
@@ -36,6 +43,7 @@ class Choice:
     chosen_on: str
     score: float | None = None
     val_top1: float | None = None
+    best_score: float | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -152,9 +160,9 @@ def choose(solver: Solver, train: Rows, selection: Selection) -> Choice:
     tally = Tally()
     tried = walk(partial(solver.prepare, fit_rows), series, held, tally, solver.patience)
     for rows, scored in others:
-        prepared, features = solver.prepare(rows, tried), scored.plain
+        prepared = solver.prepare(rows, tried)
         for place, settings in enumerate(tried):
-            tally.add(place, scored, prepared.predict(settings, features))
+            tally.add(place, scored, prepared.answer(settings, scored))
     return tally.choice(tried, selection.name)
 
 
@@ -187,19 +195,18 @@ def walk(
     Raises:
         NotConverged: Not even the first candidate did.
     """
-    features = held.plain  # one array, by which solvers know that the question is the same
     tried: list[Settings] = []
     for candidates in series:
         prepared = prepare(candidates)
         best, worse = -1.0, 0
         for settings in candidates:
             try:
-                predicted = prepared.predict(settings, features)
+                answer = prepared.answer(settings, held)
             except NotConverged:
                 if not tried:
                     raise
                 break  # the series goes on to ever weaker regularisation, which is harder
-            tally.add(len(tried), held, predicted)
+            tally.add(len(tried), held, answer)
             score = tally.scores(len(tried))["score"]
             tried.append(settings)
             worse = worse + 1 if score < best else 0
@@ -209,40 +216,76 @@ def walk(
     return tried
 
 
+@dataclass
+class Count:
+    """Sums over the held-out rows of one candidate.
+
+    Attributes:
+        right: Weight of the rows classified rightly.
+        weight: Of all rows.
+        squares: Sum of the squared weights.
+        hits: Rows classified rightly.
+        rows: All rows.
+        loss: Weighted; None where the solver has none.
+    """
+
+    right: float = 0.0
+    weight: float = 0.0
+    squares: float = 0.0
+    hits: int = 0
+    rows: int = 0
+    loss: float | None = 0.0
+
+    def scores(self) -> dict[str, float]:
+        """Weighted accuracy, plain accuracy, and mean loss where there is one."""
+        # Rounded, so that sums taken in another order do not break ties.
+        scores = {"score": round(self.right / self.weight, 12), "top1": self.hits / self.rows}
+        return scores if self.loss is None else {**scores, "loss": self.loss / self.weight}
+
+    def standard_error(self) -> float:
+        """Of the weighted accuracy; unequal weights count as fewer rows."""
+        p = min(self.right / self.weight, 1.0)
+        return math.sqrt(p * (1 - p) * self.squares) / self.weight
+
+
 class Tally:
-    """Counts of right predictions by candidate, over one part or several."""
+    """What each candidate reached, over one held-out part or several."""
 
     def __init__(self) -> None:
-        self._right: dict[int, float] = {}
-        self._weight: dict[int, float] = {}
-        self._hits: dict[int, int] = {}
-        self._count: dict[int, int] = {}
+        self._counts: dict[int, Count] = {}
 
-    def add(self, place: int, held: Rows, predicted: Ints) -> None:
-        """Count a candidate's predictions of a held-out part."""
-        correct = predicted == held.y
-        for total, value in (
-            (self._right, float(held.weights @ correct)),
-            (self._weight, float(held.weights.sum())),
-        ):
-            total[place] = total.get(place, 0.0) + value
-        self._hits[place] = self._hits.get(place, 0) + int(correct.sum())
-        self._count[place] = self._count.get(place, 0) + held.num_rows
+    def add(self, place: int, held: Rows, answer: Answer) -> None:
+        """Count a candidate's answer to a held-out part."""
+        count = self._counts.setdefault(place, Count())
+        correct = answer.classes == held.y
+        count.right += float(held.weights @ correct)
+        count.weight += float(held.weights.sum())
+        count.squares += float(held.weights @ held.weights)
+        count.hits += int(correct.sum())
+        count.rows += held.num_rows
+        if answer.losses is None or count.loss is None:
+            count.loss = None
+        else:
+            count.loss += float(held.weights @ answer.losses)
 
     def scores(self, place: int) -> dict[str, float]:
-        """Weighted accuracy, which chooses, and plain accuracy."""
-        # Rounded, so that sums taken in another order do not break ties.
-        score = round(self._right[place] / self._weight[place], 12)
-        return {"score": score, "top1": self._hits[place] / self._count[place]}
+        """See `Count.scores`."""
+        return self._counts[place].scores()
 
     def choice(self, tried: list[Settings], chosen_on: str) -> Choice:
-        """The best of the candidates tried; of equal ones the first."""
+        """The best of the candidates tried, as the module's first lines say."""
         table = [{**settings, **self.scores(place)} for place, settings in enumerate(tried)]
         best = max(range(len(table)), key=lambda place: float(table[place]["score"]))
+        best_score = float(table[best]["score"])
+        if self._counts[best].loss is not None:
+            least = best_score - self._counts[best].standard_error()
+            near = [place for place, row in enumerate(table) if float(row["score"]) >= least]
+            best = min(near, key=lambda place: float(table[place]["loss"]))
         return Choice(
             settings=tried[best],
             score=float(table[best]["score"]),
             val_top1=float(table[best]["top1"]),
+            best_score=best_score,
             chosen_on=chosen_on,
             table=table,
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from featcache.errors import UserError
 from featcache.heads.knn import KnnHead, Metric, Neighbours, nearest, vote
-from featcache.heads.linear import Floats, row_blocks
+from featcache.heads.linear import row_blocks
 from featcache.heads.logistic_solver import head_of_fit, standardize_choices
 from featcache.heads.moments import Moments
 from featcache.heads.ridge import (
@@ -23,8 +23,8 @@ from featcache.heads.ridge import (
     ridge_from_moments,
     strength_grid,
 )
-from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Fitted, Settings
+from featcache.heads.rows import Rows
+from featcache.heads.solver import Answer, Fitted, Settings
 
 NEIGHBOURS = (50, 20, 10, 5, 3, 1)
 
@@ -90,7 +90,7 @@ class PreparedRidge:
         self._class_names, self._rows, self._candidates = class_names, rows, candidates
         self._sums = sums
         self._problems: dict[bool, RidgeProblem] = {}
-        self._predicted: tuple[Floats, bool, Ints] | None = None
+        self._answered: tuple[Rows, bool, list[Answer]] | None = None
 
     def fit(self, settings: Settings) -> Fitted:
         """The head for one strength, its probabilities calibrated."""
@@ -102,27 +102,31 @@ class PreparedRidge:
         fit = dataclasses.replace(fit, weight=fit.weight * factor, bias=bias)
         return Fitted(head=head_of_fit(fit, self._class_names, "ridge"))
 
-    def predict(self, settings: Settings, X: Floats) -> Ints:
-        """Predict; the first call for some features answers for all strengths."""
+    def answer(self, settings: Settings, held: Rows) -> Answer:
+        """Classes and squared errors; the first call for some rows finds all strengths'."""
         scaled = bool(settings["standardize"])
         alike = [c for c in self._candidates if c["standardize"] is scaled]
-        if self._predicted is None or self._predicted[0] is not X or self._predicted[1] != scaled:
-            self._predicted = (X, scaled, self._predict_all(alike, scaled, X))
-        predicted: Ints = self._predicted[2][alike.index(settings)]
-        return predicted
+        if self._answered is None or self._answered[:2] != (held, scaled):
+            self._answered = (held, scaled, self._answer_all(alike, scaled, held))
+        return self._answered[2][alike.index(settings)]
 
-    def _predict_all(self, candidates: Sequence[Settings], scaled: bool, X: Floats) -> Ints:
-        """Classes [S, M] of features [M, D] for S strengths."""
+    def _answer_all(self, candidates: Sequence[Settings], scaled: bool, held: Rows) -> list[Answer]:
+        """One answer per strength, from one product."""
         problem = self._problem(scaled)
         fits = [problem.fit(float(c["strength"])) for c in candidates]
         weight = np.concatenate([fit.weight for fit in fits]).T
         bias = np.concatenate([fit.bias for fit in fits])
-        predicted = np.empty((len(fits), len(X)), np.int64)
-        for cut, block in row_blocks(X, 1024):
+        classes = np.empty((len(fits), held.num_rows), np.int64)
+        losses = np.empty((len(fits), held.num_rows), np.float32)
+        present = problem.class_share > 0
+        for cut, block in row_blocks(held.plain, 1024):
             scores = block @ weight.astype(block.dtype) + bias.astype(block.dtype)
             scores = scores.reshape(len(block), len(fits), -1)
-            predicted[:, cut] = scores.argmax(axis=2).T
-        return predicted
+            classes[:, cut] = scores.argmax(axis=2).T
+            scores[np.arange(len(block)), :, held.y[cut]] -= 1
+            scores *= present  # a class without rows to fit has a bias of its own
+            losses[:, cut] = np.einsum("nsc,nsc->sn", scores, scores)
+        return [Answer(*pair) for pair in zip(classes, losses, strict=True)]
 
     def _problem(self, scaled: bool) -> RidgeProblem:
         if scaled not in self._problems:
@@ -180,7 +184,7 @@ class PreparedKnn:
 
     def __init__(self, class_names: list[str], rows: Rows, largest_k: int) -> None:
         self._class_names, self._rows, self._largest_k = class_names, rows, largest_k
-        self._found: tuple[Floats, Metric, list[Neighbours]] | None = None
+        self._found: tuple[Rows, Metric, list[Neighbours]] | None = None
 
     def fit(self, settings: Settings) -> Fitted:
         """The rows as a head."""
@@ -196,12 +200,12 @@ class PreparedKnn:
         )
         return Fitted(head=head)
 
-    def predict(self, settings: Settings, X: Floats) -> Ints:
-        """Predict; the first call for some features finds the neighbours for every k."""
+    def answer(self, settings: Settings, held: Rows) -> Answer:
+        """Classes; the first call for some rows finds the neighbours for every k."""
         head = self.fit(settings).head
         assert isinstance(head, KnnHead)
-        if self._found is None or self._found[0] is not X or self._found[1] != head.metric:
-            near = list(nearest(head.rows, X, self._largest_k, head.metric))
-            self._found = (X, head.metric, near)
+        if self._found is None or self._found[:2] != (held, head.metric):
+            near = list(nearest(head.rows, held.plain, self._largest_k, head.metric))
+            self._found = (held, head.metric, near)
         votes = [vote(near, head, k=head.k).argmax(axis=1) for near in self._found[2]]
-        return np.concatenate(votes).astype(np.int64)
+        return Answer(np.concatenate(votes).astype(np.int64))

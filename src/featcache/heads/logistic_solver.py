@@ -9,10 +9,10 @@ from typing import Literal, Protocol
 import numpy as np
 
 from featcache.heads.lbfgs import TOLERANCE
-from featcache.heads.linear import Floats, LinearHead
+from featcache.heads.linear import LinearHead
 from featcache.heads.logistic import Fit, LogisticProblem, StrengthPath
-from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Fitted, NotConverged, Settings
+from featcache.heads.rows import Rows
+from featcache.heads.solver import Answer, Fitted, NotConverged, Settings, cross_entropy_answer
 
 # scikit-learn's C, half a decade apart. Few rows of few clean features want the weak end, many
 # correlated features the strong one.
@@ -90,10 +90,10 @@ class PreparedLogistic:
             objective=fit.objective,
         )
 
-    def predict(self, settings: Settings, X: Floats) -> Ints:
-        """Predict with a fit whose objective is within a ten-thousandth of its minimum."""
+    def answer(self, settings: Settings, held: Rows) -> Answer:
+        """Answer with a fit whose objective is within a ten-thousandth of its minimum."""
         fit = self._fit(settings, SELECTION_TOLERANCE)
-        return head_of_fit(fit, self._solver.class_names, "logistic").predict(X)
+        return cross_entropy_answer(head_of_fit(fit, self._solver.class_names, "logistic"), held)
 
     def _fit(self, settings: Settings, tolerance: float) -> Fit:
         scaled, strength = bool(settings["standardize"]), float(settings["strength"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from featcache import metrics
@@ -131,18 +131,23 @@ def choose_solver(
     solvers = make_solvers(config, class_names)
     if len(solvers) > 1 and not selection.pairs:
         solvers = solvers[:1]  # nothing can tell them apart: logistic regression
-    tried = []
+    return best_of(solvers, lambda solver: choose(solver, train, selection))
+
+
+def best_of(
+    solvers: Sequence[Solver], choose_for: Callable[[Solver], Choice]
+) -> tuple[Solver, Choice, list[dict[str, Any]]]:
+    """Choose each solver's settings, then the solver; returns as `choose_solver` does."""
+    tried, compared = [], []
     for solver in solvers:
         start = time.perf_counter()
-        tried.append((solver, choose(solver, train, selection), time.perf_counter() - start))
-    if len(tried) == 1:
-        return tried[0][0], tried[0][1], []
-    compared = [
-        {"solver": s.name, **c.settings, "score": c.score, "top1": c.val_top1, "seconds": t}
-        for s, c, t in tried
-    ]
-    best = max(range(len(tried)), key=lambda i: tried[i][1].score or 0.0)
-    return tried[best][0], tried[best][1], compared
+        choice = choose_for(solver)
+        seconds = time.perf_counter() - start
+        tried.append((solver, choice))
+        reached = {"score": choice.best_score, "seconds": seconds}
+        compared.append({"solver": solver.name, **choice.settings, **reached})
+    best = max(tried, key=lambda pair: pair[1].best_score or 0.0)
+    return *best, compared if len(tried) > 1 else []
 
 
 def watch_epochs(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from featcache.errors import UserError
 from featcache.heads.files import Head
-from featcache.heads.linear import Floats
+from featcache.heads.linear import Floats, LinearHead
 from featcache.heads.rows import Ints, Rows
 
 
@@ -37,14 +39,36 @@ class Fitted:
     objective: float | None = None
 
 
+class Answer(NamedTuple):
+    """What a candidate says of held-out rows.
+
+    Attributes:
+        classes: Class indices [M].
+        losses: What the solver minimises, of each row alone, [M]; None where there is no such
+            thing.
+    """
+
+    classes: Ints
+    losses: Floats | None = None
+
+
+def cross_entropy_answer(head: LinearHead, held: Rows) -> Answer:
+    """Classes and cross-entropies, for solvers that minimise these."""
+    logits = head.decision_function(held.plain)
+    classes = logits.argmax(axis=1)
+    logits -= logits.max(axis=1, keepdims=True)
+    own = logits[np.arange(len(classes)), held.y]
+    return Answer(classes, np.log(np.exp(logits).sum(axis=1)) - own)
+
+
 class Prepared(Protocol):
     """Rows made ready for many settings."""
 
     def fit(self, settings: Settings) -> Fitted:
         """The head for these settings, to the solver's full precision."""
 
-    def predict(self, settings: Settings, X: Floats) -> Ints:
-        """What a head with these settings says of features [M, D]: class indices [M].
+    def answer(self, settings: Settings, held: Rows) -> Answer:
+        """What a head with these settings says of held-out rows, their first views.
 
         May be less precise than `fit`, by less than matters for choosing.
 

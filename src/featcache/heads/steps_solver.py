@@ -12,8 +12,8 @@ from featcache.config import TrainHeadConfig
 from featcache.heads.linear import Floats, LinearHead
 from featcache.heads.logistic import moments
 from featcache.heads.logistic_solver import standardize_choices
-from featcache.heads.rows import Ints, Rows
-from featcache.heads.solver import Fitted, Settings
+from featcache.heads.rows import Rows
+from featcache.heads.solver import Answer, Fitted, Settings, cross_entropy_answer
 from featcache.heads.steps import (
     DEFAULT_LR,
     Batches,
@@ -153,9 +153,9 @@ class PreparedSteps:
         """The head after the last epoch."""
         return Fitted(head=self._head_of(settings))
 
-    def predict(self, settings: Settings, X: Floats) -> Ints:
-        """Predict with the head after the last epoch."""
-        return self._head_of(settings).predict(X)
+    def answer(self, settings: Settings, held: Rows) -> Answer:
+        """Answer with the head after the last epoch."""
+        return cross_entropy_answer(self._head_of(settings), held)
 
     def _head_of(self, settings: Settings) -> LinearHead:
         scaled = bool(settings["standardize"])

@@ -18,7 +18,7 @@ from featcache.config import TrainHeadConfig
 from featcache.heads.closed_solvers import RidgeSolver
 from featcache.heads.data import TestSplit
 from featcache.heads.logistic_solver import LogisticSolver
-from featcache.heads.protocol import Run, make_solvers, watch_epochs
+from featcache.heads.protocol import Run, best_of, make_solvers, watch_epochs
 from featcache.heads.row_stream import open_stream
 from featcache.heads.steps_solver import StepsSolver
 from featcache.heads.stream_solvers import (
@@ -71,8 +71,9 @@ def run_stream(config: TrainHeadConfig, cache: FeatureCache, test: TestSplit) ->
     with timer("fit"):
         first = first_pass(config, stream, closed_form=closed_form)
         name = f"a held-out random {first.held.num_rows} rows of train, seed {config.seed}"
-        tried = [(solver, choose_streamed(solver, stream, first, name)) for solver in solvers]
-        solver, choice = max(tried, key=lambda pair: pair[1].score or 0.0)
+        solver, choice, compared = best_of(
+            solvers, lambda solver: choose_streamed(solver, stream, first, name)
+        )
         if isinstance(solver, LogisticSolver):
             fitted = fit_logistic_streamed(solver, choice.settings, stream, first)
         elif isinstance(solver, RidgeSolver):
@@ -83,9 +84,6 @@ def run_stream(config: TrainHeadConfig, cache: FeatureCache, test: TestSplit) ->
         fitted, epochs = watch_epochs(training, test)
         timer.seconds["fit"] += sum(epoch["seconds"] for epoch in epochs)
     predicted, confidence = test.score(fitted.head)
-    compared = [
-        {"solver": s.name, **c.settings, "score": c.score, "top1": c.val_top1} for s, c in tried
-    ]
     return Run(
         solver=solver,
         choice=choice,
@@ -96,5 +94,5 @@ def run_stream(config: TrainHeadConfig, cache: FeatureCache, test: TestSplit) ->
         epochs=epochs,
         fit_seconds=timer.seconds["fit"],
         num_train=stream.num_rows,
-        compared=compared if len(compared) > 1 else [],
+        compared=compared,
     )

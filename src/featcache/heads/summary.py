@@ -20,7 +20,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     chosen = report["chosen"]
     for row in chosen.get("solvers", ()):
         lines.append(
-            f"{row['solver']:<8} {_settings(row)}: held-out accuracy {row['top1']:.3f}, "
+            f"{row['solver']:<8} {_settings(row)}: best held-out accuracy {row['score']:.3f}, "
             f"{row['seconds']:.2f} s"
         )
     chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
