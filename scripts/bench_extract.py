@@ -4,6 +4,7 @@
     python scripts/bench_extract.py --engine openvino --precision int8
     python scripts/bench_extract.py --notebook FOLDER   # the course notebook's job, both ways
     python scripts/bench_extract.py --memory            # peak memory of 2,500 and 25,000 images
+    python scripts/bench_extract.py --choices           # what it chooses against fixed choices
 
 The roofline measures, in turns so that a neighbour on the machine disturbs all alike: float32
 matrix products on every core, which bound a direct convolution; the bare network as a notebook
@@ -55,10 +56,10 @@ class BenchConfig(OutputConfig):
     """How often everything is measured."""
     notebook: Path | None = None
     """Compare with the notebook's own loop on this folder (train/ and test/) instead."""
-    views: Literal["none", "flip"] = "flip"
-    """Of --notebook: flip caches mirrored views too, as the notebook's loop mirrors at random."""
     memory: bool = False
     """Compare the peak memory of 2,500 and 25,000 images instead."""
+    choices: bool = False
+    """Compare what extraction chooses by itself with fixed engines and batch sizes instead."""
     folder: Path = Path("cache/bench-extract")
     """Where pictures, caches and the JSON report go."""
     docs: Path | None = None
@@ -99,6 +100,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         from bench_memory import compare_memory
 
         report = compare_memory(config)
+    elif config.choices:
+        report = compare_choices(config)
     else:
         report = roofline(config)
     report |= {"settings": _settings(config), "environment": environment()}
@@ -110,8 +113,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def _block_name(config: BenchConfig, report: dict[str, Any]) -> str:
     """Which pair of markers a run's figures go between."""
-    parts = [report["command"], config.engine, config.precision]
-    return "-".join([*parts, config.views] if config.notebook else parts)
+    if "rows" not in report:
+        return str(report["command"])
+    return "-".join([report["command"], config.engine, config.precision])
 
 
 def fill(path: Path, name: str, lines: list[str], report: dict[str, Any]) -> None:
@@ -155,6 +159,46 @@ def roofline(config: BenchConfig) -> dict[str, Any]:
         "bound_gflops": bound / 1e9,
         "bound_images_per_s": bound / flops,
         "rows": table,
+    }
+
+
+def compare_choices(config: BenchConfig) -> dict[str, Any]:
+    """Extract the same pictures as chosen by itself and with fixed choices, in turns.
+
+    Start-up counts: converting a network or measuring engines has to pay for itself.
+    """
+    from featcache.engine.vino import is_installed
+    from featcache.extract import extract
+
+    fixed: list[dict[str, Any]] = [
+        {"engine": engine, "batch_size": batch}
+        for engine in ("torch", "openvino")
+        if engine == "torch" or is_installed("openvino")
+        for batch in (8, 16)
+    ]
+    part = {"num_train": min(4 * config.num_images, 1400), "num_test": min(config.num_images, 350)}
+    runs = {"chosen": config.extract_config("digits", **part)}
+    for options in fixed:
+        name = f"{options['engine']} batch {options['batch_size']}"
+        runs[name] = config.extract_config("digits", **part, **options)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(config.rounds):
+        for name, settings in runs.items():
+            start = time.perf_counter()
+            images = sum(split["num_samples"] for split in extract(settings)["splits"].values())
+            rates[name].append(images / (time.perf_counter() - start))
+            say(f"round {number + 1}: {name}: {rates[name][-1]:.1f} images/s")
+    best = {name: max(found) for name, found in rates.items()}
+    fastest = max((name for name in best if name != "chosen"), key=lambda name: best[name])
+    share = best["chosen"] / best[fastest]
+    return {
+        "command": "bench-choices",
+        "images_per_s": rates,
+        "share_of_best_fixed": share,
+        "summary": [
+            *(f"{name:20}{rate:8.1f} images/s" for name, rate in best.items()),
+            f"chosen by itself: {share:.2f} of the best fixed choice ({fastest})",
+        ],
     }
 
 

@@ -98,10 +98,9 @@ def test_the_documentation_has_a_place_for_every_figure(script: ModuleType) -> N
         "bench-extract-auto-float32",
         "bench-extract-openvino-float32",
         "bench-extract-auto-int8",
-        "bench-notebook-auto-float32-flip",
-        "bench-notebook-auto-float32-none",
-        "bench-notebook-auto-int8-flip",
-        "bench-memory-auto-float32",
+        "bench-notebook",
+        "bench-memory",
+        "bench-choices",
     ):
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1
 
@@ -122,6 +121,16 @@ def test_a_tiny_roofline(
 
 
 @pytest.mark.slow
+def test_choices_are_compared_with_fixed_ones(script: ModuleType, tmp_path: Path) -> None:
+    config = script.BenchConfig(
+        choices=True, image_px=32, num_images=20, rounds=1, folder=tmp_path
+    )  # fmt: skip
+    report = script.bench(config)
+    assert report["images_per_s"].keys() >= {"chosen", "torch batch 8", "torch batch 16"}
+    assert report["share_of_best_fixed"] > 0
+
+
+@pytest.mark.slow
 def test_the_notebooks_job_both_ways(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,8 +139,14 @@ def test_the_notebooks_job_both_ways(
     monkeypatch.setattr(bench_notebook, "EPOCHS", 1)
     folder = make_folder(tmp_path / "set", train=8, test=2)
     config = script.BenchConfig(notebook=folder, rounds=1, folder=tmp_path / "bench")
+    ways = bench_notebook.variants()[:2]  # int8 wants more images
+    monkeypatch.setattr(bench_notebook, "variants", lambda: ways)
     report = script.bench(config)
-    assert report["speedup"]["total"] > 0
-    assert len(report["notebook"]["epochs"]) == len(report["featcache"]["epochs"]) == 1
+    assert [len(run["epochs"]) for run in report["notebook"]] == [1]
+    for way in ways:
+        runs = report["featcache"][way.name]
+        assert [len(run["epochs"]) for run in runs] == [1, 1]
+        assert report["speedup"][way.name]["total"] > 0
+    assert len(report["summary"]) == 3
     with pytest.raises(UserError, match="train/ and test/"):
         script.bench(script.BenchConfig(notebook=tmp_path, folder=tmp_path / "bench"))

@@ -77,16 +77,23 @@ class Memo:
             self._new[key] = [_digest(stamp), value]
 
     def save(self) -> None:
-        """Write what is new. A folder that cannot be written is left alone."""
+        """Write what is new, and let go of the rest until it is asked for again.
+
+        A folder that cannot be written is left alone.
+        """
         with self._lock:
             if not self._new:
+                self._entries = None
                 return
             # Read again: another process may have added entries since.
             entries = {key: e for key, e in _read(self.path).items() if key not in self._new}
             entries.update(self._new)
-            with contextlib.suppress(StorageError):
-                write_atomically(self.path, _encode(entries))
             self._entries, self._new = entries, {}
+            try:
+                write_atomically(self.path, _encode(entries))
+            except StorageError:
+                return
+            self._entries = None
         _remove_oldest(self.path)
 
     def file_sha256(self, path: Path) -> str:

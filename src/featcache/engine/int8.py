@@ -23,7 +23,7 @@ from featcache.data import BadImage, ImageSplit, iterate_pixels
 from featcache.engine.base import Float32, UInt8
 from featcache.errors import UserError
 
-NUM_CALIBRATION = 128
+NUM_CALIBRATION = 64
 NUM_CHECKED = 256
 MIN_IMAGES = 32
 MIN_COSINE = 0.99
