@@ -7,6 +7,7 @@ from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, row_stream, stream, summary_lines, train_head
+from featcache.heads.halves import all_finite, widen
 from featcache.heads.row_stream import draw_held, open_stream, read_ahead
 from heads_data import blobs, make_cache, toy_cache
 
@@ -142,3 +143,22 @@ def test_read_ahead_hands_on_items_and_errors():
     some = read_ahead(lambda: iter(range(1000)))
     assert next(some) == 0
     some.close()  # leaving early does not hang
+
+
+def test_halves_are_widened_exactly():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    wanted = every.astype(np.float32)
+    assert np.array_equal(widen(every), wanted, equal_nan=True)  # infinities among them
+    finite = every[np.isfinite(every).all(axis=1)]
+    assert len(finite) == 248
+    assert all_finite(finite)
+    assert not all_finite(every)
+    for some in (finite, finite[:, ::3], finite[::-1]):
+        found = widen(some)
+        assert np.array_equal(found, some.astype(np.float32))
+        assert np.array_equal(np.signbit(found), np.signbit(some))  # of zeros too
+    buffer = np.empty((300, 256), np.float32)
+    assert widen(finite, buffer[:248]).base is buffer
+    assert np.array_equal(buffer[:248], finite)
+    single = finite.astype(np.float32)
+    assert widen(single) is single

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
+from featcache.heads.halves import widen
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,7 @@ def row_blocks(X: Floats, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, F
     for start in range(0, len(X), num_rows):
         rows = slice(start, min(start + num_rows, len(X)))
         block = X[rows]
-        yield rows, block if block.dtype == np.float64 else block.astype(np.float32, copy=False)
+        yield rows, block if block.dtype == np.float64 else widen(block)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

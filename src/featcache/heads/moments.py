@@ -91,10 +91,12 @@ class Moments:
 
     def deviation(self) -> Doubles:
         """Standard deviation of every feature [D]; 1 where it never changes but for rounding."""
-        square = self.second.diagonal() / self.total
-        variance = square - (self.first / self.total) ** 2
-        rounding = 1e-10 * (square + self.shift**2)
-        return np.asarray(np.where(variance > rounding, np.sqrt(variance.clip(min=0)), 1.0))
+        return self.scale().deviation()
+
+    def scale(self) -> ScaleSums:
+        """The part that mean and deviation follow from."""
+        square = self.second.diagonal().copy()
+        return ScaleSums(self.shift, self.total, self.first.copy(), square)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ import numpy as np
 from featcache.cache import FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.heads.data import sample_weights
+from featcache.heads.halves import all_finite, widen
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Doubles, Ints, check_classes, check_finite
 from featcache.heads.steps import FETCH_BATCHES, Batch, Batches, Singles
@@ -26,6 +27,8 @@ from featcache.recipe import epoch_order
 READ_ROWS = 4096
 # What is kept in memory, all views together: held-out rows, the sample, a window of shuffled rows.
 HELD_BYTES, SAMPLE_BYTES, WINDOW_BYTES = 48 << 20, 96 << 20, 96 << 20
+# More held-out rows tell no candidates apart, and every candidate answers for each of them.
+MAX_HELD = 100_000
 # Rows that are shuffled as one when an epoch's order is drawn.
 SHUFFLE_ROWS = 512
 
@@ -91,6 +94,12 @@ class RowStream:
                     yield features[fitted], y[fitted], weights[fitted]
         self.checked = True
 
+    def all_reads(self) -> Iterator[tuple[int, slice, Floats]]:
+        """`reads` of every view, with its number."""
+        for view in range(self.split.num_views):
+            for kept, features in self.reads(view):
+                yield view, kept, features
+
     def reads(self, view: int) -> Iterator[tuple[slice, Floats]]:
         """One view of all rows in order: which rows, and features [n, D] in the cache's type.
 
@@ -100,7 +109,7 @@ class RowStream:
         places = self.split.num_places
         for start in range(0, places, READ_ROWS):
             kept, features = self.split.read(range(start, min(start + READ_ROWS, places)), view)
-            if not self.checked and not np.isfinite(features.sum(dtype=np.float64)):
+            if not self.checked and not surely_finite(features):
                 check_finite(features, self.split.ids[kept], self.split.name)
             if len(features):
                 yield kept, features
@@ -164,6 +173,14 @@ class RowStream:
         return X, y, weights
 
 
+def surely_finite(features: Floats) -> bool:
+    """Whether all values are finite; no where a cheap look does not tell."""
+    if features.dtype == np.float16:
+        return all_finite(features)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(features.sum()))
+
+
 def within(index: Ints, kept: slice) -> Ints:
     """Those of some ascending row numbers that lie in a slice, counted from its start."""
     low, high = np.searchsorted(index, (kept.start, kept.stop))
@@ -180,7 +197,7 @@ def _cut(
     mean_weight: float,
 ) -> Iterator[Batch]:
     """Batches of a window's rows at `index`."""
-    features: Singles = X[index].astype(np.float32)
+    features: Singles = widen(X[index])
     if scale is not None:
         features = ((features - scale[0]) / scale[1]).astype(np.float32)
     own = (weights[index] / mean_weight).astype(np.float32)
@@ -218,7 +235,7 @@ def draw_held(config: TrainHeadConfig, split: FeatureSplit, num_classes: int) ->
 
     At this size a plain random sample has every class's share well enough.
     """
-    most = HELD_BYTES // (split.dim * 4 * split.num_views)
+    most = min(HELD_BYTES // (split.dim * 4 * split.num_views), MAX_HELD)
     count = max(1, min(round(config.holdout * len(split)), most))
     random = np.random.default_rng([config.seed, 0x5E1EC7])
     drawn = np.sort(random.choice(len(split), count, replace=False, shuffle=False))

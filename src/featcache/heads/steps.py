@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.errors import UserError
+from featcache.heads.halves import widen
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Ints, Rows
 from featcache.recipe import epoch_order, epoch_views, init_linear
@@ -87,7 +88,7 @@ def batches_in_memory(
         view = epoch_views(rows.num_rows, len(views), seed, epoch)
         for first in range(0, len(order), FETCH_BATCHES * batch_size):
             index = order[first : first + FETCH_BATCHES * batch_size]
-            X = views[view[index], index].astype(np.float32)
+            X = widen(views[view[index], index])
             if scale is not None:
                 X = ((X - scale[0]) / scale[1]).astype(np.float32)
             for start in range(0, len(index), batch_size):

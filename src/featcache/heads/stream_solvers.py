@@ -14,13 +14,14 @@ from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.choose import Choice, Selection, Tally, choose, only_candidate, walk
 from featcache.heads.closed_solvers import PreparedRidge, RidgeSolver
+from featcache.heads.halves import widen
 from featcache.heads.lbfgs import minimise
 from featcache.heads.linear import LinearHead
 from featcache.heads.logistic import LogisticProblem, StrengthPath
 from featcache.heads.logistic_solver import LogisticSolver, check_converged, head_of_fit
 from featcache.heads.moments import Moments, ScaleSums
 from featcache.heads.ridge import moments_of
-from featcache.heads.row_stream import RowStream, draw_sample, read_ahead, within
+from featcache.heads.row_stream import READ_ROWS, RowStream, draw_sample, read_ahead, within
 from featcache.heads.rows import Ints, Rows
 from featcache.heads.softmax_loss import Block, SoftmaxLoss
 from featcache.heads.solver import Fitted, Prepared, Settings, Solver
@@ -50,7 +51,7 @@ class FirstPass:
             self.scale, first=self.scale.first.copy(), square=self.scale.square.copy()
         )
         for view in self.held.views:
-            whole.add(view.astype(np.float32), self.held.weights / len(self.held.views))
+            whole.add(widen(view), self.held.weights / len(self.held.views))
         return whole
 
     def whole_sums(self) -> Moments:
@@ -71,22 +72,26 @@ def first_pass(config: TrainHeadConfig, stream: RowStream, *, closed_form: bool)
     parts = {"held": _Parts(stream.held), "sample": _Parts(sampled)}
     scale: ScaleSums | None = None
     sums: Moments | None = None
-    for view in range(stream.split.num_views):
-        for rows, raw in stream.reads(view):
-            for part in parts.values():
-                part.add(view, rows, raw)
-            X = raw.astype(np.float32, copy=False)
-            weights = stream.weights(rows) / stream.split.num_views
-            weights[within(stream.held, rows)] = 0.0  # counts for nothing
-            if scale is None:
-                shift = X.mean(axis=0, dtype=np.float64)
-                scale = ScaleSums.empty(shift)
-                sums = Moments.empty(shift, stream.num_classes) if closed_form else None
+    # Memory asked for anew with every block would cost as much as the arithmetic.
+    buffer = np.empty((READ_ROWS, stream.feature_dim), np.float32)
+    for view, rows, raw in read_ahead(stream.all_reads):
+        for part in parts.values():
+            part.add(view, rows, raw)
+        X = widen(raw, buffer[: len(raw)])
+        weights = stream.weights(rows) / stream.split.num_views
+        weights[within(stream.held, rows)] = 0.0  # counts for nothing
+        if scale is None:
+            shift = X.mean(axis=0, dtype=np.float64)
+            scale = ScaleSums.empty(shift)
+            sums = Moments.empty(shift, stream.num_classes) if closed_form else None
+        if sums is None:
             scale.add(X, weights)
-            if sums is not None:
-                sums.add(X, stream.split.y[rows], weights)
+        else:
+            sums.add(X, stream.split.y[rows], weights)
     stream.checked = True
     assert scale is not None
+    if sums is not None:
+        scale = sums.scale()
     held, sample = parts["held"].rows(stream), parts["sample"].rows(stream)
     return FirstPass(held=held, sample=sample, scale=scale, sums=sums)
 
@@ -192,7 +197,7 @@ def streamed_loss(
 
     def ready() -> Iterator[Block]:
         for raw, y, weights in stream.blocks(with_held=True):
-            X = np.subtract(raw, mean, dtype=np.float32)
+            X = widen(raw) - mean
             if standardize:
                 X *= inverse
             yield X, place[y], (weights / total).astype(np.float32)
