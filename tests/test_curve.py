@@ -160,6 +160,7 @@ def test_no_sentences_without_a_size_in_both_modes() -> None:
     assert curve_advice(points) == []
     assert points[0].verdict == "unmeasured"
     assert curve_cells(points)[0][2:6] == ("–", "–", "–", "not measured")
+    assert curve_cells(curve_points(pair("5", 50, 200, 200)))[0][3] == "0.0"
 
 
 def test_table_and_json_hold_the_same() -> None:

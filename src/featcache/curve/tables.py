@@ -45,7 +45,7 @@ def _cells(point: Point) -> tuple[str, ...]:
         size if point.size == "all" else f"{size} ({point.num_train:,})",
         _top1(point.cached),
         _top1(point.finetune),
-        "–" if gain is None else f"{100 * gain:+.1f}".replace("-", "−"),
+        "–" if gain is None else _points(gain),
         "–" if p_value is None else ("< 0.001" if p_value < 0.001 else f"{p_value:.2g}"),
         verdicts.get(point.verdict) or NAMES[point.verdict],  # type: ignore[index]
         "–" if point.cached is None else seconds_text(point.cached.cost_seconds),
@@ -53,6 +53,12 @@ def _cells(point: Point) -> tuple[str, ...]:
         "–" if per_point is None else seconds_text(per_point),
         "–" if trials is None else f"{trials:,} head{'s' if trials > 1 else ''}",
     )
+
+
+def _points(gain: float) -> str:
+    """Hundredths with their sign; none where they round to zero."""
+    rounded = round(100 * gain, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
 def _top1(side: Side | None) -> str:
