@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
 
 from featcache.heads.backends import SklearnPath, TorchPath
 from featcache.heads.lbfgs import minimise, second_moment_spectrum
@@ -145,3 +146,25 @@ def test_balanced_weights_make_classes_alike():
     assert balanced_weights(y, np.ones(4), 3).tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
     weights = balanced_weights(y, np.array([1.0, 2, 3, 2]), 3)
     assert np.bincount(y, weights) == pytest.approx([4, 0, 4])
+
+
+def test_the_gradient_is_that_of_the_shares_as_they_are_rounded():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(1500, 4)).astype(np.float32)
+    y = rng.integers(3, size=1500)
+    loss = loss_in_memory(X, y, np.full(1500, 1 / 1500), 3)
+    loss.exact = True
+    _, gradient = loss.evaluate(np.zeros((4, 3)), np.zeros(3))
+    share = float(np.float32(1 / 1500))
+    expected = share * (1500 / 3 - np.bincount(y))
+    assert gradient[-1] == pytest.approx(expected, rel=1e-10, abs=1e-13)
+
+
+def test_nearly_separable_rows_converge_in_float32():
+    with threadpool_limits(1):
+        X, y = blobs(1600, dim=512)
+        X = (X + 0.05 * np.random.default_rng(1).normal(size=X.shape)).astype(np.float32)
+        rows = Rows(views=X[None], y=y, weights=np.ones(len(y)), num_classes=3)
+        path = StrengthPath(LogisticProblem(rows), standardize=True)
+        for strength in (10.0, 31.6, 100.0):
+            assert path.fit(strength).converged

@@ -61,6 +61,7 @@ class SoftmaxLoss:
         self.num_evaluations += 1
         gradient = np.zeros((self.feature_dim + 1, self.num_classes))
         outer = np.zeros((self.num_classes, self.num_classes))
+        present = np.zeros(self.num_classes)
         loss = 0.0
         for features, y, share in self.blocks():
             X = features.astype(np.float64) if self.exact else features
@@ -70,11 +71,13 @@ class SoftmaxLoss:
                 outer += p.T @ (p * share[:, None])
             p *= share[:, None]
             gradient[-1] += p.sum(axis=0, dtype=np.float64)
+            # The shares as they are here, rounded: a gradient of another sum never reaches zero.
+            present += np.bincount(y, share, self.num_classes)
             p[np.arange(len(y)), y] -= share
             gradient[:-1] += X.T @ p
         if curvature is not None:
             curvature[:] = np.diag(gradient[-1]) - outer
-        gradient[-1] -= self.class_share
+        gradient[-1] -= present
         return loss, gradient
 
 
