@@ -12,7 +12,6 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,9 @@ def num_cores() -> int:
 
 def version_of(distribution: str) -> str:
     """The installed version of a package, without importing it."""
+    # Imported late, with the parts of the standard library for mail that it needs: --help waits.
+    from importlib import metadata
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
