@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featcache.finetune.checkpoint import checkpoint_path
+from featcache.finetune.checkpoint import checkpoint_path, remove_checkpoint
 from featcache.model_file import read_card, read_tensors
 from pictures import SIDE, make_pets
 
@@ -76,6 +76,16 @@ def test_mistakes_end_in_one_line(
     [line] = err.splitlines()
     assert line.startswith("finetune: " if line.startswith("finetune") else "featcache finetune: ")
     assert message in line
+
+
+def test_a_checkpoint_goes_with_what_a_kill_left_of_it(tmp_path: Path) -> None:
+    checkpoint = checkpoint_path(tmp_path / "my [model].safetensors")
+    left = checkpoint.with_name(f".{checkpoint.name}.123.tmp")
+    other = tmp_path / ".other.checkpoint.safetensors.123.tmp"
+    for path in (checkpoint, left, other):
+        path.touch()
+    remove_checkpoint(checkpoint)
+    assert list(tmp_path.iterdir()) == [other]
 
 
 @pytest.mark.slow

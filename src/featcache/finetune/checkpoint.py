@@ -9,6 +9,7 @@ learning rates from the step's.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -75,6 +76,13 @@ def save_checkpoint(
     counters = dataclasses.asdict(dataclasses.replace(progress, best={}))
     metadata = {"format": FORMAT, "key": key, "progress": json.dumps(counters)}
     write_safetensors(path, tensors, metadata)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a finished run's checkpoint, and what a kill in the middle of writing one left."""
+    path.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -19,6 +19,7 @@ from featcache.finetune.checkpoint import (
     checkpoint_path,
     load_checkpoint,
     load_moving,
+    remove_checkpoint,
     save_checkpoint,
 )
 from featcache.finetune.loop import Scores, score, train_epoch
@@ -88,7 +89,7 @@ def _execute(run: Run, start: float) -> dict[str, Any]:
     _write_model(run, report)
     report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
     report.save(run.output.with_suffix(".json"))
-    checkpoint.unlink(missing_ok=True)
+    remove_checkpoint(checkpoint)
     return report.to_json()
 
 
