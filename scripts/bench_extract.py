@@ -1,6 +1,6 @@
 """How close extraction comes to what the machine can do.
 
-    python scripts/bench_extract.py                     # the roofline, about two minutes
+    python scripts/bench_extract.py                     # the roofline, about four minutes
     python scripts/bench_extract.py --engine openvino --precision int8
     python scripts/bench_extract.py --notebook FOLDER   # the course notebook's job, both ways
     python scripts/bench_extract.py --memory            # peak memory of 2,500 and 25,000 images
@@ -30,6 +30,7 @@ import numpy as np
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig
 from featcache.errors import UserError
+from featcache.report import config_json
 from featcache.runtime import environment, num_cores, say, version_of, write_json
 
 MATRIX_SIDE = 2048
@@ -104,7 +105,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         report = compare_choices(config)
     else:
         report = roofline(config)
-    report |= {"settings": _settings(config), "environment": environment()}
+    report |= {"settings": config_json(config), "environment": environment()}
     write_json(config.folder / f"{report['command']}.json", report)
     if config.docs is not None:
         fill(config.docs, _block_name(config, report), summary_lines(report), report)
@@ -128,11 +129,6 @@ def fill(path: Path, name: str, lines: list[str], report: dict[str, Any]) -> Non
     versions = ", ".join(f"{n} {version_of(n)}" for n in ("torch", "openvino", "nncf"))
     block = ["```text", *lines, "", f"{machine}; {versions}", "```"]
     path.write_text("\n".join([head + begin, *block, end]) + rest.split(end, 1)[1])
-
-
-def _settings(config: BenchConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config).items()
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values}
 
 
 def roofline(config: BenchConfig) -> dict[str, Any]:

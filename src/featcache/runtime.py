@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
 import json
 import os
@@ -193,6 +194,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporaries_of(path: Path) -> list[Path]:
+    """What writers of `path` are writing now, or left when they were killed."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -9,7 +9,6 @@ learning rates from the step's.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import FeatcacheError, UserError
 from featcache.finetune.parts import Parts
 from featcache.model_file import State, read_metadata, read_tensors, write_safetensors
+from featcache.runtime import temporaries_of
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def save_checkpoint(
 def remove_checkpoint(path: Path) -> None:
     """Remove a finished run's checkpoint, and what a kill in the middle of writing one left."""
     path.unlink(missing_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for left in temporaries_of(path):
         left.unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from featcache.heads.protocol import Run, run_protocol
 from featcache.heads.rows import Ints
 from featcache.heads.shots import draw_shots, shots_summary
 from featcache.heads.stream import run_stream, wants_stream
-from featcache.report import RunReport
+from featcache.report import RunReport, config_json
 from featcache.report.run import Predictions
 from featcache.runtime import StageTimer, environment
 
@@ -63,7 +63,7 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
         epochs=run.epochs,
         scored_on=test.name,
         chosen_on=run.choice.chosen_on,
-        config=settings_of(config),
+        config=config_json(config),
         provenance=provenance,
         environment=environment(),
         more=more,
@@ -150,12 +150,6 @@ def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     meta = dataclasses.asdict(cache.meta)
     return {**meta, "cache": cache.path.name, "cache_digest": cache.digest.hex()}
-
-
-def settings_of(config: TrainHeadConfig) -> dict[str, Any]:
-    """The command's settings as JSON."""
-    values = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def solver_fields(run: Run, test: TestSplit, class_names: list[str]) -> dict[str, Any]:
