@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Optional
 
 from featcache.config.checks import check_positive, check_range
 from featcache.config.records import (
@@ -43,12 +43,12 @@ class DataConfig:
     columns path,label[,split]."""
     data_root: Path = Path("data")
     """Where torchvision keeps and downloads its datasets."""
-    num_train: int | None = None
+    num_train: Optional[int] = None
     """Use only so many train images: the first ones of a torchvision dataset, a seeded sample
     stratified by class of a folder or manifest."""
-    num_test: int | None = None
+    num_test: Optional[int] = None
     """Use only so many test images, chosen likewise."""
-    test_fraction: float | None = None
+    test_fraction: Optional[float] = None
     """Share of a dataset without a test split to set aside for testing, stratified and seeded
     (digits: 0.2 unless given)."""
     on_error: Literal["fail", "skip"] = "fail"
@@ -80,12 +80,12 @@ class BackboneConfig:
     weights: str = "imagenet"
     """imagenet (torchvision's default, downloaded once), bundled (ResNet18, 64 px, offline),
     random, or a .safetensors or .pth file with a matching state dict."""
-    image_px: int | None = None
+    image_px: Optional[int] = None
     """Side of the network's square input; the weights' own unless given."""
-    resize: Resize | None = None
+    resize: Optional[Resize] = None
     """squash to a square, or resize the shorter side and crop the centre; the weights' own
     unless given."""
-    normalize: Literal["imagenet", "half"] | None = None
+    normalize: Optional[Literal["imagenet", "half"]] = None
     """Mean and std: ImageNet's, or 0.5 and 0.5; the weights' own unless given."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the network runs: auto takes a GPU if there is one."""
@@ -128,11 +128,11 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     """What runs the network; auto measures what is installed."""
     precision: Literal["float32", "int8", "amp"] = "float32"
     """How the network computes: int8 needs the openvino engine, amp a GPU."""
-    batch_size: int | None = None
+    batch_size: Optional[int] = None
     """Images per forward pass; measured unless given. Does not change the features."""
-    workers: int | None = None
+    workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
-    output: Path | None = None
+    output: Optional[Path] = None
     """The cache file; a name in --cache-dir made from the settings unless given."""
     force: bool = False
     """Extract again even if the cache exists, and replace it."""
@@ -164,7 +164,7 @@ class TrainHeadConfig(OutputConfig):
     """What solves logistic: numpy, sklearn or torch; auto takes the fastest to start."""
     epochs: int = 3
     """Passes over train (adam, sgd)."""
-    lr: float | None = None
+    lr: Optional[float] = None
     """Learning rate (adam 1e-3, sgd 1e-2 unless given)."""
     batch_size: int = 32
     """Rows per step (adam, sgd)."""
@@ -172,7 +172,7 @@ class TrainHeadConfig(OutputConfig):
     """L2 penalty of the step (adam, sgd)."""
     sweep: bool = False
     """Train many learning rates and decays together and choose among them (adam, sgd)."""
-    strength: float | None = None
+    strength: Optional[float] = None
     """Use this regularisation strength instead of choosing one: C of logistic regression, alpha of
     ridge, k of knn."""
     select: Literal["holdout", "cv"] = "holdout"
@@ -185,7 +185,7 @@ class TrainHeadConfig(OutputConfig):
     """Scale every feature to unit variance on train; auto chooses on the held-out part."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
-    shots: int | None = None
+    shots: Optional[int] = None
     """Use only K train rows of each class, and repeat with --num-seeds samples."""
     num_seeds: int = 5
     """How many samples --shots draws."""
@@ -197,7 +197,7 @@ class TrainHeadConfig(OutputConfig):
     """Seed of the held-out part, of shuffling and of initial weights."""
     cache_dir: Path = Path("cache")
     """Where the head goes unless --output says otherwise."""
-    output: Path | None = None
+    output: Optional[Path] = None
     """The head file (.safetensors); its report is written beside it as .json."""
 
     def __post_init__(self) -> None:
@@ -221,41 +221,41 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     recipe: Literal["notebook", "good"] = "notebook"
     """notebook: Adam, one rate, no schedule. good: linear probe first, lower backbone rate, warm-up
     and cosine schedule, weight decay. Flags given explicitly win over the recipe."""
-    epochs: int | None = None
+    epochs: Optional[int] = None
     """Passes over train (notebook 3, good 5 unless given)."""
-    lr: float | None = None
+    lr: Optional[float] = None
     """Learning rate (notebook 1e-3)."""
-    backbone_lr: float | None = None
+    backbone_lr: Optional[float] = None
     """Learning rate of everything but the head; --lr unless given."""
     batch_size: int = 32
     """Images per step."""
-    optimizer: Literal["adam", "adamw", "sgd"] | None = None
+    optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
     """adam for the notebook's recipe, adamw for the good one, unless given."""
-    weight_decay: float | None = None
+    weight_decay: Optional[float] = None
     """Weight decay; 0 for the notebook's recipe unless given."""
-    schedule: Literal["constant", "cosine"] | None = None
+    schedule: Optional[Literal["constant", "cosine"]] = None
     """cosine has one tenth of the steps as warm-up."""
     freeze_backbone: bool = False
     """Train the head alone with the frozen network in the loop: the uncached linear probe."""
-    unfreeze: str | None = None
+    unfreeze: Optional[str] = None
     """Train only the head and modules whose name starts so, e.g. layer4."""
-    bn_eval: bool | None = None
+    bn_eval: Optional[bool] = None
     """Keep BatchNorm statistics as they are (always so for frozen parts)."""
-    init_head: Path | None = None
+    init_head: Optional[Path] = None
     """Start from this head (a file from train-head) instead of a random one."""
-    flip: bool | None = None
+    flip: Optional[bool] = None
     """Mirror train images at random (on unless given)."""
-    patience: int | None = None
+    patience: Optional[int] = None
     """Stop early after so many epochs without gain on a held-out part of train."""
     holdout: float = 0.1
     """Share of train held out by --patience."""
     score: Literal["epoch", "end"] = "epoch"
     """Score the test split after every epoch, as the notebook does, or once at the end."""
-    workers: int | None = None
+    workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
     resume: bool = True
     """Go on from the last epoch's checkpoint of the same run."""
-    output: Path | None = None
+    output: Optional[Path] = None
     """The model file (.safetensors); its report is written beside it as .json."""
 
     def __post_init__(self) -> None:
@@ -290,11 +290,11 @@ class VerifyConfig(OutputConfig):
     """A file written by extract-features."""
     repair: bool = False
     """Compute the damaged blocks again; needs --dataset."""
-    dataset: str | None = None
+    dataset: Optional[str] = None
     """The dataset that the cache was made from, for --repair."""
     data_root: Path = Path("data")
     """Where torchvision keeps its datasets."""
-    weights: str | None = None
+    weights: Optional[str] = None
     """The weights file that the cache was made with, where they were given by file."""
     seed: int = 42
     """The seed that the cache was made with."""

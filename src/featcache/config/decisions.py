@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from featcache.config.checks import check_positive, check_range
 from featcache.config.commands import BackboneConfig, DataConfig, OutputConfig, Solver
@@ -29,15 +29,15 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """What fits the cached head, as in train-head."""
     recipe: Literal["notebook", "good"] = "good"
     """How to fine-tune, as in finetune."""
-    epochs: int | None = None
+    epochs: Optional[int] = None
     """Passes over train of a fine-tune; the recipe's unless given."""
-    lr: float | None = None
+    lr: Optional[float] = None
     """Learning rate of a fine-tune; the recipe's unless given."""
     min_steps: int = 60
     """Fine-tune small train sets for more epochs, until so many steps are made."""
-    workers: int | None = None
+    workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
-    output: Path | None = None
+    output: Optional[Path] = None
     """The folder for the runs and the report; one in --cache-dir unless given."""
 
     def __post_init__(self) -> None:
@@ -76,9 +76,9 @@ class ReportConfig(OutputConfig):
     """Report files (.json) of train-head, finetune, compare or benchmark.py, or folders of them."""
     output: Path = Path("report.html")
     """The page; the Markdown goes beside it as .md."""
-    title: str | None = None
+    title: Optional[str] = None
     """The page's heading; made from the dataset's name unless given."""
-    dataset: str | None = None
+    dataset: Optional[str] = None
     """The dataset of the runs, for pictures of confidently wrong test images."""
     data_root: Path = Path("data")
     """Where torchvision keeps its datasets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from featcache.config.checks import check_range
 from featcache.config.commands import OutputConfig
@@ -21,7 +21,7 @@ class ClassifierConfig(OutputConfig):
 
     model: Path
     """A head that train-head wrote or a model that finetune wrote (.safetensors)."""
-    weights: str | None = None
+    weights: Optional[str] = None
     """The backbone's weights file, where a head was trained on weights given by file and they are
     neither here nor beside the head."""
     seed: int = 42
@@ -43,19 +43,19 @@ class PredictConfig(ClassifierConfig):
     line."""
     topk: int = 1
     """Name so many of the likeliest classes."""
-    format: Format | None = None
+    format: Optional[Format] = None
     """Print a table for people, csv, or jsonl (a JSON object a line); what the name of --output
     ends in, else table, unless given."""
-    output: Path | None = None
+    output: Optional[Path] = None
     """Write predictions to this file instead of standard output."""
     on_error: Literal["skip", "fail"] = "skip"
     """What an unreadable picture does: be named and left out, with exit code 1 in the end, or stop
     the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the network runs: auto takes a GPU if there is one."""
-    batch_size: int | None = None
+    batch_size: Optional[int] = None
     """Images per forward pass; measured unless given. Does not change the predictions."""
-    workers: int | None = None
+    workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class ExportConfig(ClassifierConfig):
     Pictures are resized and cropped outside the graph, as the file's metadata says.
     """
 
-    output: Path | None = None
+    output: Optional[Path] = None
     """The file, .onnx or .pt2 (torch.export); the classifier's own name with .onnx unless given."""
     input: Literal["uint8", "float"] = "uint8"
     """What the graph takes: uint8 pixels [N, H, W, 3], already resized, or float32 images
