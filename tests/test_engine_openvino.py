@@ -100,14 +100,21 @@ def test_int8_is_calibrated_on_train_images_and_is_the_same_again(few: Path) -> 
 
 @needs_nncf
 @pytest.mark.slow
-def test_the_hash_tells_quantised_networks_apart() -> None:
+def test_the_hash_tells_quantised_networks_apart_and_batches_do_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = load_backbone(BUNDLED, 0)
     prep = settings(image_px=32).preprocessing(PREP)
-    hashes = {
-        int8.hash_of(int8.quantize(vino.convert(network, prep), en.sample_pixels(prep, 2, seed)))
-        for seed in (0, 0, 1)
-    }
-    assert len(hashes) == 2
+
+    def hash_after(seed: int, batch: int) -> str:
+        monkeypatch.setattr(int8, "CALIBRATION_BATCH", batch)
+        pixels = en.sample_pixels(prep, 3, seed)
+        return int8.hash_of(int8.quantize(vino.convert(network, prep), pixels))
+
+    together = hash_after(seed=0, batch=8)
+    assert hash_after(seed=0, batch=8) == together
+    assert hash_after(seed=0, batch=2) == hash_after(seed=0, batch=1) == together
+    assert hash_after(seed=1, batch=8) != together
 
 
 def test_too_few_train_images_are_refused(few: Path) -> None:

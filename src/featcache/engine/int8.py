@@ -25,6 +25,7 @@ from featcache.errors import UserError
 
 NUM_CALIBRATION = 64
 NUM_CHECKED = 256
+CALIBRATION_BATCH = 8  # the same ranges in any batches; NNCF's work for each costs more than one's
 MIN_IMAGES = 32
 MIN_COSINE = 0.99
 
@@ -81,12 +82,19 @@ def quantize(model: Any, pixels: UInt8) -> Any:
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-        images = nncf.Dataset([image[None] for image in pixels])
+        step = CALIBRATION_BATCH
+        batches = [pixels[i : i + step] for i in range(0, len(pixels), step)]
         choices = AdvancedQuantizationParameters(
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+            batchwise_statistics=True,
             disable_bias_correction=True,
         )
-        return nncf.quantize(model, images, subset_size=len(pixels), advanced_parameters=choices)
+        return nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            advanced_parameters=choices,
+        )
 
 
 def hash_of(model: Any) -> str:

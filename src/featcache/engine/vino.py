@@ -65,7 +65,11 @@ def convert(backbone: nn.Module, prep: Preprocessing) -> Any:
     side = prep.image_px
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its way into torch is deprecated there
-        model = ov.convert_model(backbone, example_input=torch.zeros(1, 3, side, side))
+        # Left to itself, the converter has torch check what it traced, and for that torch loads
+        # parts of itself for a second or two; whoever uses the model compares its features anyway.
+        example = torch.zeros(1, 3, side, side)
+        traced = torch.jit.trace(backbone, example, check_trace=False)  # type: ignore[no-untyped-call]
+        model = ov.convert_model(traced)
     model.reshape([-1, 3, side, side])
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
