@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,6 @@ def setting_differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str,
     return [d for d in cached.differences(wanted) if not d[0].startswith("dataset.")]
 
 
-@dataclass
-class _Part:
-    """Good rows of one split of one file: content hashes [n, 32] and their row numbers [n]."""
-
-    file: CacheFile
-    split: str
-    content: npt.NDArray[np.uint8]
-    rows: npt.NDArray[np.int64]
-
-
 class RowSource:
     """Finds rows by the sha256 of their sample in files made with the same settings.
 
@@ -46,19 +35,24 @@ class RowSource:
     """
 
     def __init__(self, files: Sequence[CacheFile], meta: CacheMeta) -> None:
-        self._parts: list[_Part] = []
+        self._parts: list[tuple[CacheFile, str]] = []
+        rows, content = [np.empty(0, np.int64)], [np.empty((0, 32), np.uint8)]
         for file in files:
             _check_usable(file, meta)
             for split in file.layout.splits:
                 good = np.repeat(file.good_blocks(split), BLOCK_ROWS)[: file.layout.num_rows(split)]
-                rows = np.flatnonzero(good & (file.array(f"{split}/row_status") == 0))
-                content = file.array(f"{split}/content")[rows]
-                self._parts.append(_Part(file, split, content, rows))
-        heads = [_head(part.content) for part in self._parts] or [np.empty(0, np.uint64)]
-        self._starts = np.cumsum([0, *map(len, heads)])
-        keys = np.concatenate(heads)
+                rows.append(np.flatnonzero(good & (file.array(f"{split}/row_status") == 0)))
+                content.append(file.array(f"{split}/content")[rows[-1]])
+                self._parts.append((file, split))
+        # One place for each good row of every split of every file, in this order.
+        self._starts = np.cumsum([len(part) for part in rows])
+        self._rows, self._content = np.concatenate(rows), np.concatenate(content)
+        keys = _head(self._content)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
     def find(self, content: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Places of samples, to be given to `fetch`.
@@ -73,32 +67,22 @@ class RowSource:
             return np.full(len(content), -1)
         at = np.searchsorted(self._keys, _head(content)).clip(max=len(self._keys) - 1)
         places = self._order[at]
-        found = [
-            bool((self._content_at(int(place)) == wanted).all())
-            for place, wanted in zip(places, content, strict=True)
-        ]
-        return np.where(found, places, -1)
+        return np.where((self._content[places] == content).all(axis=1), places, -1)
 
-    def _locate(self, place: int) -> tuple[_Part, int]:
-        part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._parts[part], place - int(self._starts[part])
+    def fetch(self, places: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Rows [V, n, D] at the n > 0 places that `find` gave, in the file's dtype."""
+        parts = np.searchsorted(self._starts, places, side="right") - 1
+        rows = self._rows[places]
+        neighbours = (np.diff(parts) == 0) & (np.diff(rows) == 1)
+        runs = np.split(np.arange(len(places)), np.flatnonzero(~neighbours) + 1)
+        return np.concatenate([self._read(int(parts[r[0]]), rows[r]) for r in runs], axis=1)
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _content_at(self, place: int) -> npt.NDArray[np.uint8]:
-        part, row = self._locate(place)
-        content: npt.NDArray[np.uint8] = part.content[row]
-        return content
-
-    def fetch(self, place: int) -> list[npt.NDArray[Any]]:
-        """The V views [D] of the row at a place that `find` gave, in the file's dtype."""
-        part, row = self._locate(place)
-        at = int(part.rows[row])
-        views = part.file.layout.extents[f"{part.split}/features"].shape[0]
-        return [
-            part.file.view_rows(part.split, view, range(at, at + 1))[0] for view in range(views)
-        ]
+    def _read(self, part: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Neighbouring rows [V, n, D] of one split of one file."""
+        file, split = self._parts[part]
+        wanted = range(int(rows[0]), int(rows[-1]) + 1)
+        views = range(file.layout.extents[f"{split}/features"].shape[0])
+        return np.stack([file.view_rows(split, view, wanted) for view in views])
 
 
 def _head(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:

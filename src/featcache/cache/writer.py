@@ -184,9 +184,10 @@ class CacheWriter:
         num_views, _, dim = self.layout.extents[f"{split}/features"].shape
         features = np.zeros((num_views, len(rows), dim), np.float32)
         places = self._find_reused(split, rows)
-        for row in np.flatnonzero(places >= 0):
-            features[:, row] = self._source.fetch(int(places[row]))
-        return places >= 0, features
+        found = places >= 0
+        if found.any():
+            features[:, found] = self._source.fetch(places[found])
+        return found, features
 
     def write_block(
         self,
