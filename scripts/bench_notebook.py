@@ -59,7 +59,20 @@ def compare_with_notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
         for variant in variants():
             ours[variant.name].append(_featcache(config, folder, variant))
             say(f"{variant.name} {ours[variant.name][-1]['wall_s']:.1f} s")
-    wall = {name: statistics.median(run["wall_s"] for run in runs) for name, runs in ours.items()}
+    speedups, lines = summarise(loops, ours)
+    return {
+        "command": "bench-notebook",
+        "notebook": loops,
+        "featcache": ours,
+        "speedup": speedups,
+        "summary": lines,
+    }
+
+
+def summarise(
+    loops: list[dict[str, Any]], ours: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """How many times as fast each variant is, by medians; and lines that say so."""
     loop_wall = statistics.median(run["wall_s"] for run in loops)
     epoch = statistics.median(e["seconds"] for run in loops for e in run["epochs"])
     lines = [
@@ -68,21 +81,18 @@ def compare_with_notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
     ]
     speedups = {}
     for name, runs in ours.items():
+        wall, extract_wall = (
+            statistics.median(r[key] for r in runs) for key in ("wall_s", "extract_wall_s")
+        )
         further = statistics.median(e["seconds"] for run in runs for e in run["epochs"])
-        speedups[name] = {"total": loop_wall / wall[name], "further_epoch": epoch / further}
+        speedups[name] = {"total": loop_wall / wall, "further_epoch": epoch / further}
         lines.append(
-            f"{name}: {wall[name]:.1f} s (extract-features {runs[-1]['extract_wall_s']:.1f} s), "
+            f"{name}: {wall:.1f} s (extract-features {extract_wall:.1f} s), "
             f"{speedups[name]['total']:.1f} times as fast; one epoch {1000 * further:.1f} ms, "
             f"{speedups[name]['further_epoch']:.0f} times as fast; "
             f"test accuracy {runs[-1]['test_top1']:.3f}"
         )
-    return {
-        "command": "bench-notebook",
-        "notebook": loops,
-        "featcache": ours,
-        "speedup": speedups,
-        "summary": lines,
-    }
+    return speedups, lines
 
 
 def _notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
