@@ -244,13 +244,15 @@ def _int8_engine(job: Job, train: ImageSplit | None) -> Engine:
     say(f"calibrating int8 on {len(calibration)} train images, checking on {len(others)} others")
     exact, model = _vino_form(job)
     batch = job.config.batch_size or default_batch(job.prep.image_px)
-    with ThreadPoolExecutor(1) as aside:
-        # Quantising keeps one core busy, most of the time outside the network.
-        exactly = aside.submit(_features, exact.run, others, batch, job.threads)
+    batches = [others[i : i + batch] for i in range(0, len(others), batch)]
+    pool = ThreadPoolExecutor(job.threads)
+    try:
+        exactly = pool.map(exact.run, batches)  # begun now: quantising mostly needs one core
         model = int8.quantize(model, calibration)
-        wanted = exactly.result()
-    run = vino.compiled_run(model, job.threads)
-    got = _features(run, others, batch, job.threads)
+        run = vino.compiled_run(model, job.threads)
+        wanted, got = (np.concatenate(list(f)) for f in (exactly, pool.map(run, batches)))
+    finally:
+        pool.shutdown(cancel_futures=True)
     found: dict[str, Any] = {"num_calibrated": len(calibration), **int8.compare(got, wanted)}
     int8.refuse_if_far(found)
     model_hash = int8.hash_of(model)
@@ -266,13 +268,6 @@ def _int8_engine(job: Job, train: ImageSplit | None) -> Engine:
         recorded=f"{exact.recorded}+{recorded_engine('nncf')}:{model_hash[:16]}",
         int8={**found, "model_sha256": model_hash},
     )
-
-
-def _features(run: Run, pixels: UInt8, batch_size: int, threads: int) -> Float32:
-    """Features of many images on all threads, in order."""
-    batches = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
-    with ThreadPoolExecutor(threads) as pool:
-        return np.concatenate(list(pool.map(run, batches)))
 
 
 def physical_cores() -> int:
