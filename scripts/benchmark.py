@@ -166,17 +166,12 @@ def run_finetune(config: BenchmarkConfig, **changes: Any) -> RunReport:
 
 def run_cached(config: BenchmarkConfig) -> tuple[RunReport, float]:
     """Extract afresh, then train the head on the cache; also the seconds of extraction."""
-    import torch
-
     from featcache.extract import extract
     from featcache.heads import train_head
 
-    num_threads = torch.get_num_threads()
     start = time.perf_counter()
     extract(config.extract_config())
     seconds = time.perf_counter() - start
-    # Extraction gives every thread of its own one core; training wants them all.
-    torch.set_num_threads(num_threads)
     settings = config.head_config()
     train_head(settings)
     assert settings.output is not None

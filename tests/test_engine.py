@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -112,6 +114,13 @@ def test_features_do_not_depend_on_batch_size() -> None:
     for size in (1, 7, 32):
         parts = np.concatenate([run(pixels[i : i + size]) for i in range(0, 33, size)])
         assert en.relative_error(parts, whole) < 1e-5
+
+
+def test_images_too_small_for_a_network_are_refused_in_one_line() -> None:
+    prep = dataclasses.replace(PREP, image_px=16, resize_px=16)
+    config = settings(backbone="alexnet", image_px=16)
+    with pytest.raises(UserError, match=r"alexnet cannot run on images of 16 px .*--image-px"):
+        en.choose_engine(config, nn.Conv2d(3, 4, 32), prep, "cpu", 10)
 
 
 def test_the_gpu_and_int8_are_refused_where_they_cannot_be() -> None:

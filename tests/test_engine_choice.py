@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,21 +62,62 @@ def test_default_batches_shrink_as_images_grow() -> None:
     assert sizes == {8: 64, 32: 64, 64: 64, 96: 64, 128: 32, 224: 8, 320: 4, 512: 4, 4096: 4}
 
 
-def test_the_fastest_form_and_batch_win_the_race() -> None:
+def test_the_fastest_form_and_batch_win_the_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "MAX_ROUNDS", 1)
     measure, asked = rates(
         {"a batch 64 × 2": 10, "b batch 64 × 2": 20, "b batch 128 × 2": 30},
     )
-    best, timings = choice.choose_by(job(), [form("a"), form("b")], measure, 0.0)
+    best, timings = choice.choose_by(job(), [form("a"), form("b")], measure, 60.0)
     assert (best.engine, best.batch_size, best.threads) == ("b", 128, 2)
     assert timings == {"a batch 64 × 2": 10, "b batch 64 × 2": 20, "b batch 128 × 2": 30}
-    # in turns, once to warm up and once to count, and no more where there is no time
+    # in turns, once to warm up and once to count
     assert asked[:4] == ["a batch 64 × 2", "b batch 64 × 2"] * 2
     assert len(asked) == 8
 
 
+def test_no_race_where_warming_up_costs_more_than_it_may() -> None:
+    measure, asked = rates({"a batch 64 × 2": 10})
+    best, timings = choice.choose_by(job(batch_size=64), [form("a"), form("b")], measure, 0.0)
+    assert (best.engine, timings, asked) == ("a", {}, ["a batch 64 × 2"])
+
+
+def test_an_interrupt_while_threads_gather_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, calls = ThreadPoolExecutor.submit, []
+
+    def interrupted(self: ThreadPoolExecutor, call: Callable[[], None]) -> object:
+        calls.append(call)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return submit(self, call)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    candidate = race.Candidate(engine="a", form="a", run=nothing, batch_size=2, threads=3)
+    with pytest.raises(KeyboardInterrupt), race.all_at_once(PREP, 3) as measure:
+        measure(candidate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "begun", "device"),
+    [
+        ({}, None, "cuda"),
+        ({}, "torch", "cuda"),
+        ({}, "openvino-2026.4", "cpu"),
+        ({"engine": "openvino"}, None, "cpu"),
+        ({"precision": "int8"}, None, "cpu"),
+        ({"precision": "int8", "device": "cuda"}, None, "cuda"),
+    ],
+)
+def test_auto_leaves_the_gpu_for_what_runs_on_the_cpu_only(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], begun: str | None, device: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = ExtractConfig(dataset="digits", **settings)
+    assert en.device_of(config, begun) == device
+
+
 def test_a_near_tie_goes_to_the_likelier_candidate() -> None:
     table = {"a batch 64 × 2": 100, "b batch 64 × 2": 102, "a batch 128 × 2": 102.9}
-    best, _ = choice.choose_by(job(), [form("a"), form("b")], rates(table)[0], 0.0)
+    best, _ = choice.choose_by(job(), [form("a"), form("b")], rates(table)[0], 60.0)
     assert (best.engine, best.batch_size) == ("a", 64)
 
 
@@ -88,7 +131,7 @@ def test_a_given_batch_and_given_workers_are_not_raced(monkeypatch: pytest.Monke
 def test_fewer_threads_are_tried_where_two_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "physical_cores", lambda: 4)
     table = {"a batch 5 × 8": 10, "a batch 5 × 4": 12}
-    best, timings = choice.choose_by(job(8, batch_size=5), [form("a")], rates(table)[0], 0.0)
+    best, timings = choice.choose_by(job(8, batch_size=5), [form("a")], rates(table)[0], 60.0)
     assert best.threads == 4
     assert timings == table
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_helpers import make_folder, number_in
 from featcache import extract as ex
@@ -123,6 +124,53 @@ def test_update_keeps_the_engine_of_the_old_rows(
     (copy / "train" / "cat" / "000.png").unlink()
     ex.extract(settings(copy, tmp_path, update=True))
     assert begun == ["openvino-2026.4"]
+
+
+def test_only_what_is_missing_counts_as_work_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featcache.engine
+
+    passes: list[object] = []
+
+    def choose(config: ExtractConfig, *rest: object) -> Engine:
+        passes.append(rest[3])
+        return fake("torch")
+
+    monkeypatch.setattr(featcache.engine, "choose_engine", choose)
+    copy = make_folder(tmp_path / "pets", train=40, test=2)  # two classes: a block and 16 rows
+    config, write, blocks = settings(copy, tmp_path, views="flip"), CacheWriter.write_block, []
+
+    def stop_after_one(*block: object) -> None:
+        if blocks:
+            raise KeyboardInterrupt
+        blocks.append(block)
+        write(*block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_block", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            ex.extract(config)
+    ex.extract(config)
+    (copy / "train" / "cat" / "000.png").unlink()
+    ex.extract(dataclasses.replace(config, update=True))
+    Image.new("RGB", (40, 40), "red").save(copy / "test" / "cat" / "000.png")
+    ex.extract(dataclasses.replace(config, update=True))
+    assert passes[0] == 84 * 2
+    assert passes[1] < passes[0] - 30 * 2
+    assert passes[2:] == [0, 2]
+
+
+def test_torch_has_its_threads_back_afterwards(folder: Path, tmp_path: Path) -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ex.extract(settings(folder, tmp_path, num_train=4, num_test=2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_rows_of_two_quantised_networks_never_mix(

@@ -8,7 +8,9 @@ import importlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import types
 from collections import defaultdict
@@ -107,6 +109,37 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Undo an engine's choice of torch's threads, which belongs to the whole process."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a short block.
+
+    For libraries that call back into Python: an interrupt there comes out as an error of theirs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if held:
+            raise KeyboardInterrupt
 
 
 def pick_device(name: str) -> str:

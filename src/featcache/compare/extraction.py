@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from featcache.config import CompareConfig, ExtractConfig
 from featcache.data import load_dataset
 from featcache.extract import extract
 from featcache.extract.stream import computed_rows
-from featcache.runtime import StageTimer, pick_device, say, write_json
+from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept, write_json
 
 SAMPLE_IMAGES = 256
 """Enough for a steady rate, few enough not to be noticed."""
@@ -62,7 +60,7 @@ def shared_cache(config: CompareConfig, output: Path) -> Extraction:
         StorageError: The cache could not be written.
     """
     wanted = extract_config(config)
-    with threads_kept():
+    with torch_threads_kept():
         report = extract(wanted)
         cache = FeatureCache(report["cache"])
         record = output / "extraction.json"
@@ -72,18 +70,6 @@ def shared_cache(config: CompareConfig, output: Path) -> Extraction:
         found = _measured(wanted, report, cache)
     write_json(record, dataclasses.asdict(found))
     return found
-
-
-@contextlib.contextmanager
-def threads_kept() -> Iterator[None]:
-    """Give torch its threads back: extraction takes one per worker, fine-tuning wants them all."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache) -> Extraction:

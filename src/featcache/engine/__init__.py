@@ -7,7 +7,7 @@ from featcache.engine.base import (
     relative_error,
     sample_pixels,
 )
-from featcache.engine.choice import choose_engine, default_batch
+from featcache.engine.choice import choose_engine, default_batch, device_of
 
 __all__ = [
     "AMP_TOLERANCE",
@@ -15,6 +15,7 @@ __all__ = [
     "Engine",
     "choose_engine",
     "default_batch",
+    "device_of",
     "relative_error",
     "sample_pixels",
 ]

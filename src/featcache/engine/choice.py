@@ -31,9 +31,9 @@ from featcache.engine.base import (
 )
 from featcache.engine.gpu import gpu_engine
 from featcache.engine.race import Candidate, Measure, all_at_once, race
-from featcache.engine.torch_cpu import fused_run, plain_run
+from featcache.engine.torch_cpu import fused_run, plain_features, plain_run
 from featcache.errors import FeatcacheError, UserError
-from featcache.runtime import num_cores, recorded_engine, say
+from featcache.runtime import num_cores, pick_device, recorded_engine, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +81,22 @@ class Form:
     recorded: str
 
 
+def device_of(config: ExtractConfig, begun: str | None = None) -> str:
+    """Where to run: `auto` takes a GPU, unless what was asked for or begun runs on the CPU only.
+
+    Args:
+        config: Device, engine and precision.
+        begun: What made the rows that are there already.
+
+    Raises:
+        UserError: The device asked for is not there.
+    """
+    openvino = config.engine == "openvino" or config.precision == "int8"
+    if config.device == "auto" and (openvino or (begun or "").startswith("openvino")):
+        return "cpu"
+    return pick_device(config.device)
+
+
 def choose_engine(
     config: ExtractConfig,
     backbone: nn.Module,
@@ -120,7 +136,7 @@ def choose_engine(
         num_images=num_images,
         threads=max(1, num_cores() if config.workers is None else config.workers),
         pixels=pixels,
-        wanted=plain(pixels),
+        wanted=plain_features(plain, pixels, config.backbone),
     )
     if config.precision == "int8":
         return _int8_engine(job, train)

@@ -23,7 +23,7 @@ from featcache.engine.base import (
     relative_error,
     sample_pixels,
 )
-from featcache.engine.torch_cpu import runner
+from featcache.engine.torch_cpu import plain_features, runner
 from featcache.errors import FeatcacheError, UserError
 
 GPU_BATCH = 256
@@ -42,7 +42,7 @@ def gpu_engine(
     if config.precision == "int8" or config.engine == "openvino":
         raise UserError("openvino and int8 run on the CPU: add --device cpu")
     pixels = sample_pixels(prep, CHECKED_IMAGES)
-    wanted = runner(backbone, prep)(pixels)
+    wanted = plain_features(runner(backbone, prep), pixels, config.backbone)
     network = backbone.to(device).to(memory_format=torch.channels_last)
     start = _starter(network, prep, device, half=config.precision == "amp")
     run = _waiting(start)
@@ -83,9 +83,15 @@ def _starter(network: nn.Module, prep: Preprocessing, device: str, *, half: bool
         host = host.pin_memory() if cuda else host
         elapsed = _cuda_clock() if cuda else _clock()
         autocast = torch.autocast(device, dtype=torch.float16, enabled=half)
-        with torch.inference_mode(), _full_float32(), autocast:
-            images = normalize(host.to(device, non_blocking=cuda), prep)
-            features = network(images).float().to("cpu", non_blocking=cuda)
+        try:
+            with torch.inference_mode(), _full_float32(), autocast:
+                images = normalize(host.to(device, non_blocking=cuda), prep)
+                features = network(images).float().to("cpu", non_blocking=cuda)
+        except torch.OutOfMemoryError as problem:
+            raise UserError(
+                f"{device} has too little memory for batches of {len(pixels)} images: give a "
+                f"smaller --batch-size, for example {max(1, len(pixels) // 4)}"
+            ) from problem
         seconds = elapsed()
 
         def finish() -> tuple[Float32, float]:
@@ -131,9 +137,14 @@ def _cuda_clock() -> Callable[[], Callable[[], float]]:
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
     """Forbid TensorFloat-32, which cuDNN uses by itself and which keeps three digits only."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    name, off = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)
+    places = [getattr(cudnn, "conv", cudnn), matmul]
+    before = [getattr(place, name) for place in places]
     try:
+        for place in places:
+            setattr(place, name, off)
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)

@@ -45,7 +45,8 @@ def race(
     Args:
         candidates: The likeliest first.
         measure: Gives images per second; called once more for each to warm up.
-        budget_s: Seconds after which no further round begins. The first one is always finished.
+        budget_s: Seconds after which no further round begins. Where warming up alone takes longer,
+            nothing is measured and the first candidate is taken.
 
     Returns:
         The choice, and each candidate's best rate: a neighbour on the machine only slows down.
@@ -56,6 +57,8 @@ def race(
     best: dict[str, float] = {}
     for candidate in candidates:
         measure(candidate)
+        if time.perf_counter() > end:
+            return candidates[0], {}
     for _ in range(MAX_ROUNDS):
         for candidate in candidates:
             rate = measure(candidate)
@@ -88,8 +91,12 @@ def all_at_once(prep: Preprocessing, threads: int) -> Iterator[Measure]:
                 ready.wait()
                 candidate.run(pixels)
 
-            calls = [pool.submit(call) for _ in range(candidate.threads)]
-            ready.wait()
+            try:
+                calls = [pool.submit(call) for _ in range(candidate.threads)]
+                ready.wait()
+            except BaseException:
+                ready.abort()  # or the threads would wait for ever, and the pool for them
+                raise
             start = time.perf_counter()
             for done in calls:
                 done.result()

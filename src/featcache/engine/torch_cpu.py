@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from featcache.config import Preprocessing
 from featcache.data import normalize
 from featcache.engine.base import TOLERANCE, Float32, Run, UInt8, relative_error
+from featcache.errors import UserError
 from featcache.fuse import fuse_for_cpu
 from featcache.runtime import say
 
@@ -22,6 +23,22 @@ def runner(network: nn.Module, prep: Preprocessing) -> Run:
         return array
 
     return run
+
+
+def plain_features(run: Run, pixels: UInt8, backbone: str) -> Float32:
+    """The plain network's features of a few images: the first time that it runs at all.
+
+    Raises:
+        UserError: It cannot take images of this size.
+    """
+    try:
+        return run(pixels)
+    except (RuntimeError, AssertionError, ValueError) as problem:
+        reason = " ".join(str(problem).split())[:100] or type(problem).__name__
+        raise UserError(
+            f"{backbone} cannot run on images of {pixels.shape[1]} px ({reason}): give another "
+            "--image-px, or leave it out for the weights' own"
+        ) from problem
 
 
 def plain_run(backbone: nn.Module, prep: Preprocessing) -> Run:

@@ -13,6 +13,7 @@ import numpy as np
 from featcache.config import Preprocessing
 from featcache.engine.base import Float32, Run, UInt8
 from featcache.errors import UserError
+from featcache.runtime import interrupts_held
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,8 +69,9 @@ def convert(backbone: nn.Module, prep: Preprocessing) -> Any:
         # Left to itself, the converter has torch check what it traced, and for that torch loads
         # parts of itself for a second or two; whoever uses the model compares its features anyway.
         example = torch.zeros(1, 3, side, side)
-        traced = torch.jit.trace(backbone, example, check_trace=False)  # type: ignore[no-untyped-call]
-        model = ov.convert_model(traced)
+        with interrupts_held():
+            traced = torch.jit.trace(backbone, example, check_trace=False)  # type: ignore[no-untyped-call]
+            model = ov.convert_model(traced)
     model.reshape([-1, 3, side, side])
     steps = ov.preprocess.PrePostProcessor(model)
     steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))

@@ -6,6 +6,7 @@ that finds its cache finished does no work; one that finds it begun goes on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import time
@@ -20,15 +21,23 @@ from featcache.cache import (
     FeatureCache,
     SplitRows,
     begun_with,
+    info,
     open_writer,
     part_path,
     read_meta,
 )
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, describe
+from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
-from featcache.runtime import StageTimer, environment, num_cores, pick_device, say
+from featcache.runtime import (
+    StageTimer,
+    environment,
+    num_cores,
+    say,
+    torch_threads_kept,
+)
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -80,7 +89,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         check_skipped(config, part_path(path))
     for note in dataset.notes:
         say(note)
-    progress, timer, engine = _run(config, path, wanted, dataset, start)
+    with torch_threads_kept():
+        progress, timer, engine = _run(config, path, wanted, dataset, start)
     return _report(path, start, progress=progress, timer=timer, engine=engine)
 
 
@@ -88,21 +98,24 @@ def _run(
     config: ExtractConfig, path: Path, wanted: CacheMeta, dataset: ImageDataset, start: float
 ) -> tuple[dict[str, SplitProgress], StageTimer, Engine]:
     """Open or resume the file, fill every pending block, finish."""
-    from featcache.engine import choose_engine
+    from featcache.engine import choose_engine, device_of
 
     timer = StageTimer()
     backbone = load_backbone(config, config.seed)
     before = state_sha256(backbone)
-    num_images = sum(map(len, dataset.splits.values())) * wanted.views.num
+    old = FeatureCache(path) if config.update and path.exists() else None
+    begun = None if config.force else begun_with(path)
+    begun_engine = begun.engine if begun else old.meta.engine if old else None
+    num_images = _num_missing(dataset, path if begun else None, old) * wanted.views.num
     with timer("choose_engine"):
         engine = choose_engine(
             config,
             backbone,
             wanted.backbone.preprocessing,
-            pick_device(config.device),
+            device_of(config, begun_engine),
             num_images,
             dataset.splits.get("train"),
-            _begun_engine(config, path),
+            begun_engine,
         )
     if config.verbose:
         say(f"engine: {engine.sentence()}")
@@ -110,7 +123,6 @@ def _run(
     rows = [
         SplitRows(s.name, s.ids, s.labels, s.content, s.weights) for s in dataset.splits.values()
     ]
-    old = FeatureCache(path) if config.update and path.exists() else None
     names = dataset.class_names
     progress: dict[str, SplitProgress] = {}
     with open_writer(path, meta, names, rows, force=config.force, reuse=old) as writer:
@@ -135,13 +147,19 @@ def _say_if_starved(config: ExtractConfig, engine: Engine, timer: StageTimer) ->
             say(note)
 
 
-def _begun_engine(config: ExtractConfig, path: Path) -> str | None:
-    """What made the rows that this run will keep, if there are any."""
-    if config.force:
-        return None
-    if (begun := begun_with(path)) is not None:
-        return begun.engine
-    return read_meta(path)[0].engine if config.update and path.exists() else None
+def _num_missing(dataset: ImageDataset, begun: Path | None, old: FeatureCache | None) -> int:
+    """About how many images neither an unfinished run nor the older cache has."""
+    num = total = sum(map(len, dataset.splits.values()))
+    if old is not None:
+        known = np.concatenate([old.split(name).content for name in old.num_rows]).view("S32")
+        wanted = np.concatenate([split.content for split in dataset.splits.values()]).view("S32")
+        num = int(np.isin(wanted, known, invert=True).sum())
+    if begun is not None:
+        with contextlib.suppress(CacheError):  # it may just have been finished elsewhere
+            splits = info(part_path(begun))["splits"].values()
+            shares = (s["num_samples"] * s["num_blocks_done"] // s["num_blocks"] for s in splits)
+            num = min(num, max(0, total - sum(shares)))
+    return num
 
 
 def fill_split(

@@ -11,10 +11,11 @@ from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
 from featcache.data import REASONS, ImageDataset, describe
 from featcache.errors import CacheError, UserError
 from featcache.extract.run import fill_split
-from featcache.runtime import StageTimer, pick_device
+from featcache.runtime import StageTimer, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.cache import VerifyReport
+    from featcache.engine import Engine
 
 EXIT_DAMAGED = 2
 MAX_LISTED = 10
@@ -104,7 +105,7 @@ def check_lines(report: dict[str, Any]) -> list[str]:
 
 def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     """Compute the damaged blocks from the images; returns the number of rows."""
-    from featcache.engine import choose_engine
+    from featcache.engine import choose_engine, device_of
 
     if config.dataset is None:
         raise UserError("--repair computes from the images: add --dataset with the dataset's place")
@@ -118,13 +119,27 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     dataset = describe(settings)
     _check_same(meta, class_names, settings, dataset)
     prep = meta.backbone.preprocessing
-    backbone, timer = load_backbone(settings, settings.seed), StageTimer()
-    device, train = pick_device(settings.device), dataset.splits.get("train")
-    engine = choose_engine(settings, backbone, prep, device, 0, train)
+    backbone = load_backbone(settings, settings.seed)
+    train = dataset.splits.get("train")
+    with torch_threads_kept():
+        engine = choose_engine(settings, backbone, prep, device_of(settings), 0, train)
+        return _compute_damaged(config, settings, dataset, meta, engine)
+
+
+def _compute_damaged(
+    config: VerifyConfig,
+    settings: ExtractConfig,
+    dataset: ImageDataset,
+    meta: CacheMeta,
+    engine: Engine,
+) -> int:
+    """Fill the blocks that fail their checksum; returns their rows."""
+    timer = StageTimer()
     if (engine.recorded or engine.name) != meta.engine:
         raise CacheError(
             f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, this "
-            f"machine gives {engine.recorded}; run extract-features --force to make it again"
+            f"machine gives {engine.recorded or engine.name}; run extract-features --force to make "
+            "it again"
         )
     with prepare_repair(config.cache) as writer:
         damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))

@@ -20,7 +20,7 @@ from featcache.extract.stream import computed_chunks
 from featcache.heads import KnnHead, softmax
 from featcache.predict.load import Trained, load_trained
 from featcache.predict.pictures import Picture, split_of
-from featcache.runtime import StageTimer, num_cores, pick_device, say
+from featcache.runtime import StageTimer, num_cores, pick_device, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -219,15 +219,3 @@ def _precision(trained: Trained, device: str) -> Literal["float32", "amp"]:
             "float32 here, so probabilities can differ a little"
         )
     return "float32"
-
-
-@contextlib.contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Undo the engine's choice of torch's threads, which belongs to the whole process."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

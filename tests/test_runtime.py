@@ -1,0 +1,70 @@
+"""What belongs to the whole process and has to be put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from featcache.runtime import interrupts_held, torch_threads_kept
+
+
+def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
+    before, done = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("the block")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_goes_before_the_error_that_it_looks_like() -> None:
+    def work() -> None:
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("cannot convert")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+
+
+def test_errors_and_other_threads_are_left_alone() -> None:
+    passed: list[int] = []
+
+    def work() -> None:
+        with interrupts_held():
+            passed.append(1)
+            raise ValueError("mine")
+
+    def elsewhere() -> None:
+        with pytest.raises(ValueError, match="mine"):
+            work()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    elsewhere()
+    assert passed == [1, 1]
+
+
+def test_torchs_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+
+    def work() -> None:
+        with torch_threads_kept():
+            torch.set_num_threads(before + 1)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        work()
+    assert torch.get_num_threads() == before
