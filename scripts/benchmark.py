@@ -34,7 +34,7 @@ from featcache.config import (
 )
 from featcache.report import Row, RunReport
 from featcache.report.run import Approach
-from featcache.runtime import environment, say, write_atomically, write_json
+from featcache.runtime import environment, load_optimizers, say, write_atomically, write_json
 
 # Mirroring turns these into something else, so the default leaves them as they are.
 NEVER_MIRRORED = ("digits", "mnist", "emnist", "kmnist", "qmnist", "usps", "svhn", "gtsrb")
@@ -196,6 +196,7 @@ def warm_up(config: BenchmarkConfig) -> BackboneInfo:
     dataset.fingerprint  # noqa: B018 - computed on first use, then remembered on disk
     info = identify(settings, config.seed, config.cache_dir)
     side = info.preprocessing.image_px
+    load_optimizers()
     with torch.inference_mode():
         load_backbone(settings, config.seed)(torch.zeros(1, 3, side, side))
     return info

@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from featcache.runtime import interrupts_held, torch_threads_kept
+from featcache.errors import StorageError
+from featcache.runtime import check_writable, interrupts_held, torch_threads_kept
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
@@ -55,6 +57,17 @@ def test_errors_and_other_threads_are_left_alone() -> None:
     thread.join()
     elsewhere()
     assert passed == [1, 1]
+
+
+def test_what_cannot_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model.safetensors"
+    check_writable(path, 1000)
+    assert os.listdir(path.parent) == []
+    with pytest.raises(StorageError, match="No space left"):
+        check_writable(path, 2**60)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"Not a directory|File exists"):
+        check_writable(tmp_path / "file" / "model.safetensors")
 
 
 def test_torchs_threads_are_put_back() -> None:

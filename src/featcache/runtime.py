@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import importlib
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -186,6 +188,13 @@ def import_torchvision(part: str) -> Any:
     return importlib.import_module(f"torchvision.{part}")
 
 
+def load_optimizers() -> None:
+    """Have torch load its compiler, as it does for the first optimizer, before a clock runs."""
+    import torch
+
+    torch.optim.SGD([torch.zeros(1)])
+
+
 def _is_compile_supported(device_type: str) -> bool:
     utils = importlib.import_module("torch._dynamo.utils")
     return bool(utils.is_compile_supported(device_type))
@@ -227,6 +236,23 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, num_bytes: int = 0) -> None:
+    """Find out now, not after an hour's work, that `num_bytes` cannot be written to `path`.
+
+    Raises:
+        StorageError: The folder cannot be written to, or has too little room.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+        if shutil.disk_usage(path.parent).free < num_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def temporaries_of(path: Path) -> list[Path]:

@@ -38,7 +38,14 @@ from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
 from featcache.report import RunReport, config_json
 from featcache.report.tables import seconds_text
-from featcache.runtime import environment, numeric_versions, say, write_json
+from featcache.runtime import (
+    check_writable,
+    environment,
+    load_optimizers,
+    numeric_versions,
+    say,
+    write_json,
+)
 
 MINUTE = 60.0
 
@@ -62,6 +69,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     bench = prepare(config)
     train = bench.dataset.splits["train"]
     plan = make_plan(config, train.ids, train.labels, _decisive(bench))
+    load_optimizers()  # or the first fine-tune alone would pay for it
     done, left_out, spent = _run_all(bench, plan)
     report = _report(bench, plan, done, left_out, spent)
     report["seconds_total"] = time.perf_counter() - start
@@ -75,6 +83,7 @@ def prepare(config: CompareConfig) -> Bench:
     """Extract or find the cache, and see which images both modes can use."""
     dataset = load_dataset(config)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
+    check_writable(output / "compare.json")
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
     cache = open_cache(head)

@@ -31,7 +31,13 @@ from featcache.export.formats import (
 )
 from featcache.predict import Trained, load_trained, provenance_json
 from featcache.report import config_json
-from featcache.runtime import environment, storage_errors, version_of, write_atomically
+from featcache.runtime import (
+    check_writable,
+    environment,
+    storage_errors,
+    version_of,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +136,7 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
     """
     from featcache.export.graph import ClassifierGraph
 
+    check_writable(path)
     is_onnx = path.suffix == ".onnx"
     graph = ClassifierGraph(trained, takes_pixels=about["input"]["dtype"] == "uint8")
     samples = sample_batches(trained, about)

@@ -155,8 +155,8 @@ def init_from_file(parts: Parts, path: Path, info: BackboneInfo, class_names: li
         raise UserError(f"--init-head {path} is damaged: run train-head again") from error
     if names != class_names:
         raise UserError(
-            f"--init-head {path} is for the classes {names!r:.80}, the dataset has "
-            f"{class_names!r:.80}: train a head on a cache of this dataset"
+            f"--init-head {path} is for {_some(names)}, the dataset has "
+            f"{_some(class_names)}: train a head on a cache of this dataset"
         )
     ours = flatten(json.loads(json.dumps(dataclasses.asdict(info))))
     for name in sorted(ours.keys() | theirs.keys()):
@@ -169,3 +169,9 @@ def init_from_file(parts: Parts, path: Path, info: BackboneInfo, class_names: li
     if weight.shape != (len(class_names), info.feature_dim) or bias.shape != (len(class_names),):
         raise UserError(f"--init-head {path} is damaged: shapes {weight.shape}, {bias.shape}")
     set_head(parts.head, weight, bias)
+
+
+def _some(names: list[str]) -> str:
+    """How many classes, and the first ones."""
+    few = ", ".join(map(str, names[:4])) + (", …" if len(names) > 4 else "")
+    return f"{len(names)} classes ({few[:200]})"

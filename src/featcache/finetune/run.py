@@ -28,7 +28,7 @@ from featcache.finetune.setup import Run, prepare
 from featcache.metrics import wilson_interval
 from featcache.model_file import ModelCard, write_model
 from featcache.report import Predictions, RunReport, config_json
-from featcache.runtime import environment, say
+from featcache.runtime import check_writable, environment, say
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +70,8 @@ def finetune(
 
 def _execute(run: Run, start: float) -> dict[str, Any]:
     """Train from the beginning or from the checkpoint, score, write model and report."""
+    state = run.parts.model.state_dict().values()
+    check_writable(run.output, sum(tensor.nbytes for tensor in state))
     optimizer = run.parts.make_optimizer()
     frozen = run.parts.frozen_sha256()
     checkpoint = checkpoint_path(run.output)
