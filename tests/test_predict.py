@@ -337,6 +337,17 @@ class TestCommand:
         assert output.read_bytes() == first
         assert os.listdir(output.parent) == ["out.csv"]
 
+    def test_what_is_read_is_not_written_over(
+        self, tmp_path: Path, root: Path, loaded: Classifier, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        picture = tmp_path / "picture"
+        picture.write_bytes(next((root / "pets" / "test").rglob("*.png")).read_bytes())
+        before = picture.read_bytes()
+        code, _, err = run(capsys, "head", picture, "--output", picture)
+        assert code == 2
+        assert "would replace what is to be read" in err
+        assert picture.read_bytes() == before
+
     def test_broken_disk_names_the_output(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(StorageError, match="cannot write"):

@@ -1,10 +1,18 @@
-"""Checks of single settings, worded for the command line."""
+"""Checks of settings, worded for the command line."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import numbers
+import operator
+import os
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from featcache.errors import UserError
+from featcache.errors import UserError, one_of
 
 
 def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
@@ -12,11 +20,64 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
     if value is None or (math.isfinite(value) and low <= value <= high):
         return
     wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-    raise UserError(f"--{name.replace('_', '-')} {value} is out of range: give a number {wanted}")
+    raise UserError(f"{_flag(name)} {value} is out of range: give a number {wanted}")
 
 
 def check_positive(name: str, value: float | None) -> None:
     """Raise UserError unless `value` is None or a finite number above zero."""
     if value is not None and not (math.isfinite(value) and value > 0):
-        flag = name.replace("_", "-")
-        raise UserError(f"--{flag} {value} is out of range: give a number above 0")
+        raise UserError(f"{_flag(name)} {value} is out of range: give a number above 0")
+
+
+def check_types(config: Any) -> None:
+    """Check that the fields of a frozen dataclass have their types; for callers from Python.
+
+    The command line has done so. Paths may be given as text and text as paths, lists for tuples,
+    whole numbers for floats.
+
+    Raises:
+        UserError: A field has another type, or is none of the words that it may be.
+    """
+    kind: Any = type(config)
+    hints = _hints(kind)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fitted = _fitted(field.name, value, hints[field.name])
+        if fitted is not value:
+            object.__setattr__(config, field.name, fitted)
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _fitted(name: str, value: Any, hint: Any) -> Any:
+    """The value as the type hint has it."""
+    if get_origin(hint) is Union:
+        if value is None:
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not NoneType)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        raise UserError(f"{_flag(name)}: {one_of(value, get_args(hint), 'choice')}")
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_fitted(name, each, get_args(hint)[0]) for each in value)
+    fits = isinstance(value, _ACCEPTED.get(hint, ())) and isinstance(value, bool) == (hint is bool)
+    if fits:
+        return value if isinstance(value, hint) else _MADE_BY[hint](value)
+    raise UserError(f"{_flag(name)}: {str(value)[:80]!r} is no {_WORDS.get(hint, 'list')}")
+
+
+_ACCEPTED: dict[Any, Any] = {
+    bool: bool,
+    int: numbers.Integral,
+    float: numbers.Real,
+    str: (str, os.PathLike),
+    Path: (str, os.PathLike),
+}
+_MADE_BY: dict[Any, Any] = {int: operator.index, float: float, str: os.fspath, Path: Path}
+_WORDS = {bool: "True or False", int: "whole number", float: "number", str: "text", Path: "path"}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from featcache.config.checks import check_positive, check_range
+from featcache.config.checks import check_positive, check_range, check_types
 from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
@@ -21,6 +21,8 @@ from featcache.errors import UserError
 
 Solver = Literal["logistic", "ridge", "adam", "sgd", "knn", "auto"]
 Backend = Literal["auto", "numpy", "sklearn", "torch"]
+# Of other files, --force replaces none.
+CACHE_SUFFIXES = (".h5", ".hdf5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,11 @@ class DataConfig:
     """Where files go unless --output says otherwise."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.dataset.strip():
-            raise UserError("the dataset's name is empty: give digits, a folder, a CSV file, ...")
+            raise UserError(
+                "the dataset's name is empty: give digits, cifar10, a folder or a CSV file"
+            )
         check_range("num_train", self.num_train, 1)
         check_range("num_test", self.num_test, 1)
         check_range("seed", self.seed, 0, 2**32 - 1)
@@ -91,6 +96,7 @@ class BackboneConfig:
     """Where the network runs: auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
 
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
@@ -147,6 +153,8 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
         check_range("workers", self.workers, 0, 1024)
         if self.force and self.update:
             raise UserError("--force starts afresh and --update keeps rows: give one of them")
+        if self.output is not None and self.output.suffix.lower() not in CACHE_SUFFIXES:
+            raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
 
@@ -201,6 +209,7 @@ class TrainHeadConfig(OutputConfig):
     """The head file (.safetensors); its report is written beside it as .json."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range("epochs", self.epochs, 1, 1_000_000)
         check_positive("lr", self.lr)
         check_range("batch_size", self.batch_size, 1)
@@ -254,7 +263,7 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
     resume: bool = True
-    """Go on from the last epoch's checkpoint of the same run."""
+    """Go on from the last epoch's checkpoint of the same run; --no-resume starts afresh."""
     output: Optional[Path] = None
     """The model file (.safetensors); its report is written beside it as .json."""
 
@@ -272,6 +281,8 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.1")
         if self.freeze_backbone and self.unfreeze:
             raise UserError("--freeze-backbone and --unfreeze contradict each other: give one")
+        if self.freeze_backbone and self.backbone_lr is not None:
+            raise UserError("--freeze-backbone trains the head alone: leave --backbone-lr out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +291,9 @@ class InfoConfig(OutputConfig):
 
     cache: Path
     """A file written by extract-features."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,3 +312,9 @@ class VerifyConfig(OutputConfig):
     """The weights file that the cache was made with, where they were given by file."""
     seed: int = 42
     """The seed that the cache was made with."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        if self.dataset is not None and not self.repair:
+            raise UserError("--dataset is for --repair: leave it out, or add --repair")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from featcache.config.checks import check_positive, check_range
+from featcache.config.checks import check_positive, check_range, check_types
 from featcache.config.commands import BackboneConfig, DataConfig, OutputConfig, Solver
 from featcache.errors import UserError
 
@@ -86,6 +86,7 @@ class ReportConfig(OutputConfig):
     """Where hashes of the dataset's files are remembered."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.runs:
             raise UserError("no runs given: name report files or a folder of them")
         if self.output.suffix.lower() not in (".html", ".htm"):

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from featcache.config.checks import check_range
+from featcache.config.checks import check_range, check_types
 from featcache.config.commands import OutputConfig
 from featcache.errors import UserError
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
+# Nothing else is overwritten, pictures and heads least of all.
+PREDICTION_SUFFIXES = ("", ".csv", ".jsonl", ".ndjson", ".txt")
 
 Format = Literal["table", "csv", "jsonl"]
 
@@ -28,6 +30,7 @@ class ClassifierConfig(OutputConfig):
     """The seed that extract-features had, where a head was trained on random weights."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_range("seed", self.seed, 0, 2**32 - 1)
 
 
@@ -63,6 +66,10 @@ class PredictConfig(ClassifierConfig):
         check_range("topk", self.topk, 1)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
+        if self.output is not None and self.output.suffix.lower() not in PREDICTION_SUFFIXES:
+            raise UserError(
+                f"--output {self.output}: give a name that ends in .csv, .jsonl or .txt (a table)"
+            )
         if not self.inputs or "" in self.inputs:
             raise UserError("no pictures given: name pictures, folders, or - for standard input")
 

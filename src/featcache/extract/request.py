@@ -124,6 +124,8 @@ def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDa
     if "dataset.fingerprint" in names:
         rows.append(_dataset_changes(FeatureCache(path), dataset))
     update = "--update to compute only what changed, " if names == {"dataset.fingerprint"} else ""
+    if update and read_meta(path)[0].precision == "int8":
+        update = "--update (which int8 allows while the images that calibrate it stay the same), "
     return (
         f"{path} holds something else: {'; '.join(rows)}. Type {update}"
         "--force to extract afresh in its place, or --output FILE to keep both"

@@ -94,6 +94,10 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError(f"--sweep is for adam and sgd: leave it out for {solver}")
     if config.sweep and config.backend == "torch":
         raise UserError("--sweep trains in numpy: leave --backend torch out")
+    if config.lr is not None and solver not in ("adam", "sgd"):
+        raise UserError(f"--lr is for adam and sgd: leave it out for {solver}")
+    if config.standardize != "auto" and solver == "knn":
+        raise UserError("knn compares features as they are: leave --standardize out")
     if config.strength is not None and solver in ("adam", "sgd"):
         raise UserError("--strength is for logistic, ridge and knn: give --weight-decay instead")
     if config.strength is not None and solver == "auto":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from typing import Any
@@ -40,6 +41,10 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     paths = find_pictures(config.inputs)
+    if config.output is not None and config.output.exists():
+        own = (str(config.model), *paths)
+        if any(os.path.exists(path) and config.output.samefile(path) for path in own):
+            raise UserError(f"--output {config.output} would replace what is to be read: rename it")
     classifier = Classifier.load(
         config.model,
         weights=config.weights,
