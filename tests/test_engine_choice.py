@@ -30,7 +30,7 @@ def nothing(pixels: np.ndarray) -> np.ndarray:
 
 
 def form(name: str) -> choice.Form:
-    return choice.Form(name=name, label=name, run=nothing, error=0.0, recorded=f"{name}-1.0")
+    return choice.Form(name=name, run=nothing, error=0.0, recorded=f"{name}-1.0")
 
 
 def job(threads: int = 2, num_images: int = 10, **changes: object) -> choice.Job:
@@ -91,7 +91,7 @@ def test_an_interrupt_while_threads_gather_does_not_hang(monkeypatch: pytest.Mon
         return submit(self, call)
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
-    candidate = race.Candidate(engine="a", form="a", run=nothing, batch_size=2, threads=3)
+    candidate = race.Candidate(engine="a", run=nothing, batch_size=2, threads=3)
     with pytest.raises(KeyboardInterrupt), race.all_at_once(PREP, 3) as measure:
         measure(candidate)
 
@@ -139,7 +139,7 @@ def test_fewer_threads_are_tried_where_two_share_a_core(monkeypatch: pytest.Monk
 def test_a_neighbours_disturbance_does_not_decide() -> None:
     """The best of several rounds counts."""
     given = {"a": iter([9, 1, 9, 1, 1, 1]), "b": iter([9, 5, 5, 5, 5, 5])}
-    a, b = (race.Candidate(engine=n, form=n, run=nothing, batch_size=1, threads=1) for n in "ab")
+    a, b = (race.Candidate(engine=n, run=nothing, batch_size=1, threads=1) for n in "ab")
     best, timings = race.race([a, b], lambda c: next(given[c.engine]), 60.0)
     assert best is a
     assert timings == {"a batch 1 × 1": 9, "b batch 1 × 1": 5}
@@ -154,7 +154,7 @@ def test_all_threads_run_at_once() -> None:
         together.wait(timeout=30)
         return nothing(pixels)
 
-    candidate = race.Candidate(engine="a", form="a", run=run, batch_size=2, threads=3)
+    candidate = race.Candidate(engine="a", run=run, batch_size=2, threads=3)
     with race.all_at_once(PREP, 3) as measure:
         assert measure(candidate) > 0
 
@@ -167,9 +167,7 @@ def long_job(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> list[str]:
         entrants.extend(f.name for f in forms)
         assert budget_s <= choice.SELF_TEST_S
         last = forms[-1]
-        best = race.Candidate(
-            engine=last.name, form=last.label, run=last.run, batch_size=7, threads=1
-        )
+        best = race.Candidate(engine=last.name, run=last.run, batch_size=7, threads=1)
         return best, {"made up": 1.0}
 
     monkeypatch.setattr(choice, "_expected_seconds", lambda *_: 1000.0)

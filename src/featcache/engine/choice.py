@@ -75,7 +75,6 @@ class Form:
     """A form of the network that gives the right features; see `Engine` for the attributes."""
 
     name: str
-    label: str
     run: Run
     error: float | None
     recorded: str
@@ -148,7 +147,7 @@ def choose_engine(
         return _fastest(job, [_vino_form(job)[0]])
     fused = fused_run(backbone, prep, pixels, job.wanted)
     run, error = (plain, None) if fused is None else fused
-    torch_form = Form(name="torch", label="torch", run=run, error=error, recorded="torch")
+    torch_form = Form(name="torch", run=run, error=error, recorded="torch")
     return _fastest(job, [torch_form], try_openvino=asked == "auto")
 
 
@@ -171,7 +170,7 @@ def _vino_form(job: Job) -> tuple[Form, Any]:
     if not error <= TOLERANCE:
         raise FeatcacheError(f"OpenVINO's features are off by {error:.1e}: use --engine torch")
     recorded = recorded_engine("openvino")
-    form = Form(name="openvino", label="openvino", run=run, error=error, recorded=recorded)
+    form = Form(name="openvino", run=run, error=error, recorded=recorded)
     return form, model
 
 
@@ -198,7 +197,7 @@ def choose_by(
     """Race the forms, then for the winner twice the batch, then as many threads as real cores."""
     batch = job.config.batch_size or default_batch(job.prep.image_px)
     options = {"batch_size": batch, "threads": job.threads}
-    entrants = [Candidate(engine=f.name, form=f.label, run=f.run, **options) for f in forms]
+    entrants = [Candidate(engine=f.name, run=f.run, **options) for f in forms]
     best, timings = race(entrants, measure, budget_s / 2)
     changes: list[dict[str, int]] = []
     if job.config.batch_size is None:

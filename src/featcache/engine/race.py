@@ -23,7 +23,6 @@ class Candidate:
     """One way to run the job: an engine's `run`, how many images a call gets, how many callers."""
 
     engine: str
-    form: str
     run: Run
     batch_size: int
     threads: int
@@ -31,7 +30,7 @@ class Candidate:
     @property
     def label(self) -> str:
         """What the timings call it."""
-        return f"{self.form} batch {self.batch_size} × {self.threads}"
+        return f"{self.engine} batch {self.batch_size} × {self.threads}"
 
 
 Measure = Callable[[Candidate], float]

@@ -116,10 +116,10 @@ def computed_chunks(
         yield done
 
 
-def _network(engine: Engine, decoded: Decoded, stop: threading.Event | None = None) -> Computed:
+def _network(engine: Engine, decoded: Decoded, stop: threading.Event) -> Computed:
     """Run the network over the pictures of a chunk that could be read."""
     start = time.perf_counter()
-    batches = [] if stop is not None and stop.is_set() else _batches(engine, decoded)
+    batches = [] if stop.is_set() else _batches(engine, decoded)
     features = _joined(decoded, [engine.run(batch) for batch in batches])
     return Computed(decoded, features, time.perf_counter() - start if batches else 0.0)
 
@@ -160,7 +160,7 @@ def _joined(decoded: Decoded, parts: list[Features]) -> Features:
     for place, pixels in enumerate(decoded.pixels):
         if not isinstance(pixels, BadImage):
             views = len(pixels)
-            decoded.pixels[place] = pixels[:0]
+            decoded.pixels[place] = pixels[:0].copy()  # a view would keep the whole picture
     flat = np.concatenate(parts)
     return flat.reshape(views, -1, flat.shape[1])
 
