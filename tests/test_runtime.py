@@ -40,6 +40,15 @@ def test_an_interrupt_goes_before_the_error_that_it_looks_like() -> None:
         work()
 
 
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_errors_and_other_threads_are_left_alone() -> None:
     passed: list[int] = []
 

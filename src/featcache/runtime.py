@@ -131,7 +131,8 @@ def interrupts_held() -> Iterator[None]:
 
     For libraries that call back into Python: an interrupt there comes out as an error of theirs.
     """
-    if threading.current_thread() is not threading.main_thread():
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
     held: list[int] = []
