@@ -14,10 +14,11 @@ from PIL import Image
 from data_helpers import make_folder, number_in
 from featcache import extract as ex
 from featcache.cache import CacheWriter, FeatureCache, begun_with, part_path, read_meta
+from featcache.cache.lock import locked
 from featcache.config import ExtractConfig
 from featcache.data import load_dataset
 from featcache.engine import Engine, choice, vino
-from featcache.errors import CacheError
+from featcache.errors import CacheError, StorageError
 from featcache.extract.request import differences
 from featcache.extract.stream import decode_shortfall
 
@@ -159,6 +160,19 @@ def test_only_what_is_missing_counts_as_work_ahead(
     assert passes[0] == 84 * 2
     assert passes[1] < passes[0] - 30 * 2
     assert passes[2:] == [0, 2]
+
+
+def test_a_cache_that_is_being_written_is_refused_before_any_work(
+    folder: Path, tmp_path: Path, begun: list[str | None]
+) -> None:
+    config = settings(folder, tmp_path, num_train=4, num_test=2, output=tmp_path / "x.h5")
+    with locked(config.output) as lock:
+        with pytest.raises(StorageError, match="being written"):
+            ex.extract(config)
+        assert begun == []
+        lock.release()
+    ex.extract(config)
+    assert begun == [None]
 
 
 def test_torch_has_its_threads_back_afterwards(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
 from featcache.cache.dataset import FeatureDataset
+from featcache.cache.lock import check_unlocked
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
 from featcache.cache.repair import prepare_repair
@@ -16,6 +17,7 @@ __all__ = [
     "SplitRows",
     "VerifyReport",
     "begun_with",
+    "check_unlocked",
     "info",
     "open_writer",
     "part_path",

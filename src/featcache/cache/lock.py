@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,35 @@ def _read_holder(path: Path) -> str:
             return _holder(json.loads(file.read(4096)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"
+
+
+def check_unlocked(path: Path) -> None:
+    """Find out before any work that another run is writing the cache.
+
+    Raises:
+        StorageError: It is; the message says which run.
+    """
+    if os.path.lexists(_lock_path(path)):
+        with locked(path) as lock:
+            lock.release()
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[Lock]:
+    """Lock a cache for writing; the lock is kept on success and released on an error.
+
+    Raises:
+        StorageError: Another run is writing it, or the file system refused.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(_lock_path(path))
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise

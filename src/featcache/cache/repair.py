@@ -9,11 +9,12 @@ import numpy as np
 
 from featcache.cache.create import create_part
 from featcache.cache.layout import block_range
+from featcache.cache.lock import locked
 from featcache.cache.plan import Plan, make_plan
 from featcache.cache.reader import meta_of, rows_of
 from featcache.cache.reuse import RowSource
 from featcache.cache.storage import CacheFile, texts_of
-from featcache.cache.writer import CacheWriter, locked, part_path
+from featcache.cache.writer import CacheWriter, part_path
 from featcache.errors import CacheError, UserError
 
 

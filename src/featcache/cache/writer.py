@@ -7,10 +7,9 @@ pages does not matter. NAME.h5 appears by one rename after everything was checke
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +21,7 @@ from featcache.cache import layout as form
 from featcache.cache.create import create_part
 from featcache.cache.fileio import sha256_of, sync, sync_folder, write_at
 from featcache.cache.layout import block_crc, block_range
-from featcache.cache.lock import Lock
+from featcache.cache.lock import Lock, locked
 from featcache.cache.plan import Plan, SplitRows, make_plan
 from featcache.cache.reader import FeatureCache, meta_of
 from featcache.cache.reuse import RowSource, describe_differences, setting_differences
@@ -83,23 +82,6 @@ def open_writer(
         if not os.path.lexists(part):
             create_part(part, plan)
         return CacheWriter(path, plan, lock, source)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[Lock]:
-    """Lock a cache for writing; the lock is kept on success and released on an error.
-
-    Raises:
-        StorageError: Another run is writing it, or the file system refused.
-    """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    lock = Lock(path.with_name(path.name + ".lock"))
-    try:
-        yield lock
-    except BaseException:
-        lock.release()
-        raise
 
 
 def _stale_part(part: Path, plan: Plan) -> CacheFile | None:

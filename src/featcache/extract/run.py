@@ -21,6 +21,7 @@ from featcache.cache import (
     FeatureCache,
     SplitRows,
     begun_with,
+    check_unlocked,
     info,
     open_writer,
     part_path,
@@ -87,6 +88,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         return _report(found, start, hit=True)
     if not config.force:
         check_skipped(config, part_path(path))
+    check_unlocked(path)
     for note in dataset.notes:
         say(note)
     with torch_threads_kept():
