@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +63,42 @@ def test_callers_on_several_threads_do_not_mix_their_batches() -> None:
         done = pool.map(lambda p: engine.run(pixels[p]), pieces)
         for piece, got in zip(pieces, done, strict=True):
             assert en.relative_error(got, wanted[piece]) < 1e-4
+
+
+SIGNAL_AFTER_USE = """
+import gc, os, signal, sys
+from featcache.backbone import load_backbone
+from featcache.config import BackboneConfig, Preprocessing
+from featcache.engine import int8, sample_pixels, vino
+
+network = load_backbone(BackboneConfig(weights="bundled"), 0)
+prep = Preprocessing(image_px=32, resize="squash", resize_px=32)
+pixels, model = sample_pixels(prep, 4), vino.convert(network, prep)
+first = vino.compiled_run(model, 2)
+first(pixels)
+model = int8.quantize(model, pixels) if sys.argv[1:] else model
+second = vino.compiled_run(model, 2)
+second(pixels)
+del first
+gc.collect()
+del second, model
+gc.collect()
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+os.kill(os.getpid(), signal.SIGINT)
+print(len(seen))
+"""
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    "words", [[], pytest.param(["int8"], marks=[needs_nncf, pytest.mark.slow])]
+)
+def test_a_signal_after_its_use_does_not_kill_the_process(words: list[str]) -> None:
+    """Two cores of OpenVINO that do not end in reverse order leave no stack for signals."""
+    command = [sys.executable, "-c", SIGNAL_AFTER_USE, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @needs_openvino

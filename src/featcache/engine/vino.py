@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import threading
@@ -81,6 +82,17 @@ def convert(backbone: nn.Module, prep: Preprocessing) -> Any:
     return steps.build()
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's core, one for the process.
+
+    A core gives the thread that loads its plug-in a stack for signals, and puts the one before back
+    when it ends. Where two do not end in reverse order, that is a stack which is gone, and the next
+    signal with a handler, Ctrl-C for one, kills the process.
+    """
+    return openvino().Core()
+
+
 def compiled_run(model: Any, threads: int) -> Run:
     """Compile a model for `threads` callers at once, one core each."""
     options = {
@@ -89,7 +101,7 @@ def compiled_run(model: Any, threads: int) -> Run:
         "INFERENCE_PRECISION_HINT": "f32",  # never bfloat16, which some processors prefer
         "ENABLE_CPU_PINNING": False,  # decoding needs the same cores
     }
-    compiled = openvino().Core().compile_model(model, "CPU", options)
+    compiled = _core().compile_model(model, "CPU", options)
     mine = threading.local()
 
     def run(pixels: UInt8) -> Float32:
