@@ -9,7 +9,7 @@ FeatcacheError            exit code 1: not the user's making (disk, permission, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 FEW_CHOICES = 20
 
@@ -57,3 +57,8 @@ def one_of(given: object, choices: Iterable[str], what: str) -> str:
     if not near or len(known) <= FEW_CHOICES:
         parts.append(f"known: {', '.join(known)}")
     return "; ".join(parts)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names with commas, and whether there are more."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -226,7 +226,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         StorageError: The file system refused.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary_of(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -245,7 +245,7 @@ def check_writable(path: Path, num_bytes: int = 0) -> None:
     Raises:
         StorageError: The folder cannot be written to, or has too little room.
     """
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    probe = _temporary_of(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -254,6 +254,10 @@ def check_writable(path: Path, num_bytes: int = 0) -> None:
             probe.unlink(missing_ok=True)
         if shutil.disk_usage(path.parent).free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def temporaries_of(path: Path) -> list[Path]:

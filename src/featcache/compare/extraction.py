@@ -60,14 +60,13 @@ def shared_cache(config: CompareConfig, output: Path) -> Extraction:
         StorageError: The cache could not be written.
     """
     wanted = extract_config(config)
-    with torch_threads_kept():
-        report = extract(wanted)
-        cache = FeatureCache(report["cache"])
-        record = output / "extraction.json"
-        known = _remembered(record, cache.digest.hex())
-        if known is not None:
-            return dataclasses.replace(known, cache=report["cache"])
-        found = _measured(wanted, report, cache)
+    report = extract(wanted)
+    cache = FeatureCache(report["cache"])
+    record = output / "extraction.json"
+    known = _remembered(record, cache.digest.hex())
+    if known is not None:
+        return dataclasses.replace(known, cache=report["cache"])
+    found = _measured(wanted, report, cache)
     write_json(record, dataclasses.asdict(found))
     return found
 
@@ -99,11 +98,12 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
     meta, timer = cache.meta, StageTimer()
     backbone, device = load_backbone(config, config.seed), pick_device(config.device)
-    engine = choose_engine(config, backbone, meta.backbone.preprocessing, device, len(rows))
-    start = time.perf_counter()
-    for _ in computed_rows(config, split, [int(row) for row in rows], meta, engine, timer):
-        pass
-    return len(rows), time.perf_counter() - start
+    with torch_threads_kept():
+        engine = choose_engine(config, backbone, meta.backbone.preprocessing, device, len(rows))
+        start = time.perf_counter()
+        for _ in computed_rows(config, split, [int(row) for row in rows], meta, engine, timer):
+            pass
+        return len(rows), time.perf_counter() - start
 
 
 def _remembered(record: Path, digest: str) -> Extraction | None:

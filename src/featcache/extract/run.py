@@ -32,13 +32,7 @@ from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
-from featcache.runtime import (
-    StageTimer,
-    environment,
-    num_cores,
-    say,
-    torch_threads_kept,
-)
+from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import Engine

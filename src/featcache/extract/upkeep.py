@@ -9,7 +9,7 @@ from featcache.backbone import identify, load_backbone
 from featcache.cache import info, prepare_repair, read_meta, verify
 from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
 from featcache.data import REASONS, ImageDataset, describe
-from featcache.errors import CacheError, UserError
+from featcache.errors import CacheError, UserError, listed
 from featcache.extract.run import fill_split
 from featcache.runtime import StageTimer, torch_threads_kept
 
@@ -48,7 +48,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         f"views      {meta['views']['num']} ({meta['views']['kind']})",
         f"dataset    {dataset['name']} ({dataset['kind']}), fingerprint "
         f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
-        + _some(report["class_names"]),
+        + listed(report["class_names"], MAX_LISTED),
     ]
     for name, split in report["splits"].items():
         done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
@@ -61,10 +61,6 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
             for row in split["skipped"][:MAX_LISTED]
         ]
     return lines
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MAX_LISTED]) + (", …" if len(names) > MAX_LISTED else "")
 
 
 def check(config: VerifyConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featcache.config import BackboneInfo, Preprocessing, flatten
 from featcache.data import iterate_batches
 from featcache.data.sampling import stratified_rows
-from featcache.errors import UserError
+from featcache.errors import UserError, listed
 from featcache.finetune.images import Images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
@@ -173,5 +173,4 @@ def init_from_file(parts: Parts, path: Path, info: BackboneInfo, class_names: li
 
 def _some(names: list[str]) -> str:
     """How many classes, and the first ones."""
-    few = ", ".join(map(str, names[:4])) + (", …" if len(names) > 4 else "")
-    return f"{len(names)} classes ({few[:200]})"
+    return f"{len(names)} classes ({listed([str(name) for name in names], 4)[:200]})"
