@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ import pytest
 from data_helpers import config, encoded, make_folder, make_tree, picture
 from featcache import memo as memo_module
 from featcache.config import DataConfig
-from featcache.data import ImageDataset, describe, load_dataset, sources
+from featcache.data import (
+    ImageDataset,
+    copies_lines,
+    describe,
+    find_copies,
+    load_dataset,
+    sources,
+)
 from featcache.data import dataset as dataset_module
 from featcache.data.dataset import short_name
 from featcache.errors import UserError
@@ -265,11 +273,11 @@ def test_hashes_are_remembered_between_runs(
 
 
 def test_contents_can_be_counted_as_they_are_hashed(tmp_path: Path) -> None:
-    split = load_dataset(config("digits", tmp_path)).splits["train"]
+    root = make_folder(tmp_path / "pets", train=40)
+    split = load_dataset(config(root, tmp_path)).splits["train"]
     counts: list[int] = []
     content = split.hash_contents(counts.append)
-    assert sum(counts) == len(split)
-    assert len(counts) > 10
+    assert counts == [32, 32, 16]
     assert content.shape == (len(split), 32)
     assert split.content is content
     for array in (content, split.labels):
@@ -286,6 +294,7 @@ def test_describe_is_load_dataset_for_folders(tmp_path: Path) -> None:
 LIGHT = """
 import sys
 from pathlib import Path
+from typing import Any
 from featcache.config import DataConfig
 from featcache.data import describe
 for name in sys.argv[2:]:
@@ -338,3 +347,57 @@ def test_cifar10_sample_of_the_project(tmp_path: Path) -> None:
 )
 def test_short_names_fit_a_file_name(text: str, name: str) -> None:
     assert short_name(text) == name
+
+
+def copies_of(root: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
+    return find_copies(load_dataset(config(root, tmp_path, **settings))).report()
+
+
+def test_copies_are_found_across_splits_and_labels(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=3, test=2)
+    make_tree(root / "val", {"cat": 1, "dog": 1}, first=2000)
+    assert copies_of(root, tmp_path) == {
+        "num_copies": 0,
+        "across_splits": [],
+        "two_labels": {"num_images": 0, "examples": []},
+    }
+    shutil.copy(root / "train/cat/000.png", root / "train/cat/again.png")
+    shutil.copy(root / "train/cat/001.png", root / "test/cat/seen.png")
+    shutil.copy(root / "train/cat/002.png", root / "test/dog/seen.png")
+    shutil.copy(root / "val/cat/000.png", root / "test/cat/val.png")
+    found = copies_of(root, tmp_path)
+    seen = [("test/cat/seen.png", "train/cat/001.png"), ("test/dog/seen.png", "train/cat/002.png")]
+    assert found == {
+        "num_copies": 4,
+        "across_splits": [
+            {"split": "test", "also_in": "train", "num_images": 2, "examples": seen},
+            {
+                "split": "test",
+                "also_in": "val",
+                "num_images": 1,
+                "examples": [("test/cat/val.png", "val/cat/000.png")],
+            },
+        ],
+        "two_labels": {"num_images": 1, "examples": seen[1:]},
+    }
+    assert copies_lines(found, {"train": 7, "test": 7, "val": 2}, divided=False) == [
+        "test images that are also in train: 2 of 7 (such as test/cat/seen.png and "
+        "train/cat/001.png); remove them from one split, or test scores are too high",
+        "test images that are also in val: 1 of 7 (such as test/cat/val.png and "
+        "val/cat/000.png); remove them from one split, or test scores are too high",
+        "identical images with different labels: 1 (such as test/dog/seen.png and "
+        "train/cat/002.png); correct the labels",
+    ]
+
+
+def test_copies_stay_on_one_side_of_a_share(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 20, "dog": 20})
+    for file in sorted(root.rglob("*.png")):
+        shutil.copy(file, file.with_name(f"{file.stem} (1).png"))
+    dataset = load_dataset(config(root, tmp_path, test_fraction=0.25))
+    assert np.bincount(dataset.splits["test"].labels).tolist() == [10, 10]
+    found = find_copies(dataset).report()
+    assert (found["num_copies"], found["across_splits"]) == (40, [])
+    assert copies_lines(found, {"train": 60, "test": 20}, divided=True) == [
+        "copies of other images: 40 of 80; identical images were kept on one side of the split"
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +20,15 @@ COUNTS = st.lists(st.integers(0, 60), min_size=1, max_size=8).filter(lambda c: s
 def split_with(counts: list[int]) -> ImageSplit:
     labels = np.repeat(np.arange(len(counts)), counts)
     ids = [f"s/{i:04d}" for i in range(len(labels))]
-    return ImageSplit("all", ids, labels, ArraySource(lambda _: pytest.fail("not to be read")))
+    split = ImageSplit("all", ids, labels, ArraySource(lambda _: pytest.fail("not to be read")))
+    content = np.zeros((len(ids), 32), np.uint8)
+    content[:, :4] = np.arange(1, len(ids) + 1, dtype="<u4").view(np.uint8).reshape(-1, 4)
+    return split.with_content(content)
+
+
+def with_copies(split: ImageSplit, originals: list[int]) -> ImageSplit:
+    """The same split, each image identical to that in the row that `originals` gives."""
+    return split.with_content(split.content[originals])
 
 
 @settings(deadline=None)
@@ -88,3 +98,46 @@ def test_every_class_keeps_a_train_sample(counts: list[int], part: float, seed: 
 def test_too_few_to_set_aside() -> None:
     with pytest.raises(UserError, match="2 images are too few to set aside a test part"):
         split_off_test(split_with([1, 1]), 0.5, 0)
+
+
+def test_the_test_part_without_copies_is_fixed_for_ever() -> None:
+    split = split_with([10, 10])
+    ids = ["s/0000", "s/0004", "s/0006", "s/0011", "s/0013", "s/0016"]
+    assert split_off_test(split, 0.3, 42)["test"].ids == ids
+
+
+@settings(deadline=None)
+@given(COUNTS, st.floats(0.01, 0.99), st.integers(0, 99), st.randoms())
+def test_identical_images_stay_on_one_side(
+    counts: list[int], part: float, seed: int, random: Random
+) -> None:
+    split = split_with(counts)
+    split = with_copies(split, [random.randrange(len(split)) for _ in range(len(split))])
+    try:
+        parts = split_off_test(split, part, seed)
+    except UserError:
+        return
+    assert sorted(parts["train"].ids + parts["test"].ids) == split.ids
+    train, test = ({row.tobytes() for row in parts[name].content} for name in ("train", "test"))
+    assert not train & test
+    for label, count in enumerate(counts):
+        assert (count == 0) or (parts["train"].labels == label).any()
+
+
+def test_every_image_twice_gives_the_same_share() -> None:
+    split = with_copies(split_with([200, 200]), [row // 2 * 2 for row in range(400)])
+    parts = split_off_test(split, 0.2, 42)
+    assert np.bincount(parts["test"].labels).tolist() == [40, 40]
+
+
+def test_unreadable_files_are_no_copies_of_each_other() -> None:
+    split = split_with([4, 4])
+    content = np.zeros((8, 32), np.uint8)
+    content[:, 31] = 6
+    assert len(split_off_test(split.with_content(content), 0.5, 0)["test"]) == 4
+
+
+def test_nothing_but_copies_cannot_be_divided() -> None:
+    split = with_copies(split_with([5, 5]), [0] * 5 + [5] * 5)
+    with pytest.raises(UserError, match="and identical images stay together; add images"):
+        split_off_test(split, 0.4, 0)

@@ -315,8 +315,25 @@ def test_the_report_is_json_and_complete(
     assert {*wanted.split(), "seconds_total"} <= report.keys()
     assert report["splits"]["train"]["images_per_s"] > 0
     lines = ex.summary_lines(report)
-    assert "150 train, 10 test" in lines[0]
+    assert "150 train, 10 test images of 2 classes, " in lines[0]
+    assert report["identical_images"]["num_copies"] == 0
+    assert len(lines) == 3
     assert lines[-1].startswith("next: train-head ")
+
+
+def test_copies_in_train_and_test_are_said_on_every_run(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    shutil.copy(copy / "train" / "cat" / "003.png", copy / "test" / "cat" / "seen.png")
+    for hit in (False, True):
+        report = ex.extract(settings(copy, tmp_path))
+        assert report["hit"] == hit
+        assert report["identical_images"]["across_splits"][0]["num_images"] == 1
+        assert ex.summary_lines(report)[1] == (
+            "test images that are also in train: 1 of 11 (such as test/cat/seen.png and "
+            "train/cat/003.png); remove them from one split, or test scores are too high"
+        )
 
 
 def test_odd_pictures_are_the_same_on_every_path(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from featcache.data.batches import (
     decode_split,
     iterate_batches,
 )
+from featcache.data.copies import copies_lines, find_copies
 from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.describe import describe
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
@@ -23,8 +24,10 @@ __all__ = [
     "ImageSplit",
     "bad_image_error",
     "chunks",
+    "copies_lines",
     "decode_split",
     "describe",
+    "find_copies",
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",

@@ -7,11 +7,13 @@ every machine and version, and hardly moves when a dataset grows.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.data.copies import same_content
 from featcache.data.dataset import ImageSplit
 from featcache.errors import UserError
 
@@ -58,26 +60,55 @@ def stratified_rows(
 def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
     """Set a share of each class aside for testing; every class keeps a sample to train on.
 
+    Identical images stay together: they are taken in the order of their lowest rank, as long as
+    that brings each of their classes closer to its share. The images are hashed for that.
+
     Raises:
         UserError: There would be nothing to test on.
     """
     counts = [int(n) for n in np.bincount(every.labels)]
     wanted = min(max(1, round(len(every) * fraction)), len(every))
     shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, wanted), counts, strict=True)]
-    if sum(shares) == 0:
+    test = _lowest_groups(every, counts, shares, f"{seed}\0test")
+    if len(test) == 0:
         raise UserError(
             f"{len(every)} images are too few to set aside a test part: every class has to keep "
-            "one to train on; add images"
+            "one to train on, and identical images stay together; add images"
         )
-    test = _lowest_ranked(every.ids, every.labels, shares, f"{seed}\0test")
     train = np.setdiff1d(np.arange(len(every)), test)
     return {"train": every.subset(train, name="train"), "test": every.subset(test, name="test")}
 
 
+def _lowest_groups(every: ImageSplit, counts: list[int], shares: list[int], salt: str) -> Int64:
+    """Rows of whole groups of identical images, about `shares` of each class, less than all."""
+    group_of = same_content([every]).tolist()
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(group_of):
+        members.setdefault(group, []).append(row)
+    ranks, labels = _ranks(every.ids, salt), every.labels.tolist()
+    taken = [0] * len(counts)
+    chosen: list[int] = []
+    for first in sorted(range(len(every)), key=ranks.__getitem__):
+        rows = members.pop(group_of[first], [])
+        more = Counter([labels[row] for row in rows])
+        if all(
+            n < 2 * (shares[label] - taken[label]) and taken[label] + n < counts[label]
+            for label, n in more.items()
+        ):
+            chosen += rows
+            for label, n in more.items():
+                taken[label] += n
+    return np.array(sorted(chosen), dtype=np.int64)
+
+
 def _lowest_ranked(ids: Sequence[str], labels: Int64, shares: list[int], salt: str) -> Int64:
-    ranks = [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
+    ranks = _ranks(ids, salt)
     chosen: list[int] = []
     for label, share in enumerate(shares):
         rows = [int(row) for row in np.flatnonzero(labels == label)]
         chosen += sorted(rows, key=lambda row: (ranks[row], row))[:share]
     return np.array(sorted(chosen), dtype=np.int64)
+
+
+def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
+    return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]

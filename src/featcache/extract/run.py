@@ -28,7 +28,7 @@ from featcache.cache import (
     read_meta,
 )
 from featcache.config import CacheMeta, ExtractConfig
-from featcache.data import ImageDataset, ImageSplit, describe
+from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
 from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
@@ -76,18 +76,18 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     info = identify(config, config.seed, config.cache_dir)
     wanted = wanted_meta(config, dataset, info)
     path = cache_path(config, wanted)
+    for note in dataset.notes:
+        say(note)
     found = None if config.force else find_hit(config, path, wanted, dataset)
     if found is not None:
         check_skipped(config, found)
-        return _report(found, start, hit=True)
+        return _report(found, dataset, start, hit=True)
     if not config.force:
         check_skipped(config, part_path(path))
     check_unlocked(path)
-    for note in dataset.notes:
-        say(note)
     with torch_threads_kept():
         progress, timer, engine = _run(config, path, wanted, dataset, start)
-    return _report(path, start, progress=progress, timer=timer, engine=engine)
+    return _report(path, dataset, start, progress=progress, timer=timer, engine=engine)
 
 
 def _run(
@@ -201,6 +201,7 @@ def _shares(timer: StageTimer) -> str:
 
 def _report(
     path: Path,
+    dataset: ImageDataset,
     start: float,
     *,
     hit: bool = False,
@@ -227,6 +228,8 @@ def _report(
         "dtype": meta.dtype,
         "num_views": meta.views.num,
         "num_classes": len(class_names),
+        "identical_images": find_copies(dataset).report(),
+        "notes": list(dataset.notes),
         "splits": {name: split.report() for name, split in progress.items()},
         "stage_seconds": dict(timer.seconds) if timer else {},
         "seconds_total": time.perf_counter() - start,
@@ -242,13 +245,14 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         + (f" ({split['num_skipped']} skipped)" if split["num_skipped"] else "")
         for name, split in report["splits"].items()
     )
+    counts += f" images of {report['num_classes']} classes"
     prep = report["provenance"]["backbone"]["preprocessing"]
     made_by = (
         f"{report['backbone']} ({report['weights']}), {report['feature_dim']}-d, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:
-        lines = [f"already cached, nothing to do: {counts} images, {made_by}"]
+        lines = [f"already cached, nothing to do: {counts}, {made_by}"]
     else:
         computed = sum(s["num_samples"] - s["num_resumed"] for s in report["splits"].values())
         seconds = sum(s["seconds"] for s in report["splits"].values())
@@ -256,5 +260,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         kept = sum(s["num_resumed"] for s in report["splits"].values())
         share = f", {kept / (kept + computed):.1%} of rows kept" if kept else ""
         total = f"{report['seconds_total']:.1f} s{share}"
-        lines = [f"cached {counts} images, {made_by}: {rate}, {total}"]
+        lines = [f"cached {counts}, {made_by}: {rate}, {total}"]
+    sizes = {name: split["num_samples"] for name, split in report["splits"].items()}
+    divided = report["provenance"]["dataset"]["test_fraction"] is not None
+    lines += copies_lines(report["identical_images"], sizes, divided=divided)
     return [*lines, f"cache: {report['cache']}", f"next: train-head {shlex.quote(report['cache'])}"]
