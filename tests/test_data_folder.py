@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 
 from data_helpers import config, encoded, make_folder, make_tree, number_in, picture
-from featcache.data import BadImage, load_dataset
-from featcache.data import folder as folder_module
+from featcache.config import DataConfig
+from featcache.data import BadImage, listing, load_dataset
 from featcache.errors import UserError
 
 
@@ -280,7 +281,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     def denied(_: object) -> object:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(folder_module.os, "scandir", denied)
+    monkeypatch.setattr(listing.os, "scandir", denied)
     assert message(root, tmp_path) == (
         f"cannot list {root}: Permission denied; make it readable, or give another folder"
     )
@@ -294,3 +295,127 @@ def test_a_class_folder_without_permission(tmp_path: Path) -> None:
         assert f"cannot list {root}/train/cat: Permission denied" in message(root, tmp_path)
     finally:
         (root / "train" / "cat").chmod(0o700)
+
+
+def test_systems_folders_are_never_classes_nor_pictures(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 4, "dog": 4})
+    for name in ("@eaDir", "lost+found", "__pycache__", "$RECYCLE.BIN", "#recycle", ".cache"):
+        make_tree(root / name, {"000.png": 1}, first=500)
+        make_tree(root / "cat", {name: 1}, first=600)
+    (root / "System Volume Information").mkdir()
+    dataset = load_dataset(config(root, tmp_path, test_fraction=0.25))
+    assert dataset.class_names == ["cat", "dog"]
+    assert sum(map(len, dataset.splits.values())) == 8
+    assert dataset.notes == ()
+
+
+def test_the_cache_folder_is_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_tree(tmp_path / "pets", {"cat": 4, "dog": 4})
+    monkeypatch.chdir(root)
+    settings = DataConfig(dataset=".", test_fraction=0.25)
+    before = load_dataset(settings).fingerprint
+    (root / "cache").mkdir()
+    (root / "cache" / "a.h5").write_bytes(b"x")
+    make_tree(root / "cache", {"benchmark-pets": 1})  # pictures of our own
+    make_tree(root / "data", {"eurosat": 1})
+    again = load_dataset(settings)
+    assert again.fingerprint == before
+    assert again.notes == ("left out cache/, data/: featcache's own files",)
+    # From above, where the default --cache-dir is another folder.
+    shutil.rmtree(root / "cache" / "benchmark-pets")
+    shutil.rmtree(root / "data")
+    other = load_dataset(config(root, tmp_path, test_fraction=0.25))
+    assert (other.fingerprint, other.name) == (before, "pets")
+    assert other.notes == ("left out cache/: featcache's own files",)
+
+
+def test_the_cache_folder_beside_and_in_train(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    for place in (root / "cache", root / "train" / "old"):
+        place.mkdir()
+        (place / "pets.h5.part").write_bytes(b"x")
+    dataset = load_dataset(DataConfig(dataset=str(root), cache_dir=root / "cache"))
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.notes == ("left out old/: featcache's own files",)
+    shutil.rmtree(root / "test")
+    said = message(root, tmp_path, test_fraction=0.2)
+    assert said.startswith(f"{root} has train/ but neither test/ nor val/")
+
+
+def test_a_cache_folder_that_is_a_class(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "things", {"cache": 2, "coin": 2})
+    with pytest.raises(UserError, match="where featcache keeps its own files, but has pictures"):
+        load_dataset(DataConfig(dataset=str(root), cache_dir=root / "cache", test_fraction=0.5))
+    assert load_dataset(config(root, tmp_path, test_fraction=0.5)).class_names == ["cache", "coin"]
+    (root / "coin" / "features.h5").write_bytes(b"x")  # a file of ours makes no class vanish
+    assert load_dataset(config(root, tmp_path, test_fraction=0.5)).class_names == ["cache", "coin"]
+
+
+def test_class_names_in_two_unicode_forms(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    (root / "train" / "dog").rename(root / "train" / "caf\u00e9")
+    (root / "test" / "dog").rename(root / "test" / "cafe\u0301")
+    said = message(root, tmp_path)
+    assert said.endswith(
+        "('cafe\u0301' and 'caf\u00e9' (the same letters in two Unicode forms, NFC and NFD)); "
+        "make them the same"
+    )
+
+
+def test_a_test_folder_without_labels(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    (root / "test" / "1.png").write_bytes(encoded(picture(0)))
+    assert message(root, tmp_path) == (
+        f"{root}/test has pictures (1, such as 1.png) but no class folders, so nothing can be "
+        f"scored on it: give {root}/train itself with --test-fraction 0.2, or move them into "
+        f"{root}/test/<class>/"
+    )
+    (root / "test" / "unknown").mkdir()
+    (root / "test" / "1.png").rename(root / "test" / "unknown" / "1.png")
+    assert message(root, tmp_path).endswith(
+        f"make them the same, or give {root}/train itself with --test-fraction 0.2"
+    )
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"new\nline.png", b"\xff"])
+def test_names_that_cannot_be_told_are_skipped_when_asked(tmp_path: Path, name: bytes) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    full = os.fsencode(root / "train" / "cat") + b"/" + name
+    try:
+        os.mkdir(full) if name == b"\xff" else open(full, "wb").close()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert "or leave such files out with --on-error skip" in message(root, tmp_path)
+    dataset = load_dataset(config(root, tmp_path, on_error="skip"))
+    assert dataset.splits["train"].ids == ["train/cat/000.png", "train/dog/000.png"]
+    assert dataset.notes == (
+        "left out for names that are too long, not UTF-8, or have control characters: 1 "
+        f"({full!r})",
+    )
+
+
+def test_a_class_is_not_left_out_for_its_name(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    (root / "train" / "new\nline").mkdir()
+    said = message(root, tmp_path, on_error="skip")
+    assert said.endswith("is not UTF-8, or has control characters: rename it")
+
+
+def test_paths_longer_than_a_cache_or_the_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "pets", train=1, test=1)
+    deep = root / "train" / "cat"
+    with contextlib.chdir(deep):
+        for _ in range(20):
+            os.mkdir("d" * 250)
+            os.chdir("d" * 250)
+        Path("x.png").write_bytes(b"x")
+    assert "File name too long" in message(root, tmp_path)
+    monkeypatch.setattr(listing, "MAX_NAME_BYTES", 40)
+    (deep / ("e" * 40 + ".png")).write_bytes(b"x")
+    dataset = load_dataset(config(root, tmp_path, on_error="skip"))
+    assert dataset.splits["train"].ids == ["train/cat/000.png", "train/dog/000.png"]
+    assert "control characters: 2 (" in dataset.notes[0]

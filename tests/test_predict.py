@@ -367,7 +367,7 @@ class TestCommand:
 class TestInputs:
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
         wanted = ["a/1.jpg", "a/b/2.PNG", "a.jpg", "z.webp"]
-        for name in [*wanted, "a/.hidden.jpg", ".h/3.jpg", "a/notes.txt"]:
+        for name in [*wanted, "a/.hidden.jpg", ".h/3.jpg", "@eaDir/4.jpg", "a/notes.txt"]:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).touch()
         (tmp_path / "a" / "loop").symlink_to(tmp_path)

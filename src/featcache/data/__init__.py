@@ -12,6 +12,7 @@ from featcache.data.describe import describe
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
 from featcache.data.load import load_dataset
 from featcache.data.loader import Decoded, chunks, iterate_pixels, pixel_task, run_ahead
+from featcache.data.names import is_clutter
 from featcache.data.pixels import normalize, to_pixels, view_pixels
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "decode_split",
     "describe",
     "find_copies",
+    "is_clutter",
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",

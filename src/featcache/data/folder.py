@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,30 +12,28 @@ import numpy as np
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit, short_name
 from featcache.data.images import EXTENSIONS
+from featcache.data.listing import Listing, is_folder, is_picture
+from featcache.data.names import SPLIT_NAMES, alike_text, left_out_note, look_alikes
 from featcache.data.sampling import split_off_test
 from featcache.data.sources import FileSource
+from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.errors import UserError
 from featcache.memo import Memo
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "test": "test",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-}
-_IGNORED_FOLDERS = {"__MACOSX"}
-MAX_DEPTH = 32
 _ACCEPTED = ", ".join(EXTENSIONS)
 
 
 @dataclass
 class _Tree:
-    """What one class-folder tree holds: ids relative to the dataset's folder, by class."""
+    """What one class-folder tree holds: ids relative to the dataset's folder, by class.
+
+    `loose` are pictures outside class folders.
+    """
 
     top: Path
-    by_class: dict[str, list[str]]
-    ignored: Counter[str] = field(default_factory=Counter)
+    listing: Listing
+    by_class: dict[str, list[str]] = field(default_factory=dict)
+    loose: list[str] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
@@ -50,22 +46,27 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
     Raises:
         UserError: It is not such a folder; the message says what is wrong and what to do.
     """
-    tops, beside = _split_tops(root)
+
+    def new_listing() -> Listing:
+        return Listing(_own_folders(config), skip_names=config.on_error == "skip")
+
+    tops, beside = _split_tops(root, new_listing())
     if "train" in tops and len(tops) > 1:
         if config.test_fraction is not None:
             others = " and ".join(f"{tops[s].name}/" for s in tops if s != "train")
             raise UserError(f"{root} has its own {others}: leave out --test-fraction")
-        return _load_split_tree(root, tops, memo, beside)
+        trees = {split: _read_tree(root, top, new_listing()) for split, top in tops.items()}
+        return _load_split_tree(root, trees, memo, beside)
     if not beside or config.test_fraction is None:
         # With other folders and a share, train/ may well be a class: of vehicles, say.
         _refuse_half_split(root, tops)
-    tree = _read_tree(root, root)
+    tree = _read_tree(root, root, new_listing())
+    _check_train(tree)
     if config.test_fraction is None:
         raise UserError(
             f"{root} is one tree of {len(tree.by_class)} class folders without train/ and test/: "
             "say which share to set aside for testing, for example --test-fraction 0.2"
         )
-    _refuse_empty_classes(tree)
     every = _split_of("all", tree, root, sorted(tree.by_class), memo)
     splits = split_off_test(every, config.test_fraction, config.seed)
     return ImageDataset(
@@ -79,34 +80,46 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
     )
 
 
+def _own_folders(config: DataConfig) -> frozenset[str]:
+    """Resolved paths of the folders that hold our caches and downloaded datasets."""
+    own = [config.cache_dir]
+    places = (place for known in TORCHVISION_SETS.values() for place in known.places)
+    if any((config.data_root / place).exists() for place in places):
+        own.append(config.data_root)
+    return frozenset(map(os.path.realpath, own))
+
+
 def _load_split_tree(
-    root: Path, tops: dict[str, Path], memo: Memo, beside: list[str]
+    root: Path, trees: dict[str, _Tree], memo: Memo, beside: list[str]
 ) -> ImageDataset:
-    trees = {split: _read_tree(root, top) for split, top in tops.items()}
-    class_names = sorted(trees["train"].by_class)
-    _refuse_empty_classes(trees["train"])
+    train = trees["train"]
+    _check_train(train)
     for tree in trees.values():
-        _refuse_other_classes(trees["train"], tree)
+        _refuse_unlabelled(train, tree)
+        _check_tree(tree)
+        _refuse_other_classes(train, tree)
+    class_names = sorted(train.by_class)
     if "test" not in trees:
         trees["test"] = trees.pop("val")
     order: list[str] = [split for split in ("train", "test", "val") if split in trees]
     splits = {s: _split_of(s, trees[s], root, class_names, memo) for s in order}
     notes = _notes(list(trees.values()))
     if beside:
-        notes += (f"ignored folders beside {tops['train'].name}/: {', '.join(beside[:5])}",)
+        notes += (f"ignored folders beside {train.top.name}/: {', '.join(beside[:5])}",)
     return ImageDataset(short_name(root.resolve().name), "folder", splits, class_names, notes=notes)
 
 
-def _split_tops(root: Path) -> tuple[dict[str, Path], list[str]]:
+def _split_tops(root: Path, listing: Listing) -> tuple[dict[str, Path], list[str]]:
     """The folders that hold train, test and val, whatever their case, and the other folders."""
     tops: dict[str, Path] = {}
     beside: list[str] = []
-    for entry in _entries(root):
-        split = SPLIT_FOLDERS.get(entry.name.lower())
-        if not _is_folder(entry):
+    for entry in listing.entries(root, classes=True):
+        split = SPLIT_NAMES.get(entry.name.lower())
+        if not is_folder(entry):
             continue
         if split is None:
-            beside.append(entry.name)
+            if not listing.has_only_ours(entry.path):
+                beside.append(entry.name)
             continue
         if split in tops:
             raise UserError(
@@ -127,53 +140,65 @@ def _refuse_half_split(root: Path, tops: dict[str, Path]) -> None:
         raise UserError(f"{root} has {found}/ but no train/: add train/<class>/ folders")
 
 
-def _read_tree(root: Path, top: Path) -> _Tree:
+def _read_tree(root: Path, top: Path, listing: Listing) -> _Tree:
     """List a class-folder tree; ids are relative to `root`."""
-    tree = _Tree(top, {})
+    tree = _Tree(top, listing)
     prefix = "" if top == root else f"{top.name}/"
-    loose: list[str] = []
-    for entry in _entries(top):
-        if _is_folder(entry):
-            found = _pictures(Path(entry.path), f"{prefix}{entry.name}/", tree.ignored)
-            tree.by_class[entry.name] = sorted(found)
-        elif _is_picture(entry.name):
-            loose.append(entry.name)
+    for entry in listing.entries(top, classes=True):
+        if is_folder(entry):
+            found = sorted(listing.pictures(entry.path, f"{prefix}{entry.name}/"))
+            if not found and listing.has_only_ours(entry.path):
+                listing.ours.append(entry.name)
+            else:
+                tree.by_class[entry.name] = found
+        elif is_picture(entry.name):
+            tree.loose.append(entry.name)
         else:
-            tree.ignored[_suffix(entry.name)] += 1
-    if loose:
-        raise UserError(
-            f"{top} has pictures outside class folders ({len(loose)}, such as {loose[0]}): move "
-            f"them into {top}/<class>/"
-        )
-    _check_tree(tree)
+            listing.ignore(entry.name)
     return tree
 
 
 def _check_tree(tree: _Tree) -> None:
-    names = sorted(tree.by_class)
+    if tree.loose:
+        raise UserError(
+            f"{tree.top} has pictures outside class folders ({len(tree.loose)}, such as "
+            f"{tree.loose[0]}): move them into {tree.top}/<class>/"
+        )
+    names, ignored = sorted(tree.by_class), tree.listing.ignored
     if not names:
-        seen = f" (only {_counted(tree.ignored)})" if tree.ignored else ""
+        seen = f" (only {_counted(ignored)})" if ignored else ""
         raise UserError(
             f"{tree.top} has no class folders{seen}: put pictures into {tree.top}/<class>/"
         )
     if tree.num_images == 0:
-        seen = f", only {_counted(tree.ignored)}" if tree.ignored else ""
+        seen = f", only {_counted(ignored)}" if ignored else ""
         raise UserError(
             f"no picture in the class folders of {tree.top}{seen}; file names that count end in "
             f"{_ACCEPTED}"
         )
-    if len(names) == 1:
+
+
+def _check_train(tree: _Tree) -> None:
+    _check_tree(tree)
+    if len(tree.by_class) == 1:
         raise UserError(
-            f"{tree.top} has one class folder only, {names[0]!r}: a classifier needs two or more"
+            f"{tree.top} has one class folder only, {next(iter(tree.by_class))!r}: a classifier "
+            "needs two or more"
         )
-
-
-def _refuse_empty_classes(tree: _Tree) -> None:
     empty = [name for name, ids in sorted(tree.by_class.items()) if not ids]
     if empty:
         raise UserError(
             f"no picture in class folder {tree.top / empty[0]}{_and_more(empty)}: add some or "
             "remove the folder"
+        )
+
+
+def _refuse_unlabelled(train: _Tree, tree: _Tree) -> None:
+    if tree.loose and not tree.by_class:
+        raise UserError(
+            f"{tree.top} has pictures ({len(tree.loose)}, such as {tree.loose[0]}) but no class "
+            f"folders, so nothing can be scored on it: give {train.top} itself with "
+            f"--test-fraction 0.2, or move them into {tree.top}/<class>/"
         )
 
 
@@ -188,9 +213,16 @@ def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
         if names
     ]
     if told:
+        pairs = look_alikes([name for names in only.values() for name in names])
+        alike = f" ({alike_text(pairs)})" if pairs else ""
+        other_way = (
+            ""
+            if train.by_class.keys() & other.by_class.keys()
+            else f", or give {train.top} itself with --test-fraction 0.2"
+        )
         raise UserError(
-            f"the class folders of {train.top} and {other.top.name}/ differ: {'; '.join(told)}; "
-            "make them the same"
+            f"the class folders of {train.top} and {other.top.name}/ differ: {'; '.join(told)}"
+            f"{alike}; make them the same{other_way}"
         )
 
 
@@ -201,73 +233,6 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
     labels = np.array([label for _, label in samples], dtype=np.int64)
     base = os.path.join(os.path.abspath(root), "")
     return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo))
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name, without hidden entries.
-
-    Raises:
-        UserError: It cannot be listed, or a name is not UTF-8.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = [e for e in entries if not e.name.startswith(".")]
-    except OSError as error:
-        raise UserError(
-            f"cannot list {folder}: {error.strerror}; make it readable, or give another folder"
-        ) from error
-    for entry in found:
-        if not is_printable(entry.name):
-            raise UserError(
-                f"the name {os.fsencode(entry.name)!r} in {folder} is not UTF-8, or has control "
-                "characters: rename it"
-            )
-    kept = (entry for entry in found if entry.name not in _IGNORED_FOLDERS)
-    return sorted(kept, key=lambda entry: entry.name)
-
-
-def is_printable(name: str) -> bool:
-    """Whether a name can stand in a cache and in a one-line message."""
-    # Python reads bytes that are not UTF-8 as lone surrogates.
-    return not re.search("[\\x00-\\x1f\\x7f\ud800-\udfff]", name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, for example; opening it will say so
-        return False
-
-
-def _pictures(
-    folder: Path, prefix: str, ignored: Counter[str], above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[str]:
-    """Ids, each with `prefix`, of the pictures in a folder and its subfolders; links are followed.
-
-    A link to a folder that it lies in would go round for ever and is refused.
-    """
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
-    if len(above) >= MAX_DEPTH:
-        raise UserError(f"{folder} lies more than {MAX_DEPTH} folders deep in its class folder")
-    for entry in _entries(folder):
-        if _is_folder(entry):
-            below = f"{prefix}{entry.name}/"
-            yield from _pictures(Path(entry.path), below, ignored, (*above, here))
-        elif _is_picture(entry.name):
-            yield prefix + entry.name
-        else:
-            ignored[_suffix(entry.name)] += 1
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no extension"
-
-
-def _is_picture(name: str) -> bool:
-    return _suffix(name) in EXTENSIONS
 
 
 def _counted(ignored: Counter[str]) -> str:
@@ -283,5 +248,14 @@ def _and_more(names: list[str], shown: int = 1) -> str:
 def _notes(trees: list[_Tree]) -> tuple[str, ...]:
     ignored: Counter[str] = Counter()
     for tree in trees:
-        ignored.update(tree.ignored)
-    return (f"ignored {_counted(ignored)}",) if ignored else ()
+        ignored.update(tree.listing.ignored)
+    ours = sorted({f"{name}/" for tree in trees for name in tree.listing.ours})
+    unusable = [path for tree in trees for path in tree.listing.unusable]
+    notes = []
+    if ignored:
+        notes.append(f"ignored {_counted(ignored)}")
+    if ours:
+        notes.append(f"left out {', '.join(ours)}: featcache's own files")
+    if unusable:
+        notes.append(left_out_note(unusable))
+    return tuple(notes)

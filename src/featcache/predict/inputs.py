@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
-from featcache.data import EXTENSIONS
+from featcache.data import EXTENSIONS, is_clutter
 from featcache.errors import UserError
 
 STANDARD_INPUT = "-"
@@ -52,9 +52,10 @@ def _listed(stdin: BinaryIO) -> Iterator[str]:
 
 
 def pictures_below(folder: str) -> list[str]:
-    """Every picture in a folder and its subfolders, sorted by path; hidden entries are left out.
+    """Every picture in a folder and its subfolders, sorted by path.
 
-    Links to folders are followed, except back into a folder on the way down to them.
+    Hidden entries and systems' own folders (@eaDir, lost+found, …) are left out. Links to folders
+    are followed, except back into a folder on the way down to them.
 
     Raises:
         UserError: A folder cannot be listed, or there is no picture.
@@ -71,7 +72,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
+            found = [entry for entry in entries if not is_clutter(entry.name)]
     except OSError as error:
         raise UserError(
             f"cannot list {folder}: {error.strerror}; make it readable, or name its pictures"

@@ -1,0 +1,160 @@
+"""Listing folders of pictures: what is never data is left out, what is ignored is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from featcache.data.images import EXTENSIONS
+from featcache.data.names import MAX_NAME_BYTES, is_clutter, is_printable
+from featcache.errors import UserError
+
+MAX_DEPTH = 32
+_OUR_FILES = re.compile(r"\.featcache-memo-.*|.*\.(h5|hdf5)(\.part|\.lock)?|.*\.safetensors")
+
+
+@dataclass
+class Listing:
+    """How the folders of one dataset are listed, and what was left out.
+
+    Attributes:
+        own_folders: Resolved paths of folders that featcache writes to.
+        skip_names: Leave out names that cannot be stored instead of refusing them.
+        ignored: Files of other kinds, by the end of their names.
+        ours: Folders of featcache's own files that were left out.
+        unusable: Paths that were left out for their names, as they may be printed.
+    """
+
+    own_folders: frozenset[str] = frozenset()
+    skip_names: bool = False
+    ignored: Counter[str] = field(default_factory=Counter)
+    ours: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+
+    def entries(self, folder: Path, *, classes: bool = False) -> list[os.DirEntry[str]]:
+        """What a folder holds, by name, without clutter and folders of our own.
+
+        Args:
+            folder: What to list.
+            classes: Whether its folders are classes.
+
+        Raises:
+            UserError: It cannot be listed, a name cannot be stored, or a folder that featcache
+                writes to has pictures.
+        """
+        try:
+            with os.scandir(folder) as found:
+                kept = [entry for entry in found if not is_clutter(entry.name)]
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG and self.skip_names:
+                self.unusable.append(f"{folder!s:.80}…")
+                return []
+            raise UserError(
+                f"cannot list {folder!s:.300}: {error.strerror}; make it readable, or give another "
+                "folder"
+            ) from error
+        kept = [entry for entry in kept if self._has_usable_name(entry, classes)]
+        kept = [entry for entry in kept if not (is_folder(entry) and self._is_own(entry))]
+        return sorted(kept, key=lambda entry: entry.name)
+
+    def _has_usable_name(self, entry: os.DirEntry[str], classes: bool) -> bool:
+        if is_printable(entry.name):
+            return True
+        # A whole class is not left out for its name.
+        is_class = classes and is_folder(entry)
+        if is_class or not self.skip_names:
+            folder, name = os.path.split(entry.path)
+            skip = "" if is_class else ", or leave such files out with --on-error skip"
+            raise UserError(
+                f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has control "
+                f"characters: rename it{skip}"
+            )
+        self.unusable.append(repr(os.fsencode(entry.path)))
+        return False
+
+    def _is_own(self, entry: os.DirEntry[str]) -> bool:
+        if os.path.realpath(entry.path) not in self.own_folders:
+            return False
+        if any(map(is_picture, os.listdir(entry.path))):
+            raise UserError(
+                f"{entry.path} is where featcache keeps its own files, but has pictures: name "
+                "another folder with --cache-dir or --data-root, or move the pictures"
+            )
+        self.ours.append(entry.name)
+        return True
+
+    def has_only_ours(self, folder: str) -> bool:
+        """Whether a folder has caches or heads and no picture, as an older --cache-dir."""
+        with contextlib.suppress(OSError):
+            if any(map(_OUR_FILES.fullmatch, os.listdir(folder))):
+                twin = Listing(self.own_folders, skip_names=True)
+                return next(twin.pictures(folder, ""), None) is None
+        return False
+
+    def pictures(
+        self, folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()
+    ) -> Iterator[str]:
+        """Ids, each with `prefix`, of the pictures in a folder and below; links are followed.
+
+        A link to a folder that it lies in would go round for ever and is refused.
+
+        Raises:
+            UserError: That, or what `entries` raises.
+        """
+        found = self.entries(Path(folder))
+        if not found:
+            return
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
+        if len(above) >= MAX_DEPTH:
+            raise UserError(f"{folder} lies more than {MAX_DEPTH} folders deep in its class folder")
+        for entry in found:
+            name = prefix + entry.name
+            if is_folder(entry):
+                yield from self.pictures(entry.path, f"{name}/", (*above, here))
+            elif not is_picture(entry.name):
+                self.ignore(entry.name)
+            elif self._is_short(name):
+                yield name
+
+    def ignore(self, name: str) -> None:
+        """Count a file that is no picture; our own do not matter."""
+        if not _OUR_FILES.fullmatch(name):
+            self.ignored[suffix_of(name)] += 1
+
+    def _is_short(self, name: str) -> bool:
+        if len(name.encode()) <= MAX_NAME_BYTES:
+            return True
+        if not self.skip_names:
+            raise UserError(
+                f"the path {name:.80}… has more than {MAX_NAME_BYTES} bytes: shorten it, or leave "
+                "such files out with --on-error skip"
+            )
+        self.unusable.append(f"{name:.80}…")
+        return False
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for example; opening it will say so
+        return False
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name is a picture's."""
+    return suffix_of(name) in EXTENSIONS
+
+
+def suffix_of(name: str) -> str:
+    """The end of a file's name, such as .jpg, in lower case."""
+    return os.path.splitext(name)[1].lower() or "no extension"
