@@ -269,6 +269,16 @@ def test_a_description_is_for_its_settings_and_files(tmp_path: Path, later: None
     assert len(set(seen)) == 3
 
 
+def test_a_changed_picture_in_a_linked_folder_is_seen(tmp_path: Path, later: None) -> None:
+    make_eurosat(tmp_path / "data")
+    (tmp_path / "data" / "eurosat" / "2750" / "Forest").rename(tmp_path / "forest")
+    (tmp_path / "data" / "eurosat" / "2750" / "Forest").symlink_to(tmp_path / "forest")
+    before = describe(config("eurosat", tmp_path)).fingerprint
+    assert describe(config("eurosat", tmp_path)).fingerprint == before
+    (tmp_path / "forest" / "003.png").write_bytes(encoded(picture(900)))
+    assert describe(config("eurosat", tmp_path)).fingerprint != before
+
+
 def test_files_that_change_after_the_description(tmp_path: Path, later: None) -> None:
     make_fashion(tmp_path / "data")
     describe(config("fashionmnist", tmp_path))

@@ -195,6 +195,47 @@ def test_tree_stamp_sees_every_change(tmp_path: Path, later: None) -> None:
     assert tree_stamp([top / "sub" / "a", tmp_path / "absent"]) is not None
 
 
+def test_tree_stamp_follows_links(tmp_path: Path, later: None) -> None:
+    top, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep" / "a").write_bytes(b"one")
+    top.mkdir()
+    (top / "linked").symlink_to(elsewhere)
+    seen = [tree_stamp([top])]
+    (elsewhere / "deep" / "a").write_bytes(b"eno")
+    seen.append(tree_stamp([top]))
+    (elsewhere / "deep" / "b").write_bytes(b"")
+    seen.append(tree_stamp([top]))
+    (elsewhere / "empty").mkdir()  # a class without pictures, to a reader of folders
+    seen.append(tree_stamp([top]))
+    assert None not in seen
+    assert len(set(seen)) == 4
+    (top / "again").symlink_to(top)
+    with pytest.raises(OSError, match="symbolic links"):
+        tree_stamp([top])
+
+
+def test_tree_stamp_swallows_no_error(
+    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"one")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "gone").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError):
+        tree_stamp([tmp_path])
+    (tmp_path / "b" / "gone").unlink()
+    real = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    with pytest.raises(PermissionError):
+        tree_stamp([tmp_path])
+
+
 def test_tree_stamp_refuses_young_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"one")
     assert tree_stamp([tmp_path]) is None

@@ -8,6 +8,7 @@ each key with the digest of its stamp and its value.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,32 +117,45 @@ class Memo:
 
 
 def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
-    """One stamp for all files at and below `paths`, or None if there are none or one is too young.
+    """One stamp for all files and folders at and below `paths`; links are followed.
+
+    Returns:
+        None if there are no files, or one is too young.
 
     Raises:
-        OSError: A folder or file cannot be looked at.
+        OSError: A folder or file cannot be looked at, or a link leads nowhere or in a circle.
     """
     now_s = time.time()
     found = hashlib.sha256()
     num_files = 0
-    for top in paths:
-        for file in _files_below(top):
-            status = os.stat(file)
-            if not is_settled(status, now_s):
-                return None
-            found.update(f"{file}\0{stamp_of(status)}\0".encode(errors="surrogateescape"))
-            num_files += 1
+    for top in map(os.fspath, paths):
+        if not os.path.lexists(top):
+            continue
+        for path, status in _walk(top, ()):
+            stamp: tuple[int, ...] = ()
+            if status is not None:
+                if not is_settled(status, now_s):
+                    return None
+                stamp = stamp_of(status)
+                num_files += 1
+            found.update(f"{path}\0{stamp}\0".encode(errors="surrogateescape"))
     return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
 
 
-def _files_below(top: Path) -> Iterable[str]:
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISDIR(os.stat(top).st_mode):
-            yield os.fspath(top)
-            return
-    for folder, subfolders, files in os.walk(top):
-        subfolders.sort()
-        yield from (os.path.join(folder, name) for name in sorted(files))
+def _walk(
+    path: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Files with their status, and folders with None, at and below a path, in a fixed order."""
+    status = os.stat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        yield path, status
+        return
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    yield path, None
+    for name in sorted(os.listdir(path)):
+        yield from _walk(os.path.join(path, name), (*above, here))
 
 
 def _digest(stamp: Sequence[int]) -> str:
