@@ -93,7 +93,12 @@ def test_a_known_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.Mon
     make_folder(tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
     assert load_dataset(config("digits", tmp_path)).kind == "digits"
+    assert load_dataset(config("digits", tmp_path)).notes == (
+        "using scikit-learn's digits, not the folder ./digits: type ./digits for the folder",
+    )
+    assert load_dataset(config("Digits", tmp_path)).notes == ()
     assert load_dataset(config("./digits", tmp_path)).kind == "folder"
+    assert load_dataset(config("./digits", tmp_path)).notes == ()
     assert load_dataset(config("digits/", tmp_path)).kind == "folder"
 
 

@@ -68,6 +68,7 @@ def test_rows_are_sorted_whatever_the_files_order(folder: Path, tmp_path: Path) 
         "\n".join([GOOD[0].upper(), *GOOD[1:]]),
         "\n".join([GOOD[0].replace(",", " , "), *GOOD[1:]]),
         "\n".join(line.replace(",cat,train", ", cat ,Train ") for line in GOOD),
+        "\n".join(", ".join(f'"{field}"' for field in line.split(",")) for line in GOOD),
         "\n".join(",".join(reversed(line.split(","))) for line in GOOD),
     ],
 )
@@ -75,6 +76,73 @@ def test_forms_that_mean_the_same(folder: Path, tmp_path: Path, data: str) -> No
     dataset = load_dataset(config(write(folder, data.encode()), tmp_path))
     assert dataset.class_names == ["cat", "dog"]
     assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
+def test_val_may_be_called_as_folders_call_it(folder: Path, tmp_path: Path, name: str) -> None:
+    file = write(folder, [*GOOD, f"img/a/002.png,cat,{name}"])
+    assert list(load_dataset(config(file, tmp_path)).splits) == ["train", "test", "val"]
+    file = write(folder, [line.replace(",test", f",{name}") for line in GOOD])
+    assert list(load_dataset(config(file, tmp_path)).splits) == ["train", "test"]
+
+
+def test_classes_that_look_alike_are_named(folder: Path, tmp_path: Path) -> None:
+    lines = [GOOD[0], "img/a/000.png,1,train", "img/a/001.png,1.0,train"]
+    lines += ["img/b/000.png,Dog,train", "img/b/001.png,dog,train", "img/b/002.png,dog,test"]
+    assert load_dataset(config(write(folder, lines), tmp_path)).notes == (
+        "classes that may be the same: 'Dog' and 'dog' (they differ only in case or spaces); "
+        "'1' and '1.0' (the same number)",
+    )
+
+
+def test_an_image_root(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    file = write(tmp_path / "lists", GOOD)
+    assert "list.csv, line 2: img/a/000.png: No such file" in message(file, tmp_path)
+    dataset = load_dataset(config(file, tmp_path, image_root=folder))
+    assert dataset.fingerprint == load_dataset(config(write(folder, GOOD), tmp_path)).fingerprint
+    assert number_in(np.asarray(dataset.splits["test"].load(1))) == 4
+    write(tmp_path / "lists", [*GOOD, "../x.png,cat,train"])
+    assert message(file, tmp_path, image_root=folder) == (
+        f"list.csv, line 6: ../x.png leaves --image-root; paths must stay in {folder}/: give the "
+        "pictures' folder with --image-root, or add --allow-outside"
+    )
+    assert message(file, tmp_path, image_root=folder / "absent") == (
+        f"--image-root {folder}/absent: there is no such folder; check the path"
+    )
+    for name in (folder / "img", "digits"):
+        said = message(Path(name), tmp_path, image_root=folder, test_fraction=0.2)
+        assert "--image-root is for CSV manifests, not for " in said
+
+
+def test_paths_outside_when_asked_for(folder: Path, tmp_path: Path) -> None:
+    make_tree(tmp_path / "else", {"c": 3}, first=70)
+    (folder / "linked").symlink_to(tmp_path / "else")
+    lines = [*GOOD, f"{tmp_path}/else/c/000.png,cat,train", "../else/c/001.png,cat,train"]
+    file = write(folder, [*lines, "linked/c/002.png,cat,test"])
+    dataset = load_dataset(config(file, tmp_path, allow_outside=True))
+    train, test = dataset.splits["train"], dataset.splits["test"]
+    assert [number_in(np.asarray(train.load(row))) for row in (0, 1)] == [71, 70]
+    assert train.ids[:2] == ["../else/c/001.png", f"{tmp_path}/else/c/000.png"]
+    assert number_in(np.asarray(test.load(2))) == 72
+    write(folder, [*lines, f"{folder}/img/b/000.png,dog,train"])
+    assert "000.png was given in line 4 already" in message(file, tmp_path, allow_outside=True)
+
+
+def test_rows_with_unusable_paths_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+    lines = [*GOOD, '"a', 'b.png",cat,train', "é" * 2100 + ".png,cat,train"]
+    dataset = load_dataset(config(write(folder, lines), tmp_path, on_error="skip"))
+    assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
+    assert dataset.notes == (
+        "left out for names that are too long, not UTF-8, or have control characters: 2 (line 7, "
+        "line 8)",
+    )
+
+
+def test_a_file_in_the_other_unicode_form_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "cafe\u0301.png").touch()
+    said = message(write(folder, [*GOOD, "caf\u00e9.png,cat,train"]), tmp_path)
+    assert "No such file or directory (the file's name is in Unicode form NFD, the manifest" in said
 
 
 def test_a_share_for_testing(folder: Path, tmp_path: Path) -> None:
@@ -132,6 +200,10 @@ WRONG = {
     "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: img/a/000.png was given in line 2 already"),
     "twice in disguise": ([*GOOD, "./img/b/../a/000.png,dog,test"], "line 6: ./img/b/../a/000.png"),
     "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: one label only among the train rows, 'c"),
+    "class in another case": (
+        [*GOOD, "img/a/002.png,Cat,test"],
+        "label 'Cat' has no train row ('Cat' and 'cat' (they differ only in case or spaces)); add",
+    ),
     "class only in test": (
         [*GOOD, "img/a/002.png,eel,test"],
         "list.csv, line 6: label 'eel' has no train row; add one or correct the label",
@@ -141,8 +213,19 @@ WRONG = {
     "latin-1": ("\n".join([*GOOD, "café"]).encode("latin-1"), "list.csv, line 6: not UTF-8"),
     "utf-16": ("\n".join(GOOD).encode("utf-16"), "list.csv, line 1: has a NUL byte; save the file"),
     "NUL": ([*GOOD, "a\0b,cat,train"], "list.csv, line 6: has a NUL byte; save the file as text"),
-    "control": ([*GOOD, "a\x1bb,cat,train"], "line 6: a field has a line break or another control"),
-    "line break": ([*GOOD, '"a', 'b",cat,train'], "list.csv, line 7: a field has a line break or"),
+    "control": (
+        [*GOOD, "a\x1bb,cat,train"],
+        "line 6: the path has a line break or another control",
+    ),
+    "line break": (
+        [*GOOD, '"a', 'b",cat,train'],
+        "list.csv, line 7: the path has a line break or another control character; correct it, or "
+        "leave such rows out with --on-error skip",
+    ),
+    "control in a label": (
+        [*GOOD, "a,c\x1bt,train"],
+        "line 6: a field has a line break or another",
+    ),
     "open quote": ([*GOOD, '"a,cat,train'], "list.csv, line 6: not CSV: unexpected end of data"),
     "stray quote": ([*GOOD, '"a"b,cat,train'], "list.csv, line 6: not CSV: ',' expected after"),
     "huge field": (
@@ -151,11 +234,11 @@ WRONG = {
     ),
     "long field": (
         [*GOOD, "a" * 5000 + ",cat,train"],
-        "list.csv, line 6: a field is too long; at ",
+        "list.csv, line 6: the path has more than 4096 bytes; correct it, or leave such rows out ",
     ),
     "long label": (
         [*GOOD, f"a,{'c' * 300},train"],
-        "list.csv, line 6: a field is too long; at mos",
+        "list.csv, line 6: the label is too long; at most 256 characters",
     ),
     "long name": ([*GOOD, "a" * 300 + ",cat,train"], "File name too long; correct the path"),
     "old Mac": ("\r".join(GOOD).encode(), "line 1: not CSV: new-line character seen in unquoted"),

@@ -242,13 +242,21 @@ def test_a_description_is_remembered(
 ) -> None:
     (make_fashion if name == "fashionmnist" else make_eurosat)(tmp_path / "data")
     settings = config(name, tmp_path, num_train=9)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
     first = describe(settings)
+    assert first.notes[0] == (
+        f"using torchvision's {name}, not the folder ./{name}: type ./{name} for the folder"
+    )
     with monkeypatch.context() as patched:
         patched.setattr(describe_module, "load_dataset", refuse)
         second = describe(settings)
         assert second.fingerprint == first.fingerprint
         assert second.info(settings) == first.info(settings)
         assert second.class_names == first.class_names
+        assert second.notes == first.notes
+        (tmp_path / name).rmdir()
+        assert describe(settings).notes == first.notes[1:]
     whole = load_dataset(settings)
     for split, wanted in whole.splits.items():
         assert second.splits[split].ids == wanted.ids
@@ -289,7 +297,7 @@ def test_files_that_change_after_the_description(tmp_path: Path, later: None) ->
         described.splits["train"].load(0)
 
 
-@pytest.mark.parametrize("damage", ["splits", "labels", "class_names", "lengths", "type"])
+@pytest.mark.parametrize("damage", ["splits", "labels", "class_names", "notes", "lengths", "type"])
 def test_a_wrong_description_is_a_miss(
     damage: str, tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,8 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     asked = flatten(config_json(extract_config(config)))
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
-    for name in ("json", "verbose", "cache_dir", "data_root", "dataset", "workers", "device"):
+    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")
+    for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     weights = Path(config.weights).stem

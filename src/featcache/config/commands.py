@@ -36,15 +36,25 @@ class OutputConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class PlaceConfig:
+    """Where images lie, besides what names the dataset."""
+
+    data_root: Path = Path("data")
+    """Where torchvision keeps and downloads its datasets."""
+    image_root: Optional[Path] = None
+    """The folder that a manifest's paths start from; the manifest's own unless given."""
+    allow_outside: bool = False
+    """Let a manifest name pictures anywhere: absolute paths, ../, links out of its folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(PlaceConfig):
     """Which images, split how."""
 
     dataset: str
     """digits, a torchvision dataset's name (cifar10, flowers102, ...), a folder of class folders
     (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest with
     columns path,label[,split]."""
-    data_root: Path = Path("data")
-    """Where torchvision keeps and downloads its datasets."""
     num_train: Optional[int] = None
     """Use only so many train images: the first ones of a torchvision dataset, a seeded sample
     stratified by class of a folder or manifest."""
@@ -297,7 +307,7 @@ class InfoConfig(OutputConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(OutputConfig):
+class VerifyConfig(OutputConfig, PlaceConfig):
     """Check a cache's structure, checksums, labels, ids and ranges, and name damaged rows."""
 
     cache: Path
@@ -306,8 +316,6 @@ class VerifyConfig(OutputConfig):
     """Compute the damaged blocks again; needs --dataset."""
     dataset: Optional[str] = None
     """The dataset that the cache was made from, for --repair."""
-    data_root: Path = Path("data")
-    """Where torchvision keeps its datasets."""
     weights: Optional[str] = None
     """The weights file that the cache was made with, where they were given by file."""
     seed: int = 42

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from featcache.config.checks import check_positive, check_range, check_types
-from featcache.config.commands import BackboneConfig, DataConfig, OutputConfig, Solver
+from featcache.config.commands import BackboneConfig, DataConfig, OutputConfig, PlaceConfig, Solver
 from featcache.errors import UserError
 
 
@@ -69,7 +69,7 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig(OutputConfig):
+class ReportConfig(OutputConfig, PlaceConfig):
     """Make one HTML page, and the same in Markdown beside it, from the reports of runs."""
 
     runs: tuple[Path, ...]
@@ -80,8 +80,6 @@ class ReportConfig(OutputConfig):
     """The page's heading; made from the dataset's name unless given."""
     dataset: Optional[str] = None
     """The dataset of the runs, for pictures of confidently wrong test images."""
-    data_root: Path = Path("data")
-    """Where torchvision keeps its datasets."""
     cache_dir: Path = Path("cache")
     """Where hashes of the dataset's files are remembered."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,12 @@ from PIL import Image
 
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.load import known_name, load_dataset
+from featcache.data.load import (
+    known_name,
+    load_dataset,
+    refuse_manifest_flags,
+    shadow_notes,
+)
 from featcache.data.torchvision_sets import places_of
 from featcache.errors import UserError
 from featcache.memo import Memo, tree_stamp
@@ -41,15 +47,16 @@ def describe(config: DataConfig) -> ImageDataset:
     name = known_name(config.dataset)
     if name is None or name == "digits":
         return load_dataset(config)
+    refuse_manifest_flags(config)
     memo = Memo(config.cache_dir, f"index-{name}")
     key = _key(config, name)
     stamp = _stamp(config, name)
     if stamp is not None:
         known = _from_json(memo.get(key, stamp), name, _Later(config, name, stamp))
         if known is not None:
-            return known
+            return dataclasses.replace(known, notes=shadow_notes(config) + known.notes)
     dataset = load_dataset(config)
-    value = _to_json(dataset)
+    value = _to_json(dataset, [n for n in dataset.notes if n not in shadow_notes(config)])
     stamp = stamp or _stamp(config, name)  # a first run downloads in between
     if value is not None and stamp is not None and stamp == _stamp(config, name):
         memo.put(key, stamp, value)
@@ -71,7 +78,7 @@ def _stamp(config: DataConfig, name: str) -> tuple[int, ...] | None:
     return None
 
 
-def _to_json(dataset: ImageDataset) -> dict[str, Any] | None:
+def _to_json(dataset: ImageDataset, notes: list[str]) -> dict[str, Any] | None:
     """The dataset's description; None if its ids are not numbers with a common prefix."""
     splits = {}
     for name, split in dataset.splits.items():
@@ -90,6 +97,7 @@ def _to_json(dataset: ImageDataset) -> dict[str, Any] | None:
         "class_names": dataset.class_names,
         "drawn": dataset.drawn,
         "test_fraction": dataset.test_fraction,
+        "notes": notes,
         "splits": splits,
     }
 
@@ -107,6 +115,7 @@ def _from_json(value: Any, name: str, later: _Later) -> ImageDataset | None:
             [str(class_name) for class_name in value["class_names"]],
             drawn=bool(value["drawn"]),
             test_fraction=value["test_fraction"],
+            notes=tuple(str(note) for note in value["notes"]),
         )
     except (TypeError, KeyError, ValueError, AttributeError, binascii.Error):
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.digits import load_digits
 from featcache.data.folder import load_folder
 from featcache.data.manifest import load_manifest
+from featcache.data.names import alike_text, look_alikes
 from featcache.data.sampling import stratified_rows
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
@@ -27,8 +30,8 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     """Load what `config.dataset` names: samples are listed, pictures not yet read.
 
     A known name (digits, cifar10, ...; case, dashes and underscores do not count) means that
-    dataset even where a folder is called the same; write ./digits for the folder. Anything else
-    is the path of a folder or of a CSV manifest.
+    dataset even where a folder is called the same; a note says so, and ./digits is the folder.
+    Anything else is the path of a folder or of a CSV manifest.
 
     `num_train` and `num_test` take the first ones of a torchvision dataset that comes split, and a
     stratified, seeded sample of the others; val, where there is one, is thinned in train's
@@ -38,6 +41,8 @@ def load_dataset(config: DataConfig) -> ImageDataset:
         UserError: There is no such dataset, or something is wrong with it or with the settings.
     """
     name = known_name(config.dataset)
+    if name is not None:
+        refuse_manifest_flags(config)
     if name == "digits":
         dataset = load_digits(config)
     elif name is not None:
@@ -45,6 +50,27 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     else:
         dataset = _load_path(config, Path(config.dataset).expanduser())
     return _thinned(dataset, config)
+
+
+def refuse_manifest_flags(config: DataConfig) -> None:
+    """Refuse what only manifests take.
+
+    Raises:
+        UserError: Such a flag was given.
+    """
+    if config.image_root is not None or config.allow_outside:
+        flag = "--allow-outside" if config.image_root is None else "--image-root"
+        raise UserError(f"{flag} is for CSV manifests, not for {config.dataset}: leave it out")
+
+
+def shadow_notes(config: DataConfig) -> tuple[str, ...]:
+    """Say when a dataset known by name hides a folder that is called the same."""
+    name = known_name(config.dataset)
+    if name is None or not Path(config.dataset).is_dir():
+        return ()
+    what = "scikit-learn's digits" if name == "digits" else f"torchvision's {name}"
+    folder = shlex.quote(f"./{config.dataset}")
+    return (f"using {what}, not the folder {folder}: type {folder} for the folder",)
 
 
 def known_name(text: str) -> str | None:
@@ -60,17 +86,17 @@ def _memo(config: DataConfig, root: Path) -> Memo:
 
 
 def _load_path(config: DataConfig, path: Path) -> ImageDataset:
-    try:
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{config.dataset!r:.200} cannot be a dataset: {error}") from error
-    if is_folder:
+    mode = _mode_of(config.dataset, path)
+    manifest = mode is not None and stat.S_ISREG(mode) and path.suffix.lower() == ".csv"
+    if manifest:
+        return load_manifest(config, path, _memo(config, config.image_root or path.parent))
+    refuse_manifest_flags(config)
+    if mode is not None and stat.S_ISDIR(mode):
         return load_folder(config, path, _memo(config, path))
-    if is_file and path.suffix.lower() == ".csv":
-        return load_manifest(config, path, _memo(config, path.parent))
-    if is_file:
+    if mode is not None:
+        what = "a file" if stat.S_ISREG(mode) else "neither a folder nor a file"
         raise UserError(
-            f"{path} is a file but not a manifest: give a .csv file with columns "
+            f"{path} is {what} but not a manifest: give a .csv file with columns "
             "path,label[,split], or a folder of class folders"
         )
     if os.sep in config.dataset or path.suffix.lower() == ".csv":
@@ -80,6 +106,23 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
         )
     known = one_of(config.dataset, ["digits", *TORCHVISION_SETS], "dataset")
     raise UserError(f"no folder or CSV file {config.dataset!r} is here, and {known}")
+
+
+def _mode_of(text: str, path: Path) -> int | None:
+    """The mode of what lies at `path`; None if nothing does.
+
+    Raises:
+        UserError: That cannot be found out.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{text!r:.200} cannot be a dataset: {reason}; make it readable, or give another one"
+        ) from error
 
 
 def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
@@ -107,7 +150,7 @@ def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         dataset.class_names,
         drawn=dataset.drawn or drew,
         test_fraction=dataset.test_fraction,
-        notes=dataset.notes + _notes_on_classes(dataset, splits["train"]),
+        notes=shadow_notes(config) + dataset.notes + _notes_on_classes(dataset, splits["train"]),
     )
 
 
@@ -117,11 +160,13 @@ def _has_own_order(dataset: ImageDataset) -> bool:
 
 
 def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ...]:
-    """Say when the first train images leave classes out, as of datasets sorted by class.
+    """Name classes that look alike, and say when the first train images leave classes out.
 
     Raises:
         UserError: They are all of one class.
     """
+    pairs = look_alikes(dataset.class_names)
+    alike = (f"classes that may be the same: {alike_text(pairs)}",) if pairs else ()
     there, kept = (len(np.unique(s.labels)) for s in (dataset.splits["train"], train))
     if kept < 2:
         raise UserError(
@@ -129,8 +174,11 @@ def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ..
             "class: give a larger number, or leave --num-train out"
         )
     if kept == there:
-        return ()
-    return (f"the {len(train)} train images hold {kept} of {there} classes: see --num-train",)
+        return alike
+    return (
+        *alike,
+        f"the {len(train)} train images hold {kept} of {there} classes: see --num-train",
+    )
 
 
 def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> ImageSplit:

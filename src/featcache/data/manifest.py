@@ -6,8 +6,8 @@ import csv
 import math
 import os
 import posixpath
-import re
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,14 @@ import numpy as np
 
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit, short_name
+from featcache.data.names import (
+    MAX_NAME_BYTES,
+    SPLIT_NAMES,
+    alike_text,
+    is_printable,
+    left_out_note,
+    look_alikes,
+)
 from featcache.data.sampling import split_off_test
 from featcache.data.sources import FileSource
 from featcache.errors import UserError
@@ -23,11 +31,8 @@ from featcache.memo import Memo
 
 REQUIRED = ("path", "label")
 OPTIONAL = ("split", "weight")
-SPLIT_NAMES = {"train": "train", "test": "test", "val": "val"}
-MAX_FIELD = 4096
 MAX_LABEL = 256
 MAX_BYTES = 2**30
-_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,16 @@ class _Row:
 def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     """Read a manifest.
 
-    Paths must stay in the manifest's folder, links resolved. A split column says train, test or
-    val; val alone serves as test. Without it --test-fraction sets a share aside.
+    Paths start from the manifest's folder or --image-root and must stay in it, links resolved,
+    unless --allow-outside. A split column says train, test or val; val alone serves as test.
+    Without it --test-fraction sets a share aside.
 
     Raises:
         UserError: Something is wrong with it; the message names the line.
     """
-    header, rows = _read_rows(file)
-    _check_paths(file, rows, must_exist=config.on_error == "fail")
+    header, rows, left_out = _read_rows(config, file)
+    base = _Base(config, file)
+    base.check(rows)
     rows = sorted(rows, key=lambda row: row.path)
     split_names = {row.split for row in rows}
     _check_splits(config, file, header, split_names)
@@ -59,10 +66,9 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     number = {name: label for label, name in enumerate(class_names)}
 
     def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
-        base = os.path.realpath(file.parent)
         weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
         labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
-        source = FileSource([os.path.join(base, r.path) for r in chosen], memo)
+        source = FileSource([os.path.join(base.path, r.path) for r in chosen], memo)
         return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
 
     if "split" in header:
@@ -82,31 +88,57 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
         class_names,
         drawn="split" not in header,
         test_fraction=config.test_fraction,
-        notes=_notes(header),
+        notes=_notes(header, left_out),
     )
 
 
-def _notes(header: list[str]) -> tuple[str, ...]:
+def _notes(header: list[str], left_out: list[str]) -> tuple[str, ...]:
     unknown = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
-    return (f"ignored columns of the manifest: {', '.join(map(repr, unknown))}",) if unknown else ()
+    notes = []
+    if unknown:
+        notes.append(f"ignored columns of the manifest: {', '.join(map(repr, unknown))}")
+    if left_out:
+        notes.append(left_out_note(left_out))
+    return tuple(notes)
 
 
-def _read_rows(file: Path) -> tuple[list[str], list[_Row]]:
-    """Header and rows, checked one by one."""
+def _read_rows(config: DataConfig, file: Path) -> tuple[list[str], list[_Row], list[str]]:
+    """Header and rows, checked one by one, and lines left out for their paths."""
+    rows: list[_Row] = []
+    left_out: list[str] = []
     try:
         if file.stat().st_size > MAX_BYTES:
             raise UserError(f"{file} is larger than {MAX_BYTES} bytes: is it a manifest?")
         with file.open("rb") as raw:
-            reader = csv.reader(_lines(file, raw), strict=True)
+            reader = csv.reader(_lines(file, raw), strict=True, skipinitialspace=True)
             header = _header(file, next(reader, []))
-            rows = [_row(file, reader.line_num, header, fields) for fields in reader if fields]
+            for fields in filter(None, reader):
+                row = _row(file, reader.line_num, header, fields)
+                wrong = _wrong_name(row.path)
+                if wrong and config.on_error == "fail":
+                    raise UserError(
+                        f"{file}, line {row.line}: the path {wrong}; correct it, or leave such "
+                        "rows out with --on-error skip"
+                    )
+                if wrong:
+                    left_out.append(f"line {row.line}")
+                else:
+                    rows.append(row)
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: not CSV: {error}") from error
     if not rows:
         raise UserError(f"{file} has a header but no rows: add lines of {','.join(header)}")
-    return header, rows
+    return header, rows, left_out
+
+
+def _wrong_name(path: str) -> str | None:
+    """Why a cache cannot hold a path, if so."""
+    if not is_printable(path):
+        return "has a line break or another control character"
+    too_long = len(path.encode()) > MAX_NAME_BYTES
+    return f"has more than {MAX_NAME_BYTES} bytes" if too_long else None
 
 
 def _lines(file: Path, raw: Iterable[bytes]) -> Iterator[str]:
@@ -144,19 +176,18 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
     if len(fields) != len(header):
         raise UserError(f"{where}: fields: {len(fields)}, in the header: {len(header)}")
     values = dict(zip(header, fields, strict=True))
-    if max(map(len, fields)) > MAX_FIELD or len(values["label"]) > MAX_LABEL:
-        raise UserError(
-            f"{where}: a field is too long; at most {MAX_FIELD} characters, a label {MAX_LABEL}"
-        )
-    if any(_CONTROL.search(field) for field in fields):
+    if len(values["label"]) > MAX_LABEL:
+        raise UserError(f"{where}: the label is too long; at most {MAX_LABEL} characters")
+    if not all(is_printable(value) for name, value in values.items() if name != "path"):
         raise UserError(f"{where}: a field has a line break or another control character")
     label, split = values["label"].strip(), values.get("split", "train").strip().lower()
     if not label:
         raise UserError(f"{where}: the label is empty; give every picture one")
     if "split" in header and split not in SPLIT_NAMES:
-        raise UserError(f"{where}: split {values['split']!r}; one of train, test, val")
+        raise UserError(f"{where}: split {values['split']!r:.80}; one of {', '.join(SPLIT_NAMES)}")
     weight = _weight(where, values["weight"]) if "weight" in header else 1.0
-    return _Row(line, values["path"], label, split if "split" in header else "", weight)
+    split = SPLIT_NAMES[split] if "split" in header else ""
+    return _Row(line, values["path"], label, split, weight)
 
 
 def _weight(where: str, text: str) -> float:
@@ -165,58 +196,90 @@ def _weight(where: str, text: str) -> float:
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and 0 <= weight <= float(np.finfo(np.float32).max)):
-        raise UserError(f"{where}: weight {text!r}; give a number of 0 or more")
+        raise UserError(f"{where}: weight {text!r:.80}; give a number of 0 or more")
     return weight
 
 
-def _check_paths(file: Path, rows: list[_Row], *, must_exist: bool) -> None:
-    """Refuse paths that repeat, leave the folder, or (if `must_exist`) lead nowhere."""
-    base = os.path.realpath(file.parent)
-    folders: dict[str, str] = {}
-    first: dict[str, int] = {}
-    for row in rows:
-        where = f"{file}, line {row.line}"
-        if not row.path.strip():
-            raise UserError(f"{where}: the path is empty")
-        if posixpath.isabs(row.path) or os.path.isabs(row.path):
-            raise UserError(
-                f"{where}: {row.path} is an absolute path; give it relative to {file.parent}/"
-            )
-        plain = posixpath.normpath(row.path)
-        earlier = first.setdefault(plain, row.line)
-        if earlier != row.line:
-            raise UserError(f"{where}: {row.path} was given in line {earlier} already; keep one")
-        if not _stays_in(base, row.path, folders):
-            raise UserError(
-                f"{where}: {row.path} leaves the manifest's folder; paths must stay in "
-                f"{file.parent}/"
-            )
-        if must_exist:
-            _check_file(where, os.path.join(base, row.path), row.path)
+class _Base:
+    """The folder that a manifest's paths start from.
 
+    Attributes:
+        path: Absolute, links resolved.
+    """
 
-def _stays_in(base: str, path: str, folders: dict[str, str]) -> bool:
-    """Whether `path`, links resolved, is below `base`; `folders` remembers resolved folders."""
-    head, tail = os.path.split(os.path.join(base, path))
-    if head not in folders:
-        folders[head] = os.path.realpath(head)
-    full = os.path.join(folders[head], tail)
-    if tail in ("", ".", "..") or os.path.islink(full):
-        full = os.path.realpath(full)
-    return full.startswith(os.path.join(base, ""))
+    def __init__(self, config: DataConfig, file: Path) -> None:
+        given = file.parent if config.image_root is None else config.image_root.expanduser()
+        if config.image_root is not None and not given.is_dir():
+            raise UserError(f"--image-root {given}: there is no such folder; check the path")
+        self.path = os.path.realpath(given)
+        self._file = file
+        self._given = given
+        self._name = "the manifest's folder" if config.image_root is None else "--image-root"
+        self._anywhere = config.allow_outside
+        self._must_exist = config.on_error == "fail"
+        self._resolved: dict[str, str] = {}
+
+    def check(self, rows: list[_Row]) -> None:
+        """Refuse paths that repeat, leave the folder, or lead nowhere, as the settings say."""
+        first: dict[str, int] = {}
+        for row in rows:
+            where = f"{self._file}, line {row.line}"
+            if not row.path.strip():
+                raise UserError(f"{where}: the path is empty")
+            full = os.path.join(self.path, row.path)
+            earlier = first.setdefault(posixpath.normpath(full), row.line)
+            if earlier != row.line:
+                raise UserError(
+                    f"{where}: {row.path} was given in line {earlier} already; keep one"
+                )
+            if not self._anywhere:
+                self._check_inside(where, row.path)
+            if self._must_exist:
+                _check_file(where, full, row.path)
+
+    def _check_inside(self, where: str, path: str) -> None:
+        if posixpath.isabs(path) or os.path.isabs(path):
+            raise UserError(
+                f"{where}: {path} is an absolute path; give it relative to {self._given}/, or "
+                "add --allow-outside"
+            )
+        if not self._holds(path):
+            raise UserError(
+                f"{where}: {path} leaves {self._name}; paths must stay in {self._given}/: give the "
+                "pictures' folder with --image-root, or add --allow-outside"
+            )
+
+    def _holds(self, path: str) -> bool:
+        """Whether `path`, links resolved, is below this folder."""
+        head, tail = os.path.split(os.path.join(self.path, path))
+        if head not in self._resolved:
+            self._resolved[head] = os.path.realpath(head)
+        full = os.path.join(self._resolved[head], tail)
+        if tail in ("", ".", "..") or os.path.islink(full):
+            full = os.path.realpath(full)
+        return full.startswith(os.path.join(self.path, ""))
 
 
 def _check_file(where: str, full: str, path: str) -> None:
     try:
         status = os.stat(full)
     except OSError as error:
-        slash = " (write / between folders)" if "\\" in path else ""
+        hint = " (write / between folders)" if "\\" in path else _other_form(full)
         raise UserError(
-            f"{where}: {path}: {error.strerror}{slash}; correct the path, or skip such rows with "
+            f"{where}: {path}: {error.strerror}{hint}; correct the path, or skip such rows with "
             "--on-error skip"
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{where}: {path} is not a file")
+
+
+def _other_form(path: str) -> str:
+    """Say that a file is there under the other Unicode form of its name, if so."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        twin = unicodedata.normalize(form, path)  # type: ignore[arg-type]
+        if twin != path and os.path.lexists(twin):
+            return f" (the file's name is in Unicode form {form}, the manifest's in {other})"
+    return ""
 
 
 def _check_splits(config: DataConfig, file: Path, header: list[str], split_names: set[str]) -> None:
@@ -246,7 +309,9 @@ def _check_classes(file: Path, rows: list[_Row], class_names: list[str]) -> None
     known = set(class_names)
     for row in sorted(rows, key=lambda row: row.line):
         if row.label not in known:
+            pairs = [pair for pair in look_alikes([*class_names, row.label]) if row.label in pair]
+            alike = f" ({alike_text(pairs)})" if pairs else ""
             raise UserError(
-                f"{file}, line {row.line}: label {row.label!r} has no train row; add one or "
-                "correct the label"
+                f"{file}, line {row.line}: label {row.label!r} has no train row{alike}; add one "
+                "or correct the label"
             )

@@ -154,6 +154,8 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
     return ExtractConfig(
         dataset=config.dataset,
         data_root=config.data_root,
+        image_root=config.image_root,
+        allow_outside=config.allow_outside,
         num_train=meta.dataset.num_train,
         num_test=meta.dataset.num_test,
         test_fraction=meta.dataset.test_fraction,

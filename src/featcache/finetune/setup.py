@@ -18,7 +18,7 @@ from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
-from featcache.runtime import num_cores, numeric_versions, pick_device
+from featcache.runtime import num_cores, numeric_versions, pick_device, say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +72,10 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     if config.output is not None and config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
     info = identify(config, config.seed, config.cache_dir)
-    dataset = load_dataset(config) if dataset is None else dataset
+    if dataset is None:
+        dataset = load_dataset(config)
+        for note in dataset.notes:
+            say(note)
     machine = choose_machine(config)
     parts = Parts(build_classifier(config, len(dataset.class_names), config.seed), plan)
     check_input(parts.model, info, config)

@@ -38,6 +38,8 @@ def test_split(config: ReportConfig, modes: Sequence[Mode]) -> ImageSplit | None
         DataConfig(
             dataset=config.dataset,
             data_root=config.data_root,
+            image_root=config.image_root,
+            allow_outside=config.allow_outside,
             cache_dir=config.cache_dir,
             on_error="skip",
             seed=drawn.get("seed") or 0,
