@@ -6,16 +6,21 @@ import io
 import os
 import random
 import struct
+import sys
+import threading
+import time
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from data_helpers import encoded
 from featcache.data import images
-from featcache.data.images import REASONS, BadImage, decode, exif_orientation, read_file, to_rgb
+from featcache.data.images import REASONS, BadImage, decode, decoded, read_file, to_rgb
 
 GREY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 
@@ -53,6 +58,40 @@ def test_lossless_formats(kind: str) -> None:
     np.testing.assert_array_equal(pixels(encoded(image, kind, **options)), expected)
 
 
+@pytest.mark.parametrize(("kind", "codec"), [("AVIF", "avif"), ("JPEG2000", "jpg_2000")])
+def test_newer_formats_where_pillow_reads_them(kind: str, codec: str) -> None:
+    if not features.check(codec):
+        pytest.skip(f"this Pillow has no {codec}")
+    data = encoded(Image.fromarray(colours(32)), kind)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(pixels(data), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\xff\x0a" + bytes(30), "JPEG XL"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+    ],
+)
+def test_a_format_that_pillow_does_not_read_is_named(
+    start: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readable = {
+        key: value for key, value in Image.OPEN.items() if key not in ("AVIF", "HEIF", "JXL")
+    }
+    monkeypatch.setattr(Image, "OPEN", readable)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(BadImage) as caught:
+        decode(start)
+    install = "python -m pip install pillow-heif, or " if name == "HEIC" else ""
+    assert str(caught.value) == (
+        f"other ({name}, which Pillow does not read here: {install}convert it to JPEG or PNG)"
+    )
+
+
 def test_jpeg_is_what_pillow_decodes() -> None:
     data = encoded(Image.fromarray(colours(40)), "JPEG", quality=80)
     with Image.open(io.BytesIO(data)) as image:
@@ -87,6 +126,21 @@ def test_16_bit_tiff_of_either_byte_order(order: str) -> None:
     wide = (GREY.astype(np.uint16) * 257).astype(order + "u2")
     image = Image.frombytes("I;16" if order == "<" else "I;16B", (8, 8), wide.tobytes())
     np.testing.assert_array_equal(grey_of(encoded(image, "TIFF")), GREY)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_16_bit_tiff_where_white_is_zero(compression: str | None) -> None:
+    wide = Image.fromarray(GREY.astype(np.uint16) * 257)
+    data = encoded(wide, "TIFF", compression=compression, tiffinfo={274: 3})
+    place = data.index(struct.pack("<H", 262)) + 8  # where the entry's value is
+    assert data[place] == 1
+    white_is_zero = data[:place] + b"\0" + data[place + 1 :]
+    np.testing.assert_array_equal(grey_of(white_is_zero), 255 - GREY[::-1, ::-1])
+
+
+def test_16_bit_grey_with_a_transparent_value() -> None:
+    wide = np.array([[0, 257, 2570, 2571]], dtype=np.uint16)
+    assert grey_of(encoded(Image.fromarray(wide), transparency=2570)).tolist() == [[0, 1, 255, 10]]
 
 
 @pytest.mark.parametrize(("scale", "white"), [(1 / 255, 1.0), (1.0, 255.0), (257.0, 65535.0)])
@@ -194,19 +248,64 @@ def test_exif_turns_the_picture_as_pillow_does(kind: str, orientation: int) -> N
         np.testing.assert_array_equal(pixels(data), np.asarray(expected.convert("RGB")))
 
 
+def exif_block(order: str, kind: int = 3) -> bytes:
+    """EXIF with one entry, orientation 6, as a short (3) or a long (4)."""
+    entry = struct.pack(
+        order + ("HHIHH" if kind == 3 else "HHII"), 0x0112, kind, 1, 6, *[0][kind - 3 :]
+    )
+    return (
+        b"Exif\0\0"
+        + (b"II*\0" if order == "<" else b"MM\0*")
+        + struct.pack(order + "IH", 8, 1)
+        + entry
+        + bytes(4)
+    )
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_exif_of_either_byte_order_and_damaged(order: str) -> None:
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0)
-    block = b"Exif\0\0" + magic + struct.pack(order + "IH", 8, 1) + entry
-    assert exif_orientation(block) == 6
-    for length in range(len(block) - 4):
-        assert exif_orientation(block[:length]) == 1
-    assert exif_orientation(block.replace(magic, b"XX*\0")) == 1
-    wild = b"Exif\0\0" + magic + struct.pack(order + "IH", 2**32 - 1, 65535) + entry
-    assert exif_orientation(wild) == 1
-    as_long = struct.pack(order + "HHII", 0x0112, 4, 1, 6)
-    assert exif_orientation(block.replace(entry, as_long)) == 1
+@pytest.mark.parametrize("kind", [3, 4])
+@pytest.mark.parametrize("picture", ["JPEG", "PNG", "WEBP"])
+def test_exif_of_either_byte_order_and_damaged(order: str, kind: int, picture: str) -> None:
+    def size(block: bytes) -> tuple[int, int]:
+        return decode(encoded(Image.new("RGB", (24, 16)), picture, exif=block)).size
+
+    block = exif_block(order, kind)
+    assert size(block) == (16, 24)
+    for length in range(6, len(block) - 8, 3):
+        assert size(block[:length]) in ((24, 16), (16, 24))
+    assert size(block[:14]) == (24, 16)
+    assert size(block[:6] + b"XX" + block[8:]) == (24, 16)
+    wild = block[:10] + struct.pack(order + "IH", 2**32 - 1, 65535) + block[16:]
+    assert size(wild) == (24, 16)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("place", ["JPEG xmp", "WEBP xmp", "PNG xmp", "PNG profile", "TIFF xmp"])
+def test_orientation_elsewhere_turns_the_picture_as_pillow_does(place: str) -> None:
+    kind, where = place.split()
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 16, 3), np.uint8))
+    options: dict[str, object] = {"lossless": True} if kind == "WEBP" else {}
+    if kind == "TIFF":
+        options["tiffinfo"] = {700: XMP}
+    elif kind != "PNG":
+        options["xmp"] = XMP
+    else:
+        texts = PngImagePlugin.PngInfo()
+        block = exif_block("<")
+        if where == "xmp":
+            texts.add_itxt("XML:com.adobe.xmp", XMP.decode(), zip=True)
+        else:
+            texts.add_text(
+                "Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=True
+            )
+        options["pnginfo"] = texts
+    data = encoded(image, kind, **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        expected = ImageOps.exif_transpose(opened)
+        assert expected.size == (24, 16)
+        np.testing.assert_array_equal(pixels(data), np.asarray(expected))
 
 
 def test_a_damaged_exif_block_leaves_the_picture_usable() -> None:
@@ -255,18 +354,80 @@ def test_between_pillows_warning_and_our_limit_nothing_is_said(
     assert decode(encoded(Image.fromarray(colours(4)), "GIF")).size == (4, 4)
 
 
-def test_a_bomb_in_a_text_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = b"k\0\0" + zlib.compress(bytes(200 * 2**20), 9)
-    chunk = (
-        struct.pack(">I", len(body))
-        + b"zTXt"
-        + body
-        + struct.pack(">I", zlib.crc32(b"zTXt" + body))
-    )
-    good = png_header(4, 4, (b"\0" + bytes(12)) * 4)
-    where = good.index(b"IDAT") - 4
+def webp_header(width: int, height: int, kind: bytes) -> bytes:
+    """34 bytes that ask for a canvas."""
+    if kind == b"VP8X":
+        body = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    elif kind == b"VP8L":
+        body = b"\x2f" + struct.pack("<I", width - 1 | height - 1 << 14) + bytes(5)
+    else:
+        body = b"\x10\0\0\x9d\x01\x2a" + struct.pack("<HH", width, height)
+    chunk = kind + struct.pack("<I", len(body)) + body
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk.ljust(22, b"\0")
+
+
+@pytest.mark.parametrize("kind", [b"VP8 ", b"VP8L", b"VP8X"])
+def test_a_webp_bomb_lays_out_no_canvas(kind: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "open_header", None)
+    with pytest.raises(BadImage, match="16383x16383 px, at most 67108864 in all"):
+        decode(webp_header(16383, 16383, kind))
+
+
+def test_threads_share_the_memory_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (100, 100)))
+    monkeypatch.setattr(images, "MAX_PICTURE_BYTES", 250_000)
+    monkeypatch.setattr(images, "_CORE_BYTES", 0)
+    room = images._Room()  # for two of 120,000 bytes each
+    monkeypatch.setattr(images, "_ROOM", room)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def work(_: int) -> None:
+        nonlocal inside, most
+        with decoded(data):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.01)
+            with lock:
+                inside -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(24)))
+    assert most == 2
+    with pytest.raises(BadImage, match="too large"):
+        decode(encoded(Image.new("RGB", (200, 200))))
     with pytest.raises(BadImage):
-        decode(good[:where] + chunk + good[where:])
+        decode(encoded(Image.new("RGB", (100, 100)))[:-30])
+    with room.held(250_000):  # all of it is free again
+        pass
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes, before: bytes) -> bytes:
+    chunk = struct.pack(">I", len(body)) + kind + body
+    where = png.index(before) - 4
+    return png[:where] + chunk + struct.pack(">I", zlib.crc32(kind + body)) + png[where:]
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+@pytest.mark.parametrize(
+    ("kind", "head"), [(b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")]
+)
+def test_bulky_profiles_and_texts_are_left_out(kind: bytes, head: bytes, before: bytes) -> None:
+    body = head + zlib.compress(bytes(64 * 2**20), 1)
+    good = with_orientation(6, "PNG")
+    tracemalloc.start()
+    np.testing.assert_array_equal(pixels(with_chunk(good, kind, body, before)), pixels(good))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * 2**20
+
+
+def test_many_texts_are_left_out() -> None:
+    good = png_header(4, 4, (b"\0" + bytes(12)) * 4)
+    data = good
+    for _ in range(70):
+        data = with_chunk(data, b"zTXt", b"k\0\0" + zlib.compress(bytes(2**20 - 1)), b"IDAT")
+    np.testing.assert_array_equal(pixels(data), pixels(good))
 
 
 def test_a_late_and_doubled_animation_chunk_does_not_warn() -> None:
@@ -335,7 +496,12 @@ def samples() -> dict[str, bytes]:
     rgb = Image.fromarray(colours(24))
     rgba = Image.fromarray(np.dstack([colours(24), colours(24)[..., 0]]))
     frames = [Image.new("RGB", (12, 12), c) for c in ("red", "blue")]
-    return {
+    newer = {
+        kind: encoded(rgba, kind)
+        for kind, codec in (("AVIF", "avif"), ("JPEG2000", "jpg_2000"))
+        if features.check(codec)
+    }
+    return newer | {
         "jpeg": encoded(rgb, "JPEG", exif=_exif()),
         "progressive": encoded(rgb, "JPEG", progressive=True),
         "cmyk": encoded(rgb.convert("CMYK"), "JPEG"),

@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featcache.config import DataConfig, DatasetInfo
-from featcache.data.images import decode, to_rgb
+from featcache.data.images import decoded, to_rgb
 from featcache.data.sources import Source
 from featcache.runtime import num_cores
 
@@ -69,7 +70,7 @@ class ImageSplit:
         return f"ImageSplit({self.name!r}, {len(self)} samples)"
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The undecoded picture of row `index`, for `decode`.
+        """The undecoded picture of row `index`, for `decoded`.
 
         Raises:
             BadImage: It cannot be read.
@@ -77,13 +78,18 @@ class ImageSplit:
         return self._source.read(int(self._positions[index]))
 
     @staticmethod
-    def decode(raw: bytes | Image.Image) -> Image.Image:
-        """What `read` gave, as an upright RGB picture.
+    @contextmanager
+    def decoded(raw: bytes | Image.Image) -> Iterator[Image.Image]:
+        """What `read` gave, as an upright RGB picture; its memory counts until the block ends.
 
         Raises:
             BadImage: It is not a picture, is damaged or too large.
         """
-        return decode(raw) if isinstance(raw, bytes) else to_rgb(raw)
+        if isinstance(raw, bytes):
+            with decoded(raw) as image:
+                yield image
+        else:
+            yield to_rgb(raw)
 
     def load(self, index: int) -> Image.Image:
         """The picture of row `index`: RGB, 8 bits, upright as its EXIF says, alpha over white.
@@ -91,7 +97,8 @@ class ImageSplit:
         Raises:
             BadImage: It cannot be used; the reason says why.
         """
-        return self.decode(self.read(index))
+        with self.decoded(self.read(index)) as image:
+            return image
 
     @property
     def content(self) -> UInt8:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import stat
 import struct
 import threading
-import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from featcache.data.formats import DECODE_ERRORS, format_of, open_header, quiet, webp_size
+from featcache.runtime import num_cores
 
 REASONS: dict[int, str] = {
     1: "truncated",
@@ -38,18 +29,25 @@ REASONS: dict[int, str] = {
 TRUNCATED, EMPTY, NOT_A_PICTURE, TOO_LARGE, UNREADABLE, MISSING, OTHER = REASONS
 
 MAX_PIXELS = 2**27
-"""Larger pictures are refused before they are decoded: 134 million pixels, 400 MB as RGB."""
+"""Larger pictures are refused before they are decoded: 134 million pixels."""
+MAX_PICTURE_BYTES = 12 * MAX_PIXELS
+"""Pictures that take more memory to decode are refused before they are: 1.6 GB."""
 MAX_FILE_BYTES = 2**29
+_CORE_BYTES = 2**28
 _MANY_PIXELS = 2**24
 
+# Bytes per pixel while a picture is decoded and turned, measured and rounded up: Pillow keeps RGB
+# in four bytes, and the animation decoder of WebP two canvases besides. Other formats: by mode.
+_FORMAT_BYTES = {"WEBP": 24, "AVIF": 24, "HEIF": 24, "JXL": 24, "JPEG2000": 32}
+_MODE_BYTES = {"LA": 14, "F": 14, "I": 14}
+_OTHER_MODE_BYTES = 12
+
 EXTENSIONS = (
-    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
-    *(".tif", ".tiff", ".webp"),
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 """File names that count as pictures, in any case; the content decides the format."""
 
-_HEIGHT_TAG = 0x0101
-_ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -59,13 +57,6 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-_DECODE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError),
-    *(KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError, NotImplementedError),
-    *(AssertionError, RuntimeError),
-)
-"""What Pillow's decoders let through on damaged input, found by fuzzing."""
 
 
 class BadImage(Exception):  # noqa: N818
@@ -112,32 +103,85 @@ def read_file(path: str) -> tuple[bytes, os.stat_result]:
     return data, status
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode a picture of any accepted format to RGB, upright as its EXIF says.
+class _Room:
+    """Memory that threads share: whoever needs more than is free waits for the others."""
+
+    def __init__(self) -> None:
+        self.empty()
+
+    def empty(self) -> None:
+        """Forget who held what: in a forked child those threads are not there to free it."""
+        self._free = max(MAX_PICTURE_BYTES, num_cores() * _CORE_BYTES)
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def held(self, num_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: num_bytes <= self._free)
+            self._free -= num_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += num_bytes
+                self._changed.notify_all()
+
+
+_ROOM = _Room()
+os.register_at_fork(after_in_child=_ROOM.empty)
+
+
+@contextlib.contextmanager
+def decoded(data: bytes) -> Iterator[Image.Image]:
+    """Decode a picture of any accepted format to RGB, upright as its EXIF or XMP says.
 
     Alpha is laid over white. 16-bit grey is scaled to 8 bits. Of several frames the first counts.
+    All threads together decode at most 1.6 GB, or 268 MB per core where that is more: a picture
+    counts until the block ends.
 
     Raises:
         BadImage: The bytes are not a picture, are damaged, or are too large.
     """
-    factory = _factory(data)
-    if factory is None:
-        raise BadImage(EMPTY if not data else NOT_A_PICTURE)
-    try:
-        with _open(factory, data) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImage(TOO_LARGE, f"{width}x{height} px, at most {MAX_PIXELS} in all")
-            _refuse_missing_strips(image)
-            # Pillow warns of large tiles, and of oddities behind an animated PNG's pixels.
-            noisy = width * height > _MANY_PIXELS or (data[:1] == b"\x89" and b"acTL" in data)
-            with _quiet() if noisy else contextlib.nullcontext():
-                image.load()
-            return to_rgb(_upright(image))
-    except MemoryError as error:
-        raise BadImage(TOO_LARGE, "no memory to decode it") from error
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise _reason_of(error) from error
+    name = _readable_format(data)
+    with _errors_named():
+        # The first thing that Pillow does with WebP is to lay out whole canvases.
+        header = None if name == "WEBP" else open_header(name, data)
+        size, mode = (webp_size(data), "RGBA") if header is None else (header.size, header.mode)
+    per_pixel = _FORMAT_BYTES.get(name) or _MODE_BYTES.get(mode, _OTHER_MODE_BYTES)
+    num_bytes = size[0] * size[1] * per_pixel
+    if size[0] * size[1] > MAX_PIXELS or num_bytes > MAX_PICTURE_BYTES:
+        most = min(MAX_PIXELS, MAX_PICTURE_BYTES // per_pixel)
+        raise BadImage(TOO_LARGE, f"{size[0]}x{size[1]} px, at most {most} in all")
+    with _ROOM.held(num_bytes):
+        with _errors_named():
+            image = _loaded(header or open_header(name, data), data)
+        header = None
+        yield image
+
+
+def _readable_format(data: bytes) -> str:
+    found = format_of(data)
+    if found is None:
+        raise BadImage(NOT_A_PICTURE if data else EMPTY)
+    if not found.is_readable():
+        detail = f"{found.called}, which Pillow does not read here: {found.remedy()}"
+        raise BadImage(OTHER, detail)
+    return found.name
+
+
+def decode(data: bytes) -> Image.Image:
+    """What `decoded` gives, to keep. Raises BadImage."""
+    with decoded(data) as image:
+        return image
+
+
+def _loaded(image: Image.Image, data: bytes) -> Image.Image:
+    _refuse_missing_strips(image)
+    # Pillow warns of large tiles, and of oddities behind an animated PNG's pixels.
+    noisy = image.width * image.height > _MANY_PIXELS or (data[:1] == b"\x89" and b"acTL" in data)
+    with quiet() if noisy else contextlib.nullcontext():
+        image.load()
+    return _upright_rgb(image)
 
 
 def decode_opened(image: Image.Image) -> Image.Image:
@@ -149,82 +193,22 @@ def decode_opened(image: Image.Image) -> Image.Image:
     if not 0 < image.width * image.height <= MAX_PIXELS:
         code = TOO_LARGE if image.width * image.height else OTHER
         raise BadImage(code, f"{image.width}x{image.height} px, at most {MAX_PIXELS} in all")
-    try:
+    with _errors_named():
         # One at a time: the caller may give one picture twice, and loading it is not thread-safe.
-        with _quiet():
+        with quiet():
             image.load()
-        # Pillow's own TIFF reader has turned the picture by now.
-        turned = isinstance(image, TiffImagePlugin.TiffImageFile)
-        return to_rgb(image if turned else _upright(image))
-    except MemoryError as error:
-        raise BadImage(TOO_LARGE, "no memory to decode it") from error
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise _reason_of(error) from error
-
-
-class _Jpeg(JpegImagePlugin.JpegImageFile):
-    """A JPEG whose EXIF Pillow does not parse: it is slow, and warns when damaged."""
-
-    def _read_dpi_from_exif(self) -> None:
-        return
-
-
-class _Tiff(TiffImagePlugin.TiffImageFile):
-    """A TIFF that Pillow does not turn upright, since it parses (and warns of) all EXIF for it."""
-
-    def load_end(self) -> None:
-        self._size = self.im.size  # of the picture as stored; Pillow gives that after turning
-
-
-_Factory = Callable[[io.BytesIO], Image.Image]
-
-
-def _factory(data: bytes) -> _Factory | None:
-    """The format's reader by its first bytes.
-
-    An own list, since Image.open also tries formats that start other programs (EPS) and warns of
-    large pictures by a global filter that threads cannot set apart.
-    """
-    head = data[:12]
-    for magic, factory in _MAGIC:
-        if head.startswith(magic):
-            return factory
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return WebPImagePlugin.WebPImageFile
-    if len(head) > 2 and head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
-        return PpmImagePlugin.PpmImageFile
-    return None
-
-
-_MAGIC: tuple[tuple[bytes, _Factory], ...] = (
-    (b"\xff\xd8\xff", _Jpeg),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"GIF87a", GifImagePlugin.GifImageFile),
-    (b"GIF89a", GifImagePlugin.GifImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\0", _Tiff),
-    (b"MM\0*", _Tiff),
-    (b"II+\0", _Tiff),
-    (b"MM\0+", _Tiff),
-)
-
-_WARNING_LOCK = threading.Lock()
+        return _upright_rgb(image)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings; one thread at a time, because the filters belong to the process."""
-    with _WARNING_LOCK, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _errors_named() -> Iterator[None]:
+    """Turn what Pillow raises into a BadImage."""
+    try:
         yield
-
-
-def _open(factory: _Factory, data: bytes) -> Image.Image:
-    """Parse the header; pixels are not decoded yet, except of WebP."""
-    if factory in (_Jpeg, BmpImagePlugin.BmpImageFile, PpmImagePlugin.PpmImageFile):
-        return factory(io.BytesIO(data))
-    with _quiet():
-        return factory(io.BytesIO(data))
+    except MemoryError as error:
+        raise BadImage(TOO_LARGE, "no memory to decode it") from error
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise _reason_of(error) from error
 
 
 def _refuse_missing_strips(image: Image.Image) -> None:
@@ -233,8 +217,8 @@ def _refuse_missing_strips(image: Image.Image) -> None:
     Raises:
         BadImage: Some rows are not in the file.
     """
-    if isinstance(image, _Tiff):
-        height = image.tag_v2.get(_HEIGHT_TAG)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        height = image.tag_v2.get(TiffImagePlugin.IMAGELENGTH)
         reached = max((tile.extents[3] for tile in image.tile if tile.extents), default=0)
         if not isinstance(height, int) or reached < height:
             raise BadImage(TRUNCATED, f"{reached} of {height} rows")
@@ -249,39 +233,12 @@ def _reason_of(error: BaseException) -> BadImage:
     return BadImage(OTHER, text)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the picture as its EXIF orientation says."""
-    how = _TRANSPOSE.get(_orientation(image))
-    return image if how is None else image.transpose(how)
-
-
-def _orientation(image: Image.Image) -> int:
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        value = image.tag_v2.get(_ORIENTATION_TAG, 1)
-        return value if isinstance(value, int) else 1
-    exif = image.info.get("exif")
-    return exif_orientation(exif) if isinstance(exif, bytes) else 1
-
-
-def exif_orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, in an EXIF block; 1 where there is none or the block is damaged.
-
-    Pillow's own reader warns about damaged blocks, and parses all of them to find this one.
-    """
-    block = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
-    if order is None:
-        return 1
-    with contextlib.suppress(struct.error):
-        (start,) = struct.unpack_from(order + "I", block, 4)
-        (num_entries,) = struct.unpack_from(order + "H", block, start)
-        for entry in range(num_entries):
-            tag, kind, count, value = struct.unpack_from(
-                order + "HHIH", block, start + 2 + 12 * entry
-            )
-            if tag == _ORIENTATION_TAG:
-                return value if kind == 3 and count == 1 else 1  # one unsigned short
-    return 1
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded picture, and turn it as its EXIF or XMP says, where they can be read."""
+    rgb, how = to_rgb(image), None
+    with contextlib.suppress(*DECODE_ERRORS), quiet():
+        how = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return rgb if how is None else rgb.transpose(how)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -318,9 +275,15 @@ def _from_wide(image: Image.Image) -> Image.Image:
     white = 65535.0
     if image.mode == "F" and high <= 255:
         white = 1.0 if high <= 1 else 255.0
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # white is zero
+    transparent = image.info.get("transparency")
     grey = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _MANY_PIXELS // 16 // values.shape[1])
     for top in range(0, len(values), rows):  # in strips: float64 takes eight times the memory
-        strip = values[top : top + rows].astype(np.float64)
-        grey[top : top + rows] = np.rint(strip * (255.0 / white))
+        strip, out = values[top : top + rows], grey[top : top + rows]
+        scaled = strip.astype(np.float64) * (255.0 / white)
+        out[:] = np.rint(255.0 - scaled if inverted else scaled)
+        if transparent is not None:
+            out[strip == transparent] = 255
     return Image.fromarray(grey).convert("RGB")

@@ -120,11 +120,11 @@ def _one(
         raw = split.read(index)
         done.read_s += time.perf_counter() - start
         begun = time.thread_time()
-        image = split.decode(raw)
-        decoded = time.thread_time()
-        done.decode_s += decoded - begun
-        pixels = view_pixels(image, prep, views, key)
-        done.resize_s += time.thread_time() - decoded
+        with split.decoded(raw) as image:
+            decoded = time.thread_time()
+            done.decode_s += decoded - begun
+            pixels = view_pixels(image, prep, views, key)
+            done.resize_s += time.thread_time() - decoded
     except BadImage as bad:
         return bad
     return pixels
