@@ -16,7 +16,7 @@ from data_helpers import encoded, make_folder, number_in, picture
 from featcache import extract as ex
 from featcache.backbone import load_backbone, state_sha256
 from featcache.cache import FeatureCache, part_path
-from featcache.config import ExtractConfig
+from featcache.config import ExtractConfig, VerifyConfig
 from featcache.data import load_dataset, normalize, to_pixels
 from featcache.engine import Engine, relative_error
 from featcache.errors import CacheError, UserError
@@ -217,6 +217,44 @@ def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: 
     save_file(load_backbone(settings(folder, tmp_path), 8).state_dict(), file)
     with pytest.raises(CacheError, match=r"backbone\.weights_sha256"):
         ex.extract(settings(folder, tmp_path, weights=str(file)))
+
+
+@pytest.mark.parametrize("room", ["run", "upkeep"])
+def test_weights_replaced_during_the_run_are_refused(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    from safetensors.torch import save_file
+
+    import featcache.extract.run
+    import featcache.extract.upkeep
+
+    file = tmp_path / "w.safetensors"
+    network = load_backbone(settings(folder, tmp_path), 7)
+    save_file(network.state_dict(), file)
+    config = settings(folder, tmp_path, weights=str(file))
+    config = dataclasses.replace(config, output=tmp_path / "mine.h5")
+    if room == "upkeep":
+        ex.extract(config)
+        damage(tmp_path / "mine.h5")
+
+    def load(*args: object) -> torch.nn.Module:
+        save_file({k: v + 1 for k, v in network.state_dict().items()}, file)
+        return load_backbone(*args)
+
+    monkeypatch.setattr(getattr(featcache.extract, room), "load_backbone", load)
+    where = {"repair": True, "dataset": str(folder), "weights": str(file)}
+    repair = VerifyConfig(cache=tmp_path / "mine.h5", **where)
+    with pytest.raises(UserError, match=r"w\.safetensors changed during the run: run the same"):
+        ex.extract(config) if room == "run" else ex.check(repair)
+    assert (tmp_path / "mine.h5").exists() == (room == "upkeep")
+
+
+def damage(path: Path) -> None:
+    """Overwrite the first feature of train."""
+    start = FeatureCache(path).file.layout.extents["train/features"].offset
+    with path.open("rb+") as file:
+        file.seek(start)
+        file.write(b"damaged!")
 
 
 def test_other_library_versions_are_named(

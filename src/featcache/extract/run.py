@@ -97,7 +97,7 @@ def _run(
     from featcache.engine import choose_engine, device_of
 
     timer = StageTimer()
-    backbone = load_backbone(config, config.seed)
+    backbone = load_backbone(config, config.seed, wanted.backbone.weights_sha256)
     before = state_sha256(backbone)
     old = FeatureCache(path) if config.update and path.exists() else None
     begun = None if config.force else begun_with(path)
