@@ -17,7 +17,7 @@ from featcache import extract as ex
 from featcache.backbone import load_backbone, state_sha256
 from featcache.cache import FeatureCache, part_path
 from featcache.config import ExtractConfig, VerifyConfig
-from featcache.data import load_dataset, normalize, to_pixels
+from featcache.data import BadImage, load_dataset, normalize, to_pixels
 from featcache.engine import Engine, relative_error
 from featcache.errors import CacheError, UserError
 
@@ -316,6 +316,62 @@ def test_bad_pictures_stop_the_run_or_are_recorded(
     again = ex.extract(settings(copy, tmp_path, on_error="skip"))
     assert again["hit"]
     assert again["splits"]["test"]["num_skipped"] == 1
+
+
+def test_a_passing_failure_is_not_recorded(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures' folder is away between hashing and reading, under --on-error skip."""
+    import featcache.engine
+
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    choose = featcache.engine.choose_engine
+
+    def away(*args: object) -> Engine:
+        (copy / "train").rename(tmp_path / "away")
+        return choose(*args)
+
+    config = settings(copy, tmp_path, on_error="skip")
+    with monkeypatch.context() as patched:
+        patched.setattr(featcache.engine, "choose_engine", away)
+        with pytest.raises(UserError, match="could be read before and cannot be now"):
+            ex.extract(config)
+    (tmp_path / "away").rename(copy / "train")
+    report = ex.extract(config)
+    assert [s["num_skipped"] for s in report["splits"].values()] == [0, 0]
+
+
+def test_update_tries_pictures_again_that_were_left_out(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featcache.data.dataset
+
+    config = settings(folder, tmp_path, on_error="skip")
+    bad = (folder / "train" / "cat" / "003.png").read_bytes()
+    decode = featcache.data.dataset.decode
+
+    def failing(data: bytes) -> Image.Image:
+        if data == bad:
+            raise BadImage(4)
+        return decode(data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(featcache.data.dataset, "decode", failing)
+        first = ex.extract(config)
+        assert first["splits"]["train"]["num_skipped"] == 1
+        still = ex.extract(dataclasses.replace(config, update=True))
+        assert still["splits"]["train"]["num_skipped"] == 1
+        with pytest.raises(UserError, match=r"train/cat/003\.png.*--on-error skip"):
+            ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
+    assert ex.extract(config)["hit"]
+    with pytest.raises(UserError, match=r"mend or remove them and type --update"):
+        ex.extract(dataclasses.replace(config, on_error="fail"))
+    del mean_colour[:]
+    updated = ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
+    assert (sum(mean_colour), updated["splits"]["train"]["num_skipped"]) == (1, 0)
+    fresh = ex.extract(settings(folder, tmp_path / "fresh"))
+    assert Path(updated["cache"]).read_bytes() == Path(fresh["cache"]).read_bytes()
+    assert ex.extract(dataclasses.replace(config, update=True))["hit"]
 
 
 def test_features_that_are_not_finite_stop_the_run(

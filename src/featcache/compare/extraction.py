@@ -96,6 +96,7 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
 
     say(f"the cache was there already: computing up to {SAMPLE_IMAGES} images again to time them")
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
+    split.subset(rows).record(cache.rows("train").content[rows])
     meta, timer = cache.meta, StageTimer()
     backbone = load_backbone(config, config.seed, meta.backbone.weights_sha256)
     device = pick_device(config.device)

@@ -69,10 +69,11 @@ class ImageSplit:
         return f"ImageSplit({self.name!r}, {len(self)} samples)"
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The undecoded picture of row `index`, for `decode`.
+        """The undecoded picture of row `index`, for `decode`; it has the sha256 in `content`.
 
         Raises:
             BadImage: It cannot be read.
+            UserError: It is not what was read or hashed before.
         """
         return self._source.read(int(self._positions[index]))
 
@@ -131,13 +132,15 @@ class ImageSplit:
             weights=None if self.weights is None else self.weights[rows],
         )
 
-    def with_content(self, content: UInt8) -> ImageSplit:
-        """The same split with its hashes already known, uint8 [N, 32]."""
+    def record(self, content: UInt8) -> None:
+        """Demand from now on that the samples have these hashes, uint8 [N, 32].
+
+        Raises:
+            UserError: One was read or hashed already and has another.
+        """
         assert content.shape == (len(self), 32)
-        twin = self.subset(np.arange(len(self)))
-        twin._content = np.array(content, dtype=np.uint8)
-        twin._content.setflags(write=False)
-        return twin
+        for position, digest in zip(self._positions, content, strict=True):
+            self._source.record(int(position), digest.tobytes())
 
 
 def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:

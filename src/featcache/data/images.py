@@ -134,8 +134,6 @@ def decode(data: bytes) -> Image.Image:
             with _quiet() if noisy else contextlib.nullcontext():
                 image.load()
             return to_rgb(_upright(image))
-    except MemoryError as error:
-        raise BadImage(TOO_LARGE, "no memory to decode it") from error
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _reason_of(error) from error
 
@@ -156,8 +154,6 @@ def decode_opened(image: Image.Image) -> Image.Image:
         # Pillow's own TIFF reader has turned the picture by now.
         turned = isinstance(image, TiffImagePlugin.TiffImageFile)
         return to_rgb(image if turned else _upright(image))
-    except MemoryError as error:
-        raise BadImage(TOO_LARGE, "no memory to decode it") from error
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _reason_of(error) from error
 

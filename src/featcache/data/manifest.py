@@ -62,7 +62,7 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
         base = os.path.realpath(file.parent)
         weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
         labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
-        source = FileSource([os.path.join(base, r.path) for r in chosen], memo)
+        source = FileSource([os.path.join(base, r.path) for r in chosen], memo, base)
         return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
 
     if "split" in header:

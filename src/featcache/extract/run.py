@@ -30,7 +30,13 @@ from featcache.cache import (
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.errors import CacheError
-from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
+from featcache.extract.request import (
+    cache_path,
+    check_skipped,
+    find_hit,
+    left_out,
+    wanted_meta,
+)
 from featcache.extract.stream import computed_rows, decode_shortfall
 from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
 
@@ -77,11 +83,12 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     wanted = wanted_meta(config, dataset, info)
     path = cache_path(config, wanted)
     found = None if config.force else find_hit(config, path, wanted, dataset)
-    if found is not None:
-        check_skipped(config, found)
+    if found is not None and not (config.update and left_out(found)):
+        check_skipped(config, found, "--update")
         return _report(found, start, hit=True)
+    path = found or path  # what was left out of it may be readable by now
     if not config.force:
-        check_skipped(config, part_path(path))
+        check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
     for note in dataset.notes:
         say(note)
