@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache import backbone as bb
+from featcache.backbone import identity
 from featcache.config import IMAGENET_MEAN, BackboneConfig
 from featcache.errors import UserError
 
@@ -168,7 +173,8 @@ def bad_weights(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     put("huge.safetensors", huge, "cannot be read as weights|not a safetensors file")
     put("list.pth", [1, 2], "holds a list, not a state dict")
     put("none.pth", {"state_dict": {"a": 1}}, "holds no tensors")
-    put("pickle.pth", {"x": Boom()}, "cannot be read as weights")
+    put("pickle.pth", {"x": Boom()}, "not tensors and are not loaded: .*touch|PosixPath")
+    put("cut.pth", b"\x80\x02}", "cannot be read as weights \\(pickle exhausted before")
     put("other.pth", {"a": torch.zeros(1)}, "does not fit --backbone resnet18: bn1.bias is missing")
     bomb = tmp_path / "bomb.pth"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -203,6 +209,184 @@ def test_wrong_names_say_what_is_accepted(config: dict, message: str) -> None:
         bb.load_backbone(BackboneConfig(**{"weights": "random", **config}), 0)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_hang_is_refused(tmp_path: Path, legacy: bool) -> None:
+    """A key of 60 tuples, each holding the one before twice, takes 2**60 steps to hash."""
+    pickled = b"\x80\x02}" + b"K\x01\x85q\x00"
+    for depth in range(60):
+        pickled += b"h%ch%c\x86q%c" % (depth, depth, depth + 1)
+    pickled += b"K\x01s."
+    path = tmp_path / "hang.pth"
+    if legacy:
+        path.write_bytes(pickled)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3\n")
+    with pytest.raises(UserError, match="built to keep the program busy"):
+        bb.read_state(path)
+
+
+def test_tuples_nested_too_deep_to_hash_are_refused(tmp_path: Path) -> None:
+    """Hashing a chain of a million tuples overflows the C stack."""
+    path = tmp_path / "deep.pth"
+    path.write_bytes(b"\x80\x02}K\x01" + b"\x85" * 1_000_000 + b"K\x01s.")
+    with pytest.raises(UserError, match="built to keep the program busy"):
+        bb.read_state(path)
+
+
+def test_a_checkpoint_with_an_optimizer_is_far_from_the_limit(tmp_path: Path) -> None:
+    model = bb.build_network("resnet18", drawn=False)
+    optimizer = torch.optim.Adam(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for legacy in (False, True):
+        path = tmp_path / f"{legacy}.pth"
+        torch.save(
+            {"epoch": 3, "net": model.state_dict(), "optimizer": optimizer.state_dict()},
+            path,
+            _use_new_zipfile_serialization=not legacy,
+        )
+        assert bb.read_state(path).keys() == model.state_dict().keys()
+
+
+def test_other_objects_are_named_with_the_way_out(tmp_path: Path) -> None:
+    state = {"conv1.weight": torch.zeros(1)}
+    path = tmp_path / "run.pth.tar"
+    namespace = argparse.Namespace(lr=0.1)
+    torch.save({"args": namespace, "best": np.float64(0.5), "state_dict": state}, path)
+    with pytest.raises(UserError) as caught:
+        bb.read_state(path)
+    text = re.sub(r"numpy\._?core", "numpy.core", str(caught.value))
+    assert text == (
+        f"{path} holds objects that are not tensors and are not loaded: argparse.Namespace, "
+        "numpy.core.multiarray.scalar, numpy.dtype; if you trust the file, save its tensors alone "
+        f"in Python: c = torch.load({str(path)!r}, weights_only=False); "
+        "torch.save(c['state_dict'], 'tensors.pth')"
+    )
+
+
+def test_a_whole_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    torch.save(torch.nn.Linear(1, 1), path)
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear; .*c\.state_dict\(\)"):
+        bb.read_state(path)
+
+
+def test_names_in_a_file_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"\x1b[31mred\x9b\u202e": torch.zeros(1)}, path)
+    with pytest.raises(UserError) as caught:
+        bb.load_backbone(BackboneConfig(weights=str(path)), 0)
+    assert str(caught.value).isprintable()
+    assert "its 1 keys are ?[31mred??; name the backbone" in str(caught.value)
+
+
+Layouts = dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]
+ZERO = torch.zeros(2, 512)
+LAYOUTS: Layouts = {
+    "head beside.ckpt": lambda s: {f"backbone.{k}": v for k, v in s.items()} | {"fc.weight": ZERO},
+    "unusual prefix.pt": lambda s: {f"student.trunk.{k}": v for k, v in s.items()},
+    "moco.pth.tar": lambda s: (
+        {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in s.items()}
+        | {f"module.encoder_q.{k}": v for k, v in s.items()}
+        | {"module.encoder_q.fc.0.weight": ZERO, "module.queue": ZERO}
+    ),
+    "swav.bin": lambda s: (
+        {f"module.{k}": v for k, v in s.items()}
+        | {"module.prototypes.weight": ZERO, "module.projection_head.0.weight": ZERO}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_checkpoints_as_people_have_them(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    torch.save({"state_dict": LAYOUTS[name](bb.read_state(bb.BUNDLED_FILE))}, path)
+    wanted = bb.state_sha256(bb.load_backbone(bundled(), 0))
+    assert bb.state_sha256(bb.load_backbone(BackboneConfig(weights=str(path)), 0)) == wanted
+
+
+def test_tensors_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "w.pth"
+    state = bb.read_state(bb.BUNDLED_FILE)
+    torch.save({**state, "fc.weight": ZERO, "prototypes.weight": ZERO}, path)
+    bb.load_backbone(BackboneConfig(weights=str(path)), 0)
+    said = f"{path}: left out 1 tensors beside the resnet18: prototypes.weight\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"layer1.2.conv1.weight": ZERO}, "layer1.2.conv1.weight is not in the network"),
+        ("twin", "holds more than one such network, under no prefix, teacher: save"),
+    ],
+)
+def test_a_deeper_network_or_two_are_not_guessed(
+    extra: dict | str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.pth"
+    state = bb.read_state(bb.BUNDLED_FILE)
+    extra = {f"teacher.{k}": v for k, v in state.items()} if extra == "twin" else extra
+    torch.save({**state, **extra}, path)
+    with pytest.raises(UserError, match=re.escape(message)):
+        bb.load_backbone(BackboneConfig(weights=str(path)), 0)
+
+
+@pytest.mark.parametrize("weights", ["file", "random"])
+def test_weights_replaced_after_they_were_identified_are_refused(
+    tmp_path: Path, weights: str
+) -> None:
+    path = tmp_path / "w.safetensors"
+    state = bb.read_state(bb.BUNDLED_FILE)
+    save_file(state, path)
+    config = BackboneConfig(weights=str(path) if weights == "file" else "random")
+    sha256 = bb.identify(config, 0, tmp_path).weights_sha256
+    assert bb.load_backbone(config, 0, sha256)
+    save_file({**state, "bn1.bias": state["bn1.bias"] + 1}, path)
+    for load in (bb.load_backbone, lambda c, s, h: bb.build_classifier(c, 3, s, h)):
+        with pytest.raises(UserError, match="changed during the run: run the same command again"):
+            load(config, 1, sha256)
+
+
+def test_what_is_hashed_is_what_is_loaded(tmp_path: Path) -> None:
+    """The file is overwritten as soon as it is read: hash, metadata and tensors are of one read."""
+    path = tmp_path / "w.safetensors"
+    state = bb.read_state(bb.BUNDLED_FILE)
+    prep = '{"image_px": 96, "resize": "squash", "mean": [0.5,0.5,0.5], "std": [1,1,1]}'
+    save_file(state, path, metadata={"preprocessing": prep})
+    first = path.read_bytes()
+    file = bb.read_weights(path)
+    save_file({**state, "bn1.bias": state["bn1.bias"] + 1}, path)
+    assert file.sha256 == hashlib.sha256(first).hexdigest()
+    assert torch.equal(file.state["bn1.bias"], state["bn1.bias"])
+    assert bb.own_preprocessing(BackboneConfig(weights=str(path)), file).image_px == 96
+
+
+def test_a_file_replaced_while_it_is_read_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, later = tmp_path / "w.safetensors", time.time() + 10
+    state = bb.read_state(bb.BUNDLED_FILE)
+    save_file(state, path)
+    config = BackboneConfig(weights=str(path))
+    monkeypatch.setattr(identity.time, "time", lambda: later)
+    read = identity.weights_of
+
+    def replaced(config: BackboneConfig) -> bb.WeightsFile | None:
+        file = read(config)
+        save_file({**state, "bn1.bias": state["bn1.bias"] + 1}, path)
+        return file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "weights_of", replaced)
+        one = bb.identify(config, 0, tmp_path)
+    two = bb.identify(config, 0, tmp_path)
+    assert two.weights_sha256 == bb.file_sha256(path) != one.weights_sha256
+
+
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path: Path) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
@@ -222,6 +406,11 @@ def test_safetensors_carry_their_preprocessing(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, path, metadata={"preprocessing": '{"image_px": "a"}'})
     with pytest.raises(UserError, match="no usable preprocessing"):
         bb.own_preprocessing(BackboneConfig(weights=str(path)))
+    for bad in ("NaN", "Infinity"):
+        prep = f'{{"image_px": 96, "resize": "squash", "mean": [0,0,0], "std": [1,1,{bad}]}}'
+        save_file({"x": torch.zeros(1)}, path, metadata={"preprocessing": prep})
+        with pytest.raises(UserError, match="three finite numbers each, std above 0"):
+            bb.identify(BackboneConfig(weights=str(path)), 0, tmp_path)
 
 
 def test_state_hash_sees_batchnorm_buffers() -> None:

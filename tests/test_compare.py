@@ -97,6 +97,22 @@ def test_both_modes_saw_the_same_images(done: tuple[CompareConfig, dict]) -> Non
     assert [point["num_train"] for point in report["points"]] == [9, 30]
 
 
+def test_pictures_that_change_after_extraction_are_not_trained_on(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(pets, tmp_path / "pets")
+
+    def overwrite() -> None:
+        for file in (copy / "train").rglob("0*.png"):
+            shutil.copy(copy / "train" / "cat" / "00.png", tmp_path / "one.png")
+            file.write_bytes((tmp_path / "one.png").read_bytes())
+
+    monkeypatch.setattr(run_module, "load_optimizers", overwrite)
+    with pytest.raises(UserError, match=r"\.png changed during the run: run the same command"):
+        compare(settings(copy, tmp_path))
+    assert not list((tmp_path / "out" / "runs").glob("finetune-*.json"))
+
+
 def test_report_is_saved_and_says_what_it_should(done: tuple[CompareConfig, dict]) -> None:
     config, report = done
     saved = json.loads((config.output / "compare.json").read_text())

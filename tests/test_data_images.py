@@ -448,12 +448,15 @@ def test_a_tiff_with_rows_missing_is_truncated() -> None:
     assert reason(data[:place] + struct.pack("<H", 4000) + data[place + 2 :]) == "truncated"
 
 
-def test_no_memory_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_not_the_pictures_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(images, "to_rgb", refuse)
-    assert reason(encoded(Image.fromarray(colours()))) == "too large"
+    monkeypatch.setattr(images, "_upright_rgb", refuse)
+    image = Image.fromarray(colours())
+    for use in (lambda: decode(encoded(image)), lambda: images.decode_opened(image)):
+        with pytest.raises(MemoryError):
+            use()
 
 
 def test_read_file_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

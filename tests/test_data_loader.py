@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,12 @@ import pytest
 from PIL import Image
 
 from data_helpers import config, encoded, make_folder, number_in, picture
+from featcache import memo
 from featcache.config import Preprocessing, Views
-from featcache.data import BadImage, ImageSplit, iterate_pixels, load_dataset
+from featcache.data import BadImage, ImageSplit, iterate_pixels, load_dataset, loader, sources
 from featcache.data.loader import run_ahead
 from featcache.data.sources import ArraySource, FileSource
+from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import StageTimer
 
 PREP = Preprocessing(image_px=16, resize="squash", resize_px=16)
@@ -188,8 +193,6 @@ def test_ctrl_c_ends_the_process(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
-    from featcache.errors import UserError
-
     root = make_folder(tmp_path / "pets")
     split = load_dataset(config(root, tmp_path)).splits["train"]
     assert len(split.content) == 8
@@ -203,8 +206,6 @@ def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_turns_up_after_hashing_is_noticed(tmp_path: Path) -> None:
-    from featcache.errors import UserError
-
     root = make_folder(tmp_path / "pets")
     file = root / "train" / "cat" / "001.png"
     data = file.read_bytes()
@@ -214,6 +215,88 @@ def test_a_picture_that_turns_up_after_hashing_is_noticed(tmp_path: Path) -> Non
     file.write_bytes(data)
     with pytest.raises(UserError, match="changed during the run"):
         split.load(1)
+
+
+def test_a_file_written_between_stamp_and_read_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its times and size say nothing: the bytes that were read are compared."""
+    split = load_dataset(config(make_folder(tmp_path / "pets"), tmp_path)).splits["train"]
+    assert len(split.content) == 8
+    real = sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda path: (b"other bytes", real(path)[1]))
+    with pytest.raises(UserError, match="changed during the run"):
+        split.load(1)
+
+
+def test_the_first_read_is_the_one_that_is_recorded(tmp_path: Path) -> None:
+    """Training decodes before it hashes: the fingerprint is that of what was decoded."""
+    root = make_folder(tmp_path / "pets")
+    split = load_dataset(config(root, tmp_path)).splits["train"]
+    file = root / "train" / "cat" / "001.png"
+    data = file.read_bytes()
+    part = split.subset(np.array([1, 2]))
+    assert split.read(1) == data
+    file.write_bytes(encoded(picture(77)))
+    assert split.content[1].tobytes() == hashlib.sha256(data).digest()
+    for one in (lambda: split.load(1), lambda: part.load(0)):
+        with pytest.raises(UserError, match=r"001\.png changed during the run"):
+            one()
+
+
+def test_a_picture_that_cannot_be_read_any_more_ends_the_run(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "pets")
+    split = load_dataset(config(root, tmp_path, on_error="skip")).splits["train"]
+    assert len(split.content) == 8
+    file = root / "train" / "cat" / "001.png"
+    file.unlink()
+    message = rf"{file} could be read before and cannot be now \(missing\): see to it, then run the"
+    with pytest.raises(UserError, match=message):
+        list(iterate_pixels(split, range(8), PREP, workers=2))
+
+
+@pytest.mark.parametrize("use", [lambda split: split.content, lambda split: split.load(0)])
+def test_a_folder_that_is_gone_is_not_a_folder_of_missing_pictures(
+    tmp_path: Path, use: Callable[[ImageSplit], object]
+) -> None:
+    root = make_folder(tmp_path / "pets")
+    split = load_dataset(config(root, tmp_path, on_error="skip")).splits["train"]
+    root.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=rf"the folder {root}/ is gone: once it is back, run the"):
+        use(split)
+
+
+def test_a_remembered_hash_that_is_wrong_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that leaves the times as they were, the next run hashes again."""
+    later = time.time() + 10
+    monkeypatch.setattr(memo.time, "time", lambda: later)
+    root = make_folder(tmp_path / "pets")
+    split = load_dataset(config(root, tmp_path)).splits["train"]
+    before = split.content
+    stamp = memo.stamp_of((root / "train" / "cat" / "001.png").stat())
+    (root / "train" / "cat" / "001.png").write_bytes(encoded(picture(77)))
+    monkeypatch.setattr(sources, "stamp_of", lambda status: stamp)
+    again = load_dataset(config(root, tmp_path)).splits["train"]
+    assert (again.content[1] == before[1]).all()
+    with pytest.raises(UserError, match="changed during the run"):
+        again.load(1)
+    third = load_dataset(config(root, tmp_path)).splits["train"]
+    assert (third.content[1] != before[1]).any()
+    third.load(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shortage_of_memory_ends_the_run(
+    split: ImageSplit, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(loader, "view_pixels", refuse)
+    with pytest.raises(FeatcacheError, match="p/0000 in split train: no memory to decode it; free"):
+        list(iterate_pixels(split, range(NUM), PREP, workers=workers))
 
 
 def test_many_threads_share_one_memory_picture() -> None:

@@ -23,12 +23,12 @@ def split_with(counts: list[int]) -> ImageSplit:
     split = ImageSplit("all", ids, labels, ArraySource(lambda _: pytest.fail("not to be read")))
     content = np.zeros((len(ids), 32), np.uint8)
     content[:, :4] = np.arange(1, len(ids) + 1, dtype="<u4").view(np.uint8).reshape(-1, 4)
-    return split.with_content(content)
+    return split._with(content)
 
 
 def with_copies(split: ImageSplit, originals: list[int]) -> ImageSplit:
     """The same split, each image identical to that in the row that `originals` gives."""
-    return split.with_content(split.content[originals])
+    return split.subset(np.arange(len(split)))._with(split.content[originals])
 
 
 @settings(deadline=None)

@@ -297,6 +297,36 @@ def test_files_that_change_after_the_description(tmp_path: Path, later: None) ->
         described.splits["train"].load(0)
 
 
+def test_a_picture_that_changes_after_the_description(tmp_path: Path, later: None) -> None:
+    """The dataset was opened in time; one of its files is not the described one any more."""
+    make_eurosat(tmp_path / "data")
+    describe(config("eurosat", tmp_path))
+    described = describe(config("eurosat", tmp_path)).splits["train"]
+    first = described.load(0)
+    number = int(described.ids[1][-6:])
+    file = sorted((tmp_path / "data" / "eurosat" / "2750").rglob("*.png"))[number]
+    file.write_bytes(encoded(picture(4000)))
+    assert described.load(0) == first
+    with pytest.raises(UserError, match=rf"{file} changed during the run: run the same command"):
+        described.load(1)
+
+
+def test_a_description_that_is_wrong_is_forgotten(
+    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stamp says that no file changed, the contents say otherwise."""
+    make_eurosat(tmp_path / "data")
+    monkeypatch.setattr(describe_module, "_stamp", lambda *_: (1,))
+    described = describe(config("eurosat", tmp_path))
+    for number, file in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
+        file.write_bytes(encoded(picture(4000 + number)))
+    again = describe(config("eurosat", tmp_path))
+    assert again.fingerprint == described.fingerprint
+    with pytest.raises(UserError, match="changed during the run"):
+        again.splits["train"].load(0)
+    assert describe(config("eurosat", tmp_path)).fingerprint != described.fingerprint
+
+
 @pytest.mark.parametrize("damage", ["splits", "labels", "class_names", "notes", "lengths", "type"])
 def test_a_wrong_description_is_a_miss(
     damage: str, tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch

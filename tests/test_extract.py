@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -16,8 +17,8 @@ from data_helpers import encoded, make_folder, number_in, picture
 from featcache import extract as ex
 from featcache.backbone import load_backbone, state_sha256
 from featcache.cache import FeatureCache, part_path
-from featcache.config import ExtractConfig
-from featcache.data import load_dataset, normalize, to_pixels
+from featcache.config import ExtractConfig, VerifyConfig
+from featcache.data import BadImage, load_dataset, normalize, to_pixels
 from featcache.engine import Engine, relative_error
 from featcache.errors import CacheError, UserError
 
@@ -219,6 +220,44 @@ def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: 
         ex.extract(settings(folder, tmp_path, weights=str(file)))
 
 
+@pytest.mark.parametrize("room", ["run", "upkeep"])
+def test_weights_replaced_during_the_run_are_refused(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    from safetensors.torch import save_file
+
+    import featcache.extract.run
+    import featcache.extract.upkeep
+
+    file = tmp_path / "w.safetensors"
+    network = load_backbone(settings(folder, tmp_path), 7)
+    save_file(network.state_dict(), file)
+    config = settings(folder, tmp_path, weights=str(file))
+    config = dataclasses.replace(config, output=tmp_path / "mine.h5")
+    if room == "upkeep":
+        ex.extract(config)
+        damage(tmp_path / "mine.h5")
+
+    def load(*args: object) -> torch.nn.Module:
+        save_file({k: v + 1 for k, v in network.state_dict().items()}, file)
+        return load_backbone(*args)
+
+    monkeypatch.setattr(getattr(featcache.extract, room), "load_backbone", load)
+    where = {"repair": True, "dataset": str(folder), "weights": str(file)}
+    repair = VerifyConfig(cache=tmp_path / "mine.h5", **where)
+    with pytest.raises(UserError, match=r"w\.safetensors changed during the run: run the same"):
+        ex.extract(config) if room == "run" else ex.check(repair)
+    assert (tmp_path / "mine.h5").exists() == (room == "upkeep")
+
+
+def damage(path: Path) -> None:
+    """Overwrite the first feature of train."""
+    start = FeatureCache(path).file.layout.extents["train/features"].offset
+    with path.open("rb+") as file:
+        file.seek(start)
+        file.write(b"damaged!")
+
+
 def test_other_library_versions_are_named(
     folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +317,62 @@ def test_bad_pictures_stop_the_run_or_are_recorded(
     again = ex.extract(settings(copy, tmp_path, on_error="skip"))
     assert again["hit"]
     assert again["splits"]["test"]["num_skipped"] == 1
+
+
+def test_a_passing_failure_is_not_recorded(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures' folder is away between hashing and reading, under --on-error skip."""
+    import featcache.engine
+
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    choose = featcache.engine.choose_engine
+
+    def away(*args: object) -> Engine:
+        (copy / "train").rename(tmp_path / "away")
+        return choose(*args)
+
+    config = settings(copy, tmp_path, on_error="skip")
+    with monkeypatch.context() as patched:
+        patched.setattr(featcache.engine, "choose_engine", away)
+        with pytest.raises(UserError, match="could be read before and cannot be now"):
+            ex.extract(config)
+    (tmp_path / "away").rename(copy / "train")
+    report = ex.extract(config)
+    assert [s["num_skipped"] for s in report["splits"].values()] == [0, 0]
+
+
+def test_update_tries_pictures_again_that_were_left_out(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featcache.data.dataset
+
+    config = settings(folder, tmp_path, on_error="skip")
+    bad = (folder / "train" / "cat" / "003.png").read_bytes()
+    decoded = featcache.data.dataset.decoded
+
+    def failing(data: bytes) -> contextlib.AbstractContextManager[Image.Image]:
+        if data == bad:
+            raise BadImage(4)
+        return decoded(data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(featcache.data.dataset, "decoded", failing)
+        first = ex.extract(config)
+        assert first["splits"]["train"]["num_skipped"] == 1
+        still = ex.extract(dataclasses.replace(config, update=True))
+        assert still["splits"]["train"]["num_skipped"] == 1
+        with pytest.raises(UserError, match=r"train/cat/003\.png.*--on-error skip"):
+            ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
+    assert ex.extract(config)["hit"]
+    with pytest.raises(UserError, match=r"mend or remove them and type --update"):
+        ex.extract(dataclasses.replace(config, on_error="fail"))
+    del mean_colour[:]
+    updated = ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
+    assert (sum(mean_colour), updated["splits"]["train"]["num_skipped"]) == (1, 0)
+    fresh = ex.extract(settings(folder, tmp_path / "fresh"))
+    assert Path(updated["cache"]).read_bytes() == Path(fresh["cache"]).read_bytes()
+    assert ex.extract(dataclasses.replace(config, update=True))["hit"]
 
 
 def test_features_that_are_not_finite_stop_the_run(

@@ -11,19 +11,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from featcache.backbone.checkpoint import State, parse_safetensors
 from featcache.config import Preprocessing
 from featcache.errors import UserError
 from featcache.runtime import storage_errors
 
-if TYPE_CHECKING:
-    import torch
-
 FORMAT, VERSION = "featcache-model", 1
 MAX_CLASSES = 1_000_000
-
-State = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,20 @@ def read_card(path: Path) -> ModelCard:
     Raises:
         UserError: Not a model file, of another version, or its metadata is damaged.
     """
-    metadata = read_metadata(path)
+    return _card(path, read_metadata(path))
+
+
+def read_model(path: Path) -> tuple[ModelCard, State]:
+    """Read a whole classifier: what it says and its tensors, by one read of the file.
+
+    Raises:
+        UserError: Not a model file, of another version, or damaged.
+    """
+    metadata, tensors = read_safetensors(path)
+    return _card(path, metadata), tensors
+
+
+def _card(path: Path, metadata: dict[str, str]) -> ModelCard:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a fine-tuned model; give a file that finetune wrote")
     if metadata.get("version") != str(VERSION):
@@ -141,13 +150,24 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is not a safetensors file ({error}); give another") from error
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, str], State]:
+    """Metadata and tensors of a safetensors file, by one read: they belong together.
+
+    Raises:
+        UserError: There is no such file, or it is no safetensors file.
+    """
+    try:
+        return parse_safetensors(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file; check the path") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); give another") from error
+
+
 def read_tensors(path: Path) -> State:
     """Every tensor of a safetensors file, on the CPU.
 
     Raises:
         UserError: There is no such file, or it is no safetensors file.
     """
-    from safetensors.torch import load_file
-
-    read_metadata(path)
-    return load_file(path)
+    return read_safetensors(path)[1]

@@ -11,13 +11,16 @@ from featcache.backbone.networks import (
 )
 from featcache.backbone.weights import (
     BUNDLED_FILE,
+    WeightsFile,
     own_preprocessing,
     read_state,
-    safetensors_metadata,
+    read_weights,
+    weights_of,
 )
 
 __all__ = [
     "BUNDLED_FILE",
+    "WeightsFile",
     "build_classifier",
     "build_network",
     "classifiers",
@@ -28,6 +31,7 @@ __all__ = [
     "load_backbone",
     "own_preprocessing",
     "read_state",
-    "safetensors_metadata",
+    "read_weights",
     "state_sha256",
+    "weights_of",
 ]

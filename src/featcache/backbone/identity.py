@@ -13,10 +13,10 @@ from featcache.backbone.load import loaded_network
 from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
 from featcache.backbone.weights import (
     NAMED_WEIGHTS,
-    download,
+    WeightsFile,
     given_file,
     own_preprocessing,
-    weights_file,
+    weights_of,
 )
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.memo import Memo, is_settled, stamp_of
@@ -38,11 +38,12 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     key = f"backbone:{config.backbone}:{spec}:{drawn if spec == 'random' else ''}"
     known = _remembered(memo := Memo(cache_dir), key)
     if known is None:
-        path, known = _identity(config, seed)
-        status = os.stat(path) if path else None
-        if status is None or is_settled(status, time.time()):
-            memo.put(f"{key}:path", (), path)
-            memo.put(key, stamp_of(status) if status else (), known)
+        now_s = time.time()
+        file = weights_of(config)
+        known = _identity(config, seed, file)
+        if file is None or (is_settled(file.status, now_s) and _is_still(file)):
+            memo.put(f"{key}:path", (), str(file.path) if file else "")
+            memo.put(key, stamp_of(file.status) if file else (), known)
             memo.save()
     own = Preprocessing.from_dict(known["preprocessing"])
     return BackboneInfo(
@@ -54,17 +55,25 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     )
 
 
-def _identity(config: BackboneConfig, seed: int) -> tuple[str, dict[str, Any]]:
-    """Compute what `identify` remembers: the weights file ("" for random) and its facts."""
-    if config.weights == "imagenet":
-        download(config.backbone)
-    file = weights_file(config)
-    model = build_network(config.backbone, drawn=False) if file else loaded_network(config, seed)
-    return str(file or ""), {
-        "weights_sha256": file_sha256(file) if file else state_sha256(model),
+def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> dict[str, Any]:
+    """Compute what `identify` remembers; no file means random weights."""
+    if file is None:
+        model = loaded_network(config, seed, None)
+    else:
+        model = build_network(config.backbone, drawn=False)
+    return {
+        "weights_sha256": file.sha256 if file else state_sha256(model),
         "feature_dim": feature_dim_of(head_of(model)[1]),
-        "preprocessing": dataclasses.asdict(own_preprocessing(config)),
+        "preprocessing": dataclasses.asdict(own_preprocessing(config, file)),
     }
+
+
+def _is_still(file: WeightsFile) -> bool:
+    """Whether the file was left alone while it was read."""
+    try:
+        return stamp_of(os.stat(file.path)) == stamp_of(file.status)
+    except OSError:
+        return False
 
 
 def _remembered(memo: Memo, key: str) -> dict[str, Any] | None:

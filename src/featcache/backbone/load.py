@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from featcache.backbone.networks import build_network, feature_dim_of, head_of
-from featcache.backbone.weights import download, given_file, load_matching, read_state
+from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
+from featcache.backbone.weights import WeightsFile, load_matching, weights_of
 from featcache.config import BackboneConfig
+from featcache.errors import UserError
 from featcache.recipe import init_linear
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def load_backbone(config: BackboneConfig, seed: int) -> nn.Module:
+def load_backbone(config: BackboneConfig, seed: int, sha256: str | None = None) -> nn.Module:
     """Load the frozen network without its head, on the CPU, in eval mode.
 
     Args:
         config: Which backbone and weights.
         seed: Draws `random` weights.
+        sha256: What `identify` found the weights to be; others are refused.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
         a gradient.
 
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had or do not fit.
+        UserError: Unknown backbone, or weights that cannot be had, do not fit, or have changed.
     """
-    return without_head(loaded_network(config, seed))
+    return without_head(_identified(config, seed, sha256))
 
 
 def without_head(model: nn.Module) -> nn.Module:
@@ -38,16 +40,24 @@ def without_head(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def build_classifier(config: BackboneConfig, num_classes: int, seed: int) -> nn.Module:
+def build_classifier(
+    config: BackboneConfig, num_classes: int, seed: int, sha256: str | None = None
+) -> nn.Module:
     """Load the whole network with a fresh head for `num_classes`, every parameter trainable.
 
+    Args:
+        config: Which backbone and weights.
+        num_classes: Outputs of the head.
+        seed: Draws the head, and `random` weights.
+        sha256: What `identify` found the weights to be; others are refused.
+
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had or do not fit.
+        UserError: Unknown backbone, or weights that cannot be had, do not fit, or have changed.
     """
     import torch
     from torch import nn
 
-    model = loaded_network(config, seed)
+    model = _identified(config, seed, sha256)
     name, old = head_of(model)
     dim = feature_dim_of(old)
     weight, bias = (torch.from_numpy(array) for array in init_linear(dim, num_classes, seed))
@@ -61,22 +71,37 @@ def build_classifier(config: BackboneConfig, num_classes: int, seed: int) -> nn.
     return model
 
 
-def loaded_network(config: BackboneConfig, seed: int) -> nn.Module:
-    """A network with all weights but those of its head, which is for the caller to replace."""
+def _identified(config: BackboneConfig, seed: int, sha256: str | None) -> nn.Module:
+    """The network, if its weights are those with the given sha256."""
+    file = weights_of(config)
+    if file is not None and sha256 not in (None, file.sha256):
+        raise _changed(str(file.path))
+    model = loaded_network(config, seed, file)
+    if file is None and sha256 not in (None, state_sha256(model)):
+        raise _changed("what --weights random draws")
+    return model
+
+
+def _changed(what: str) -> UserError:
+    return UserError(f"{what} changed during the run: run the same command again")
+
+
+def loaded_network(config: BackboneConfig, seed: int, file: WeightsFile | None) -> nn.Module:
+    """A network with all weights but those of its head, which is for the caller to replace.
+
+    Args:
+        config: Which backbone and weights.
+        seed: Draws the weights where there is no file.
+        file: What `weights_of` read.
+    """
     import torch
 
-    if config.weights == "random":
+    if file is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build_network(config.backbone)
-    if config.weights != "imagenet":
-        given_file(config)  # complain of a missing file before building anything
     with torch.random.fork_rng(devices=[]):
         model = build_network(config.backbone, drawn=False)
-    if config.weights == "imagenet":
-        state, source = download(config.backbone), "torchvision's weights"
-    else:
-        path = given_file(config)
-        state, source = read_state(path), str(path)
-    load_matching(model, state, source, config.backbone)
+    source = "torchvision's weights" if config.weights == "imagenet" else str(file.path)
+    load_matching(model, file.state, source, config.backbone)
     return model

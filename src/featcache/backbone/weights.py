@@ -1,23 +1,27 @@
-"""Weights by name or file: found, read without executing anything, and matched to a network."""
+"""Weights by name or file: found, read once, and matched to a network."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
-import zipfile
-from collections.abc import Iterator, Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbone.checkpoint import State, parse_checkpoint, parse_safetensors, shown
 from featcache.backbone.networks import classifiers, head_of
 from featcache.config import BackboneConfig, Preprocessing
-from featcache.errors import UserError, one_of
-from featcache.runtime import import_torchvision
+from featcache.errors import UserError, listed, one_of
+from featcache.runtime import import_torchvision, say
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 BUNDLED_BACKBONE = "resnet18"
@@ -26,17 +30,88 @@ NAMED_WEIGHTS = ("imagenet", "bundled", "random")
 WAYS_OUT = (
     "use --weights bundled (ResNet18, 64 px, offline) or --weights FILE (.safetensors or .pth)"
 )
-# Wrappers that training scripts put around a state dict, outermost first.
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "backbone")
-KEY_PREFIXES = ("module.", "model.", "net.", "backbone.", "encoder.", "_orig_mod.")
-# A small archive may unpack to anything; a checkpoint is stored, not compressed.
-MAX_UNPACK_RATIO = 4
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # .tar as in .pth.tar
 
-State = dict[str, "torch.Tensor"]
+
+@dataclass(frozen=True, eq=False)
+class WeightsFile:
+    """A weights file that was read once, so that what is hashed is what is loaded.
+
+    Attributes:
+        path: Where it lay.
+        data: Its bytes.
+        status: Of the file before it was read.
+    """
+
+    path: Path
+    data: bytes
+    status: os.stat_result
+
+    @cached_property
+    def sha256(self) -> str:
+        """sha256 of the bytes, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @cached_property
+    def _parsed(self) -> tuple[dict[str, str], State]:
+        if self.path.suffix != ".safetensors":
+            return {}, parse_checkpoint(self.data, str(self.path))
+        try:
+            return parse_safetensors(self.data)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path} is not a safetensors file ({shown(str(error))}); give another file"
+            ) from error
+
+    @property
+    def state(self) -> State:
+        """Tensors by name.
+
+        Raises:
+            UserError: The file is no weights file, or holds something else.
+        """
+        return self._parsed[1]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The string metadata of a safetensors file; none of other files.
+
+        Raises:
+            UserError: Not a safetensors file, though its name says so.
+        """
+        return self._parsed[0] if self.path.suffix == ".safetensors" else {}
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """Read a weights file as a whole.
+
+    Raises:
+        UserError: It cannot be read, or memory is too small for it.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            return WeightsFile(path, file.read(), status)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    except MemoryError as error:
+        raise UserError(f"{path} takes more memory than there is; give another file") from error
+
+
+def weights_of(config: BackboneConfig) -> WeightsFile | None:
+    """Read the weights that a command means, downloading them if need be; None for random ones.
+
+    Raises:
+        UserError: They cannot be had.
+    """
+    if config.weights == "imagenet":
+        download(config.backbone)
+    path = weights_file(config)
+    return read_weights(path) if path else None
 
 
 def weights_file(config: BackboneConfig) -> Path | None:
-    """The file that holds the weights, once they are loaded; None for random weights."""
+    """The file that holds the weights, once they are downloaded; None for random weights."""
     if config.weights == "random":
         return None
     if config.weights == "imagenet":
@@ -61,10 +136,10 @@ def given_file(config: BackboneConfig) -> Path:
             )
         return BUNDLED_FILE
     path = Path(config.weights)
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
+    if path.suffix not in (".safetensors", *CHECKPOINT_SUFFIXES):
         raise UserError(
-            f"--weights {config.weights!r}: give imagenet, bundled, random, "
-            "or a file that ends in .safetensors or .pth" + _near_weights(config.weights)
+            f"--weights {config.weights!r}: give imagenet, bundled, random, or a file that ends in "
+            f".safetensors or {', '.join(CHECKPOINT_SUFFIXES)}" + _near_weights(config.weights)
         )
     if not path.is_file():
         raise UserError(f"--weights {config.weights!r}: there is no such file; check the path")
@@ -86,18 +161,24 @@ def imagenet_weights(backbone: str) -> Any:
     return models.get_model_weights(backbone).DEFAULT
 
 
-def own_preprocessing(config: BackboneConfig) -> Preprocessing:
+def own_preprocessing(config: BackboneConfig, file: WeightsFile | None = None) -> Preprocessing:
     """The preprocessing that the weights were made for.
 
     A safetensors file may carry it as JSON in its metadata; otherwise it is that of torchvision's
     ImageNet weights of the same network.
+
+    Args:
+        config: Which backbone and weights.
+        file: What `weights_of` read of them, if it has; read anew unless given.
+
+    Raises:
+        UserError: The file cannot be read, or its metadata holds something else.
     """
     if config.weights not in ("imagenet", "random"):
-        path = given_file(config)
-        if path.suffix == ".safetensors":
-            stored = safetensors_metadata(path).get("preprocessing")
-            if stored is not None:
-                return _stored_preprocessing(path, stored)
+        file = file or read_weights(given_file(config))
+        stored = file.metadata.get("preprocessing")
+        if stored is not None:
+            return _stored_preprocessing(file.path, stored)
     preset = imagenet_weights(config.backbone).transforms()
     return Preprocessing(
         image_px=preset.crop_size[0],
@@ -118,111 +199,98 @@ def _stored_preprocessing(path: Path, stored: str) -> Preprocessing:
         raise UserError(f"{path}: its metadata holds no usable preprocessing: {error}") from error
 
 
-def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file.
+def download(backbone: str) -> None:
+    """Fetch torchvision's weights into torch.hub's folder, hash-checked, unless they are there.
 
     Raises:
-        UserError: Not a safetensors file.
+        UserError: There are none, or they could not be downloaded.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}; give another file") from error
-
-
-def download(backbone: str) -> State:
-    """Fetch torchvision's weights, hash-checked, or take them from torch.hub's folder."""
-    weights = imagenet_weights(backbone)
+    file = weights_file(BackboneConfig(backbone=backbone, weights="imagenet"))
+    if file is not None and file.is_file():
+        return
     try:
         # torch.hub announces downloads on stdout, which belongs to the JSON; its bar is on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
-            state: State = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+            imagenet_weights(backbone).get_state_dict(
+                progress=True, check_hash=True, weights_only=True
+            )
     except (OSError, HTTPException, RuntimeError, ValueError, EOFError) as error:
         reason = str(getattr(error, "reason", error)).splitlines()[0]
         raise UserError(
             f"the ImageNet weights of {backbone} could not be downloaded ({reason}); {WAYS_OUT}"
         ) from error
-    return state
 
 
 def read_state(path: Path) -> State:
-    """Read a state dict from a .safetensors or .pth file; nothing in the file is executed.
+    """The state dict in a .safetensors or .pth file; nothing in the file is executed.
 
     Raises:
         UserError: The file is not one, or holds something else.
     """
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    return read_weights(path).state
 
-            return load_file(path)
-        return _unwrapped(_read_checkpoint(path), path)
-    except UserError:
-        raise
-    except MemoryError as error:
-        raise UserError(f"{path} claims more memory than there is; give another file") from error
-    except Exception as error:  # every library error here means: not a usable weights file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+
+def _without_prefix(state: State, body: State, source: str) -> tuple[State, list[str]]:
+    """Take the network's own tensors out of whatever was saved around them.
+
+    Training scripts put their network under a name (`module.`, `backbone.`, `encoder_q.`), with
+    heads, queues and twins beside it. The right prefix is that under which most of the network's
+    names are found.
+
+    Returns:
+        Tensors whose names began with the prefix, without it; and the names of the others.
+
+    Raises:
+        UserError: Two networks are there, and neither is known to be the trained one.
+    """
+    deepest = 1 + max(name.count(".") for name in body)
+    found: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        ends = {".".join(parts[-n:]) for n in range(1, deepest + 1)}
+        found.update(key.removesuffix(end) for end in ends & body.keys())
+    most = max(found.values(), default=0)
+    best = sorted((start for start in found if found[start] == most), key=len)
+    # MoCo keeps a slowly moving copy, encoder_k, beside the network that was trained.
+    trained = [start for start in best if start.endswith("encoder_q.")]
+    if len(best) > 1 and len(trained) != 1 and most == len(body):
+        names = listed([shown(start.rstrip(".") or "no prefix", 60) for start in best], 4)
         raise UserError(
-            f"{path} cannot be read as weights ({reason[:120]}); "
-            "give a .safetensors file or a .pth state dict"
-        ) from error
-
-
-def _read_checkpoint(path: Path) -> object:
-    import torch
-
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(item.file_size for item in archive.infolist())
-        if unpacked > MAX_UNPACK_RATIO * path.stat().st_size + 2**20:
-            raise UserError(f"{path} unpacks to {unpacked} bytes, far above its size; not loaded")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _unwrapped(loaded: object, path: Path) -> State:
-    import torch
-
-    for key in STATE_DICT_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    state = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
-    if not state:
-        raise UserError(f"{path} holds no tensors; give a state dict")
-    return state
-
-
-def _without_prefix(state: State, wanted: set[str]) -> State:
-    """Strip the prefixes that wrappers put before every key, until keys match the network's."""
-    while not wanted & state.keys():
-        prefix = next((p for p in KEY_PREFIXES if any(k.startswith(p) for k in state)), None)
-        if prefix is None:
-            break
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return state
+            f"{source} holds more than one such network, under {names}: save the tensors of one"
+        )
+    prefix = (trained or best or [""])[0]
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return own, [k for k in state if not k.startswith(prefix)]
 
 
 def load_matching(model: nn.Module, state: State, source: str, backbone: str) -> None:
-    """Load everything but the head; a network of another shape is the user's mistake."""
+    """Load everything but the head; a network of another shape is the user's mistake.
+
+    Tensors beside the network, such as prototypes or a projection, are left out and named.
+    """
     own = model.state_dict()
-    state = _without_prefix(state, set(own))
     head = head_of(model)[0] + "."
     body = {k: v for k, v in own.items() if not k.startswith(head)}
-    auxiliary = ("aux", "AuxLogits")
-    given = {k: v for k, v in state.items() if not k.startswith((head, *auxiliary))}
     counters = {k for k in body if k.endswith("num_batches_tracked")}
+    needed = {k: v for k, v in body.items() if k not in counters}
+    inside, beside = _without_prefix(state, needed, source)
+    parts = {name.partition(".")[0] for name in own}
+    heads = (head, "aux", "AuxLogits")
+    given = {
+        k: v for k, v in inside.items() if k.partition(".")[0] in parts and not k.startswith(heads)
+    }
     problems = list(_mismatches(body, given, counters))
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        keys = listed([shown(key, 60) for key in sorted(state)], 4)
         raise UserError(
             f"{source} does not fit --backbone {backbone}: {'; '.join(problems[:3])}{more}; "
-            "name the backbone that the weights were made for"
+            f"its {len(state)} keys are {keys}; name the backbone that the weights were made for"
         )
+    others = [k for k in (*inside, *beside) if k not in given and not k.startswith(heads)]
+    if others:
+        names = listed([shown(key, 60) for key in sorted(others)], 3)
+        say(f"{source}: left out {len(others)} tensors beside the {backbone}: {names}")
     for name, tensor in given.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite")
@@ -233,7 +301,7 @@ def _mismatches(body: State, given: State, optional: set[str]) -> Iterator[str]:
     for name in sorted(body.keys() - given.keys() - optional):
         yield f"{name} is missing"
     for name in sorted(given.keys() - body.keys()):
-        yield f"{name} is not in the network"
+        yield f"{shown(name, 80)} is not in the network"
     for name in sorted(body.keys() & given.keys()):
         if body[name].shape != given[name].shape:
             yield f"{name} is {list(given[name].shape)}, wanted {list(body[name].shape)}"

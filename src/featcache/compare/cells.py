@@ -151,8 +151,8 @@ def _finetune(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
     config = dataclasses.replace(config, output=model)
     whole = bench.dataset
     train = whole.splits["train"]
-    part = train.subset(spec.rows).with_content(train.content[spec.rows])
-    dataset = dataclasses.replace(whole, splits={"train": part, "test": whole.splits["test"]})
+    splits = {"train": train.subset(spec.rows), "test": whole.splits["test"]}
+    dataset = dataclasses.replace(whole, splits=splits)
     finetune(config, dataset, checkpoint_s=CHECKPOINT_S)
     report = RunReport.load(model.with_suffix(".json"))
     cost = _tuning_seconds(report)

@@ -96,8 +96,10 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
 
     say(f"the cache was there already: computing up to {SAMPLE_IMAGES} images again to time them")
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
+    split.subset(rows).record(cache.rows("train").content[rows])
     meta, timer = cache.meta, StageTimer()
-    backbone, device = load_backbone(config, config.seed), pick_device(config.device)
+    backbone = load_backbone(config, config.seed, meta.backbone.weights_sha256)
+    device = pick_device(config.device)
     with torch_threads_kept():
         engine = choose_engine(config, backbone, meta.backbone.preprocessing, device, len(rows))
         start = time.perf_counter()

@@ -90,8 +90,9 @@ def prepare(config: CompareConfig) -> Bench:
     usable = {}
     for name in ("train", "test"):
         rows = cache.split(name).rows
-        content = cache.rows(name).content[rows]
-        usable[name] = dataset.splits[name].subset(rows).with_content(content)
+        usable[name] = dataset.splits[name].subset(rows)
+        # Both modes learn from the same pictures: those that the features were made from.
+        usable[name].record(cache.rows(name).content[rows])
     return Bench(
         config=config,
         output=output,

@@ -70,10 +70,11 @@ class ImageSplit:
         return f"ImageSplit({self.name!r}, {len(self)} samples)"
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The undecoded picture of row `index`, for `decoded`.
+        """The undecoded picture of row `index`, for `decoded`; it has the sha256 in `content`.
 
         Raises:
             BadImage: It cannot be read.
+            UserError: It is not what was read or hashed before.
         """
         return self._source.read(int(self._positions[index]))
 
@@ -139,10 +140,15 @@ class ImageSplit:
         )
         return part if self._content is None else part._with(self._content[rows])
 
-    def with_content(self, content: UInt8) -> ImageSplit:
-        """The same split with its hashes already known, uint8 [N, 32]."""
+    def record(self, content: UInt8) -> None:
+        """Demand from now on that the samples have these hashes, uint8 [N, 32].
+
+        Raises:
+            UserError: One was read or hashed already and has another.
+        """
         assert content.shape == (len(self), 32)
-        return self.subset(np.arange(len(self)))._with(content)
+        for position, digest in zip(self._positions, content, strict=True):
+            self._source.record(int(position), digest.tobytes())
 
     def _with(self, content: UInt8) -> ImageSplit:
         self._content = np.array(content, dtype=np.uint8)

@@ -52,7 +52,8 @@ def describe(config: DataConfig) -> ImageDataset:
     key = _key(config, name)
     stamp = _stamp(config, name)
     if stamp is not None:
-        known = _from_json(memo.get(key, stamp), name, _Later(config, name, stamp))
+        later = _Later(config, name, stamp, memo, key)
+        known = _from_json(memo.get(key, stamp), name, later)
         if known is not None:
             return dataclasses.replace(known, notes=shadow_notes(config) + known.notes)
     dataset = load_dataset(config)
@@ -128,7 +129,7 @@ def _split_from_json(name: str, part: dict[str, str], later: _Later) -> ImageSpl
     content = _unpack(part["content"], "u1").reshape(-1, 32)
     if not len(ids) == len(labels) == len(content):
         raise ValueError("lengths differ")
-    return ImageSplit(name, ids, labels, _LaterSource(later, name)).with_content(content)
+    return ImageSplit(name, ids, labels, _LaterSource(later, name, content))
 
 
 def _pack(values: NDArray[Any], dtype: str) -> str:
@@ -142,40 +143,75 @@ def _unpack(text: str, dtype: str) -> NDArray[Any]:
 class _Later:
     """A dataset that is opened when its first picture is asked for."""
 
-    def __init__(self, config: DataConfig, name: str, stamp: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: DataConfig, name: str, stamp: tuple[int, ...], memo: Memo, key: str
+    ) -> None:
         self._config = config
         self._name = name
         self._stamp = stamp
+        self._memo = memo
+        self._key = key
         self._lock = threading.Lock()
         self._dataset: ImageDataset | None = None
+        self._contents: dict[str, NDArray[np.uint8]] = {}
+
+    def expect(self, name: str, content: NDArray[np.uint8]) -> None:
+        """Demand these hashes of a split once it is opened, uint8 [N, 32]."""
+        self._contents[name] = content
 
     def split(self, name: str) -> ImageSplit:
         """A split of the opened dataset."""
         with self._lock:
             if self._dataset is None:
                 if _stamp(self._config, self._name) != self._stamp:
-                    raise UserError(
-                        f"the files of {self._name} in {self._config.data_root}/ changed during "
-                        "the run: run the same command again"
-                    )
-                self._dataset = load_dataset(self._config)
+                    raise self.changed()
+                dataset = load_dataset(self._config)
+                for split, content in self._contents.items():
+                    if len(content) != len(dataset.splits[split]):
+                        raise self.changed()
+                    dataset.splits[split].record(content)
+                self._dataset = dataset
             return self._dataset.splits[name]
+
+    def changed(self) -> UserError:
+        """What a run says when the files are not those that were described."""
+        return UserError(
+            f"the files of {self._name} in {self._config.data_root}/ changed during the run: run "
+            "the same command again"
+        )
+
+    def read(self, name: str, position: int) -> bytes | Image.Image:
+        """An undecoded picture. Raises BadImage, and UserError if it is not the described one."""
+        try:
+            return self.split(name).read(position)
+        except UserError:
+            # Or the next run would trust the same description.
+            self._memo.put(self._key, (), None)
+            self._memo.save()
+            raise
 
 
 class _LaterSource:
-    """The pictures of one split of such a dataset."""
+    """The pictures of one split of such a dataset, whose hashes are known."""
 
-    def __init__(self, later: _Later, name: str) -> None:
+    def __init__(self, later: _Later, name: str, content: NDArray[np.uint8]) -> None:
+        later.expect(name, content)
         self._later = later
         self._name = name
+        self._content = content
 
     def read(self, position: int) -> bytes | Image.Image:
-        """The undecoded picture. Raises BadImage."""
-        return self._later.split(self._name).read(position)
+        """The undecoded picture. Raises BadImage, and UserError if it is not the described one."""
+        return self._later.read(self._name, position)
 
     def content(self, position: int) -> bytes:
         """The sha256 of the picture."""
-        return bytes(self._later.split(self._name).content[position])
+        return bytes(self._content[position])
+
+    def record(self, position: int, digest: bytes) -> None:
+        """Demand from now on that the picture has this sha256."""
+        if digest != self.content(position):
+            raise self._later.changed()
 
     def finish(self) -> None:
         """Nothing to do."""

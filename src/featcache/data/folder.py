@@ -232,7 +232,7 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
     ids = [sample_id for sample_id, _ in samples]
     labels = np.array([label for _, label in samples], dtype=np.int64)
     base = os.path.join(os.path.abspath(root), "")
-    return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo))
+    return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo, base))
 
 
 def _counted(ignored: Counter[str]) -> str:

@@ -205,8 +205,6 @@ def _errors_named() -> Iterator[None]:
     """Turn what Pillow raises into a BadImage."""
     try:
         yield
-    except MemoryError as error:
-        raise BadImage(TOO_LARGE, "no memory to decode it") from error
     except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise _reason_of(error) from error
 

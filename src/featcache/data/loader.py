@@ -18,6 +18,7 @@ from featcache.config import Preprocessing, Views
 from featcache.data.dataset import ImageSplit
 from featcache.data.images import BadImage
 from featcache.data.pixels import view_pixels
+from featcache.errors import FeatcacheError
 from featcache.runtime import StageTimer
 
 UInt8 = NDArray[np.uint8]
@@ -127,6 +128,12 @@ def _one(
             done.resize_s += time.thread_time() - decoded
     except BadImage as bad:
         return bad
+    except MemoryError as error:
+        # The machine's fault, not the picture's: it must not be left out for it.
+        raise FeatcacheError(
+            f"{split.ids[index]} in split {split.name}: no memory to decode it; free some or give "
+            "fewer --workers, then run the same command again"
+        ) from error
     return pixels
 
 

@@ -68,7 +68,8 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
         weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
         labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
-        source = FileSource([os.path.join(base.path, r.path) for r in chosen], memo)
+        files = [os.path.join(base.path, r.path) for r in chosen]
+        source = FileSource(files, memo, base.path)
         return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
 
     if "split" in header:

@@ -1,4 +1,4 @@
-"""Where pictures come from: files, or memory."""
+"""Where pictures come from: files, or memory. What is read has the sha256 that is recorded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -13,23 +14,28 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from featcache.data.images import BadImage, read_file
+from featcache.data.images import MISSING, BadImage, read_file
 from featcache.errors import UserError
 from featcache.memo import Memo, is_settled, stamp_of
 
+Raw = bytes | Image.Image
+
 _SHA256 = re.compile("[0-9a-f]{64}").fullmatch
-_NOT_HASHED, _UNSURE = 0, 1
 
 
 class Source(Protocol):
     """Where the pictures of a split come from, by position in the source."""
 
-    def read(self, position: int) -> bytes | Image.Image:
-        """The undecoded picture. Raises BadImage."""
+    def read(self, position: int) -> Raw:
+        """The undecoded picture. Raises BadImage, and UserError if it is not the recorded one."""
         ...
 
     def content(self, position: int) -> bytes:
-        """The sha256 of what the picture is: 32 bytes, all zero if it cannot be read."""
+        """The sha256 of what the picture is: 31 zero bytes and a code if it cannot be read."""
+        ...
+
+    def record(self, position: int, digest: bytes) -> None:
+        """Demand from now on that the picture has this sha256."""
         ...
 
     def finish(self) -> None:
@@ -37,67 +43,159 @@ class Source(Protocol):
         ...
 
 
-class FileSource:
+class RecordedSource:
+    """Pictures that are read more than once, and are the same each time.
+
+    The first look at a picture, be it to hash it or to use it, records its sha256; whatever is
+    read later is compared with that. Features, labels and fingerprint thus belong to one content.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hashes = np.zeros((0, 32), dtype=np.uint8)
+        self._is_known = np.zeros(0, dtype=np.bool_)
+
+    def _read(self, position: int) -> tuple[Raw, bytes]:
+        """The picture and its sha256. Raises BadImage."""
+        raise NotImplementedError
+
+    def _digest(self, position: int) -> bytes:
+        """The sha256 of a picture that is not recorded yet. Raises BadImage."""
+        return self._read(position)[1]
+
+    def _name(self, position: int) -> str:
+        """What messages call a picture."""
+        return f"picture {position}"
+
+    def _forget(self, position: int) -> None:
+        """Drop what earlier runs remember of a picture that is not as they said."""
+
+    def read(self, position: int) -> Raw:
+        """The undecoded picture, whose sha256 is the recorded one.
+
+        Raises:
+            BadImage: It cannot be read, and could not be before.
+            UserError: It is not the picture that was recorded any more.
+        """
+        try:
+            raw, digest = self._read(position)
+        except BadImage as bad:
+            self._compare(position, _no_content(bad), bad)
+            raise
+        self._compare(position, digest)
+        return raw
+
+    def content(self, position: int) -> bytes:
+        """The recorded sha256; that of the picture as it is now, if none is recorded."""
+        known = self._recorded(position)
+        if known is not None:
+            return known
+        try:
+            digest = self._digest(position)
+        except BadImage as bad:
+            digest = _no_content(bad)
+        self._compare(position, digest)
+        return digest
+
+    def record(self, position: int, digest: bytes) -> None:
+        """Demand from now on that the picture has this sha256.
+
+        Raises:
+            UserError: Another one is recorded.
+        """
+        self._compare(position, digest)
+
+    def _recorded(self, position: int) -> bytes | None:
+        with self._lock:
+            known = position < len(self._is_known) and self._is_known[position]
+            return self._hashes[position].tobytes() if known else None
+
+    def _compare(self, position: int, digest: bytes, bad: BadImage | None = None) -> None:
+        """Compare with what is recorded, or record it."""
+        with self._lock:
+            if position >= len(self._is_known):
+                more = max(position + 1, 2 * len(self._is_known)) - len(self._is_known)
+                self._hashes = np.pad(self._hashes, ((0, more), (0, 0)))
+                self._is_known = np.pad(self._is_known, (0, more))
+            if not self._is_known[position]:
+                self._hashes[position] = np.frombuffer(digest, dtype=np.uint8)
+                self._is_known[position] = True
+            if self._hashes[position].tobytes() == digest:
+                return
+        self._forget(position)
+        if bad is not None:
+            raise UserError(
+                f"{self._name(position)} could be read before and cannot be now ({bad}): see to "
+                "it, then run the same command again"
+            )
+        raise UserError(
+            f"{self._name(position)} changed during the run: run the same command again"
+        )
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+def _no_content(bad: BadImage) -> bytes:
+    """What stands for the sha256 of an empty or missing file: unlike any, and for each reason."""
+    return bytes(31) + bytes([bad.code])
+
+
+class FileSource(RecordedSource):
     """Pictures in files.
 
     Args:
         paths: Absolute paths.
         memo: Keeps the files' hashes between runs.
+        folder: What has to be there; a file is missing only as long as it is.
     """
 
-    def __init__(self, paths: Sequence[str], memo: Memo | None) -> None:
+    def __init__(self, paths: Sequence[str], memo: Memo | None, folder: str | None = None) -> None:
+        super().__init__()
         self._paths = paths
         self._memo = memo
-        # What was hashed, to notice files that change before they are decoded.
-        self._stamps = np.zeros(len(paths), dtype=np.int64)
-        self._hashes = np.zeros((len(paths), 32), dtype=np.uint8)
+        self._folder = folder
 
-    def read(self, position: int) -> bytes:
-        """The file's bytes.
+    def _name(self, position: int) -> str:
+        return self._paths[position]
 
-        Raises:
-            BadImage: It cannot be read.
-            UserError: It is not the file that was hashed any more.
-        """
-        path = self._paths[position]
-        data, status = read_file(path)
-        hashed = self._stamps[position]
-        if hashed not in (_NOT_HASHED, _short(status)):
-            digest = hashlib.sha256(data).digest()
-            if digest != self._hashes[position].tobytes():
-                raise UserError(f"{path} changed during the run: run the same command again")
-        return data
-
-    def content(self, position: int) -> bytes:
-        """The sha256 of the file's bytes, from the memo if the file has not changed since."""
-        stamp = _UNSURE
+    def _read(self, position: int) -> tuple[bytes, bytes]:
+        path, now_s = self._paths[position], time.time()
         try:
-            digest, stamp = self._hash(self._paths[position])
+            data, before = read_file(path)
         except BadImage as bad:
-            # An empty or a missing file differs from every picture, and from each other.
-            digest = bytes(31) + bytes([bad.code])
-        self._stamps[position] = stamp
-        self._hashes[position] = np.frombuffer(digest, dtype=np.uint8)
-        return digest
+            if bad.code == MISSING and self._folder and not os.path.isdir(self._folder):
+                raise UserError(
+                    f"the folder {self._folder} is gone: once it is back, run the same command "
+                    "again"
+                ) from bad
+            raise
+        sha256 = hashlib.sha256(data)
+        if self._memo is not None and self._recorded(position) is None:
+            self._remember(self._memo, path, before, now_s, sha256.hexdigest())
+        return data, sha256.digest()
 
-    def _hash(self, path: str) -> tuple[bytes, int]:
-        """Digest and short stamp of a file. Raises BadImage."""
-        now_s = time.time()
+    def _digest(self, position: int) -> bytes:
         if self._memo is not None:
+            path = self._paths[position]
             with contextlib.suppress(OSError):
-                status = os.stat(path)
-                known = self._memo.get(path, stamp_of(status))
+                known = self._memo.get(path, stamp_of(os.stat(path)))
                 if isinstance(known, str) and _SHA256(known):
-                    return bytes.fromhex(known), _short(status)
-        data, before = read_file(path)
-        digest = hashlib.sha256(data)
-        if not is_settled(before, now_s):
-            return digest.digest(), _UNSURE
-        if self._memo is not None:
+                    return bytes.fromhex(known)
+        return self._read(position)[1]
+
+    @staticmethod
+    def _remember(memo: Memo, path: str, before: os.stat_result, now_s: float, sha256: str) -> None:
+        """Keep a hash for the next run, if the file was left alone while it was read."""
+        if is_settled(before, now_s):
             with contextlib.suppress(OSError):
                 if stamp_of(os.stat(path)) == stamp_of(before):
-                    self._memo.put(path, stamp_of(before), digest.hexdigest())
-        return digest.digest(), _short(before)
+                    memo.put(path, stamp_of(before), sha256)
+
+    def _forget(self, position: int) -> None:
+        if self._memo is not None:
+            self._memo.put(self._paths[position], (), None)
+            self._memo.save()
 
     def finish(self) -> None:
         """Save the memo."""
@@ -105,12 +203,7 @@ class FileSource:
             self._memo.save()
 
 
-def _short(status: os.stat_result) -> int:
-    """A file's stamp in 63 bits, for use within one run."""
-    return hash(stamp_of(status)) & (2**63 - 1) | 2
-
-
-class ArraySource:
+class ArraySource(RecordedSource):
     """Pictures that are in memory.
 
     Args:
@@ -118,18 +211,12 @@ class ArraySource:
     """
 
     def __init__(self, get: Callable[[int], Image.Image]) -> None:
+        super().__init__()
         self._get = get
 
-    def read(self, position: int) -> Image.Image:
-        """The picture."""
-        return self._get(position)
-
-    def content(self, position: int) -> bytes:
-        """The sha256 of mode, size and pixels."""
+    def _read(self, position: int) -> tuple[Image.Image, bytes]:
+        """The picture, and the sha256 of mode, size and pixels."""
         image = self._get(position)
         digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
         digest.update(image.tobytes())
-        return digest.digest()
-
-    def finish(self) -> None:
-        """Nothing to do."""
+        return image, digest.digest()

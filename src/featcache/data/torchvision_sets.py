@@ -188,7 +188,9 @@ def _split_of(name: str, part: Any, labels: Int64, memo: Memo) -> ImageSplit:
     paths = _paths(part)
     source: Source
     if paths is not None:
-        source = FileSource([os.path.abspath(path) for path in paths], memo)
+        paths = [os.path.abspath(path) for path in paths]
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+        source = FileSource(paths, memo, folder)
     else:
         source = ArraySource(_picture_at(part))
     return ImageSplit(name, ids, labels, source)

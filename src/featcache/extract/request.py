@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from featcache.cache import FeatureCache, info, read_meta
 from featcache.config import BackboneInfo, CacheMeta, ExtractConfig, Views, flatten
@@ -98,20 +99,30 @@ def find_hit(
     return None
 
 
-def check_skipped(config: ExtractConfig, path: Path) -> None:
+def left_out(path: Path) -> list[dict[str, Any]]:
+    """The pictures that a cache, finished or not, leaves out: id and code of each."""
+    return [row for split in info(path)["splits"].values() for row in split["skipped"]]
+
+
+def check_skipped(config: ExtractConfig, path: Path, advice: str) -> None:
     """Refuse a file, finished or not, that leaves out pictures when none may be left out.
+
+    Args:
+        config: The command's settings.
+        path: The file; it need not exist.
+        advice: What to type once the pictures are mended or removed.
 
     Raises:
         UserError: The file was made with `--on-error skip`, this run asks for `fail`.
     """
     if config.on_error == "skip" or not path.exists():
         return
-    left_out = [row for split in info(path)["splits"].values() for row in split["skipped"]]
-    if left_out:
-        reason = REASONS.get(left_out[0]["code"], "unreadable")
+    rows = left_out(path)
+    if rows:
+        reason = REASONS.get(rows[0]["code"], "unreadable")
         raise UserError(
-            f"{path} leaves out {len(left_out)} pictures, the first {left_out[0]['id']} ({reason}):"
-            " mend or remove them and type --update, or type --on-error skip to leave them out"
+            f"{path} leaves out {len(rows)} pictures, the first {rows[0]['id']} ({reason}): mend "
+            f"or remove them and type {advice}, or type --on-error skip to leave them out"
         )
 
 

@@ -30,7 +30,13 @@ from featcache.cache import (
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
 from featcache.errors import CacheError
-from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
+from featcache.extract.request import (
+    cache_path,
+    check_skipped,
+    find_hit,
+    left_out,
+    wanted_meta,
+)
 from featcache.extract.stream import computed_rows, decode_shortfall
 from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
 
@@ -79,11 +85,12 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     for note in dataset.notes:
         say(note)
     found = None if config.force else find_hit(config, path, wanted, dataset)
-    if found is not None:
-        check_skipped(config, found)
+    if found is not None and not (config.update and left_out(found)):
+        check_skipped(config, found, "--update")
         return _report(found, dataset, start, hit=True)
+    path = found or path  # what was left out of it may be readable by now
     if not config.force:
-        check_skipped(config, part_path(path))
+        check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
     with torch_threads_kept():
         progress, timer, engine = _run(config, path, wanted, dataset, start)
@@ -97,7 +104,7 @@ def _run(
     from featcache.engine import choose_engine, device_of
 
     timer = StageTimer()
-    backbone = load_backbone(config, config.seed)
+    backbone = load_backbone(config, config.seed, wanted.backbone.weights_sha256)
     before = state_sha256(backbone)
     old = FeatureCache(path) if config.update and path.exists() else None
     begun = None if config.force else begun_with(path)

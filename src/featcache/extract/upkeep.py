@@ -115,7 +115,7 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     dataset = describe(settings)
     _check_same(meta, class_names, settings, dataset)
     prep = meta.backbone.preprocessing
-    backbone = load_backbone(settings, settings.seed)
+    backbone = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)
     train = dataset.splits.get("train")
     with torch_threads_kept():
         engine = choose_engine(settings, backbone, prep, device_of(settings), 0, train)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbone.checkpoint import State
 from featcache.errors import FeatcacheError, UserError
 from featcache.finetune.parts import Parts
-from featcache.model_file import State, read_metadata, read_tensors, write_safetensors
+from featcache.model_file import read_safetensors, write_safetensors
 from featcache.runtime import temporaries_of
 
 if TYPE_CHECKING:
@@ -99,12 +100,12 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
-        metadata = read_metadata(path)
+        metadata, tensors = read_safetensors(path)
         if metadata.get("format") != FORMAT or metadata.get("key") != key:
             return None
         counters = json.loads(metadata["progress"])
         counters["best_score"] = tuple(counters["best_score"])
-        groups = _grouped(read_tensors(path))
+        groups = _grouped(tensors)
         load_moving(parts, groups["model"])
         _load_optimizer(optimizer, groups["optimizer"])
         return Progress(**{**counters, "best": groups["best"]})

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.backbone import WeightsFile
 from featcache.config import BackboneInfo, Preprocessing, flatten
 from featcache.data import iterate_batches
 from featcache.data.sampling import stratified_rows
@@ -23,7 +23,6 @@ from featcache.finetune.images import Images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import EVAL_BATCH_SIZE
-from featcache.model_file import read_metadata, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -138,15 +137,17 @@ def _fit(
     return weight, bias
 
 
-def init_from_file(parts: Parts, path: Path, info: BackboneInfo, class_names: list[str]) -> None:
+def init_from_file(
+    parts: Parts, file: WeightsFile, info: BackboneInfo, class_names: list[str]
+) -> None:
     """Start the head from a file that train-head wrote.
 
     Raises:
         UserError: Not a linear head, or one for other classes or another network.
     """
-    metadata, tensors = read_metadata(path), read_tensors(path)
+    path, metadata = file.path, file.metadata
     is_head = (metadata.get("format"), metadata.get("version")) == HEAD_FORMAT
-    if not is_head or not {"weight", "bias"} <= tensors.keys():
+    if not is_head or not {"weight", "bias"} <= file.state.keys():
         raise UserError(f"--init-head {path} is no linear head: give one that train-head wrote")
     try:
         rest = json.loads(metadata["head"])
@@ -165,7 +166,7 @@ def init_from_file(parts: Parts, path: Path, info: BackboneInfo, class_names: li
                 f"--init-head {path} is for features with {name} {theirs.get(name)!r:.80}, this "
                 f"run has {ours.get(name)!r:.80}: give the same --weights and preprocessing"
             )
-    weight, bias = (tensors[name].float().numpy() for name in ("weight", "bias"))
+    weight, bias = (file.state[name].float().numpy() for name in ("weight", "bias"))
     if weight.shape != (len(class_names), info.feature_dim) or bias.shape != (len(class_names),):
         raise UserError(f"--init-head {path} is damaged: shapes {weight.shape}, {bias.shape}")
     set_head(parts.head, weight, bias)

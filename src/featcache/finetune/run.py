@@ -96,8 +96,8 @@ def _execute(run: Run, start: float) -> dict[str, Any]:
 
 
 def _initialise_head(run: Run) -> None:
-    if run.config.init_head is not None:
-        init_from_file(run.parts, run.config.init_head, run.info, run.dataset.class_names)
+    if run.init_head is not None:
+        init_from_file(run.parts, run.init_head, run.info, run.dataset.class_names)
     elif run.plan.probe:
         num_classes = len(run.dataset.class_names)
         run.probe = fit_probe(run.parts, run.train, run.prep, run.machine, num_classes)

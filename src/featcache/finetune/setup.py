@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone import build_classifier, file_sha256, identify
+from featcache.backbone import WeightsFile, build_classifier, identify, read_weights
 from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
@@ -42,6 +42,7 @@ class Run:
     train: Images
     test: Images
     held: Images | None
+    init_head: WeightsFile | None
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
@@ -69,15 +70,15 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     plan = make_plan(config)
     if config.init_head is not None and not config.init_head.is_file():
         raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+    init_head = read_weights(config.init_head) if config.init_head else None
     if config.output is not None and config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
     info = identify(config, config.seed, config.cache_dir)
-    if dataset is None:
-        dataset = load_dataset(config)
-        for note in dataset.notes:
-            say(note)
+    dataset = dataset or _noted(load_dataset(config))
     machine = choose_machine(config)
-    parts = Parts(build_classifier(config, len(dataset.class_names), config.seed), plan)
+    num_classes = len(dataset.class_names)
+    network = build_classifier(config, num_classes, config.seed, info.weights_sha256)
+    parts = Parts(network, plan)
     check_input(parts.model, info, config)
     _place(parts.model, machine)
     start = time.perf_counter()
@@ -87,7 +88,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     if plan.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
     _check_batches(parts, len(train))
-    key = run_key(_decisive(config, plan, info, dataset, machine, images))
+    key = run_key(_decisive(plan, info, dataset, machine, images, init_head))
     return Run(
         config=config,
         plan=plan,
@@ -98,12 +99,19 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         train=train,
         test=images["test"],
         held=held,
+        init_head=init_head,
         chosen_on=chosen_on,
         num_skipped=skipped,
         read_seconds=read_seconds,
         key=key,
         output=config.output or config.cache_dir / _file_name(plan, info, dataset, key),
     )
+
+
+def _noted(dataset: ImageDataset) -> ImageDataset:
+    for note in dataset.notes:
+        say(note)
+    return dataset
 
 
 def choose_machine(config: FinetuneConfig) -> Machine:
@@ -175,12 +183,12 @@ def _check_batches(parts: Parts, num_train: int) -> None:
 
 
 def _decisive(
-    config: FinetuneConfig,
     plan: Plan,
     info: BackboneInfo,
     dataset: ImageDataset,
     machine: Machine,
     images: dict[str, Images],
+    init_head: WeightsFile | None,
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
@@ -191,7 +199,7 @@ def _decisive(
         "backbone": dataclasses.asdict(info),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
-        "init_head": file_sha256(config.init_head) if config.init_head else None,
+        "init_head": init_head.sha256 if init_head else None,
         "device": machine.device,
         "versions": numeric_versions(),
     }

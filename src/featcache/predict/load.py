@@ -18,13 +18,14 @@ from featcache.backbone import (
     file_sha256,
     head_of,
     state_sha256,
+    weights_of,
 )
 from featcache.backbone.load import loaded_network, without_head
-from featcache.backbone.weights import NAMED_WEIGHTS, weights_file
+from featcache.backbone.weights import NAMED_WEIGHTS, WeightsFile
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, StorageError, UserError, one_of
 from featcache.heads import Head, load_head
-from featcache.model_file import read_card, read_metadata, read_tensors
+from featcache.model_file import read_metadata, read_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -149,12 +150,11 @@ def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) 
     config = BackboneConfig(
         backbone=info.backbone, weights=weights or _find_weights(info, path), device="cpu"
     )
-    if config.weights not in ("imagenet", "random"):
-        _check_file(info, path, config)  # before a wrong file is called unfit for the network
-    network = loaded_network(config, seed)
-    if config.weights == "imagenet":
-        _check_file(info, path, config)
-    elif config.weights == "random":
+    file = weights_of(config)
+    if file is not None:
+        _check_file(info, path, config, file)  # before it is called unfit for the network
+    network = loaded_network(config, seed, file)
+    if file is None:
         what = f"the random weights that --seed {seed} draws here"
         _check_hash(info, path, what, state_sha256(network), "give extract-features' --seed")
     dim = feature_dim_of(head_of(network)[1])
@@ -181,12 +181,10 @@ def _find_weights(info: BackboneInfo, path: Path) -> str:
     return str((right or there)[0])
 
 
-def _check_file(info: BackboneInfo, path: Path, config: BackboneConfig) -> None:
-    file = weights_file(config)
-    assert file is not None
-    what = str(file) if config.weights not in NAMED_WEIGHTS else f"--weights {config.weights}"
+def _check_file(info: BackboneInfo, path: Path, config: BackboneConfig, file: WeightsFile) -> None:
+    what = str(file.path) if config.weights not in NAMED_WEIGHTS else f"--weights {config.weights}"
     advice = "give the file that it was trained on as --weights FILE, or run train-head again"
-    _check_hash(info, path, what, file_sha256(file), advice)
+    _check_hash(info, path, what, file.sha256, advice)
 
 
 def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: str) -> None:
@@ -198,7 +196,7 @@ def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: s
 
 
 def _load_model(path: Path) -> Trained:
-    card, tensors = read_card(path), read_tensors(path)
+    card, tensors = read_model(path)
     if card.backbone not in classifiers():
         raise UserError(f"{path}: {one_of(card.backbone, classifiers(), 'backbone')}")
     config = BackboneConfig(backbone=card.backbone, weights="random", device="cpu")
