@@ -108,9 +108,9 @@ class Point:
 
     @property
     def useful(self) -> bool:
-        """Whether the mode ahead is shown to beat always answering the most frequent class."""
+        """Whether the mode ahead beats always answering the most frequent class."""
         side = self.finetune if self.ahead == "finetune" else self.cached
-        return side is None or beats(side.interval, self.baseline_top1)
+        return side is None or beats(side.top1, self.baseline_top1)
 
     @property
     def contradicted(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from featcache.curve.points import LEVEL, Crossing, Mode, Point, crossing
+from featcache.report import beside_top1
 from featcache.report.tables import MAJORITY, seconds_text
 
 NAMES: dict[Mode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
@@ -69,29 +70,26 @@ def _standing(point: Point, num_tests: int) -> str:
     chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
     chance += f", corrected for {num_tests} sizes" if num_tests > 1 else ""
     test = f"on the same {point.num_test:,} test images"
-    by_class = [f"{s.balanced_top1:.3f}" for s in (ours, theirs) if s.balanced_top1 is not None]
-    shown = f" (balanced accuracy {' and '.join(by_class)})" if point.imbalanced else ""
+    shares = (ours.balanced_top1, theirs.balanced_top1)
+    baseline = point.baseline_top1 if point.useful else None
+    shown = beside_top1(shares, baseline) if point.imbalanced else ""
     both = f"{NAMES[ahead]} has {ours.top1:.3f} and {NAMES[behind]} {theirs.top1:.3f}"
     if point.verdict == ahead:
         return (
             f"{NAMES[ahead]} is more accurate: {ours.top1:.3f} against {theirs.top1:.3f} for "
-            f"{NAMES[behind]}{shown} {test}, beyond chance ({chance})"
+            f"{NAMES[behind]} {test}, beyond chance ({chance}){shown}"
         )
     if not point.useful:
-        return (
-            f"neither mode is shown to beat {MAJORITY} ({point.baseline_top1:.3f}): "
-            f"{both}{shown} {test}"
-        )
+        return f"neither mode beats {MAJORITY} ({point.baseline_top1:.3f}): {both} {test}{shown}"
     if point.contradicted and p_value < LEVEL:
         return (
             f"accuracy does not decide: {both} {test} ({chance}), but {NAMES[behind]} leads by "
-            f"balanced accuracy, where rare classes count as much as common ones: {by_class[1]} "
-            f"against {by_class[0]}"
+            f"balanced accuracy, where rare classes count as much as common ones{shown}"
         )
     if ours.top1 == theirs.top1:
-        return f"accuracy does not decide: both modes have {ours.top1:.3f}{shown} {test}"
+        return f"accuracy does not decide: both modes have {ours.top1:.3f} {test}{shown}"
     why = "which may be chance" if p_value >= LEVEL else "but not with every draw"
-    return f"accuracy does not decide: {both}{shown} {test}, {why} ({chance})"
+    return f"accuracy does not decide: {both} {test}, {why} ({chance}){shown}"
 
 
 def _smaller(points: Sequence[Point]) -> str:
@@ -104,7 +102,7 @@ def _smaller(points: Sequence[Point]) -> str:
             parts.append(f"{NAMES[mode]} leads beyond chance ({_sizes(won)})")
     lost = [point for point in points if point.verdict == "undecided" and not point.useful]
     if lost:
-        parts.append(f"neither is shown to beat {MAJORITY} ({_sizes(lost)})")
+        parts.append(f"neither beats {MAJORITY} ({_sizes(lost)})")
     open_ = [point for point in points if point.verdict == "undecided" and point.useful]
     if open_:
         parts.append(f"the figures do not decide ({_sizes(open_)})")
@@ -187,7 +185,7 @@ def _pick_leader(last: Point, leader: Mode) -> str:
 def _by_cost(last: Point) -> str:
     """What to do where accuracy does not decide, as part of a sentence."""
     if not last.useful:
-        return "pick neither yet, and first try more train images, other weights or row weights"
+        return "pick neither yet, and first try more train images or other weights"
     assert last.cached is not None
     assert last.finetune is not None
     cached_cheaper = last.cached.cost_seconds <= last.finetune.cost_seconds

@@ -49,14 +49,27 @@ def best_of(rows: Sequence[Row], approach: Approach) -> Row | None:
     return max(some, key=lambda row: (row.test_top1, -row.seconds_total), default=None)
 
 
-def beats(interval: tuple[float, float], baseline_top1: float | None) -> bool:
-    """Whether a mode with this 95 % interval is more accurate than a baseline, where that is known.
+def beats(top1: float, baseline_top1: float | None) -> bool:
+    """Whether a mode is more accurate than a baseline, where that is known.
 
     Args:
-        interval: Of the mode's top-1.
+        top1: Of the mode.
         baseline_top1: What answering the most frequent class every time reaches.
     """
-    return baseline_top1 is None or interval[0] > baseline_top1
+    return baseline_top1 is None or top1 > baseline_top1
+
+
+def beside_top1(shares: Sequence[float | None], baseline_top1: float | None = None) -> str:
+    """What has to be read beside top-1 where classes differ in size, in brackets.
+
+    Args:
+        shares: Balanced accuracies; the text is empty where one is not known.
+        baseline_top1: What answering the most frequent class every time reaches, to be named too.
+    """
+    if None in shares:
+        return ""
+    baseline = "" if baseline_top1 is None else f"; {MAJORITY}: {baseline_top1:.3f}"
+    return f" (balanced accuracy {' and '.join(f'{share:.3f}' for share in shares)}{baseline})"
 
 
 class _Match:
@@ -70,7 +83,7 @@ class _Match:
         self.p_value = None if p_value is None else min(1.0, p_value * num_pairs)
         tune_ahead = tune.test_top1 >= cached.test_top1
         self.ahead, self.behind = (tune, cached) if tune_ahead else (cached, tune)
-        self.useful = beats(self.ahead.test_interval, self.ahead.baseline_top1)
+        self.useful = beats(self.ahead.test_top1, self.ahead.baseline_top1)
         ours, theirs = self.ahead.balanced_top1, self.behind.balanced_top1
         self.contradicted = ours is not None and theirs is not None and ours < theirs
         self.beyond_chance = self._beyond_chance()
@@ -123,11 +136,9 @@ def _accuracy(match: _Match) -> str:
     test = f"on the same {match.ahead.num_test} test images"
     scores = f"{match.ahead.test_top1:.3f} against {match.behind.test_top1:.3f} for {behind} {test}"
     balanced = ""
-    if match.ahead.imbalanced and match.behind.balanced_top1 is not None:
-        balanced = (
-            f" (balanced accuracy {match.ahead.balanced_top1:.3f} against "
-            f"{match.behind.balanced_top1:.3f})"
-        )
+    if match.ahead.imbalanced:
+        shares = (match.ahead.balanced_top1, match.behind.balanced_top1)
+        balanced = beside_top1(shares, match.ahead.baseline_top1 if match.useful else None)
     if match.sure:
         return (
             f"More accurate: {ahead}, {scores}{balanced}; the difference is beyond chance "
@@ -135,8 +146,8 @@ def _accuracy(match: _Match) -> str:
         )
     if not match.useful:
         return (
-            f"Accuracy does not decide: {ahead} has {scores}{balanced}, and neither is shown to "
-            f"beat {MAJORITY} ({match.ahead.baseline_top1:.3f})."
+            f"Accuracy does not decide: {ahead} has {scores}{balanced}, and neither beats "
+            f"{MAJORITY} ({match.ahead.baseline_top1:.3f})."
         )
     if match.cached.test_top1 == match.tune.test_top1:
         return (
@@ -157,10 +168,7 @@ def _accuracy(match: _Match) -> str:
 
 def _pick(match: _Match) -> str:
     if not match.useful:
-        return (
-            "Pick neither yet: first try more train images, other weights or weights for rare "
-            "classes."
-        )
+        return "Pick neither yet: first try more train images or other weights."
     if match.beyond_chance and not match.sure:
         common, rare = match.name(match.ahead), match.name(match.behind)
         return (
