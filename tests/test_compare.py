@@ -164,7 +164,12 @@ def test_an_interrupted_comparison_goes_on(
     (config.output / "compare.json").unlink()
     (config.output / "runs" / "cached-3-draw0.json").unlink()
     (config.output / "runs" / "finetune-all-draw0.json").write_text('{"half": ')
-    assert made(monkeypatch, config) == ["finetune-all-draw0", "cached-3-draw0"]
+    damaged = config.output / "runs" / "finetune-3-draw0.json"
+    values = json.loads(damaged.read_text())
+    damaged.write_text(json.dumps({**values, "epochs": []}))
+    assert made(monkeypatch, config) == [
+        "finetune-all-draw0", "cached-3-draw0", "finetune-3-draw0",
+    ]  # fmt: skip
 
 
 def test_other_settings_are_other_runs(

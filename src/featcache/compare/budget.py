@@ -66,6 +66,17 @@ def tuning_pace(report: RunReport, spent: float) -> Pace:
     )
 
 
+def pace_of(report: RunReport) -> Pace:
+    """Of a finished run of either mode.
+
+    Raises:
+        KeyError, TypeError, ValueError, ZeroDivisionError: The report is damaged.
+    """
+    cell = report.more["cell"]
+    pace = head_pace if cell["mode"] == "cached" else tuning_pace
+    return pace(report, float(cell["spent_seconds"]))
+
+
 @dataclass
 class Budget:
     """Seconds to spend on runs, and what runs have taken so far."""
@@ -78,14 +89,12 @@ class Budget:
     def add(self, report: RunReport) -> None:
         """Take note of a finished run, made now or at an earlier start."""
         cell = report.more["cell"]
-        spent = float(cell["spent_seconds"])
-        self.spent += spent
-        self.learn(cell["mode"], report, spent)
+        self.spent += float(cell["spent_seconds"])
+        self.learn(cell["mode"], pace_of(report))
 
-    def learn(self, mode: Mode, report: RunReport, spent: float) -> None:
-        """Estimate from this run too, whether or not its seconds count as spent."""
-        pace = head_pace if mode == "cached" else tuning_pace
-        self._paces.setdefault(mode, []).append(pace(report, spent))
+    def learn(self, mode: Mode, pace: Pace) -> None:
+        """Estimate from this pace too."""
+        self._paces.setdefault(mode, []).append(pace)
 
     def estimate(self, mode: Mode, num_train: int, num_epochs: int) -> float | None:
         """Seconds of another run, from the known run nearest in length; None: none is known."""

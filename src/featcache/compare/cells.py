@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from featcache.cache import FeatureCache
+from featcache.compare.budget import Pace, pace_of, tuning_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.plan import Ints, Spec, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
@@ -64,7 +65,8 @@ def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
         cell = report.more["cell"]
         right = cell["key"] == spec.key
         cell_of(report)
-    except (UserError, KeyError, TypeError):
+        pace_of(report)
+    except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # damaged, or of another version: it is made anew
     return report if right else None
 
@@ -102,13 +104,10 @@ def warm_up(bench: Bench, spec: Spec) -> None:
         train_head(dataclasses.replace(config, output=path), spec.rows)
 
 
-def time_tuning(bench: Bench) -> tuple[RunReport, float]:
+def time_tuning(bench: Bench) -> Pace:
     """Fine-tune on a few images without keeping anything, to tell what whole runs will take.
 
     It also loads fine-tuning's libraries, which the first run would pay for.
-
-    Returns:
-        The report, and the seconds that it took.
     """
     import sklearn.linear_model  # noqa: F401 - the linear probe's, before the clock runs
 
@@ -126,7 +125,7 @@ def time_tuning(bench: Bench) -> tuple[RunReport, float]:
         places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
         few[name] = rows[places]
     report = _tune(bench, tuning, "timing", **few)
-    return report, time.perf_counter() - start
+    return tuning_pace(report, time.perf_counter() - start)
 
 
 def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:

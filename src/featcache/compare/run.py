@@ -155,7 +155,7 @@ def _run_all(bench: Bench, plan: list[Spec]) -> tuple[Done, list[dict[str, Any]]
     if len(done) < len(plan):
         warm_up(bench, min(plan, key=lambda spec: len(spec.rows)))
     if not any(spec.mode == "finetune" for spec in done):
-        budget.learn("finetune", *time_tuning(bench))
+        budget.learn("finetune", time_tuning(bench))
     while (chosen := _next(bench, plan, done, budget)) is not None:
         estimate = _estimate(bench, chosen, budget)
         about = "" if estimate is None else f", about {seconds_text(estimate)}"
