@@ -134,7 +134,7 @@ def test_unreadable_files_are_no_copies_of_each_other() -> None:
     split = split_with([4, 4])
     content = np.zeros((8, 32), np.uint8)
     content[:, 31] = 6
-    assert len(split_off_test(split.with_content(content), 0.5, 0)["test"]) == 4
+    assert len(split_off_test(split._with(content), 0.5, 0)["test"]) == 4
 
 
 def test_nothing_but_copies_cannot_be_divided() -> None:
