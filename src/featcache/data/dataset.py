@@ -122,7 +122,7 @@ class ImageSplit:
 
     def subset(self, rows: Int64, *, name: str | None = None) -> ImageSplit:
         """A split of the given rows, in the given order, loading from the same source."""
-        part = ImageSplit(
+        return ImageSplit(
             name or self.name,
             [self.ids[row] for row in rows],
             self.labels[rows],
@@ -130,17 +130,14 @@ class ImageSplit:
             positions=self._positions[rows],
             weights=None if self.weights is None else self.weights[rows],
         )
-        return part if self._content is None else part._with(self._content[rows])
 
     def with_content(self, content: UInt8) -> ImageSplit:
         """The same split with its hashes already known, uint8 [N, 32]."""
         assert content.shape == (len(self), 32)
-        return self.subset(np.arange(len(self)))._with(content)
-
-    def _with(self, content: UInt8) -> ImageSplit:
-        self._content = np.array(content, dtype=np.uint8)
-        self._content.setflags(write=False)
-        return self
+        twin = self.subset(np.arange(len(self)))
+        twin._content = np.array(content, dtype=np.uint8)
+        twin._content.setflags(write=False)
+        return twin
 
 
 def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:

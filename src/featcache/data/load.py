@@ -28,7 +28,7 @@ _FLAGS = {"train": "--num-train", "test": "--num-test"}
 
 
 def load_dataset(config: DataConfig) -> ImageDataset:
-    """Load what `config.dataset` names: samples are listed, pictures not yet read.
+    """Load what `config.dataset` names: samples are listed, and hashed to set a share aside.
 
     A known name (digits, cifar10, ...; case, dashes and underscores do not count) means that
     dataset even where a folder is called the same; a note says so, and ./digits is the folder.
