@@ -26,6 +26,7 @@ from featcache.data import (
     sources,
 )
 from featcache.data import dataset as dataset_module
+from featcache.data import load as load_module
 from featcache.data.dataset import short_name
 from featcache.errors import UserError
 
@@ -184,6 +185,37 @@ def test_lost_classes_are_told(tmp_path: Path) -> None:
         make_tree(root / split, {"cat": 20, "dog": 20, "eel": 1})
     dataset = load_dataset(config(root, tmp_path, num_train=4))
     assert dataset.notes == ("the 4 train images hold 2 of 3 classes: see --num-train",)
+
+
+def test_one_long_path_that_widens_all_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "pets", train=20)
+    monkeypatch.setattr(load_module, "WIDE_BYTES", 2000)
+    assert load_dataset(config(root, tmp_path)).notes == ()
+    (root / "train" / "cat" / ("a" * 200 + ".png")).write_bytes(encoded(picture(9)))
+    assert load_dataset(config(root, tmp_path)).notes == (
+        "the paths of the train images take 0 MB in the cache, because each is stored as long as "
+        f"the longest (214 bytes: train/cat/{'a' * 50}…): shorten that path, or remove the image",
+    )
+
+
+def test_what_cannot_be_read_is_not_called_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: object) -> object:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(load_module.os, "stat", denied)
+    assert message(config("/secret/pets", tmp_path)) == (
+        "'/secret/pets' cannot be a dataset: Permission denied; make it readable, or give another "
+        "one"
+    )
+    monkeypatch.undo()
+    os.mkfifo(tmp_path / "list.csv")
+    assert "list.csv is neither a folder nor a file" in message(
+        config(tmp_path / "list.csv", tmp_path)
+    )
 
 
 def fingerprint(root: Path, tmp_path: Path) -> str:

@@ -108,7 +108,7 @@ def test_an_image_root(folder: Path, tmp_path: Path) -> None:
         "pictures' folder with --image-root, or add --allow-outside"
     )
     assert message(file, tmp_path, image_root=folder / "absent") == (
-        f"--image-root {folder}/absent: there is no such folder; check the path"
+        f"--image-root {folder}/absent is not a folder that can be read; check it"
     )
     for name in (folder / "img", "digits"):
         said = message(Path(name), tmp_path, image_root=folder, test_fraction=0.2)

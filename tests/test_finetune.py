@@ -16,9 +16,11 @@ import featcache.finetune.run as run_module
 import featcache.finetune.setup as preparation
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
+from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.finetune import finetune, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
+from featcache.finetune.images import Images, hold_out
 from featcache.finetune.loop import _with_lone_merged
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import make_plan, rate_factor
@@ -365,6 +367,19 @@ class TestEarlyStopping:
         report = finetune(settings(root, tmp_path, patience=2, freeze_backbone=True))
         assert report["chosen_on"] == "the dataset's val split (12 images) chose the epoch"
         assert report["num_train"] == 33
+
+    def test_identical_images_are_held_out_together(self, pets: Path, tmp_path: Path) -> None:
+        root = shutil.copytree(pets, tmp_path / "twice")
+        for file in sorted((root / "train").rglob("*.png")):
+            shutil.copy(file, file.with_name(f"{file.stem} (1).png"))
+        config = settings(root, tmp_path, patience=1, holdout=0.3)
+        split = load_dataset(config).splits["train"]
+        left, held, told = hold_out(Images(split, split), None, config)
+        seen = [{row.tobytes() for row in part.split.content} for part in (left, held)]
+        assert not seen[0] & seen[1]
+        assert len(left) + len(held) == 66
+        assert told == f"a held-out part of train ({len(held)} images) chose the epoch"
+        assert abs(len(held) - 20) <= 2
 
     def test_a_hold_out_of_nothing_is_refused(self, pets: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"--holdout 0.01 of 33 train images leaves nothing"):

@@ -365,6 +365,17 @@ class TestCommand:
 
 
 class TestInputs:
+    def test_what_may_not_be_looked_at_is_not_called_missing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def denied(path: str) -> object:
+            raise PermissionError(13, "Permission denied", path)
+
+        with pytest.raises(UserError, match=r"there is no .*gone\.png: give pictures, folders"):
+            find_pictures([f"{tmp_path}/gone.png"])
+        monkeypatch.setattr(os, "lstat", denied)
+        assert find_pictures(["/secret/a.png"]) == ["/secret/a.png"]
+
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
         wanted = ["a/1.jpg", "a/b/2.PNG", "a.jpg", "z.webp"]
         for name in [*wanted, "a/.hidden.jpg", ".h/3.jpg", "@eaDir/4.jpg", "a/notes.txt"]:

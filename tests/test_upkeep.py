@@ -70,6 +70,22 @@ def test_damage_is_named_and_repaired(made: tuple[Path, Path], damaged: Path) ->
     assert damaged.read_bytes() == made[1].read_bytes()
 
 
+def test_a_cache_of_a_manifest_is_repaired_with_its_image_root(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lines = [f"{s}/{c}/000.png,{c},{s}\n" for s in ("train", "test") for c in ("cat", "dog")]
+    (tmp_path / "list.csv").write_text("path,label,split\n" + "".join(lines))
+    place = {"dataset": str(tmp_path / "list.csv"), "image_root": made[0]}
+    size = {"weights": "random", "image_px": 32, "cache_dir": tmp_path}
+    path = Path(extract(ExtractConfig(**place, **size))["cache"])
+    whole = path.read_bytes()
+    extent = FeatureCache(path).file.layout.extents["train/features"]
+    path.write_bytes(whole[: extent.offset] + b"\x7f" + whole[extent.offset + 1 :])
+    report = check(VerifyConfig(cache=path, repair=True, **place))
+    assert (report["exit_code"], report["num_repaired"]) == (0, 2)
+    assert path.read_bytes() == whole
+
+
 def test_repair_refuses_other_images_and_weights(
     made: tuple[Path, Path], damaged: Path, tmp_path: Path
 ) -> None:

@@ -130,7 +130,7 @@ class ImageSplit:
 
     def subset(self, rows: Int64, *, name: str | None = None) -> ImageSplit:
         """A split of the given rows, in the given order, loading from the same source."""
-        part = ImageSplit(
+        return ImageSplit(
             name or self.name,
             [self.ids[row] for row in rows],
             self.labels[rows],
@@ -138,7 +138,6 @@ class ImageSplit:
             positions=self._positions[rows],
             weights=None if self.weights is None else self.weights[rows],
         )
-        return part if self._content is None else part._with(self._content[rows])
 
     def record(self, content: UInt8) -> None:
         """Demand from now on that the samples have these hashes, uint8 [N, 32].
@@ -149,11 +148,6 @@ class ImageSplit:
         assert content.shape == (len(self), 32)
         for position, digest in zip(self._positions, content, strict=True):
             self._source.record(int(position), digest.tobytes())
-
-    def _with(self, content: UInt8) -> ImageSplit:
-        self._content = np.array(content, dtype=np.uint8)
-        self._content.setflags(write=False)
-        return self
 
 
 def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:

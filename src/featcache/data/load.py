@@ -23,11 +23,12 @@ from featcache.errors import UserError, one_of
 from featcache.memo import Memo
 
 Int64 = NDArray[np.int64]
+WIDE_BYTES = 64 * 2**20
 _FLAGS = {"train": "--num-train", "test": "--num-test"}
 
 
 def load_dataset(config: DataConfig) -> ImageDataset:
-    """Load what `config.dataset` names: samples are listed, pictures not yet read.
+    """Load what `config.dataset` names: samples are listed, and hashed to set a share aside.
 
     A known name (digits, cifar10, ...; case, dashes and underscores do not count) means that
     dataset even where a folder is called the same; a note says so, and ./digits is the folder.
@@ -150,7 +151,12 @@ def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         dataset.class_names,
         drawn=dataset.drawn or drew,
         test_fraction=dataset.test_fraction,
-        notes=shadow_notes(config) + dataset.notes + _notes_on_classes(dataset, splits["train"]),
+        notes=(
+            *shadow_notes(config),
+            *dataset.notes,
+            *_notes_on_classes(dataset, splits["train"]),
+            *_notes_on_width(splits),
+        ),
     )
 
 
@@ -179,6 +185,25 @@ def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ..
         *alike,
         f"the {len(train)} train images hold {kept} of {there} classes: see --num-train",
     )
+
+
+def _notes_on_width(splits: dict[str, ImageSplit]) -> tuple[str, ...]:
+    """Name the image whose path makes those of all others long: a cache stores them at one width.
+
+    That is worth a note where the padding takes more than WIDE_BYTES and most of the space.
+    """
+    notes = []
+    for split in splits.values():
+        sizes = [len(os.fsencode(sample_id)) for sample_id in split.ids]
+        width, total = max(sizes, default=0), sum(sizes)
+        if len(sizes) * width > max(WIDE_BYTES, 4 * total):
+            longest = split.ids[sizes.index(width)]
+            notes.append(
+                f"the paths of the {split.name} images take {len(sizes) * width / 1e6:.0f} MB in "
+                f"the cache, because each is stored as long as the longest ({width} bytes: "
+                f"{longest:.60}…): shorten that path, or remove the image"
+            )
+    return tuple(notes)
 
 
 def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> ImageSplit:

@@ -211,7 +211,7 @@ class _Base:
     def __init__(self, config: DataConfig, file: Path) -> None:
         given = file.parent if config.image_root is None else config.image_root.expanduser()
         if config.image_root is not None and not given.is_dir():
-            raise UserError(f"--image-root {given}: there is no such folder; check the path")
+            raise UserError(f"--image-root {given} is not a folder that can be read; check it")
         self.path = os.path.realpath(given)
         self._file = file
         self._given = given

@@ -58,18 +58,13 @@ def stratified_rows(
 
 
 def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
-    """Set a share of each class aside for testing; every class keeps a sample to train on.
-
-    Identical images stay together: they are taken in the order of their lowest rank, as long as
-    that brings each of their classes closer to its share. The images are hashed for that.
+    """Set a share of each class aside for testing, as `held_out_rows` does.
 
     Raises:
         UserError: There would be nothing to test on.
     """
-    counts = [int(n) for n in np.bincount(every.labels)]
     wanted = min(max(1, round(len(every) * fraction)), len(every))
-    shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, wanted), counts, strict=True)]
-    test = _lowest_groups(every, counts, shares, f"{seed}\0test")
+    test = held_out_rows(every, wanted, seed=seed, purpose="test")
     if len(test) == 0:
         raise UserError(
             f"{len(every)} images are too few to set aside a test part: every class has to keep "
@@ -79,16 +74,31 @@ def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, I
     return {"train": every.subset(train, name="train"), "test": every.subset(test, name="test")}
 
 
-def _lowest_groups(every: ImageSplit, counts: list[int], shares: list[int], salt: str) -> Int64:
-    """Rows of whole groups of identical images, about `shares` of each class, less than all."""
-    group_of = same_content([every]).tolist()
+def held_out_rows(split: ImageSplit, total: int, *, seed: int, purpose: str) -> Int64:
+    """Choose about `total` rows with each class in proportion; every class keeps a row.
+
+    Identical images stay together: they are taken in the order of their lowest rank, as long as
+    that brings each of their classes closer to its share. The images are hashed for that.
+
+    Args:
+        split: The images.
+        total: How many to choose, at most N.
+        seed: Other seeds choose other images.
+        purpose: Sets draws with the same seed apart.
+
+    Returns:
+        Row numbers, int64 [M], ascending; without copies, M is `total` less what classes keep.
+    """
+    counts = [int(n) for n in np.bincount(split.labels)]
+    shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, total), counts, strict=True)]
+    group_of, labels = same_content([split]).tolist(), split.labels.tolist()
     members: dict[int, list[int]] = {}
     for row, group in enumerate(group_of):
         members.setdefault(group, []).append(row)
-    ranks, labels = _ranks(every.ids, salt), every.labels.tolist()
+    ranks = _ranks(split.ids, f"{seed}\0{purpose}")
     taken = [0] * len(counts)
     chosen: list[int] = []
-    for first in sorted(range(len(every)), key=ranks.__getitem__):
+    for first in sorted(range(len(split)), key=ranks.__getitem__):
         rows = members.pop(group_of[first], [])
         more = Counter([labels[row] for row in rows])
         if all(

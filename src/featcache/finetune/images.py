@@ -17,7 +17,7 @@ from featcache.data import (
     decode_split,
     iterate_pixels,
 )
-from featcache.data.sampling import stratified_rows
+from featcache.data.sampling import held_out_rows
 from featcache.errors import UserError
 from featcache.runtime import say
 
@@ -101,14 +101,12 @@ def hold_out(
     if val is not None:
         return train, val, f"the dataset's val split ({len(val)} images) chose the epoch"
     num = round(config.holdout * len(train))
-    if not 0 < num < len(train):
+    rows = held_out_rows(train.split, num, seed=config.seed, purpose="holdout")
+    if not 0 < len(rows) < len(train):
         raise UserError(
             f"--holdout {config.holdout:g} of {len(train)} train images leaves nothing to choose "
             "on or to train on; give more images, or leave --patience out"
         )
-    rows = stratified_rows(
-        train.split.ids, train.split.labels, num, seed=config.seed, purpose="holdout"
-    )
     rest = np.setdiff1d(np.arange(len(train)), rows)
     held, left = train.subset(rows, "holdout"), train.subset(rest, "train")
-    return left, held, f"a held-out part of train ({num} images) chose the epoch"
+    return left, held, f"a held-out part of train ({len(rows)} images) chose the epoch"

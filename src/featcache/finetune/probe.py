@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featcache.backbone import WeightsFile
 from featcache.config import BackboneInfo, Preprocessing, flatten
 from featcache.data import iterate_batches
-from featcache.data.sampling import stratified_rows
+from featcache.data.sampling import held_out_rows, stratified_rows
 from featcache.errors import UserError, listed
 from featcache.finetune.images import Images
 from featcache.finetune.loop import Machine
@@ -101,10 +101,10 @@ def fit_probe(
 def _choose_strength(scaled: Float32, images: Images, seed: int) -> float:
     split = images.split
     num = round(CHOICE_SHARE * len(images))
-    rows = stratified_rows(split.ids, split.labels, num, seed=seed, purpose="probe-choice")
+    rows = held_out_rows(split, num, seed=seed, purpose="probe-choice")
     rest = np.setdiff1d(np.arange(len(images)), rows)
     num_classes = int(split.labels.max()) + 1
-    if num == 0 or len(np.unique(split.labels[rest])) < 2:
+    if len(rows) == 0 or len(np.unique(split.labels[rest])) < 2:
         return STRENGTHS[1]
     scores = []
     for strength in STRENGTHS:

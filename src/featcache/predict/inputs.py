@@ -36,10 +36,21 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
             paths.append(word)
     if not paths:
         raise UserError("standard input named no picture: give paths, one a line")
-    if STANDARD_INPUT not in inputs and not any(map(os.path.lexists, paths)):
+    if STANDARD_INPUT not in inputs and all(map(_is_missing, paths)):
         more = f", nor any of {len(paths) - 1} others" if len(paths) > 1 else ""
         raise UserError(f"there is no {paths[0]}{more}: give pictures, folders, or -")
     return paths
+
+
+def _is_missing(path: str) -> bool:
+    """Whether nothing is there; what may not be looked at is not missing."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _listed(stdin: BinaryIO) -> Iterator[str]:
