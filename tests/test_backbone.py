@@ -313,7 +313,7 @@ def test_tensors_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     state = bb.read_state(bb.BUNDLED_FILE)
     torch.save({**state, "fc.weight": ZERO, "prototypes.weight": ZERO}, path)
     bb.load_backbone(BackboneConfig(weights=str(path)), 0)
-    said = f"{path}: left out 1 tensors beside the resnet18: prototypes.weight\n"
+    said = f"{path}: left out 1 of its tensors, no part of a resnet18: prototypes.weight\n"
     assert capsys.readouterr().err == said
 
 
@@ -385,6 +385,24 @@ def test_a_file_replaced_while_it_is_read_is_not_remembered(
         one = bb.identify(config, 0, tmp_path)
     two = bb.identify(config, 0, tmp_path)
     assert two.weights_sha256 == bb.file_sha256(path) != one.weights_sha256
+
+
+def test_downloaded_weights_are_hashed_as_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir()
+    saved = bb.build_network("resnet18", drawn=True)
+    torch.save(saved.state_dict(), file)
+    info = bb.identify(BackboneConfig(), 0, tmp_path)
+    assert info.weights_sha256 == bb.file_sha256(file)
+    assert torch.equal(
+        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256).conv1.weight, saved.conv1.weight
+    )
+    torch.save({**saved.state_dict(), "bn1.bias": torch.ones(64)}, file)
+    with pytest.raises(UserError, match=r"f37072fd\.pth changed during the run"):
+        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256)
 
 
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def load_matching(model: nn.Module, state: State, source: str, backbone: str) ->
     others = [k for k in (*inside, *beside) if k not in given and not k.startswith(heads)]
     if others:
         names = listed([shown(key, 60) for key in sorted(others)], 3)
-        say(f"{source}: left out {len(others)} tensors beside the {backbone}: {names}")
+        say(f"{source}: left out {len(others)} of its tensors, no part of a {backbone}: {names}")
     for name, tensor in given.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite")
