@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache import backbone as bb
-from featcache.backbone import identity
+from featcache.backbone import identity, weights
 from featcache.config import IMAGENET_MEAN, BackboneConfig
 from featcache.errors import UserError
 
@@ -249,6 +249,22 @@ def test_a_checkpoint_with_an_optimizer_is_far_from_the_limit(tmp_path: Path) ->
             _use_new_zipfile_serialization=not legacy,
         )
         assert bb.read_state(path).keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_too_large_for_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"large")
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    for name in ("parse_safetensors", "parse_checkpoint"):
+        monkeypatch.setattr(weights, name, refuse)
+    with pytest.raises(UserError, match=r"w\..* takes more memory than there is; give another"):
+        bb.read_state(path)
 
 
 def test_other_objects_are_named_with_the_way_out(tmp_path: Path) -> None:
