@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache import backbone as bb
-from featcache.backbone import identity
+from featcache.backbone import identity, weights
 from featcache.config import IMAGENET_MEAN, BackboneConfig
 from featcache.errors import UserError
 
@@ -251,6 +251,22 @@ def test_a_checkpoint_with_an_optimizer_is_far_from_the_limit(tmp_path: Path) ->
         assert bb.read_state(path).keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_too_large_for_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(b"large")
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    for name in ("parse_safetensors", "parse_checkpoint"):
+        monkeypatch.setattr(weights, name, refuse)
+    with pytest.raises(UserError, match=r"w\..* takes more memory than there is; give another"):
+        bb.read_state(path)
+
+
 def test_other_objects_are_named_with_the_way_out(tmp_path: Path) -> None:
     state = {"conv1.weight": torch.zeros(1)}
     path = tmp_path / "run.pth.tar"
@@ -313,7 +329,7 @@ def test_tensors_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     state = bb.read_state(bb.BUNDLED_FILE)
     torch.save({**state, "fc.weight": ZERO, "prototypes.weight": ZERO}, path)
     bb.load_backbone(BackboneConfig(weights=str(path)), 0)
-    said = f"{path}: left out 1 tensors beside the resnet18: prototypes.weight\n"
+    said = f"{path}: left out 1 of its tensors, no part of a resnet18: prototypes.weight\n"
     assert capsys.readouterr().err == said
 
 
@@ -385,6 +401,24 @@ def test_a_file_replaced_while_it_is_read_is_not_remembered(
         one = bb.identify(config, 0, tmp_path)
     two = bb.identify(config, 0, tmp_path)
     assert two.weights_sha256 == bb.file_sha256(path) != one.weights_sha256
+
+
+def test_downloaded_weights_are_hashed_as_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir()
+    saved = bb.build_network("resnet18", drawn=True)
+    torch.save(saved.state_dict(), file)
+    info = bb.identify(BackboneConfig(), 0, tmp_path)
+    assert info.weights_sha256 == bb.file_sha256(file)
+    assert torch.equal(
+        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256).conv1.weight, saved.conv1.weight
+    )
+    torch.save({**saved.state_dict(), "bn1.bias": torch.ones(64)}, file)
+    with pytest.raises(UserError, match=r"f37072fd\.pth changed during the run"):
+        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256)
 
 
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path: Path) -> None:

@@ -375,6 +375,34 @@ def test_update_tries_pictures_again_that_were_left_out(
     assert ex.extract(dataclasses.replace(config, update=True))["hit"]
 
 
+def test_an_unfinished_cache_that_leaves_pictures_out_advises_what_works(
+    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.cache import CacheWriter
+
+    copy = shutil.copytree(folder, tmp_path / "pets")
+    bad = copy / "train" / "cat" / "003.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    write, written = CacheWriter.write_block, []
+
+    def stop_at_second(self: CacheWriter, *args: object) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(args)
+        write(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CacheWriter, "write_block", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            ex.extract(settings(copy, tmp_path, on_error="skip"))
+    with pytest.raises(UserError, match=r"leaves out 1 pictures.*mend or remove them and type --f"):
+        ex.extract(settings(copy, tmp_path))
+    bad.write_bytes(good)
+    assert not ex.extract(settings(copy, tmp_path, force=True))["hit"]
+    assert ex.extract(settings(copy, tmp_path))["hit"]
+
+
 def test_features_that_are_not_finite_stop_the_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mean_colour: list[int]
 ) -> None:

@@ -54,10 +54,16 @@ class WeightsFile:
 
     @cached_property
     def _parsed(self) -> tuple[dict[str, str], State]:
-        if self.path.suffix != ".safetensors":
-            return {}, parse_checkpoint(self.data, str(self.path))
         try:
+            if self.path.suffix != ".safetensors":
+                return {}, parse_checkpoint(self.data, str(self.path))
             return parse_safetensors(self.data)
+        except UserError:
+            raise
+        except MemoryError as error:
+            raise UserError(
+                f"{self.path} takes more memory than there is; give another file"
+            ) from error
         except ValueError as error:
             raise UserError(
                 f"{self.path} is not a safetensors file ({shown(str(error))}); give another file"
@@ -215,7 +221,7 @@ def download(backbone: str) -> None:
                 progress=True, check_hash=True, weights_only=True
             )
     except (OSError, HTTPException, RuntimeError, ValueError, EOFError) as error:
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
+        reason = shown(str(getattr(error, "reason", error))) or type(error).__name__
         raise UserError(
             f"the ImageNet weights of {backbone} could not be downloaded ({reason}); {WAYS_OUT}"
         ) from error
@@ -290,7 +296,7 @@ def load_matching(model: nn.Module, state: State, source: str, backbone: str) ->
     others = [k for k in (*inside, *beside) if k not in given and not k.startswith(heads)]
     if others:
         names = listed([shown(key, 60) for key in sorted(others)], 3)
-        say(f"{source}: left out {len(others)} tensors beside the {backbone}: {names}")
+        say(f"{source}: left out {len(others)} of its tensors, no part of a {backbone}: {names}")
     for name, tensor in given.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite")

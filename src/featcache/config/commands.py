@@ -94,7 +94,8 @@ class BackboneConfig:
     """Any torchvision classification network by name."""
     weights: str = "imagenet"
     """imagenet (torchvision's default, downloaded once), bundled (ResNet18, 64 px, offline),
-    random, or a .safetensors or .pth file with a matching state dict."""
+    random, or a file with a matching state dict: .safetensors, or a checkpoint that torch.save
+    wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
     image_px: Optional[int] = None
     """Side of the network's square input; the weights' own unless given."""
     resize: Optional[Resize] = None
@@ -153,7 +154,8 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     force: bool = False
     """Extract again even if the cache exists, and replace it."""
     update: bool = False
-    """The dataset changed: compute only new or changed images, keep the other rows."""
+    """The dataset changed: compute only new or changed images and those that were left out,
+    keep the other rows."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
