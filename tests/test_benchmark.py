@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -12,8 +13,11 @@ import pytest
 from PIL import Image
 
 from conftest import REPO
+from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.report import Row
+from featcache.heads import train_head
+from featcache.metrics import wilson_interval
+from featcache.report import Predictions, Row, RunReport, advice, benchmark_rows
 from pictures import make_pets
 
 
@@ -40,36 +44,52 @@ def ran(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 class TestRun:
-    def test_four_modes(self, script: ModuleType, ran: tuple[Path, dict, int]) -> None:
+    def test_modes(self, script: ModuleType, ran: tuple[Path, dict, int]) -> None:
         _, result, code = ran
         assert code == 0
         assert [row["mode"] for row in result["rows"]] == [
             script.LOOP,
             script.CACHED,
+            script.DEFAULT_HEAD,
             "full fine-tune (lr 0.001)",
             "full fine-tune (lr 0.0001)",
+            script.GOOD_TUNE,
         ]
         wanted = {
             "mode", "trainable_params", "test_top1", "seconds_total", "seconds_per_epoch",
             "images_per_s",
         }  # fmt: skip
         assert all(wanted <= row.keys() for row in result["rows"])
-        assert [row["trainable_params"] for row in result["rows"]] == [1539, 1539, *[11178051] * 2]
-        assert all(len(row["epochs"]) == len(row["points"]) == 2 for row in result["rows"])
+        params = [row["trainable_params"] for row in result["rows"]]
+        assert params == [1539] * 3 + [11178051] * 3
+        # train-head's default has no epochs, the good recipe has five.
+        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 2, 2, 5]
+        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 2, 2, 5]
+
+    def test_the_default_head_is_what_train_head_fits(
+        self, ran: tuple[Path, dict, int], tmp_path: Path
+    ) -> None:
+        folder, result, _ = ran
+        cache, output = folder / "features.h5", tmp_path / "head.safetensors"
+        report = train_head(TrainHeadConfig(cache=cache, output=output))
+        assert result["rows"][2]["test_top1"] == report["test_top1"]
+        kept = json.loads((folder / "default-head.json").read_text())
+        assert kept["chosen"] == report["chosen"]
 
     def test_cached_and_uncached_are_the_same_head(self, ran: tuple[Path, dict, int]) -> None:
         _, result, _ = ran
         loop, cached = result["rows"][:2]
         assert loop["test_top1"] == cached["test_top1"]
+        assert loop["balanced_top1"] == cached["balanced_top1"]
         assert [e["train_loss"] for e in loop["epochs"]] == pytest.approx(
             [e["train_loss"] for e in cached["epochs"]], rel=1e-4
         )
         assert result["same_predictions"] == 12
-        assert result["p_values"][loop["mode"]] == 1.0
 
     def test_extraction_is_in_the_total_and_shown_apart(self, ran: tuple[Path, dict, int]) -> None:
-        loop, cached = ran[1]["rows"][:2]
+        loop, cached, default = ran[1]["rows"][:3]
         assert loop["extract_seconds"] == 0
+        assert default["extract_seconds"] == cached["extract_seconds"]
         assert 0 < cached["extract_seconds"] < cached["seconds_total"]
         assert cached["points"][0][0] > cached["extract_seconds"]
         assert cached["later_seconds"] == pytest.approx(
@@ -79,9 +99,15 @@ class TestRun:
     def test_what_follows(self, ran: tuple[Path, dict, int]) -> None:
         _, result, _ = ran
         assert len(result["advice"]) == 3
-        assert set(result["speedup"]) == {row["mode"] for row in result["rows"]} - {
-            result["rows"][1]["mode"]
+        by_mode = {row["mode"]: row for row in result["rows"]}
+        assert set(result["speedup"]) == {
+            m for m, r in by_mode.items() if r["approach"] != "cached"
         }
+        for kind, mode in result["best"].items():
+            tops = [row["test_top1"] for row in result["rows"] if row["approach"] == kind]
+            assert by_mode[mode]["test_top1"] == max(tops)
+        assert set(result["p_values"]) == by_mode.keys() - {result["best"]["cached"]}
+        assert result["baseline_top1"] == pytest.approx(1 / 3)
         assert set(result["break_even"]) == {"epochs", "trials"}
         assert "torch" in result["environment"]
         assert "were trained at 64 px and are used at 32 px" in result["notes"][-1]
@@ -95,6 +121,43 @@ class TestRun:
         with Image.open(folder / "benchmark.png") as picture:
             assert picture.size == (1600, 1000)
         assert (folder / "features.h5").exists()
+
+
+@pytest.mark.slow
+def test_digits_advice_compares_the_head_that_train_head_fits(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heads are real; a fine-tune with two mistakes, as measured, is made up."""
+
+    def only_heads(settings: object) -> RunReport:
+        if isinstance(settings, TrainHeadConfig):
+            return real(settings)
+        head = RunReport.load(tmp_path / "out" / "cached-head.json")
+        test = head.test
+        predicted = [(y + (i < 2)) % 10 for i, y in enumerate(test.labels)]
+        num = len(predicted)
+        return dataclasses.replace(
+            head, command="finetune", test_top1=1 - 2 / num,
+            test_interval=wilson_interval(num - 2, num), seconds_total=45.0,
+            test=Predictions(
+                ids=test.ids, labels=test.labels, predicted=predicted, confidence=test.confidence
+            ),
+        )  # fmt: skip
+
+    real = script.run_training
+    config = script.BenchmarkConfig(output=tmp_path / "out", cache_dir=tmp_path / "cache")
+    modes = [m for m in script.plan_modes(config) if m[1] != "loop"]
+    monkeypatch.setattr(script, "plan_modes", lambda _: modes)
+    monkeypatch.setattr(script, "run_training", only_heads)
+    ran = script.run_modes(config)
+    heads = {mode: run.test_top1 for mode, kind, run, _ in ran if kind == "cached"}
+    assert heads[script.CACHED] == pytest.approx(0.822, abs=0.005)
+    assert heads[script.DEFAULT_HEAD] == pytest.approx(0.981, abs=0.005)
+    rows = benchmark_rows(ran)
+    said = advice(rows, script.p_values(ran))
+    assert f"0.994 against {heads[script.DEFAULT_HEAD]:.3f} for {script.DEFAULT_HEAD}" in said[1]
+    assert said[1].startswith("Accuracy does not decide")
+    assert said[2].startswith("Pick the cached head here: it costs less")
 
 
 class TestOutput:
@@ -144,7 +207,7 @@ class TestSettings:
         config = script.BenchmarkConfig()
         assert (config.dataset, config.chosen_weights, config.flips) == ("digits", "bundled", False)
         assert config.folder == Path("cache/benchmark-digits")
-        assert config.finetune_config().lr == config.head_config().lr == 1e-3
+        assert config.finetune_config().lr == config.notebook_head().lr == 1e-3
         other = script.BenchmarkConfig(dataset="some/Where")
         assert (other.chosen_weights, other.flips) == ("imagenet", True)
         assert other.extract_config().views == "flip"

@@ -45,6 +45,19 @@ def test_balanced_weighs_classes_alike_and_skips_empty_ones():
     assert math.isnan(recalls[2])
 
 
+def test_the_baseline_and_imbalance():
+    assert metrics.majority([2, 2, 0, 2]) == 0.75
+    assert math.isnan(metrics.majority([]))
+    assert metrics.imbalanced([0] * 6 + [3] * 3)  # 6 rows against 4.5 on average
+    assert not metrics.imbalanced([0] * 5 + [3] * 4)
+    assert not metrics.imbalanced([])
+
+
+def test_recalls_of_many_classes_need_no_table_of_pairs():
+    recalls = metrics.per_class([0, 10**7], [0, 1], 10**7 + 1)
+    assert (recalls[0], recalls[-1]) == (1.0, 0.0)
+
+
 def test_wilson_interval_known_values():
     # 8 of 10 at 95 %: the textbook interval is 0.490 to 0.943.
     assert metrics.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)

@@ -12,6 +12,7 @@ from featcache.report import (
     RunReport,
     advice,
     benchmark_rows,
+    best_of,
     break_even,
     markdown_table,
     plot_accuracy_against_seconds,
@@ -136,6 +137,21 @@ class TestRows:
         # 10 s in all, 8 of them in epochs: 2 s of set-up follow 5 s of extraction.
         assert row.points == ((5 + 2 + 4, 0.5), (5 + 2 + 8, 0.75))
 
+    def test_a_run_without_epochs_has_one_point(self):
+        [row] = benchmark_rows([(CACHED, "cached", make_report(epochs=[]), 5.0)])
+        assert row.points == ((15.0, 0.75),)
+
+    def test_a_row_knows_the_baseline(self):
+        # Three of four are cats; the dog and one cat are found.
+        test = Predictions(
+            ids=list("abcd"), labels=[0, 0, 0, 1], predicted=[0, 1, 1, 1], confidence=[0.5] * 4
+        )
+        [row] = benchmark_rows([(CACHED, "cached", make_report(test=test), 0.0)])
+        assert (row.baseline_top1, row.imbalanced) == (0.75, True)
+        assert row.balanced_top1 == pytest.approx((1 / 3 + 1) / 2)
+        [row] = benchmark_rows([(CACHED, "cached", make_report(test=None), 0.0)])
+        assert (row.baseline_top1, row.balanced_top1, row.imbalanced) == (None, None, False)
+
 
 class TestTables:
     def test_text_table(self):
@@ -153,6 +169,28 @@ class TestTables:
         lines = markdown_table(four_rows()).splitlines()
         assert {line.count("|") for line in lines} == {8}
         assert lines[3].startswith(f"| {CACHED} | 5,130 | 0.640 [0.60, 0.68] | 0.100 s | 6.0 s |")
+
+    def test_the_baseline_is_a_row_and_balanced_accuracy_stands_beside_top1(self):
+        rows = [
+            dataclasses.replace(row, baseline_top1=0.669, balanced_top1=0.5, imbalanced=True)
+            for row in four_rows()
+        ]
+        lines = text_table(rows).splitlines()
+        assert len(lines) == 2 + 4 + 1
+        assert "0.640 [0.60, 0.68], balanced 0.500" in lines[3]
+        assert lines[-1].split("  ")[0] == "always answering the most frequent class"
+        assert lines[-1].split()[-6:] == ["0", "0.669", *"––––"]
+        assert "balanced" not in text_table([dataclasses.replace(rows[0], imbalanced=False)])
+
+    def test_test_splits_of_different_size_have_baselines_of_their_own(self):
+        one, two = (
+            dataclasses.replace(row, num_test=num, baseline_top1=top1)
+            for row, num, top1 in zip(four_rows(), (500, 1000), (0.1, 0.2), strict=False)
+        )
+        assert [line.split("  ")[0] for line in text_table([one, two]).splitlines()[-2:]] == [
+            "always answering the most frequent class of 500 test images",
+            "always answering the most frequent class of 1,000 test images",
+        ]
 
     def test_a_bar_in_a_name_does_not_break_markdown(self):
         row = dataclasses.replace(four_rows()[0], mode="a|b")
@@ -184,6 +222,10 @@ class TestTables:
         assert ratios[LOOP]["epoch"] == pytest.approx(6 / 0.1)
         assert ratios[LOOP]["next_run"] == pytest.approx(18 / 0.3)
         assert speedups(four_rows()[2:]) == {}
+
+    def test_speedups_leave_out_heads_without_epochs(self):
+        head = dataclasses.replace(four_rows()[1], mode="default", num_epochs=0)
+        assert speedups([head, *four_rows()]) == speedups(four_rows())
 
 
 class TestBreakEven:
@@ -272,6 +314,64 @@ class TestAdvice:
         assert (
             "beyond chance (p = 0.03)"
             in advice([row for row in four_rows() if row.mode != TUNE], {SLOW_TUNE: 0.03})[1]
+        )
+
+    def test_the_best_of_each_side_is_compared(self):
+        # Digits: the notebook's three epochs at 0.822, train-head's default at 0.981.
+        rows = four_rows(head=0.822, slow_tune=0.994, tune=0.97)
+        default = make_row("default head", "cached", 0.981, 6.6, extract=6.0)
+        rows.append(dataclasses.replace(default, test_interval=(0.96, 0.991)))
+        assert best_of(rows, "cached").mode == "default head"
+        said = advice(rows, {SLOW_TUNE: 0.18, CACHED: 1e-9})
+        assert said[1] == (
+            "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.994 against 0.981 for "
+            "default head on the same 500 test images, which may be chance (p = 0.72, corrected "
+            "for 2 heads and 2 fine-tunes)."
+        )
+        assert said[2].startswith("Pick the cached head here: it costs less")
+        assert "17." not in " ".join(said)
+
+    def test_equally_good_heads_are_ranked_by_time(self):
+        rows = [make_row("slow", "cached", 0.9, 9.0), make_row("fast", "cached", 0.9, 8.0)]
+        assert best_of(rows, "cached").mode == "fast"
+        assert best_of(rows, "finetune") is None
+
+    def test_more_accurate_is_never_said_of_what_does_not_beat_the_baseline(self):
+        rows = [
+            dataclasses.replace(row, baseline_top1=0.669, imbalanced=True, balanced_top1=balanced)
+            for row, balanced in zip(
+                four_rows(head=0.3, slow_tune=0.66), (0.4, 0.4, 0.4, 0.55), strict=True
+            )
+        ]
+        said = advice(rows, {SLOW_TUNE: 1e-9})
+        assert said[1] == (
+            "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.660 against 0.300 for the "
+            "cached head on the same 500 test images (balanced accuracy 0.550 and 0.400), and "
+            "neither beats always answering the most frequent class (0.669)."
+        )
+        assert said[2].startswith("Pick neither yet")
+        above = [*rows[:3], dataclasses.replace(rows[3], test_top1=0.69)]
+        assert advice(above, {SLOW_TUNE: 1e-9})[1].startswith("More accurate: full fine-tune")
+
+    def test_balanced_accuracy_that_says_the_opposite_leaves_it_undecided(self):
+        rows = [
+            dataclasses.replace(row, baseline_top1=0.5, imbalanced=True, balanced_top1=balanced)
+            for row, balanced in zip(four_rows(slow_tune=0.75), (0.7, 0.7, 0.6, 0.612), strict=True)
+        ]
+        said = advice(rows, {SLOW_TUNE: 1e-6})
+        assert said[1].endswith(
+            "(p < 0.001, corrected for 2 fine-tunes), but by balanced accuracy, where rare classes "
+            "count as much as common ones, the cached head leads, 0.700 against 0.612."
+        )
+        assert said[2].startswith(
+            "Pick full fine-tune (lr 1e-4) where every image counts alike, the cached head where "
+            "every class does;"
+        )
+        agreed = [dataclasses.replace(row, balanced_top1=row.test_top1) for row in rows]
+        assert advice(agreed, {SLOW_TUNE: 1e-6})[1].startswith(
+            "More accurate: full fine-tune (lr 1e-4), 0.750 against 0.640 for the cached head on "
+            "the same 500 test images (balanced accuracy 0.750 and 0.640; always answering the "
+            "most frequent class: 0.500); the difference"
         )
 
     def test_without_a_paired_test_the_intervals_decide(self):

@@ -23,6 +23,16 @@ def top1(labels: ArrayLike, predicted: ArrayLike) -> float:
     return float(correct.mean()) if correct.size else math.nan
 
 
+def majority(labels: ArrayLike) -> float:
+    """Share of rows in the most frequent class: what always answering it scores; NaN for no rows.
+
+    Args:
+        labels: True classes [N].
+    """
+    truth = np.asarray(labels, np.int64)
+    return float(np.bincount(truth).max() / truth.size) if truth.size else math.nan
+
+
 def topk(labels: ArrayLike, scores: ArrayLike, k: int = 5) -> float:
     """Share of rows whose true class is among the k highest scores; NaN for no rows.
 
@@ -59,12 +69,7 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDAr
     Raises:
         ValueError: The lengths differ, or a class lies outside 0 .. C-1.
     """
-    truth, guess = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
-    if truth.shape != guess.shape or truth.ndim != 1:
-        raise ValueError(f"labels {truth.shape} do not match predictions {guess.shape}")
-    for name, values in (("labels", truth), ("predictions", guess)):
-        if values.size and not 0 <= values.min() <= values.max() < num_classes:
-            raise ValueError(f"{name} must lie in 0 .. {num_classes - 1}")
+    truth, guess = _classes(labels, predicted, num_classes)
     flat = np.bincount(truth * num_classes + guess, minlength=num_classes * num_classes)
     return flat.reshape(num_classes, num_classes).astype(np.int64)
 
@@ -77,9 +82,9 @@ def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list
         predicted: Predicted classes [N].
         num_classes: Number C of classes.
     """
-    counts = confusion(labels, predicted, num_classes)
-    totals = counts.sum(axis=1)
-    hits = counts.diagonal()
+    truth, guess = _classes(labels, predicted, num_classes)
+    totals = np.bincount(truth, minlength=num_classes)
+    hits = np.bincount(truth[truth == guess], minlength=num_classes)
     return [float(h / t) if t else math.nan for h, t in zip(hits, totals, strict=True)]
 
 
@@ -93,6 +98,19 @@ def balanced(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> float
     """
     recalls = [r for r in per_class(labels, predicted, num_classes) if not math.isnan(r)]
     return float(np.mean(recalls)) if recalls else math.nan
+
+
+def imbalanced(labels: ArrayLike) -> bool:
+    """Whether the most frequent class has over a quarter more rows than classes have on average.
+
+    Top-1 then rewards the common classes, so that balanced accuracy has to be shown beside it.
+
+    Args:
+        labels: True classes [N].
+    """
+    counts = np.bincount(np.asarray(labels, np.int64))
+    present = counts[counts > 0]
+    return bool(present.size) and bool(present.max() > 1.25 * present.mean())
 
 
 def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> tuple[float, float]:
@@ -154,6 +172,18 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
     # Whole numbers until the last step: 2**1000 does not fit a float's precision, its ratio does.
     return min(1.0, 2 * tail / (1 << differing))
+
+
+def _classes(
+    labels: ArrayLike, predicted: ArrayLike, num_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    truth, guess = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
+    if truth.shape != guess.shape or truth.ndim != 1:
+        raise ValueError(f"labels {truth.shape} do not match predictions {guess.shape}")
+    for name, values in (("labels", truth), ("predictions", guess)):
+        if values.size and not 0 <= values.min() <= values.max() < num_classes:
+            raise ValueError(f"{name} must lie in 0 .. {num_classes - 1}")
+    return truth, guess
 
 
 def _correct(labels: ArrayLike, predicted: ArrayLike) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from featcache.metrics import mcnemar
 from featcache.page.read import Benchmark, Found
-from featcache.report import Row, RunReport, advice, benchmark_rows
+from featcache.report import Row, RunReport, advice, benchmark_rows, best_of
 from featcache.report.run import Approach
 
 NAMES: dict[Approach, str] = {
@@ -117,8 +117,6 @@ def _of_run(path: Path, report: RunReport, extractions: dict[str, float]) -> Mod
         else:
             known = False
     row = benchmark_rows([(_name(report, approach), approach, report, extraction)])[0]
-    if not row.points:
-        row = dataclasses.replace(row, points=((row.seconds_total, row.test_top1),))
     return Mode(row=row, source=path, report=report, known_extraction=known)
 
 
@@ -175,8 +173,9 @@ def mode_advice(modes: Sequence[Mode], found: Found) -> list[str]:
 
 
 def _p_values(modes: Sequence[Mode]) -> dict[str, float]:
-    """Paired tests of every mode against the first cached head."""
-    cached = next((mode for mode in modes if mode.row.approach == "cached"), None)
+    """Paired tests of every mode against the best cached head."""
+    best = best_of([mode.row for mode in modes], "cached")
+    cached = next((mode for mode in modes if mode.row is best), None)
     if cached is None or cached.report is None or cached.report.test is None:
         return {}
     right = cached.report.test.correct()

@@ -190,6 +190,10 @@ def _share(value: Any) -> float:
     return float(value)
 
 
+def _known_share(value: Any) -> float | None:
+    return None if value is None else _share(value)
+
+
 def _seconds(value: Any) -> float:
     if not 0 <= _finite(value) <= MAX_SECONDS:
         raise UserError(f"{value!r:.40} are not seconds")
@@ -221,6 +225,9 @@ def _row(value: dict[str, Any]) -> Row:
         extract_seconds=_seconds(value.get("extract_seconds", 0.0)),
         num_epochs=_count(value.get("num_epochs", 0)),
         points=tuple((_seconds(s), _share(t)) for s, t in value.get("points", ())),
+        baseline_top1=_known_share(value.get("baseline_top1")),
+        balanced_top1=_known_share(value.get("balanced_top1")),
+        imbalanced=value.get("imbalanced") is True,
     )
 
 

@@ -1,6 +1,6 @@
 """What a run measured, and what follows from it: run files, tables, advice, plots."""
 
-from featcache.report.advice import advice
+from featcache.report.advice import advice, beats, beside_top1, best_of
 from featcache.report.plots import plot_accuracy_against_seconds
 from featcache.report.run import Predictions, Row, RunReport, benchmark_rows, config_json
 from featcache.report.tables import break_even, markdown_table, speedups, text_table
@@ -10,7 +10,10 @@ __all__ = [
     "Row",
     "RunReport",
     "advice",
+    "beats",
     "benchmark_rows",
+    "beside_top1",
+    "best_of",
     "break_even",
     "config_json",
     "markdown_table",

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from featcache.report.run import Row
-from featcache.report.tables import seconds_text, times_text
+from featcache.report.run import Approach, Row
+from featcache.report.tables import MAJORITY, seconds_text, times_text
 
 LEVEL = 0.05
 
@@ -18,46 +18,99 @@ LEVEL = 0.05
 def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> list[str]:
     """Say which mode was faster, which more accurate, and when to pick each, here.
 
-    The cached head is set against the most accurate full fine-tune. As that one is the best of
-    several, its p value is multiplied by their number (Bonferroni), so that trying many learning
-    rates does not make a difference look surer than it is.
+    The most accurate cached head is set against the most accurate full fine-tune. As each is the
+    best of several, the p value is multiplied by the number of pairs (Bonferroni), so that trying
+    many settings does not make a difference look surer than it is. A mode is called more accurate
+    only where it also beats always answering the most frequent class, and where balanced accuracy
+    does not say the opposite.
 
     Args:
-        rows: The comparison's lines; those that are not the cached head, the head with the
-            network in the loop, or a full fine-tune play no part.
-        p_values: By a row's mode, the p value of a paired test of that mode against the cached
-            head on the same test images. A fine-tune without one is judged by whether the 95 %
-            intervals overlap.
+        rows: The comparison's lines.
+        p_values: By a row's mode, the p value of a paired test of that mode against
+            `best_of(rows, "cached")` on the same test images. A fine-tune without one is judged by
+            whether the 95 % intervals overlap.
 
     Returns:
         Three sentences; only the first when there is no fine-tune; none without a cached head.
     """
-    cached = next((row for row in rows if row.approach == "cached"), None)
+    cached, tune = best_of(rows, "cached"), best_of(rows, "finetune")
     if cached is None:
         return []
-    tunes = [row for row in rows if row.approach == "finetune"]
-    if not tunes:
-        return [_speed(cached, [row for row in rows if row is not cached])]
-    tune = max(tunes, key=lambda row: (row.test_top1, -row.seconds_total))
-    p_value = (p_values or {}).get(tune.mode)
-    p_value = None if p_value is None else min(1.0, p_value * len(tunes))
     loops = [row for row in rows if row.approach == "loop"]
-    sure = _is_sure(cached, tune, p_value)
-    return [
-        _speed(cached, [*loops, tune]),
-        _accuracy(cached, tune, p_value, sure, len(tunes)),
-        _pick(cached, tune, sure),
-    ]
+    if tune is None:
+        return [_speed(cached, loops)]
+    match = _Match(cached, tune, rows, (p_values or {}).get(tune.mode))
+    return [_speed(cached, [*loops, tune]), _accuracy(match), _pick(match)]
 
 
-def _is_sure(cached: Row, tune: Row, p_value: float | None) -> bool:
-    """Whether the difference in accuracy is beyond chance."""
-    if cached.test_top1 == tune.test_top1:
-        return False
-    if p_value is not None:
-        return p_value < LEVEL
-    low, high = sorted((cached, tune), key=lambda row: row.test_top1)
-    return low.test_interval[1] < high.test_interval[0]
+def best_of(rows: Sequence[Row], approach: Approach) -> Row | None:
+    """The most accurate row of a kind, the fastest among equals; None where there is none."""
+    some = [row for row in rows if row.approach == approach]
+    return max(some, key=lambda row: (row.test_top1, -row.seconds_total), default=None)
+
+
+def beats(top1: float, baseline_top1: float | None) -> bool:
+    """Whether a mode is more accurate than a baseline, where that is known.
+
+    Args:
+        top1: Of the mode.
+        baseline_top1: What answering the most frequent class every time reaches.
+    """
+    return baseline_top1 is None or top1 > baseline_top1
+
+
+def beside_top1(shares: Sequence[float | None], baseline_top1: float | None = None) -> str:
+    """What has to be read beside top-1 where classes differ in size, in brackets.
+
+    Args:
+        shares: Balanced accuracies; the text is empty where one is not known.
+        baseline_top1: What answering the most frequent class every time reaches, to be named too.
+    """
+    if None in shares:
+        return ""
+    baseline = "" if baseline_top1 is None else f"; {MAJORITY}: {baseline_top1:.3f}"
+    return f" (balanced accuracy {' and '.join(f'{share:.3f}' for share in shares)}{baseline})"
+
+
+class _Match:
+    """The best cached head against the best fine-tune, and how sure the difference is."""
+
+    def __init__(self, cached: Row, tune: Row, rows: Sequence[Row], p_value: float | None) -> None:
+        self.cached, self.tune = cached, tune
+        self.num_heads = sum(row.approach == "cached" for row in rows)
+        self.num_tunes = sum(row.approach == "finetune" for row in rows)
+        num_pairs = self.num_heads * self.num_tunes
+        self.p_value = None if p_value is None else min(1.0, p_value * num_pairs)
+        tune_ahead = tune.test_top1 >= cached.test_top1
+        self.ahead, self.behind = (tune, cached) if tune_ahead else (cached, tune)
+        self.useful = beats(self.ahead.test_top1, self.ahead.baseline_top1)
+        ours, theirs = self.ahead.balanced_top1, self.behind.balanced_top1
+        self.contradicted = ours is not None and theirs is not None and ours < theirs
+        self.beyond_chance = self._beyond_chance()
+        self.sure = self.beyond_chance and self.useful and not self.contradicted
+
+    def _beyond_chance(self) -> bool:
+        if self.cached.test_top1 == self.tune.test_top1:
+            return False
+        if self.p_value is not None:
+            return self.p_value < LEVEL
+        return self.behind.test_interval[1] < self.ahead.test_interval[0]
+
+    def name(self, row: Row) -> str:
+        """The cached head by its own name only where there are several."""
+        return "the cached head" if row is self.cached and self.num_heads == 1 else row.mode
+
+    def evidence(self) -> str:
+        """What makes the difference sure, or not."""
+        if self.p_value is None:
+            return f"the 95 % intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
+        text = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
+        tried = [
+            f"{number} {what}"
+            for number, what in ((self.num_heads, "heads"), (self.num_tunes, "fine-tunes"))
+            if number > 1
+        ]
+        return f"{text}, corrected for {' and '.join(tried)}" if tried else text
 
 
 def _speed(cached: Row, others: Sequence[Row]) -> str:
@@ -78,35 +131,54 @@ def _speed(cached: Row, others: Sequence[Row]) -> str:
     )
 
 
-def _accuracy(cached: Row, tune: Row, p_value: float | None, sure: bool, num_tunes: int) -> str:
-    tune_ahead = tune.test_top1 >= cached.test_top1
-    ahead, ahead_top1 = (tune.mode, tune.test_top1) if tune_ahead else ("the cached head", 0.0)
-    behind, behind_top1 = ("the cached head", cached.test_top1)
-    if not tune_ahead:
-        ahead_top1, behind, behind_top1 = cached.test_top1, tune.mode, tune.test_top1
-    scores = (
-        f"{ahead_top1:.3f} against {behind_top1:.3f} for {behind} "
-        f"on the same {cached.num_test} test images"
-    )
-    why = _evidence(p_value, sure, num_tunes)
-    if sure:
-        return f"More accurate: {ahead}, {scores}; the difference is beyond chance ({why})."
-    if cached.test_top1 == tune.test_top1:
+def _accuracy(match: _Match) -> str:
+    ahead, behind = match.name(match.ahead), match.name(match.behind)
+    test = f"on the same {match.ahead.num_test} test images"
+    scores = f"{match.ahead.test_top1:.3f} against {match.behind.test_top1:.3f} for {behind} {test}"
+    balanced = ""
+    if match.ahead.imbalanced:
+        shares = (match.ahead.balanced_top1, match.behind.balanced_top1)
+        balanced = beside_top1(shares, match.ahead.baseline_top1 if match.useful else None)
+    if match.sure:
         return (
-            f"Accuracy does not decide: {tune.mode} and the cached head both have "
-            f"{tune.test_top1:.3f} on the same {cached.num_test} test images."
+            f"More accurate: {ahead}, {scores}{balanced}; the difference is beyond chance "
+            f"({match.evidence()})."
         )
-    return f"Accuracy does not decide: {ahead} has {scores}, which may be chance ({why})."
+    if not match.useful:
+        return (
+            f"Accuracy does not decide: {ahead} has {scores}{balanced}, and neither beats "
+            f"{MAJORITY} ({match.ahead.baseline_top1:.3f})."
+        )
+    if match.cached.test_top1 == match.tune.test_top1:
+        return (
+            f"Accuracy does not decide: {ahead} and {behind} both have "
+            f"{match.tune.test_top1:.3f} {test}{balanced}."
+        )
+    if match.beyond_chance:
+        return (
+            f"Accuracy does not decide: {ahead} has {scores} ({match.evidence()}), but by balanced "
+            f"accuracy, where rare classes count as much as common ones, {behind} leads, "
+            f"{match.behind.balanced_top1:.3f} against {match.ahead.balanced_top1:.3f}."
+        )
+    return (
+        f"Accuracy does not decide: {ahead} has {scores}{balanced}, which may be chance "
+        f"({match.evidence()})."
+    )
 
 
-def _evidence(p_value: float | None, sure: bool, num_tunes: int) -> str:
-    if p_value is None:
-        return f"the 95 % intervals {'do not overlap' if sure else 'overlap'}"
-    text = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
-    return f"{text}, corrected for {num_tunes} fine-tunes" if num_tunes > 1 else text
+def _pick(match: _Match) -> str:
+    if not match.useful:
+        return "Pick neither yet: first try more train images or other weights."
+    if match.beyond_chance and not match.sure:
+        common, rare = match.name(match.ahead), match.name(match.behind)
+        return (
+            f"Pick {common} where every image counts alike, {rare} where every class does; more "
+            "images of the rare classes could decide."
+        )
+    return _pick_by_time(match.cached, match.tune, match.sure)
 
 
-def _pick(cached: Row, tune: Row, sure: bool) -> str:
+def _pick_by_time(cached: Row, tune: Row, sure: bool) -> str:
     cached_faster = cached.seconds_total <= tune.seconds_total
     gap = seconds_text(abs(tune.seconds_total - cached.seconds_total))
     points = abs(tune.test_top1 - cached.test_top1) * 100

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from featcache import metrics
 from featcache.errors import UserError
 from featcache.runtime import write_json
 
@@ -36,6 +37,11 @@ class Predictions:
     def correct(self) -> list[bool]:
         """Whether each image was classified rightly."""
         return [a == b for a, b in zip(self.labels, self.predicted, strict=True)]
+
+    def balanced(self) -> float:
+        """Mean recall over the classes that have test images."""
+        num_classes = 1 + max([*self.labels, *self.predicted], default=0)
+        return metrics.balanced(self.labels, self.predicted, num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,11 @@ class Row:
     extraction where there is one (`extract_seconds`), training, and scoring the test split after
     every epoch. `seconds_per_epoch` is the training pass alone, `images_per_s` what it reaches;
     `eval_seconds_per_epoch` is what scoring adds.
-    `points` are (seconds since the mode began, test top-1) at the end of each epoch.
+    `points` are (seconds since the mode began, test top-1) at the end of each epoch, or of the run
+    where it has no epochs.
+    `baseline_top1` is the accuracy of always answering the most frequent class of the test images,
+    `balanced_top1` the mode's mean recall over classes; None where the predictions are not known.
+    `imbalanced` tells whether classes differ so much in size that the two have to be read together.
     """
 
     mode: str
@@ -154,6 +164,9 @@ class Row:
     extract_seconds: float = 0.0
     num_epochs: int = 0
     points: tuple[tuple[float, float], ...] = ()
+    baseline_top1: float | None = None
+    balanced_top1: float | None = None
+    imbalanced: bool = False
 
     @property
     def later_seconds(self) -> float:
@@ -193,6 +206,9 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         extract_seconds=extract_seconds,
         num_epochs=len(run.epochs),
         points=_points(run, extract_seconds),
+        baseline_top1=metrics.majority(run.test.labels) if run.test else None,
+        balanced_top1=run.test.balanced() if run.test else None,
+        imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
     )
 
 
@@ -200,8 +216,10 @@ def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float]
     """Seconds since the mode began and accuracy, at the end of each epoch.
 
     What a run spends outside its epochs (reading the data, building the network) comes before
-    the first of them.
+    the first of them. A run without epochs has one point, at its end.
     """
+    if not run.epochs:
+        return ((extract_seconds + run.seconds_total, run.test_top1),)
     spent = [float(e["seconds"]) + float(e.get("eval_seconds", 0.0)) for e in run.epochs]
     elapsed = extract_seconds + max(run.seconds_total - sum(spent), 0.0)
     points = []

@@ -17,6 +17,8 @@ HEADER = (
     "speed-up",
 )
 
+MAJORITY = "always answering the most frequent class"
+
 
 def seconds_text(seconds: float) -> str:
     """Seconds for people: "0.8 ms", "0.042 s", "6.1 s", "305 s"; "2.1 h" from an hour on."""
@@ -38,26 +40,49 @@ def times_text(ratio: float) -> str:
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table's body as text, one tuple per row in the order of `HEADER`.
 
-    Accuracy comes with its 95 % interval. The total has the extraction in it. Speed-up is the total
-    time of the slowest mode divided by this mode's.
+    Accuracy comes with its 95 % interval, and with the balanced accuracy where classes differ in
+    size. The total has the extraction in it. Speed-up is the total time of the slowest mode divided
+    by this mode's. The last row is the baseline that any mode has to beat.
     """
     slowest = max((row.seconds_total for row in rows), default=0.0)
     cells: list[tuple[str, ...]] = []
     for row in rows:
-        low, high = row.test_interval
         ratio = slowest / row.seconds_total if row.seconds_total else math.inf
         cells.append(
             (
                 row.mode,
                 f"{row.trainable_params:,}",
-                f"{row.test_top1:.3f} [{low:.2f}, {high:.2f}]",
+                _accuracy(row),
                 seconds_text(row.seconds_per_epoch) if row.num_epochs else "no epochs",
                 seconds_text(row.extract_seconds) if row.extract_seconds else "none",
                 seconds_text(row.seconds_total),
                 times_text(ratio),
             )
         )
-    return cells
+    return cells + _baselines(rows)
+
+
+def _accuracy(row: Row) -> str:
+    low, high = row.test_interval
+    text = f"{row.test_top1:.3f} [{low:.2f}, {high:.2f}]"
+    if row.imbalanced and row.balanced_top1 is not None:
+        text += f", balanced {row.balanced_top1:.3f}"
+    return text
+
+
+def _baselines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """What answering the most frequent class every time reaches, for every test split."""
+    found = sorted({(r.num_test, r.baseline_top1) for r in rows if r.baseline_top1 is not None})
+    rest = ("–",) * (len(HEADER) - 3)
+    return [
+        (
+            MAJORITY if len(found) == 1 else f"{MAJORITY} of {num_test:,} test images",
+            "0",
+            f"{top1:.3f}",
+            *rest,
+        )
+        for num_test, top1 in found
+    ]
 
 
 def text_table(rows: Sequence[Row]) -> str:
@@ -107,13 +132,15 @@ def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | N
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """How many times as fast the cached mode is as each other one.
+    """How many times as fast a head on the cache is as each mode with the network in the loop.
+
+    The head is the first that trains in epochs, as the others do.
 
     Returns:
         By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
-        "next_run" (the cache being there); empty without a cached row.
+        "next_run" (the cache being there); empty without such a head.
     """
-    cached = next((row for row in rows if row.approach == "cached"), None)
+    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
     if cached is None:
         return {}
     return {
@@ -123,5 +150,5 @@ def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
             "next_run": row.seconds_total / cached.later_seconds,
         }
         for row in rows
-        if row is not cached
+        if row.approach != "cached"
     }
