@@ -2,55 +2,108 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from featcache.compare.plan import Spec
 from featcache.curve import Mode
 from featcache.report import RunReport
 
 
-@dataclass
-class Budget:
-    """Seconds to spend on runs, and what runs have taken so far.
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What a run took, in parts that grow with different numbers.
 
-    A run of a mode without a finished one is always allowed: nothing can be said of it.
+    Attributes:
+        passes: Train images seen, epochs counted.
+        per_pass: Seconds of one of them.
+        per_train: Seconds for each train image, once: reading, and the linear probe's pass.
+        per_test: Seconds for each test image: reading and scoring.
+        fixed: Seconds that stay as they are.
     """
 
+    passes: int
+    per_pass: float
+    per_train: float = 0.0
+    per_test: float = 0.0
+    fixed: float = 0.0
+
+    def seconds(self, num_train: int, num_epochs: int, num_test: int) -> float:
+        """Seconds of another run."""
+        growing = self.per_pass * num_epochs + self.per_train
+        return self.fixed + growing * num_train + self.per_test * num_test
+
+
+def head_pace(report: RunReport, spent: float) -> Pace:
+    """Of a cached head; what is not fitting is taken to stay as it is.
+
+    Args:
+        report: Of the run.
+        spent: Seconds that it took in all.
+    """
+    fitting, num_train = float(report.more["fit_seconds"]), int(report.more["num_train"])
+    return Pace(passes=num_train, per_pass=fitting / num_train, fixed=max(spent - fitting, 0.0))
+
+
+def tuning_pace(report: RunReport, spent: float) -> Pace:
+    """Of a fine-tune; arguments as of `head_pace`.
+
+    The fastest epoch counts: slower ones were the first, or shared the machine with other work.
+    """
+    more = report.more
+    num_train, num_test = int(more["num_train"]), int(more["num_test"])
+    epochs = [float(epoch["seconds"]) for epoch in report.epochs]
+    scoring = sum(float(epoch.get("eval_seconds", 0.0)) for epoch in report.epochs)
+    reading = float(more["read_seconds"]) / (num_train + num_test)
+    forward = scoring / num_test
+    per_train = reading + (forward if more.get("probe") else 0.0)
+    rest = spent - sum(epochs) - (reading + forward) * num_test - per_train * num_train
+    return Pace(
+        passes=num_train * len(epochs),
+        per_pass=min(epochs) / num_train,
+        per_train=per_train,
+        per_test=reading + forward,
+        fixed=max(rest, 0.0),
+    )
+
+
+def pace_of(report: RunReport) -> Pace:
+    """Of a finished run of either mode.
+
+    Raises:
+        KeyError, TypeError, ValueError, ZeroDivisionError: The report is damaged.
+    """
+    cell = report.more["cell"]
+    pace = head_pace if cell["mode"] == "cached" else tuning_pace
+    return pace(report, float(cell["spent_seconds"]))
+
+
+@dataclass
+class Budget:
+    """Seconds to spend on runs, and what runs have taken so far."""
+
     seconds: float
+    num_test: int
     spent: float = 0.0
-    _largest: dict[Mode, tuple[int, float, float]] = field(default_factory=dict)
+    _paces: dict[Mode, list[Pace]] = field(default_factory=dict)
 
-    def add(self, spec: Spec, report: RunReport) -> None:
+    def add(self, report: RunReport) -> None:
         """Take note of a finished run, made now or at an earlier start."""
-        spent = float(report.more["cell"]["spent_seconds"])
-        self.spent += spent
-        passes = passes_of(report)
-        if passes >= self._largest.get(spec.mode, (0, 0.0, 0.0))[0]:
-            self._largest[spec.mode] = (passes, training_seconds(report), spent)
+        cell = report.more["cell"]
+        self.spent += float(cell["spent_seconds"])
+        self.learn(cell["mode"], pace_of(report))
 
-    def estimate(self, mode: Mode, passes: int) -> float | None:
-        """Seconds of a run that trains on so many images, repetitions counted; None: unknown.
+    def learn(self, mode: Mode, pace: Pace) -> None:
+        """Estimate from this pace too."""
+        self._paces.setdefault(mode, []).append(pace)
 
-        What is not training (reading and scoring the test split) is taken to stay as it is.
-        """
-        if mode not in self._largest:
+    def estimate(self, mode: Mode, num_train: int, num_epochs: int) -> float | None:
+        """Seconds of another run, from the known run nearest in length; None: none is known."""
+        if mode not in self._paces:
             return None
-        known, training, spent = self._largest[mode]
-        return spent - training + training * passes / max(known, 1)
+        passes = num_train * num_epochs
+        nearest = min(self._paces[mode], key=lambda pace: abs(math.log(pace.passes / passes)))
+        return nearest.seconds(num_train, num_epochs, self.num_test)
 
     def allows(self, seconds: float | None) -> bool:
-        """Whether a run of this length still fits."""
+        """Whether a run of this length still fits; one of unknown length does."""
         return seconds is None or self.spent + seconds <= self.seconds
-
-
-def passes_of(report: RunReport) -> int:
-    """Train images seen, epochs counted."""
-    epochs = len(report.epochs) if report.more["cell"]["mode"] == "finetune" else 1
-    return int(report.more["num_train"]) * max(epochs, 1)
-
-
-def training_seconds(report: RunReport) -> float:
-    """Seconds that grow with the number of train images."""
-    if report.more["cell"]["mode"] == "finetune":
-        return sum(float(epoch["seconds"]) for epoch in report.epochs)
-    return float(report.more["cell"]["trial_seconds"])

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featcache.cache import FeatureCache
+from featcache.compare.budget import Pace, pace_of, tuning_pace
 from featcache.compare.extraction import Extraction
-from featcache.compare.plan import Spec
+from featcache.compare.plan import Ints, Spec, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.curve import cell_of
 from featcache.data import ImageDataset
@@ -21,9 +24,12 @@ from featcache.finetune import finetune
 from featcache.finetune.plan import make_plan
 from featcache.heads import train_head
 from featcache.report import RunReport, config_json
+from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
 """A small train set's epoch takes less time than writing the network's state."""
+TIMED_BATCHES, TIMED_EPOCHS = 2, 2
+"""Of a fine-tune that is only timed: the first epoch warms up."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +65,8 @@ def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
         cell = report.more["cell"]
         right = cell["key"] == spec.key
         cell_of(report)
-    except (UserError, KeyError, TypeError):
+        pace_of(report)
+    except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # damaged, or of another version: it is made anew
     return report if right else None
 
@@ -91,12 +98,34 @@ def do_run(bench: Bench, spec: Spec) -> RunReport:
 
 def warm_up(bench: Bench, spec: Spec) -> None:
     """Fit a head without keeping it, so that the first run's time holds no loading of libraries."""
-    import sklearn.linear_model  # noqa: F401 - fine-tuning's first step
-
     with tempfile.TemporaryDirectory() as folder:
         config = head_config(bench, spec)
         path = Path(folder) / "head.safetensors"
         train_head(dataclasses.replace(config, output=path), spec.rows)
+
+
+def time_tuning(bench: Bench) -> Pace:
+    """Fine-tune on a few images without keeping anything, to tell what whole runs will take.
+
+    It also loads fine-tuning's libraries, which the first run would pay for.
+    """
+    import sklearn.linear_model  # noqa: F401 - the linear probe's, before the clock runs
+
+    config, splits = bench.config, bench.dataset.splits
+    tuning = finetune_config(config, None, config.seed)
+    tuning = dataclasses.replace(tuning, epochs=TIMED_EPOCHS)
+    say("timing a few steps of fine-tuning, to know which runs fit into the budget")
+    wanted = TIMED_BATCHES * tuning.batch_size
+    start = time.perf_counter()
+    few = {}
+    for name in ("train", "test"):
+        labels = splits[name].labels
+        each = math.ceil(wanted / len(np.unique(labels)))
+        rows = nested_rows(splits[name].ids, labels, each, config.seed)
+        places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
+        few[name] = rows[places]
+    report = _tune(bench, tuning, "timing", **few)
+    return tuning_pace(report, time.perf_counter() - start)
 
 
 def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:
@@ -146,21 +175,27 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
 
 def _finetune(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
     """Fine-tune on some train images; the model itself is not kept."""
-    model = bench.output / "work" / f"{spec.name}.safetensors"
     config = finetune_config(bench.config, len(spec.rows), spec.seed)
-    config = dataclasses.replace(config, output=model)
-    whole = bench.dataset
-    train = whole.splits["train"]
-    part = train.subset(spec.rows).with_content(train.content[spec.rows])
-    dataset = dataclasses.replace(whole, splits={"train": part, "test": whole.splits["test"]})
-    finetune(config, dataset, checkpoint_s=CHECKPOINT_S)
-    report = RunReport.load(model.with_suffix(".json"))
+    test = np.arange(len(bench.dataset.splits["test"]))
+    report = _tune(bench, config, spec.name, train=spec.rows, test=test)
     cost = _tuning_seconds(report)
+    return report, cost, cost
+
+
+def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
+    """Fine-tune on these rows of train, score on these of test; only the report is kept."""
+    model = bench.output / "work" / f"{name}.safetensors"
+    config = dataclasses.replace(config, output=model)
+    splits = {
+        split: whole.subset(rows[split]).with_content(whole.content[rows[split]])
+        for split, whole in bench.dataset.splits.items()
+    }
+    finetune(config, dataclasses.replace(bench.dataset, splits=splits), checkpoint_s=CHECKPOINT_S)
+    report = RunReport.load(model.with_suffix(".json"))
     kept = {name: value for name, value in report.more.items() if name != "model"}
-    report = dataclasses.replace(report, more=kept, config=config_json(config))
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
-    return report, cost, cost
+    return dataclasses.replace(report, more=kept, config=config_json(config))
 
 
 def _tuning_seconds(report: RunReport) -> float:

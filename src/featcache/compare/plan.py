@@ -82,7 +82,8 @@ def make_plan(
 ) -> list[Spec]:
     """Every run in the order of importance: all sizes of a draw before the next draw.
 
-    A size that takes in every train image is the same as all, and made once.
+    Within a draw the largest size comes first, since it is what a user has, then the others from
+    the smallest up. A size that takes in every train image is the same as all, and made once.
 
     Args:
         config: The command's settings.
@@ -94,6 +95,7 @@ def make_plan(
     sizes: list[int | None] = [n for n in config.wanted_sizes() if n is not None and n < largest]
     if len(sizes) < len(config.wanted_sizes()):
         sizes.append(None)
+    sizes = [sizes[-1], *sizes[:-1]]
     specs = []
     for draw in range(config.num_seeds):
         for size in sizes:

@@ -14,10 +14,17 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from featcache.compare.budget import Budget
-from featcache.compare.cells import Bench, do_run, finetune_config, load_finished, warm_up
+from featcache.compare.cells import (
+    Bench,
+    do_run,
+    finetune_config,
+    load_finished,
+    time_tuning,
+    warm_up,
+)
 from featcache.compare.extraction import extract_config, shared_cache
 from featcache.compare.plan import Spec, make_plan
 from featcache.config import CompareConfig, TrainHeadConfig, flatten
@@ -130,43 +137,59 @@ def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:
     }
 
 
-Done = list[tuple[Spec, RunReport]]
+Done = dict[Spec, RunReport]
 
 
 def _run_all(bench: Bench, plan: list[Spec]) -> tuple[Done, list[dict[str, Any]], float]:
     """Make or find every run that the budget allows; also what was left out, and seconds spent."""
-    budget = Budget(bench.config.budget * MINUTE, bench.extraction.spent_seconds)
-    done: Done = []
-    left_out: list[dict[str, Any]] = []
-    found = 0
-    for number, spec in enumerate(plan, start=1):
+    num_test = len(bench.dataset.splits["test"])
+    budget = Budget(bench.config.budget * MINUTE, num_test, bench.extraction.spent_seconds)
+    done: Done = {}
+    for spec in plan:
         report = load_finished(bench, spec)
-        if report is None:
-            estimate = budget.estimate(spec.mode, _passes(bench, spec))
-            if not budget.allows(estimate):
-                left_out.append(_left_out(spec, estimate))
-                continue
-            about = "" if estimate is None else f", about {seconds_text(estimate)}"
-            if number == found + 1:
-                warm_up(bench, spec)
-            say(f"[{number}/{len(plan)}] {spec.title}{about}")
-            report = do_run(bench, spec)
-            say(f"    test accuracy {report.test_top1:.3f}")
-        else:
-            found += 1
-        budget.add(spec, report)
-        done.append((spec, report))
-    if found:
-        say(f"{found} of {len(plan)} runs were there from an earlier start")
-    return done, left_out, budget.spent
+        if report is not None:
+            budget.add(report)
+            done[spec] = report
+    if done:
+        say(f"{len(done)} of {len(plan)} runs were there from an earlier start")
+    if len(done) < len(plan):
+        warm_up(bench, min(plan, key=lambda spec: len(spec.rows)))
+    if not any(spec.mode == "finetune" for spec in done):
+        budget.learn("finetune", time_tuning(bench))
+    while (chosen := _next(bench, plan, done, budget)) is not None:
+        estimate = _estimate(bench, chosen, budget)
+        about = "" if estimate is None else f", about {seconds_text(estimate)}"
+        say(f"[{len(done) + 1}/{len(plan)}] {chosen.title}{about}")
+        done[chosen] = do_run(bench, chosen)
+        say(f"    test accuracy {done[chosen].test_top1:.3f}")
+        budget.add(done[chosen])
+    left_out = [_left_out(s, _estimate(bench, s, budget)) for s in plan if s not in done]
+    return {spec: done[spec] for spec in plan if spec in done}, left_out, budget.spent
 
 
-def _passes(bench: Bench, spec: Spec) -> int:
-    """Train images that a run sees, epochs counted."""
-    if spec.mode == "cached":
-        return len(spec.rows)
-    tuning = finetune_config(bench.config, len(spec.rows), spec.seed)
-    return len(spec.rows) * make_tuning_plan(tuning).epochs
+def _next(bench: Bench, plan: list[Spec], done: Done, budget: Budget) -> Spec | None:
+    """The most important run that the budget allows; None: there is none.
+
+    What was too long is looked at again after every run, as estimates get better. One size is made
+    in both modes in any case, the smallest if no other fits, since there is nothing to say without.
+    """
+    pending = [spec for spec in plan if spec not in done]
+    for spec in pending:
+        if budget.allows(_estimate(bench, spec, budget)):
+            return spec
+    made = {mode: {(s.size, s.draw) for s in done if s.mode == mode} for mode in get_args(Mode)}
+    if set.intersection(*made.values()):
+        return None
+    return min(pending, key=lambda spec: (spec.draw, len(spec.rows)), default=None)
+
+
+def _estimate(bench: Bench, spec: Spec, budget: Budget) -> float | None:
+    """Seconds of a run, as far as can be known."""
+    epochs = 1
+    if spec.mode == "finetune":
+        tuning = finetune_config(bench.config, len(spec.rows), spec.seed)
+        epochs = make_tuning_plan(tuning).epochs
+    return budget.estimate(spec.mode, len(spec.rows), epochs)
 
 
 def _left_out(spec: Spec, estimate: float | None) -> dict[str, Any]:
@@ -185,7 +208,7 @@ def _report(
 ) -> dict[str, Any]:
     """Everything that was found, as plain JSON values."""
     config, num_test = bench.config, len(bench.dataset.splits["test"])
-    points = curve_points(cell_of(report) for _, report in done)
+    points = curve_points(cell_of(report) for report in done.values())
     report = {
         "command": "compare",
         "output": str(bench.output),
@@ -195,7 +218,7 @@ def _report(
         "advice": curve_advice(points),
         "left_out": left_out,
         "notes": _notes(bench, points, left_out, spent),
-        "runs": [f"runs/{spec.name}.json" for spec, _ in done],
+        "runs": [f"runs/{spec.name}.json" for spec in done],
         "num_planned": len(plan),
         "spent_seconds": spent,
         "extraction": dataclasses.asdict(bench.extraction),

@@ -23,8 +23,8 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     num_seeds: int = 3
     """Draws of train images per size, as far as --budget allows."""
     budget: float = 10.0
-    """Minutes to spend on runs, those of earlier starts included; a first run of each mode is
-    always made, and all sizes come before second seeds."""
+    """Minutes to spend on runs, those of earlier starts included. The largest size comes first, and
+    all sizes before second seeds; one size is made in both modes however long it takes."""
     solver: Solver = "logistic"
     """What fits the cached head, as in train-head."""
     recipe: Literal["notebook", "good"] = "good"
