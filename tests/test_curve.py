@@ -7,6 +7,7 @@ import pytest
 
 from curve_helpers import NUM_TEST, cell, pair
 from featcache.curve import (
+    Cell,
     crossing,
     curve_advice,
     curve_cells,
@@ -93,9 +94,10 @@ def test_crossing_kinds() -> None:
 
 def test_sentences_where_the_curves_cross() -> None:
     assert curve_advice(curve_points(CLEAR)) == [
-        "More accurate: the cached head with 5 per class, fine-tuning with all 2,000 images, "
-        "beyond chance on the same 500 test images (p < 0.001, corrected for 3 sizes); with 20 per "
-        "class the figures do not decide.",
+        "With all 2,000 images, fine-tuning is more accurate: 0.900 against 0.700 for the cached "
+        "head on the same 500 test images, beyond chance (p < 0.001, corrected for 3 sizes); with "
+        "fewer, the cached head leads beyond chance (5 per class) and the figures do not decide "
+        "(20 per class).",
         "The curves cross between 5 per class and all 2,000 images, near 200 images in all: with "
         "fewer, pick the cached head; with more, pick fine-tuning when 20.0 points are worth 114 s "
         "more.",
@@ -107,8 +109,10 @@ def test_sentences_where_the_curves_cross() -> None:
 
 def test_sentences_where_the_order_is_reversed() -> None:
     said = curve_advice(curve_points(REVERSED))
-    assert said[0].startswith(
-        "More accurate: the cached head with all 2,000 images, fine-tuning with 5 per class, "
+    assert said[0] == (
+        "With all 2,000 images, the cached head is more accurate: 0.900 against 0.700 for "
+        "fine-tuning on the same 500 test images, beyond chance (p < 0.001, corrected for 2 sizes);"
+        " with fewer, fine-tuning leads beyond chance (5 per class)."
     )
     assert said[1].endswith(
         "with fewer, pick fine-tuning; with more, pick the cached head: 20.0 points better and "
@@ -119,9 +123,8 @@ def test_sentences_where_the_order_is_reversed() -> None:
 
 def test_sentences_where_one_mode_leads_throughout() -> None:
     said = curve_advice(curve_points(HEAD_WINS))
-    assert said[0].startswith(
-        "More accurate: the cached head with 5 per class and all 2,000 images"
-    )
+    assert said[0].startswith("With all 2,000 images, the cached head is more accurate")
+    assert said[0].endswith("; with fewer, the cached head leads beyond chance (5 per class).")
     assert said[1] == (
         "The curves do not cross within the data: the cached head stays ahead of fine-tuning up to "
         "all 2,000 images, so pick the cached head: 20.0 points better and 114 s less."
@@ -131,8 +134,9 @@ def test_sentences_where_one_mode_leads_throughout() -> None:
 def test_sentences_where_nothing_is_decided() -> None:
     said = curve_advice(curve_points(UNDECIDED))
     assert said[0] == (
-        "Accuracy does not decide: with 5 per class and all 2,000 images, no difference is beyond "
-        "chance on the same 500 test images."
+        "With all 2,000 images, accuracy does not decide: the cached head has 0.800 and "
+        "fine-tuning 0.796 on the same 500 test images, which may be chance (p = 0.5, corrected "
+        "for 2 sizes); with fewer, the figures do not decide (5 per class)."
     )
     assert said[1] == (
         "Whether the curves cross, these figures do not say: pick the cached head, which costs "
@@ -155,6 +159,99 @@ def test_sentences_where_a_lead_is_lost_or_changes_twice() -> None:
     assert curve_advice(curve_points(REPEATED))[1].startswith("The lead changes more than once")
 
 
+def test_the_first_sentence_says_when_the_largest_size_was_not_measured() -> None:
+    cells = [*pair("5", 50, 200, 100), cell("cached", "all", 2000, 450)]
+    said = curve_advice(curve_points(cells))
+    assert said[0] == (
+        "Fine-tuning with all 2,000 images was not measured. With 5 per class, the cached head is "
+        "more accurate: 0.400 against 0.200 for fine-tuning on the same 500 test images, beyond "
+        "chance (p < 0.001)."
+    )
+    assert said[1] == (
+        "One size does not show whether the curves cross: pick the cached head: 20.0 points better "
+        "and 114 s less."
+    )
+
+
+def test_a_tie_and_draws_that_disagree() -> None:
+    assert (
+        "both modes have 0.600 on the same"
+        in curve_advice(curve_points(pair("all", 9, 300, 300)))[0]
+    )
+    cells = [*pair("all", 100, 100, 400, 0), *pair("all", 100, 150, 140, 1)]
+    assert curve_advice(curve_points(cells))[0] == (
+        "With all 100 images, accuracy does not decide: fine-tuning has 0.540 and the cached head "
+        "0.250 on the same 500 test images, but not with every draw (p < 0.001)."
+    )
+
+
+LABELS = np.repeat([0, 1, 2], [335, 100, 65])
+"""Always answering 0 is right for 0.670."""
+
+
+def skewed(mode: str, size: str, num_train: int, *rights: int) -> Cell:
+    """So many images of each class right."""
+    predicted = (LABELS + 1) % 3
+    for label, num in enumerate(rights):
+        rows = np.flatnonzero(label == LABELS)[:num]
+        predicted[rows] = label
+    cost = 6.0 if mode == "cached" else 120.0
+    return Cell(
+        mode=mode, size=size, num_train=num_train, seed=0, labels=LABELS, predicted=predicted,
+        cost_seconds=cost, trial_seconds=cost,
+    )  # fmt: skip
+
+
+def test_more_accurate_is_never_said_of_what_does_not_beat_the_baseline() -> None:
+    few = [skewed("cached", "5", 15, 100, 80, 50), skewed("finetune", "5", 15, 200, 80, 50)]
+    points = curve_points(few)
+    assert points[0].p_value < 0.001
+    assert (points[0].verdict, points[0].baseline_top1) == ("undecided", 0.67)
+    said = curve_advice(points)
+    assert said[0] == (
+        "With 5 per class, neither mode beats always answering the most frequent class (0.670): "
+        "fine-tuning has 0.660 and the cached head 0.460 on the same 500 test images (balanced "
+        "accuracy 0.722 and 0.623)."
+    )
+    assert "pick neither yet" in said[1]
+    cells = curve_cells(points)
+    assert cells[0][1].endswith(", balanced 0.623")
+    assert cells[0][5] == "neither"
+    assert cells[-1][:3] == ("most frequent class", "0.670", "0.670")
+    every = [skewed("cached", "all", 900, 300, 80, 50), skewed("finetune", "all", 900, 330, 95, 60)]
+    assert curve_advice(curve_points([*few, *every]))[0].endswith(
+        "; with fewer, neither beats always answering the most frequent class (5 per class)."
+    )
+    assert (
+        "beyond chance (p < 0.001, corrected for 2 sizes) (balanced accuracy"
+        in (curve_advice(curve_points([*few, *every]))[0])
+    )
+
+
+def test_balanced_accuracy_that_says_the_opposite_leaves_it_undecided() -> None:
+    cells = [skewed("cached", "all", 900, 270, 90, 60), skewed("finetune", "all", 900, 335, 80, 50)]
+    points = curve_points(cells)
+    assert points[0].p_value < 0.001
+    assert (points[0].verdict, points[0].useful) == ("undecided", True)
+    assert curve_advice(points)[0] == (
+        "With all 900 images, accuracy does not decide: fine-tuning has 0.930 and the cached head "
+        "0.840 on the same 500 test images (p < 0.001), but the cached head leads by "
+        "balanced accuracy, where rare classes count as much as common ones (balanced accuracy "
+        "0.856 and 0.876; always answering the most frequent class: 0.670)."
+    )
+
+
+def test_points_of_an_earlier_version_have_no_baseline() -> None:
+    values = points_json(curve_points(CLEAR))
+    for value in values:
+        del value["baseline_top1"], value["imbalanced"]
+        del value["cached"]["balanced_top1"], value["finetune"]["balanced_top1"]
+    points = points_from_json(values)
+    assert [p.verdict for p in points] == [p.verdict for p in curve_points(CLEAR)]
+    assert len(curve_cells(points)) == 3
+    assert curve_advice(points) == curve_advice(curve_points(CLEAR))
+
+
 def test_no_sentences_without_a_size_in_both_modes() -> None:
     points = curve_points([cell("cached", "5", 50, 100)])
     assert curve_advice(points) == []
@@ -172,7 +269,8 @@ def test_table_and_json_hold_the_same() -> None:
     )  # fmt: skip
     assert cells[0][3] == "−20.0"
     assert len(cells[0]) == len(curve_header())
-    assert len(curve_text(points).splitlines()) == 2 + 3
+    assert cells[-1] == ("most frequent class", "0.100", "0.100", *"–" * 7)
+    assert len(curve_text(points).splitlines()) == 2 + 3 + 1
     assert points_from_json(points_json(points)) == points
 
 

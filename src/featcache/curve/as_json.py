@@ -44,15 +44,16 @@ def _point(value: dict[str, Any]) -> Point:
         raise ValueError(f"{num_train} train and {num_test} test images")
     if value["verdict"] not in ("cached", "finetune", "undecided", "unmeasured"):
         raise ValueError(f"verdict {value['verdict']!r:.40}")
-    p_value = value["p_value"]
     return Point(
         size=str(value["size"]),
         num_train=num_train,
         num_test=num_test,
         cached=_side(value["cached"]),
         finetune=_side(value["finetune"]),
-        p_value=None if p_value is None else _number(p_value, 1.0),
+        p_value=_known(value["p_value"]),
         verdict=value["verdict"],
+        baseline_top1=_known(value.get("baseline_top1")),
+        imbalanced=value.get("imbalanced") is True,
     )
 
 
@@ -66,7 +67,13 @@ def _side(value: Any) -> Side | None:
         top1_by_seed={int(k): _number(top1, 1.0) for k, top1 in value["top1_by_seed"].items()},
         cost_seconds=_number(value["cost_seconds"], MAX_SECONDS),
         trial_seconds=_number(value["trial_seconds"], MAX_SECONDS),
+        balanced_top1=_known(value.get("balanced_top1")),
     )
+
+
+def _known(value: Any) -> float | None:
+    """A share; what a file of 0.1.0 does not tell stays None."""
+    return None if value is None else _number(value, 1.0)
 
 
 def _number(value: Any, most: float) -> float:

@@ -20,6 +20,7 @@ def cell_of(report: RunReport) -> Cell:
     try:
         cell = report.more["cell"]
         assert report.test is not None
+        assert report.test.labels
         if cell["mode"] not in ("cached", "finetune"):
             raise ValueError(f"mode {cell['mode']!r:.40}")
         cost, trial = float(cell["cost_seconds"]), float(cell["trial_seconds"])
@@ -30,9 +31,10 @@ def cell_of(report: RunReport) -> Cell:
             size=str(cell["size"]),
             num_train=int(report.more["num_train"]),
             seed=int(cell["seed"]),
-            correct=np.array(report.test.correct(), np.bool_),
+            labels=np.array(report.test.labels, np.int64),
+            predicted=np.array(report.test.predicted, np.int64),
             cost_seconds=cost,
             trial_seconds=trial,
         )
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
         raise UserError(f"not a run of a comparison: {error}") from error

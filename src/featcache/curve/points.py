@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.metrics import mcnemar, wilson_interval
-from featcache.report import break_even
+from featcache.metrics import balanced, imbalanced, majority, mcnemar, wilson_interval
+from featcache.report import beats, break_even
 
 LEVEL = 0.05
 
@@ -35,7 +35,8 @@ class Cell:
         size: Train images per class as text, or "all".
         num_train: Train images.
         seed: Which draw of train images.
-        correct: Whether each test image was classified rightly, [N] bool.
+        labels: Classes of the test images, [N] int64.
+        predicted: What the classifier said, [N] int64.
         cost_seconds: What the classifier costs from labelled images on: reading, extraction of its
             train images where there is one, choosing and training; scoring is left out.
         trial_seconds: What another try costs; with a cache, all but the extraction.
@@ -45,9 +46,21 @@ class Cell:
     size: str
     num_train: int
     seed: int
-    correct: NDArray[np.bool_]
+    labels: NDArray[np.int64]
+    predicted: NDArray[np.int64]
     cost_seconds: float
     trial_seconds: float
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each test image was classified rightly, [N]."""
+        return np.asarray(self.labels == self.predicted)
+
+    @property
+    def balanced_top1(self) -> float:
+        """Mean recall over the classes that have test images."""
+        num_classes = 1 + int(max(self.labels.max(), self.predicted.max()))
+        return balanced(self.labels, self.predicted, num_classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +68,8 @@ class Side:
     """One mode at one size, over its seeds.
 
     `top1` is the mean of `top1_by_seed`; `interval` is its 95 % interval over test images, each
-    counted once, so that seeds do not narrow it; seconds are means.
+    counted once, so that seeds do not narrow it; `balanced_top1`, the mean recall over classes, and
+    seconds are means over seeds too. Files of 0.1.0 have no `balanced_top1`.
     """
 
     top1: float
@@ -63,6 +77,7 @@ class Side:
     top1_by_seed: dict[int, float]
     cost_seconds: float
     trial_seconds: float
+    balanced_top1: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +85,10 @@ class Point:
     """Both modes at one size.
 
     `p_value` is that of the paired test, corrected for the number of sizes (Holm); `verdict` names
-    the more accurate mode where the difference is beyond chance and every seed agrees.
+    the more accurate mode where the difference is beyond chance, every seed agrees, the mode is
+    `useful`, and balanced accuracy does not say the opposite. `baseline_top1` is what answering the
+    most frequent class of the test images reaches (None in files of 0.1.0); `imbalanced` tells
+    whether that class is so common that balanced accuracy has to be read too.
     """
 
     size: str
@@ -80,6 +98,29 @@ class Point:
     finetune: Side | None
     p_value: float | None
     verdict: Verdict
+    baseline_top1: float | None = None
+    imbalanced: bool = False
+
+    @property
+    def ahead(self) -> Mode:
+        """The mode with the higher top-1, by chance or not; the cached head of two equal ones."""
+        return "finetune" if (self.difference or 0.0) > 0 else "cached"
+
+    @property
+    def useful(self) -> bool:
+        """Whether the mode ahead beats always answering the most frequent class."""
+        side = self.finetune if self.ahead == "finetune" else self.cached
+        return side is None or beats(side.top1, self.baseline_top1)
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the mode ahead by top-1 is behind by balanced accuracy."""
+        if self.cached is None or self.finetune is None:
+            return False
+        ours, theirs = self.finetune.balanced_top1, self.cached.balanced_top1
+        if ours is None or theirs is None:
+            return False
+        return ours < theirs if self.ahead == "finetune" else theirs < ours
 
     @property
     def difference(self) -> float | None:
@@ -162,7 +203,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 def _point(cached: dict[int, Cell], tuned: dict[int, Cell], p_value: float | None) -> Point:
     some = next(iter((cached or tuned).values()))
-    return Point(
+    point = Point(
         size=some.size,
         num_train=some.num_train,
         num_test=len(some.correct),
@@ -170,7 +211,11 @@ def _point(cached: dict[int, Cell], tuned: dict[int, Cell], p_value: float | Non
         finetune=_side(tuned),
         p_value=p_value,
         verdict=_verdict(cached, tuned, p_value),
+        baseline_top1=majority(some.labels),
+        imbalanced=imbalanced(some.labels),
     )
+    sound = point.useful and not point.contradicted
+    return point if sound or p_value is None else replace(point, verdict="undecided")
 
 
 def _side(cells: dict[int, Cell]) -> Side | None:
@@ -184,6 +229,7 @@ def _side(cells: dict[int, Cell]) -> Side | None:
         top1_by_seed=by_seed,
         cost_seconds=float(np.mean([cell.cost_seconds for cell in cells.values()])),
         trial_seconds=float(np.mean([cell.trial_seconds for cell in cells.values()])),
+        balanced_top1=float(np.mean([cell.balanced_top1 for cell in cells.values()])),
     )
 
 

@@ -1,11 +1,12 @@
-"""Three plain sentences on a learning curve: who leads where, whether to switch, what it costs."""
+"""Plain words on a learning curve: who leads with most images, whether to switch, what it costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from featcache.curve.points import Crossing, Mode, Point, crossing
-from featcache.report.tables import seconds_text
+from featcache.curve.points import LEVEL, Crossing, Mode, Point, crossing
+from featcache.report import beside_top1
+from featcache.report.tables import MAJORITY, seconds_text
 
 NAMES: dict[Mode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
 
@@ -16,18 +17,18 @@ def size_text(point: Point) -> str:
 
 
 def curve_advice(points: Sequence[Point]) -> list[str]:
-    """Say which mode is better at which size, whether the curves cross, and what accuracy costs.
+    """Say which mode is better with most images, whether that changes with fewer, and the cost.
 
     Args:
         points: From `curve_points`.
 
     Returns:
-        Three sentences; none where no size was measured in both modes.
+        Three statements; none where no size was measured in both modes.
     """
     measured = [point for point in points if point.difference is not None]
     if not measured:
         return []
-    return [_leads(measured), _switch(measured, crossing(measured)), _cost(measured[-1])]
+    return [_accuracy(points, measured), _switch(measured, crossing(measured)), _cost(measured[-1])]
 
 
 def _sizes(points: Sequence[Point]) -> str:
@@ -44,23 +45,68 @@ def _and(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _leads(measured: Sequence[Point]) -> str:
-    leaders: list[Mode] = ["cached", "finetune"]
-    won = {mode: [p for p in measured if p.verdict == mode] for mode in leaders}
-    open_ = [p for p in measured if p.verdict == "undecided"]
-    test = f"on the same {measured[0].num_test:,} test images"
-    if len(open_) == len(measured):
-        return (
-            f"Accuracy does not decide: with {_sizes(measured)}, no difference is beyond chance "
-            f"{test}."
+def _accuracy(points: Sequence[Point], measured: Sequence[Point]) -> str:
+    """Who is ahead with most train images, which most users have, and then with fewer."""
+    last, largest = measured[-1], max(points, key=lambda point: point.num_train)
+    text = f"With {size_text(last)}, {_standing(last, len(measured))}"
+    if largest is not last:
+        missing = NAMES["finetune" if largest.finetune is None else "cached"]
+        text = (
+            f"{missing[0].upper()}{missing[1:]} with {size_text(largest)} was not measured. {text}"
         )
-    parts = [f"{NAMES[mode]} with {_sizes(won[mode])}" for mode in leaders if won[mode]]
-    worst = max(p.p_value or 0.0 for p in measured if p.verdict != "undecided")
-    sure = "p < 0.001" if worst < 0.001 else f"p ≤ {worst:.2g}"
-    text = f"More accurate: {', '.join(parts)}, beyond chance {test} ({sure}, corrected for "
-    text += f"{len(measured)} sizes)" if len(measured) > 1 else "one size)"
-    text = text.replace(", corrected for one size)", ")")
-    return f"{text}; with {_sizes(open_)} the figures do not decide." if open_ else f"{text}."
+    smaller = _smaller(measured[:-1])
+    return f"{text}; with fewer, {smaller}." if smaller else f"{text}."
+
+
+def _standing(point: Point, num_tests: int) -> str:
+    """Both modes' accuracy at one size, and whether it decides."""
+    assert point.cached is not None
+    assert point.finetune is not None
+    sides = {"finetune": point.finetune, "cached": point.cached}
+    ahead = point.ahead
+    behind = _other(ahead)
+    ours, theirs = sides[ahead], sides[behind]
+    p_value = point.p_value or 0.0
+    chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    chance += f", corrected for {num_tests} sizes" if num_tests > 1 else ""
+    test = f"on the same {point.num_test:,} test images"
+    shares = (ours.balanced_top1, theirs.balanced_top1)
+    baseline = point.baseline_top1 if point.useful else None
+    shown = beside_top1(shares, baseline) if point.imbalanced else ""
+    both = f"{NAMES[ahead]} has {ours.top1:.3f} and {NAMES[behind]} {theirs.top1:.3f}"
+    if point.verdict == ahead:
+        return (
+            f"{NAMES[ahead]} is more accurate: {ours.top1:.3f} against {theirs.top1:.3f} for "
+            f"{NAMES[behind]} {test}, beyond chance ({chance}){shown}"
+        )
+    if not point.useful:
+        return f"neither mode beats {MAJORITY} ({point.baseline_top1:.3f}): {both} {test}{shown}"
+    if point.contradicted and p_value < LEVEL:
+        return (
+            f"accuracy does not decide: {both} {test} ({chance}), but {NAMES[behind]} leads by "
+            f"balanced accuracy, where rare classes count as much as common ones{shown}"
+        )
+    if ours.top1 == theirs.top1:
+        return f"accuracy does not decide: both modes have {ours.top1:.3f} {test}{shown}"
+    why = "which may be chance" if p_value >= LEVEL else "but not with every draw"
+    return f"accuracy does not decide: {both} {test}, {why} ({chance}){shown}"
+
+
+def _smaller(points: Sequence[Point]) -> str:
+    """The same of the sizes below the largest, in short."""
+    leaders: list[Mode] = ["cached", "finetune"]
+    parts = []
+    for mode in leaders:
+        won = [point for point in points if point.verdict == mode]
+        if won:
+            parts.append(f"{NAMES[mode]} leads beyond chance ({_sizes(won)})")
+    lost = [point for point in points if point.verdict == "undecided" and not point.useful]
+    if lost:
+        parts.append(f"neither beats {MAJORITY} ({_sizes(lost)})")
+    open_ = [point for point in points if point.verdict == "undecided" and point.useful]
+    if open_:
+        parts.append(f"the figures do not decide ({_sizes(open_)})")
+    return _and(parts)
 
 
 def _switch(measured: Sequence[Point], found: Crossing) -> str:
@@ -72,6 +118,9 @@ def _switch(measured: Sequence[Point], found: Crossing) -> str:
             "The lead changes more than once, which no one rule explains: trust the size nearest "
             "to yours, and repeat it with more seeds."
         )
+    if len(measured) == 1:
+        advice = _by_cost(last) if found.leader is None else _pick_leader(last, found.leader)
+        return f"One size does not show whether the curves cross: {advice}."
     if found.leader is None:
         return f"Whether the curves cross, these figures do not say: {_by_cost(last)}."
     lead, other = NAMES[found.leader], NAMES[_other(found.leader)]
@@ -135,6 +184,8 @@ def _pick_leader(last: Point, leader: Mode) -> str:
 
 def _by_cost(last: Point) -> str:
     """What to do where accuracy does not decide, as part of a sentence."""
+    if not last.useful:
+        return "pick neither yet, and first try more train images or other weights"
     assert last.cached is not None
     assert last.finetune is not None
     cached_cheaper = last.cached.cost_seconds <= last.finetune.cost_seconds

@@ -31,20 +31,26 @@ def curve_cells(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """The table's body as text, one tuple per size in the order of `curve_header`.
 
     Accuracy is a mean over seeds with its 95 % interval over test images, difference in points
-    (hundredths), fine-tune less cached head.
+    (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
+    stands beside it. The last row is the baseline that both modes have to beat.
     """
-    return [_cells(point) for point in points]
+    baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
+    rest = ("–",) * (len(HEADER) - 3)
+    return [_cells(p) for p in points] + [
+        ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
+    ]
 
 
 def _cells(point: Point) -> tuple[str, ...]:
     gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
     per_point = point.seconds_per_point
-    verdicts = {"undecided": "undecided", "unmeasured": "not measured"}
+    undecided = "undecided" if point.useful else "neither"
+    verdicts = {"undecided": undecided, "unmeasured": "not measured"}
     size = f"all ({point.num_train:,})" if point.size == "all" else size_text(point)
     return (
         size if point.size == "all" else f"{size} ({point.num_train:,})",
-        _top1(point.cached),
-        _top1(point.finetune),
+        _top1(point.cached, point),
+        _top1(point.finetune, point),
         "–" if gain is None else _points(gain),
         "–" if p_value is None else ("< 0.001" if p_value < 0.001 else f"{p_value:.2g}"),
         verdicts.get(point.verdict) or NAMES[point.verdict],  # type: ignore[index]
@@ -61,11 +67,14 @@ def _points(gain: float) -> str:
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def _top1(side: Side | None) -> str:
+def _top1(side: Side | None, point: Point) -> str:
     if side is None:
         return "–"
     low, high = side.interval
-    return f"{side.top1:.3f} [{low:.3f}, {high:.3f}]"
+    text = f"{side.top1:.3f} [{low:.3f}, {high:.3f}]"
+    if point.imbalanced and side.balanced_top1 is not None:
+        text += f", balanced {side.balanced_top1:.3f}"
+    return text
 
 
 def curve_text(points: Sequence[Point]) -> str:

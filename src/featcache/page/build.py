@@ -84,8 +84,10 @@ def _curve_section(title: str, points: Sequence[Point], notes: Sequence[str]) ->
         Text(
             text="Both modes learn from the same images and are scored on the same test images. "
             "The p value is that of a paired test on them, each image counted once, corrected for "
-            "the number of sizes (Holm); a mode is called more accurate where it is below 0.05 and "
-            "every draw agrees. Times are from labelled images to a classifier, scoring left out."
+            "the number of sizes (Holm); a mode is called more accurate where it is below 0.05, "
+            "every draw agrees, the mode beats always answering the most frequent class, and "
+            "balanced accuracy does not say the opposite. Times are from labelled images to a "
+            "classifier, scoring left out."
         )
     )
     blocks += [Text(text=note, note=True) for note in notes]
