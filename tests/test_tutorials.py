@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,36 @@ def test_every_command_shows_its_output(name: str) -> None:
     for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
         lines = block.splitlines()
         assert not lines[-1].startswith("$ "), lines[-1]
+
+
+def test_the_folder_is_made_as_the_tutorial_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cifar10:
+        """More images of a class than are wanted, in turn."""
+
+        classes = ("cat", "dog")
+
+        def __init__(self, root: str, *, train: bool, download: bool) -> None:
+            assert download
+            self.value = 200 if train else 50
+
+        def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+            for number in range(430):
+                yield Image.new("RGB", (32, 32), (self.value, number // 2, 0)), number % 2
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar10)
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", text_of("tutorial-notebook"), re.DOTALL)
+    exec(code, {})
+    counts = {
+        f"{split}/{name}": len(list((tmp_path / "cifar10-2500" / split / name).iterdir()))
+        for split in ("train", "test")
+        for name in Cifar10.classes
+    }
+    assert counts == {"train/cat": 200, "train/dog": 200, "test/cat": 50, "test/dog": 50}
+    last = Image.open(tmp_path / "cifar10-2500" / "test" / "dog" / "0049.jpg")
+    assert last.getpixel((0, 0)) == pytest.approx((50, 49, 0), abs=3)
 
 
 def draw_tree(top: Path, num: int, seed: int) -> None:
