@@ -574,10 +574,11 @@ def test_no_room_is_said_before_anything_is_written(path, monkeypatch):
 
 
 def test_leftover_of_a_kill_during_creation_is_replaced(path):
-    init = path.with_name("x.h5.part.init")
-    init.write_bytes(b"half a skeleton")
+    left = path.with_name(".x.h5.part.0123456789abcdef.tmp")
+    left.mkdir()
+    (left / "x.h5.part").write_bytes(b"half a skeleton")
     begin(path).close()
-    assert not init.exists()
+    assert {p.name for p in path.parent.iterdir()} == {"x.h5.lock", "x.h5.part"}
 
 
 def test_long_runs_sync_by_time_too(path, monkeypatch):

@@ -329,7 +329,7 @@ class TestCommand:
         def full(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("featcache.predict.formats.os.fsync", full)
+        monkeypatch.setattr("featcache.runtime.os.fsync", full)
         code, _, err = run(capsys, "head", folder, "--output", output)
         assert code == 1
         assert "cannot write" in err

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +33,9 @@ from featcache.report import config_json
 from featcache.runtime import (
     check_writable,
     environment,
+    replacing,
     storage_errors,
     version_of,
-    write_atomically,
 )
 
 if TYPE_CHECKING:
@@ -143,9 +142,8 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
     with _named_failures(trained):
         program = capture(graph, samples[-1])
         data = onnx_bytes(program, about) if is_onnx else pt2_bytes(program, about)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.draft{path.suffix}")
-    try:
-        write_atomically(draft, data)
+    with storage_errors(path), replacing(path) as draft:
+        draft.write_bytes(data)
         with _named_failures(trained):
             name = about["input"]["name"]
             runner = onnx_runner(draft, name) if is_onnx else pt2_runner(draft)
@@ -155,10 +153,6 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
                 f"{path} was not kept: its outputs are off by {worst:.1e} ({relative:.1e} of the "
                 f"largest), above {TOLERANCE:.0e}; give the other format with --output"
             )
-        with storage_errors(path):
-            os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return len(data), worst, relative
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import FeatcacheError, UserError
 from featcache.finetune.parts import Parts
 from featcache.model_file import State, read_metadata, read_tensors, write_safetensors
-from featcache.runtime import temporaries_of
+from featcache.runtime import remove_temporaries
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,7 @@ def save_checkpoint(
 def remove_checkpoint(path: Path) -> None:
     """Remove a finished run's checkpoint, and what a kill in the middle of writing one left."""
     path.unlink(missing_ok=True)
-    for left in temporaries_of(path):
-        left.unlink(missing_ok=True)
+    remove_temporaries(path)
 
 
 def load_checkpoint(
