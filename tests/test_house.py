@@ -21,6 +21,8 @@ ROWS = [
     {"errors"},
     {"config"},
     {"runtime"},
+    {"files"},
+    {"files"},
     {"memo", "recipe"},
     {"metrics", "cache", "report", "data", "backbone", "fuse"},
     {"engine", "model_file", "curve"},

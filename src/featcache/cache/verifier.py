@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.fileio import open_regular, read_at, reading
+from featcache.cache.fileio import read_at, reading
 from featcache.cache.hdf5_view import compare_view
 from featcache.cache.layout import HDF5_SIGNATURE, block_range
 from featcache.cache.reader import meta_of
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.errors import CacheError
+from featcache.files import open_regular
 
 MAX_NAMED = 20
 
@@ -94,7 +95,8 @@ _STRUCTURE = "HDF5 structure is damaged: featcache can read the file, other HDF5
 
 
 def _os_check(path: Path) -> None:
-    os.close(open_regular(path))
+    with reading(path):
+        os.close(open_regular(path))
 
 
 def _check_fixed(file: CacheFile, report: VerifyReport) -> None:
