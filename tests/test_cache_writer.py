@@ -377,7 +377,7 @@ def test_a_file_system_without_locks_is_named_and_can_be_used(path, monkeypatch)
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("featcache.cache.lock.fcntl.lockf", refuse)
-    with pytest.raises(StorageError, match="no locks.*and set FEATCACHE_NO_LOCK=1$") as caught:
+    with pytest.raises(StorageError, match=r"no locks.*and set FEATCACHE_NO_LOCK=1$") as caught:
         begin(path)
     assert "room" not in str(caught.value)
     monkeypatch.setenv("FEATCACHE_NO_LOCK", "1")

@@ -391,7 +391,7 @@ def test_missing_empty_and_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"no report of a training run in .*empty"):
         report(tmp_path, tmp_path / "empty")
     monkeypatch.setattr(read_module, "MAX_BYTES", 10)
-    assert "bytes, too many" in refused(tmp_path, '{"command": "finetune"}')
+    assert "it has more than 10 bytes" in refused(tmp_path, '{"command": "finetune"}')
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

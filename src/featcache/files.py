@@ -81,17 +81,19 @@ def check_outputs(
             status = os.stat(path)
         except OSError:  # nothing is there; or the write says why not
             continue
-        for other in inputs:
-            with contextlib.suppress(OSError, ValueError):
-                if os.path.samestat(status, os.stat(other)):
-                    raise UserError(
-                        f"{path} would be replaced and is to be read: give another --output"
-                    )
+        if any(_is_file(other, status) for other in inputs):
+            raise UserError(f"{path} would be replaced and is to be read: give another --output")
         if not _is_ours(path, ours):
             raise UserError(
                 f"{path} is there already and is no file that this command writes: give another "
                 "--output, or move it away"
             )
+
+
+def _is_file(path: Path | str, status: os.stat_result) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # a name of no file
+        return os.path.samestat(status, os.stat(path))
+    return False
 
 
 def _is_ours(path: Path, ours: re.Pattern[bytes]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT, VERSION = "featcache-model", 1
+MARKS = re.compile(rb'"%s"' % FORMAT.encode())
 MAX_CLASSES = 1_000_000
 
 State = dict[str, "torch.Tensor"]

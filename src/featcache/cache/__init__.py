@@ -1,7 +1,7 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
 from featcache.cache.dataset import FeatureDataset
-from featcache.cache.lock import check_unlocked
+from featcache.cache.lock import check_unlocked, lock_path, sole_writer
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
 from featcache.cache.repair import prepare_repair
@@ -19,9 +19,11 @@ __all__ = [
     "begun_with",
     "check_unlocked",
     "info",
+    "lock_path",
     "open_writer",
     "part_path",
     "prepare_repair",
     "read_meta",
+    "sole_writer",
     "verify",
 ]

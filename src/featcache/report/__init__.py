@@ -2,7 +2,14 @@
 
 from featcache.report.advice import advice
 from featcache.report.plots import plot_accuracy_against_seconds
-from featcache.report.run import Predictions, Row, RunReport, benchmark_rows, config_json
+from featcache.report.run import (
+    Predictions,
+    Row,
+    RunReport,
+    benchmark_rows,
+    config_json,
+    report_marks,
+)
 from featcache.report.tables import break_even, markdown_table, speedups, text_table
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "config_json",
     "markdown_table",
     "plot_accuracy_against_seconds",
+    "report_marks",
     "speedups",
     "text_table",
 ]
