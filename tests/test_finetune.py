@@ -360,7 +360,7 @@ class TestResume:
     def test_a_damaged_checkpoint_is_named(self, pets: Path, tmp_path: Path) -> None:
         config = settings(pets, tmp_path, freeze_backbone=True)
         path = checkpoint_path(config.output)
-        path.write_bytes(b"\x10" + bytes(100))
+        path.write_bytes(b"\x10" + bytes(100) + b"featcache-checkpoint-1")
         with pytest.raises(FeatcacheError, match=r"model\.checkpoint\.safetensors is damaged"):
             finetune(config)
 

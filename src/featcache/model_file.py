@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.config import Preprocessing
 from featcache.errors import UserError
+from featcache.files import open_regular
 from featcache.runtime import replacing, storage_errors
 
 if TYPE_CHECKING:
@@ -127,6 +129,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        os.close(open_regular(path))  # the library would wait for a pipe's writer
         with safe_open(str(path), framework="numpy") as file:
             return dict(file.metadata() or {})
     except FileNotFoundError as error:

@@ -1,6 +1,7 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
 from featcache.cache.dataset import FeatureDataset
+from featcache.cache.layout import MARKS
 from featcache.cache.lock import check_unlocked, lock_path, sole_writer
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
@@ -10,6 +11,7 @@ from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 
 __all__ = [
+    "MARKS",
     "CacheWriter",
     "FeatureCache",
     "FeatureDataset",

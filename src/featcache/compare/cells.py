@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, lock_path
 from featcache.compare.extraction import Extraction
 from featcache.compare.plan import Spec
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
@@ -153,13 +153,14 @@ def _finetune(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
     train = whole.splits["train"]
     part = train.subset(spec.rows).with_content(train.content[spec.rows])
     dataset = dataclasses.replace(whole, splits={"train": part, "test": whole.splits["test"]})
-    finetune(config, dataset, checkpoint_s=CHECKPOINT_S)
+    finetune(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     report = RunReport.load(model.with_suffix(".json"))
     cost = _tuning_seconds(report)
     kept = {name: value for name, value in report.more.items() if name != "model"}
     report = dataclasses.replace(report, more=kept, config=config_json(config))
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
+    lock_path(model).unlink(missing_ok=True)  # nobody else writes this comparison
     return report, cost, cost
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from featcache.export.formats import (
     pt2_bytes,
     pt2_runner,
 )
+from featcache.files import check_outputs
 from featcache.predict import Trained, load_trained, provenance_json
 from featcache.report import config_json
 from featcache.runtime import (
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 # Sample pictures for the check, in batches of these sizes.
 BATCHES = (1, 3, 5)
+# What an exported file says about itself is in its metadata.
+MARKS = re.compile(rb"featcache_version")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -68,6 +72,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     path = config.output or config.model.parent / f"{config.model.stem}.onnx"
+    check_outputs({path: MARKS}, [config.model, config.weights or ""])
     if path.suffix == ".onnx":
         require_onnx()
     trained = load_trained(config.model, weights=config.weights, seed=config.seed)

@@ -87,7 +87,9 @@ def check_lines(report: dict[str, Any]) -> list[str]:
     rows = sum(report["num_rows"].values())
     if report["ok"]:
         mended = f", {report['num_repaired']} rows computed again" if report["num_repaired"] else ""
-        return [f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"]
+        missed = [f"not checked: {what}" for what in report["not_checked"]]
+        sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"
+        return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]

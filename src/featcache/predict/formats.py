@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ from featcache.predict.classifier import Prediction
 from featcache.runtime import replacing, storage_errors
 
 MAX_PATH_WIDTH = 60
+MARKS = re.compile(
+    rb"\Apicture +label +probability\n|\Apath,label,probability\b"
+    rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
+)
+"""How tables, CSV and JSON lines of predictions begin."""
 
 Write = Callable[[str, Prediction], None]
 
