@@ -411,6 +411,28 @@ class TestCommand:
 
 
 class TestInputs:
+    def test_lists_on_standard_input(self) -> None:
+        long = [f"{'x' * 100}/{i}.jpg" for i in range(2000)]
+        for names, text in (
+            (["a b.jpg", "ü.jpg"], "a b.jpg\r\n\nü.jpg\r\n"),
+            (["a\nb.jpg", "c.jpg"], "a\nb.jpg\0c.jpg\0"),
+            (long, "\n".join(long)),
+            (long, "\0".join(long)),
+        ):
+            assert find_pictures(["-"], io.BytesIO(text.encode())) == names
+
+    @pytest.mark.parametrize("chunk", [b"x", b"\0"])
+    def test_standard_input_without_end_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, chunk: bytes
+    ) -> None:
+        class Endless(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                return chunk * (size or 0)
+
+        monkeypatch.setattr("featcache.predict.inputs.MAX_LIST_BYTES", 1 << 20)
+        with pytest.raises(UserError, match="standard input is no list of pictures"):
+            find_pictures(["-"], Endless())
+
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
         wanted = ["a/1.jpg", "a/b/2.PNG", "a.jpg", "z.webp"]
         for name in [*wanted, "a/.hidden.jpg", ".h/3.jpg", "a/notes.txt"]:
