@@ -128,11 +128,11 @@ def check_same_run(output: Path, decisive: dict[str, Any]) -> None:
     Raises:
         UserError: Naming the settings that differ.
     """
+    ours = flatten(json.loads(json.dumps({**decisive, "key": run_key(decisive)})))
     for path, theirs in (
         (output, _settings_of_report(output) if output.is_file() else {}),
         (checkpoint_path(output), _settings_of_checkpoint(checkpoint_path(output))),
     ):
-        ours = flatten(json.loads(json.dumps(decisive)))
         there = flatten(theirs)
         differ = [name for name in ours if name in there and there[name] != ours[name]]
         if differ:
@@ -163,8 +163,11 @@ def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(read_metadata(path).get("settings", "{}")))
-    except (UserError, ValueError, TypeError, RecursionError):
+        metadata = read_metadata(path)
+        if "settings" not in metadata:  # of version 0.1.0
+            return {"key": metadata["key"]}
+        return dict(json.loads(metadata["settings"]))
+    except (UserError, KeyError, ValueError, TypeError, RecursionError):
         return {}  # it is damaged, which loading it will say
 
 

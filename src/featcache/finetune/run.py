@@ -31,7 +31,7 @@ from featcache.finetune.setup import Run, check_files, prepare
 from featcache.metrics import wilson_interval
 from featcache.model_file import ModelCard, write_model
 from featcache.report import Predictions, RunReport, config_json
-from featcache.runtime import check_writable, environment, say
+from featcache.runtime import check_writable, environment, remove_temporaries, say
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,8 @@ def finetune(
             with sole_writer(run.output):
                 if config.resume and not replace:
                     check_same_run(run.output, run.decisive)
+                for path in (run.output, checkpoint_path(run.output)):
+                    remove_temporaries(path)
                 return _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
