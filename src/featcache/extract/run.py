@@ -17,6 +17,7 @@ import numpy as np
 
 from featcache.backbone import identify, load_backbone, state_sha256
 from featcache.cache import (
+    MARKS,
     CacheWriter,
     FeatureCache,
     SplitRows,
@@ -38,6 +39,7 @@ from featcache.extract.request import (
     wanted_meta,
 )
 from featcache.extract.stream import computed_rows, decode_shortfall
+from featcache.files import check_outputs
 from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         check_skipped(config, found, "--update")
         return _report(found, dataset, start, hit=True)
     path = found or path  # what was left out of it may be readable by now
+    check_outputs({path: MARKS, part_path(path): MARKS}, [config.weights, config.dataset])
     if not config.force:
         check_skipped(config, part_path(path), "--force")
     check_unlocked(path)

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import WeightsFile, build_classifier, identify, read_weights
+from featcache.cache import check_unlocked
 from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
-from featcache.finetune.checkpoint import run_key
+from featcache.files import check_outputs
+from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
+from featcache.finetune.checkpoint import checkpoint_path, run_key
 from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
+from featcache.model_file import MARKS as MODEL_MARKS
+from featcache.report import report_marks
 from featcache.runtime import num_cores, numeric_versions, pick_device, say
 
 if TYPE_CHECKING:
@@ -28,8 +33,8 @@ if TYPE_CHECKING:
 class Run:
     """Everything that a run holds while it lasts.
 
-    `key` names it by all that decides its outcome; `chosen_on` says in words which images chose
-    something; `read_seconds` is what reading and decoding took before the first epoch;
+    `decisive` is all that decides its outcome, as JSON; `chosen_on` says in words which images
+    chose something; `read_seconds` is what reading and decoding took before the first epoch;
     `checkpoint_s` is the least time between checkpoints.
     """
 
@@ -46,7 +51,7 @@ class Run:
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
-    key: str
+    decisive: dict[str, Any]
     output: Path
     probe: dict[str, float] = field(default_factory=dict)
     checkpoint_s: float = 0.0
@@ -73,6 +78,9 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     init_head = read_weights(config.init_head) if config.init_head else None
     if config.output is not None and config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
+    if config.output is not None:
+        check_unlocked(config.output)
+        check_files(config, config.output)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
     machine = choose_machine(config)
@@ -88,7 +96,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     if plan.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
     _check_batches(parts, len(train))
-    key = run_key(_decisive(plan, info, dataset, machine, images, init_head))
+    decisive = _decisive(plan, info, dataset, machine, images, init_head)
     return Run(
         config=config,
         plan=plan,
@@ -103,8 +111,9 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         chosen_on=chosen_on,
         num_skipped=skipped,
         read_seconds=read_seconds,
-        key=key,
-        output=config.output or config.cache_dir / _file_name(plan, info, dataset, key),
+        decisive=decisive,
+        output=config.output
+        or config.cache_dir / _file_name(plan, info, dataset, run_key(decisive)),
     )
 
 
@@ -112,6 +121,20 @@ def _noted(dataset: ImageDataset) -> ImageDataset:
     for note in dataset.notes:
         say(note)
     return dataset
+
+
+def check_files(config: FinetuneConfig, output: Path) -> None:
+    """Refuse to write over what is read, or over what no fine-tuning wrote.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    outputs = {
+        output: MODEL_MARKS,
+        output.with_suffix(".json"): report_marks("finetune"),
+        checkpoint_path(output): CHECKPOINT_MARKS,
+    }
+    check_outputs(outputs, [config.weights, config.dataset, config.init_head or ""])
 
 
 def choose_machine(config: FinetuneConfig) -> Machine:
