@@ -73,14 +73,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
     """
     plan = make_plan(config)
-    if config.init_head is not None and not config.init_head.is_file():
-        raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
-    init_head = read_weights(config.init_head) if config.init_head else None
-    if config.output is not None and config.output.suffix != ".safetensors":
-        raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
-    if config.output is not None:
-        check_unlocked(config.output)
-        check_files(config, config.output)
+    init_head = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
     machine = choose_machine(config)
@@ -115,6 +108,18 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         output=config.output
         or config.cache_dir / _file_name(plan, info, dataset, run_key(decisive)),
     )
+
+
+def _check_given(config: FinetuneConfig) -> WeightsFile | None:
+    """Check the files that the settings name; returns the head to start from, if any."""
+    if config.init_head is not None and not config.init_head.is_file():
+        raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+    if config.output is not None:
+        if config.output.suffix != ".safetensors":
+            raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
+        check_unlocked(config.output)
+        check_files(config, config.output)
+    return read_weights(config.init_head) if config.init_head else None
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
