@@ -286,8 +286,21 @@ def test_other_objects_are_named_with_the_way_out(tmp_path: Path) -> None:
 def test_a_whole_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     torch.save(torch.nn.Linear(1, 1), path)
-    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear; .*c\.state_dict\(\)"):
+    wanted = r" torch\.nn\.modules\.linear\.Linear; .*c\.state_dict\(\)"
+    with pytest.raises(UserError, match=wanted):
         bb.read_state(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_archive_is_named_without_torchs_warnings(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+    recwarn.clear()
+    with pytest.raises(UserError, match="is a TorchScript archive; save its tensors alone in Py"):
+        bb.read_state(path)
+    assert not recwarn.list
 
 
 def test_names_in_a_file_cannot_reach_the_terminal(tmp_path: Path) -> None:
@@ -296,7 +309,7 @@ def test_names_in_a_file_cannot_reach_the_terminal(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         bb.load_backbone(BackboneConfig(weights=str(path)), 0)
     assert str(caught.value).isprintable()
-    assert "its 1 keys are ?[31mred??; name the backbone" in str(caught.value)
+    assert "its keys are ?[31mred?? (1 in all); name the backbone" in str(caught.value)
 
 
 Layouts = dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]]

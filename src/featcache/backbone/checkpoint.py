@@ -63,6 +63,11 @@ def parse_checkpoint(data: bytes, name: str) -> State:
     pickles = Pickles(name)
     try:
         _check_pickles(data, pickles)
+        if any(module.startswith("__torch__") for module, _ in pickles.globals):
+            raise UserError(
+                f"{name} is a TorchScript archive; save its tensors alone in Python: "
+                f"torch.save(torch.jit.load({name!r}).state_dict(), 'tensors.pth')"
+            )
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (UserError, MemoryError):
         raise

@@ -291,7 +291,8 @@ def load_matching(model: nn.Module, state: State, source: str, backbone: str) ->
         keys = listed([shown(key, 60) for key in sorted(state)], 4)
         raise UserError(
             f"{source} does not fit --backbone {backbone}: {'; '.join(problems[:3])}{more}; "
-            f"its {len(state)} keys are {keys}; name the backbone that the weights were made for"
+            f"its keys are {keys} ({len(state)} in all); name the backbone that the weights were "
+            "made for"
         )
     others = [k for k in (*inside, *beside) if k not in given and not k.startswith(heads)]
     if others:
