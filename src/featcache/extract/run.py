@@ -32,7 +32,7 @@ from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
-from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
+from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -167,8 +167,6 @@ def fill_split(
     timer: StageTimer,
 ) -> SplitProgress:
     """Compute the pending blocks of one split."""
-    from tqdm import tqdm
-
     start = time.perf_counter()
     blocks = writer.pending(split.name)
     missing = [
@@ -176,7 +174,7 @@ def fill_split(
     ]
     done = SplitProgress(num_samples=len(split), num_resumed=len(split) - len(missing))
     stream = computed_rows(config, split, missing, meta, engine, timer)
-    bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=None)
+    bar = progress(len(missing), split.name)
     with bar:
         for rows in blocks:
             reused, features = writer.reused_rows(split.name, rows)
