@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,8 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from featcache import runtime
 from featcache.errors import StorageError
-from featcache.runtime import check_writable, interrupts_held, torch_threads_kept
+from featcache.runtime import (
+    check_writable,
+    cpu_quota,
+    interrupts_held,
+    num_cores,
+    progress,
+    say,
+    torch_threads_kept,
+)
 
 
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
@@ -90,3 +102,50 @@ def test_torchs_threads_are_put_back() -> None:
     with pytest.raises(ValueError, match="mine"):
         work()
     assert torch.get_num_threads() == before
+
+
+def test_a_line_that_nobody_can_read_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("föx\x1b[31m")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        say("lost")
+        monkeypatch.setattr(sys, "stderr", None)
+        say("lost too, and not on stdout")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert capsys.readouterr() == ("", "föx\\x1b[31m\n")
+
+
+def test_a_bars_title_moves_no_cursor() -> None:
+    with progress(1, "a\x1b[2J", disable=False, file=io.StringIO()) as bar:
+        assert bar.desc == r"a\x1b[2J"
+
+
+def test_the_cpu_quota_of_every_group_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, inner = tmp_path / "cgroup", tmp_path / "fs" / "pod" / "box"
+    group.write_text("1:cpu:/old\n0::/pod/box\n")
+    inner.mkdir(parents=True)
+
+    def quota() -> float:
+        return cpu_quota(group, tmp_path / "fs")
+
+    assert quota() == math.inf
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert quota() == math.inf
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    assert quota() == 1.5
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert quota() == 0.5
+    (tmp_path / "cpu.max").write_text("1 100000\n")  # outside of the control groups
+    assert quota() == 0.5
+    assert cpu_quota(tmp_path / "gone", tmp_path / "fs") == math.inf
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for granted, cores in ((math.inf, 64), (1.5, 2), (0.5, 1), (100.0, 64)):
+        monkeypatch.setattr(runtime, "cpu_quota", lambda granted=granted: granted)
+        assert num_cores() == cores

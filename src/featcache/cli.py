@@ -110,7 +110,11 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
 
     words = list(sys.argv[1:] if argv is None else argv)
     words = ["--verbose" if word == "-v" else word for word in words]
-    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
+    markers = (
+        tyro.conf.PositionalRequiredArgs,
+        tyro.conf.PositionalMetavarFromFieldName,
+        tyro.conf.FlagCreatePairsOff,
+    )
     # tyro colors what it prints where stdout is a terminal, its complaints on stderr too.
     text, complaint = io.StringIO(), io.StringIO()
     try:
@@ -124,13 +128,13 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
 
 
 def _one_line(boxed: str, prog: str) -> str:
-    """Boil tyro's framed message down to its first part and the flags it suggests."""
-    rows = [row.strip("│╭╮╰╯ \t") for row in boxed.splitlines()]
+    """Boil tyro's message down to its first part and the flags it suggests."""
+    rows = [row.strip() for row in boxed.splitlines()]
     text: list[str] = []
-    for row in rows[1:]:  # the first row is the frame's title
+    for row in rows[1:]:  # the first row is a title
         if row.startswith(("For full helptext", "Argument helptext")):
             break
-        if row.strip("─-"):  # not a rule
+        if row.strip("-"):  # not a rule
             text.append(row)
     # For a value that fits none of a flag's types, tyro goes on to list every attempt.
     sentence = " ".join(text).split(" Got errors:")[0].rstrip(".")
@@ -200,9 +204,8 @@ def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
     except BrokenPipeError:  # the reader of our output left; nothing is wrong with the work
         return EXIT_FAILED
     except Exception as error:
-        if _is_out_of_memory(error):
-            advice = "try fewer images (--num-train), a smaller --batch-size, or fewer --workers"
-            say(f"{prog}: out of memory; free some, raise the limit (ulimit -v), or {advice}")
+        if short := _out_of_memory(error):
+            say(f"{prog}: {short}, or try fewer images or a smaller --batch-size")
         elif isinstance(error, OSError):
             say(f"{prog}: {_single(error)}")
         else:
@@ -224,12 +227,18 @@ NO_MEMORY = (
 )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _out_of_memory(error: Exception) -> str:
+    """What to say of an error that a lack of memory made; nothing of others."""
+    import resource
+
+    disguised = isinstance(error, OSError | ImportError | RuntimeError)
     said = str(error).lower()
-    kinds = (OSError, ImportError, RuntimeError)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, kinds) and any(words in said for words in NO_MEMORY)
-    )
+    if isinstance(error, MemoryError) or (disguised and any(w in said for w in NO_MEMORY)):
+        return "out of memory; free some, raise the limit of ulimit -v where one is set"
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited and isinstance(error, ImportError | RuntimeError):  # libraries name other causes
+        return f"{_single(error)[:200]}; memory is limited: raise the limit of ulimit -v"
+    return ""
 
 
 def _print(text: str) -> None:

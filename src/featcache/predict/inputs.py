@@ -18,7 +18,8 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
 
     Args:
         inputs: Files (whatever their names end in), folders, or "-".
-        stdin: What "-" reads: paths, one a line, bytes that are not UTF-8 kept as they are.
+        stdin: What "-" reads: paths, one a line or with NUL after each (find -print0); bytes that
+            are not UTF-8 are kept as they are.
 
     Returns:
         Paths as given; those from folders sorted, under the folder's name as given.
@@ -35,7 +36,7 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
         else:
             paths.append(word)
     if not paths:
-        raise UserError("standard input named no picture: give paths, one a line")
+        raise UserError("standard input named no picture: give paths, one a line or NUL-separated")
     if STANDARD_INPUT not in inputs and not any(map(os.path.lexists, paths)):
         more = f", nor any of {len(paths) - 1} others" if len(paths) > 1 else ""
         raise UserError(f"there is no {paths[0]}{more}: give pictures, folders, or -")
@@ -43,8 +44,12 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
 
 
 def _listed(stdin: BinaryIO) -> Iterator[str]:
-    for line in stdin:
-        name = os.fsdecode(line.rstrip(b"\r\n"))
+    try:
+        data = stdin.read()
+    except OSError as error:
+        raise UserError(f"cannot read standard input: {error.strerror}; pipe paths in") from error
+    names = data.split(b"\0") if b"\0" in data else (s.rstrip(b"\r") for s in data.split(b"\n"))
+    for name in map(os.fsdecode, names):
         if name and os.path.isdir(name):
             yield from pictures_below(name)
         elif name:
