@@ -18,6 +18,7 @@ from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
+from featcache.metrics import checked_weights
 from featcache.runtime import num_cores, numeric_versions, pick_device
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
     info = identify(config, config.seed, config.cache_dir)
     dataset = load_dataset(config) if dataset is None else dataset
+    if (weights := dataset.splits["train"].weights) is not None:
+        checked_weights(weights, "train")
     machine = choose_machine(config)
     parts = Parts(build_classifier(config, len(dataset.class_names), config.seed), plan)
     check_input(parts.model, info, config)
