@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -227,6 +228,17 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None
     assert (tmp_path / "file").read_bytes() == b""
 
 
+def test_a_cpu_quota_limits_the_threads_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    from featcache.config import InfoConfig
+
+    for granted, threads in ((math.inf, None), (0.5, "1")):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("featcache.cli.cpu_quota", lambda granted=granted: granted)
+        monkeypatch.setattr("featcache.runtime.cpu_quota", lambda granted=granted: granted)
+        assert cli.run("prog", InfoConfig, lambda _: {}, ["x"]) == 0
+        assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
 def test_what_strangers_wrote_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     from featcache.config import InfoConfig
 
@@ -278,8 +290,8 @@ sys.exit(__main__.main())
 @pytest.mark.parametrize(
     ("module", "code", "said"),
     [
-        ("featcache.cli", 130, "featcache: interrupted before any work"),
-        ("featcache.config", 130, "featcache: interrupted before any work"),
+        ("featcache.cli", 130, "featcache: interrupted"),
+        ("featcache.config", 130, "featcache: interrupted"),
         ("tyro", 130, "featcache info: interrupted; no file was left half-written"),
         ("featcache.extract", 130, "featcache info: interrupted; no file was left half-written"),
         ("fcntl", 1, "featcache: no file locks (fcntl) on this platform; use Linux, macOS, or WSL"),

@@ -21,7 +21,7 @@ def _start(name: str) -> int:
 
         return int(getattr(cli, name)())
     except KeyboardInterrupt:
-        _say("interrupted before any work")
+        _say("interrupted")
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name != "fcntl":
