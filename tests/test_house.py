@@ -20,7 +20,7 @@ MAX_MODULE_LINES = 350
 ROWS = [
     {"errors"},
     {"config"},
-    {"runtime"},
+    {"runtime", "streams"},
     {"memo", "recipe"},
     {"metrics", "cache", "report", "data", "backbone", "fuse"},
     {"engine", "model_file", "curve"},

@@ -19,6 +19,7 @@ from featcache.errors import StorageError
 from featcache.runtime import (
     check_writable,
     cpu_quota,
+    interrupts_first,
     interrupts_held,
     num_cores,
     progress,
@@ -50,6 +51,24 @@ def test_an_interrupt_goes_before_the_error_that_it_looks_like() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work()
+
+
+def test_an_interrupt_that_became_another_error_is_one_again() -> None:
+    def work(*, interrupt: bool) -> None:
+        with interrupts_first():
+            try:
+                if interrupt:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(1)
+            except KeyboardInterrupt as error:
+                raise TypeError("expected a message argument") from error
+            raise ValueError("mine")
+
+    with pytest.raises(KeyboardInterrupt):
+        work(interrupt=True)
+    with pytest.raises(ValueError, match="mine"):
+        work(interrupt=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:

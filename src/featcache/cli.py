@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from featcache.errors import FeatcacheError, UserError, one_of
-from featcache.runtime import cpu_quota, num_cores, say, stdout_errors
+from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
+from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
 
 EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
@@ -122,7 +123,7 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
             return tyro.cli(config_class, prog=prog, args=words, config=markers)
     except SystemExit as stop:
         if not stop.code:
-            _print(text.getvalue())
+            write_stdout(text.getvalue())
             raise
         raise UserError(_one_line(complaint.getvalue(), prog)) from None
 
@@ -185,15 +186,16 @@ def _work(
     for line in summary(report) if summary else []:
         say(line)
     if getattr(config, "json", False):
-        _print(json.dumps(report) + "\n")
+        write_stdout(json.dumps(report) + "\n")
     return int(report.get("exit_code", 0))
 
 
 def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
     """The exit code of `work`; every foreseen failure is said in one line."""
-    _open_closed_streams()
+    open_closed_streams()
     try:
-        return work()
+        with interrupts_first():
+            return work()
     except KeyboardInterrupt:
         kept = "what was finished is kept, and the same command goes on"
         say(f"{prog}: interrupted; {kept if goes_on else 'no file was left half-written'}")
@@ -212,7 +214,7 @@ def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
             raise
         return EXIT_FAILED
     finally:
-        _drop_unwritten()
+        drop_unwritten()
 
 
 # What libraries say when memory runs out that do not raise MemoryError, the dynamic loader first.
@@ -239,35 +241,6 @@ def _out_of_memory(error: Exception) -> str:
     if limited and isinstance(error, ImportError | RuntimeError):  # libraries name other causes
         return f"{_single(error)[:200]}; memory is limited: raise the limit of ulimit -v"
     return ""
-
-
-def _print(text: str) -> None:
-    """Write to stdout, now."""
-    with stdout_errors():
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-def _open_closed_streams() -> None:
-    """Put a file where a standard stream is closed, so that no file of ours gets its number.
-
-    To read standard input or to write to standard output then fails; stderr takes everything.
-    """
-    modes = {"stdin": os.O_WRONLY, "stdout": os.O_RDONLY, "stderr": os.O_RDWR}
-    for name, mode in modes.items():
-        if getattr(sys, name) is None:
-            fd = os.open(os.devnull, mode)  # the lowest number that is free
-            os.set_inheritable(fd, True)
-            setattr(sys, name, os.fdopen(fd, "r" if name == "stdin" else "w", closefd=False))
-
-
-def _drop_unwritten() -> None:
-    """Keep the interpreter from writing at its end what could not be written before."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _single(error: Exception) -> str:
@@ -322,12 +295,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _without_command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        _print(_usage())
+        write_stdout(_usage())
         return 0 if words else EXIT_USAGE
     if words[0] == "--version":
         from featcache import __version__
 
-        _print(f"featcache {__version__}\n")
+        write_stdout(f"featcache {__version__}\n")
         return 0
     raise UserError(f"{one_of(words[0], COMMANDS, 'command')}; type featcache --help")
 

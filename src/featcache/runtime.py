@@ -166,6 +166,30 @@ def interrupts_held() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def interrupts_first() -> Iterator[None]:
+    """Raise KeyboardInterrupt for whatever error a Ctrl-C became in C code, imports among it."""
+    came: list[int] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pick_device(name: str) -> str:
     """Resolve auto, cpu, cuda or mps to a device that is there.
 
@@ -237,21 +261,6 @@ def progress(total: int, title: str = "", **options: Any) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=visible(title), unit="img", **{"disable": None, **options})
-
-
-@contextlib.contextmanager
-def stdout_errors() -> Iterator[None]:
-    """Turn an OSError of standard output into a StorageError; one without a reader stays as it is.
-
-    Raises:
-        StorageError: Standard output is closed or full.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot write to standard output: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from featcache.config.usage import Format
 from featcache.errors import visible
 from featcache.predict.classifier import Prediction
-from featcache.runtime import stdout_errors, storage_errors
+from featcache.runtime import storage_errors
+from featcache.streams import stdout_errors
 
 MAX_PATH_WIDTH = 60
 NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
