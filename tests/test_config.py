@@ -34,6 +34,23 @@ def test_text_and_paths_stand_for_each_other() -> None:
     assert PredictConfig(model="m", inputs=[Path("a.png"), "b"]).inputs == ("a.png", "b")
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = ExtractConfig(dataset="~/pets", weights="~/w.pth", cache_dir="~/c", output="~/x.h5")
+    assert (config.dataset, config.weights) == ("/home/me/pets", "/home/me/w.pth")
+    assert (config.cache_dir, config.output) == (Path("/home/me/c"), Path("/home/me/x.h5"))
+    assert PredictConfig(model="~/m", inputs=("~/a", "./~", "-")).inputs == (
+        "/home/me/a",
+        "./~",
+        "-",
+    )
+    assert ReportConfig(runs=("~/a",), title="~/x").runs == (Path("/home/me/a"),)
+    assert ReportConfig(runs=("a",), title="~/x").title == "~/x"
+    assert TrainHeadConfig(cache="~nobody-here/x.h5").cache == Path("~nobody-here/x.h5")
+
+
 def test_numbers_of_every_kind_are_numbers() -> None:
     config = FinetuneConfig(
         dataset="digits", lr=1, weight_decay=np.float32(0.5), epochs=np.int64(3), seed=np.uint8(7)

@@ -14,6 +14,7 @@ import torch
 import featcache.finetune.images
 import featcache.finetune.run as run_module
 import featcache.finetune.setup as preparation
+from data_helpers import make_folder
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
 from featcache.data import load_dataset
@@ -529,3 +530,20 @@ def test_mixed_precision_trains_and_scores(
     assert report["epochs"][1]["train_loss"] < report["epochs"][0]["train_loss"]
     # Parameters stay in float32; only the passes are in half precision.
     assert {tensor.dtype for tensor in weights_of(report).values()} == {torch.float32, torch.int64}
+
+
+def test_weights_count_whatever_their_scale_and_not_all_may_be_zero(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    train = [f"train/{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(4)]
+    test = [f"test/{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(2)]
+
+    def run(scale: float) -> dict[str, torch.Tensor]:
+        own = [2.0**125 * scale * (1 + i % 2) for i in range(8)]  # 5.1e38 in all
+        rows = [f"{p},{p.split('/')[1]},train,{w!r}" for p, w in zip(train, own, strict=True)]
+        rows += [f"{path},{path.split('/')[1]},test,1" for path in test]
+        (tmp_path / "m.csv").write_text("\n".join(["path,label,split,weight", *rows]))
+        return weights_of(finetune(settings(tmp_path / "m.csv", tmp_path, epochs=1)))
+
+    assert_same(run(1.0), run(2.0**-125))
+    with pytest.raises(UserError, match="the weights of train must be numbers from 0 on, not all"):
+        run(0.0)

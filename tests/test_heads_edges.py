@@ -80,6 +80,26 @@ def test_classes_that_weigh_nothing_are_absent(tmp_path, stream):
         run(tmp_path / "b", {"train": (X, y), "test": (X, y)}, weights=weights, stream=stream)
 
 
+@pytest.mark.parametrize("stream", ["on", "off"])
+@pytest.mark.parametrize("solver", ["logistic", "ridge", "adam"])
+def test_one_scale_of_all_weights_changes_nothing(tmp_path, stream, solver):
+    X, y = blobs(90)
+    X[:, 1:] *= 0.05  # hard enough for the strength to matter
+    own = np.where(np.arange(90) % 3, 1.0, 4.0) * (np.arange(90) % 7 > 0)
+    found = []
+    for scale in (1.0, 2.0**-33, 2.0**125):  # exact in float32, up to 1.7e38
+        weights = {"train": (own * scale).astype(np.float32), "test": np.ones(90, np.float32)}
+        report, head = run(
+            tmp_path / f"{scale}", {"train": (X, y), "test": (X, y)},
+            weights=weights, stream=stream, solver=solver,
+        )  # fmt: skip
+        found.append((report["chosen"], report["test_top1"], head.weight, head.bias))
+    for chosen, top1, weight, bias in found[1:]:
+        assert (chosen, top1) == found[0][:2]
+        np.testing.assert_array_equal(weight, found[0][2])
+        np.testing.assert_array_equal(bias, found[0][3])
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_more_classes_than_samples(tmp_path, solver):
     names = [f"c{i:02d}" for i in range(40)]

@@ -20,7 +20,7 @@ MAX_MODULE_LINES = 350
 ROWS = [
     {"errors"},
     {"config"},
-    {"runtime"},
+    {"runtime", "streams"},
     {"files"},
     {"memo", "recipe", "metrics"},
     {"cache", "report", "data", "backbone", "fuse"},

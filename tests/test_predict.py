@@ -25,13 +25,13 @@ from featcache.cache import FeatureCache
 from featcache.config import BackboneConfig, PredictConfig, TrainHeadConfig
 from featcache.config.usage import Format
 from featcache.data import normalize, to_pixels
-from featcache.errors import CacheError, StorageError, UserError
+from featcache.errors import CacheError, StorageError, UserError, visible
 from featcache.files import check_outputs
 from featcache.heads import load_head, train_head
 from featcache.model_file import read_tensors
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
-from featcache.predict.formats import MARKS, prediction_writer, visible
+from featcache.predict.formats import MARKS, prediction_writer
 from featcache.predict.inputs import find_pictures
 from featcache.predict.load import load_trained
 from trained_helpers import (
@@ -405,6 +405,33 @@ class TestCommand:
             with pytest.raises(UserError):
                 PredictConfig(**{"model": tmp_path, "inputs": ("x",), **wrong})
 
+    def test_a_spreadsheet_runs_no_cell(self, tmp_path: Path) -> None:
+        names = ["=1+1", "+x", "-x", "@x", "\t=1", "a=1", "-1", "+1.5"]
+        with prediction_writer("csv", tmp_path / "x.csv", names, names, 1) as write:
+            for name in names:
+                write(name, Prediction(name, 1.0, [(name, 1.0)]))
+        with (tmp_path / "x.csv").open(newline="") as file:
+            _, *rows = csv.reader(file)
+        quoted = ["'=1+1", "'+x", "'-x", "'@x", "'\t=1", "a=1", "-1", "+1.5"]
+        assert rows == [[name, name, "1.0"] for name in quoted]
+
+    @pytest.mark.parametrize("kind", ["table", "csv", "jsonl"])
+    def test_a_terminal_gets_no_control_characters(
+        self,
+        kind: str,
+        capsysbinary: pytest.CaptureFixture[bytes],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        name = "a\x1b[2J\x9b\u202e\n.png"
+        for on_terminal in (True, False):
+            monkeypatch.setattr(sys.stdout, "isatty", lambda answer=on_terminal: answer)
+            with prediction_writer(kind, None, [name], ["x"], 1) as write:
+                write(name, Prediction("x", 1.0, [("x", 1.0)]))
+            out = capsysbinary.readouterr().out.decode()
+            raw = kind == "csv" and not on_terminal
+            assert ("\x1b" in out, "\u202e" in out) == (raw, raw)
+            assert len(out.splitlines()) == {"jsonl": 1}.get(kind, 2) + 1 * raw
+
     def test_characters_that_are_none(self) -> None:
         assert visible("früh.png") == "früh.png"
         assert visible("a\nb\udcff") == r"a\nb\udcff"
@@ -465,6 +492,20 @@ class TestInputs:
         assert found == [
             "x.jpg", "one.jpg", " two .jpg", str(tmp_path / "d" / "y.png"), "caf\udce9.png"
         ]  # fmt: skip
+
+    def test_a_list_separated_by_nul(self, tmp_path: Path) -> None:
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "y.png").touch()
+        listed = b"a\nb.jpg\0c\r\0\0" + os.fsencode(tmp_path / "d") + b"\0~/e.png\0"
+        assert find_pictures(["-"], io.BytesIO(listed)) == [
+            "a\nb.jpg", "c\r", str(tmp_path / "d" / "y.png"), "~/e.png"
+        ]  # fmt: skip
+
+    def test_a_standard_input_that_cannot_be_read(self, tmp_path: Path) -> None:
+        with os.fdopen(os.open(os.devnull, os.O_WRONLY), "wb", buffering=0) as file:
+            closed = io.FileIO(file.fileno(), "rb", closefd=False)
+            with pytest.raises(UserError, match="cannot read standard input: Bad file descriptor"):
+                find_pictures(["-"], closed)
 
     def test_nothing_to_do_is_the_users_mistake(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,12 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from featcache import runtime
 from featcache.errors import StorageError
 from featcache.runtime import (
     check_writable,
+    cpu_quota,
+    interrupts_first,
     interrupts_held,
+    num_cores,
+    progress,
     remove_temporaries,
     replacing,
+    say,
     storage_errors,
     torch_threads_kept,
     write_atomically,
@@ -48,6 +57,24 @@ def test_an_interrupt_goes_before_the_error_that_it_looks_like() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work()
+
+
+def test_an_interrupt_that_became_another_error_is_one_again() -> None:
+    def work(*, interrupt: bool) -> None:
+        with interrupts_first():
+            try:
+                if interrupt:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(1)
+            except KeyboardInterrupt as error:
+                raise TypeError("expected a message argument") from error
+            raise ValueError("mine")
+
+    with pytest.raises(KeyboardInterrupt):
+        work(interrupt=True)
+    with pytest.raises(ValueError, match="mine"):
+        work(interrupt=False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
@@ -163,3 +190,50 @@ def test_torchs_threads_are_put_back() -> None:
     with pytest.raises(ValueError, match="mine"):
         work()
     assert torch.get_num_threads() == before
+
+
+def test_a_line_that_nobody_can_read_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("föx\x1b[31m")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        say("lost")
+        monkeypatch.setattr(sys, "stderr", None)
+        say("lost too, and not on stdout")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    assert capsys.readouterr() == ("", "föx\\x1b[31m\n")
+
+
+def test_a_bars_title_moves_no_cursor() -> None:
+    with progress(1, "a\x1b[2J", disable=False, file=io.StringIO()) as bar:
+        assert bar.desc == r"a\x1b[2J"
+
+
+def test_the_cpu_quota_of_every_group_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, inner = tmp_path / "cgroup", tmp_path / "fs" / "pod" / "box"
+    group.write_text("1:cpu:/old\n0::/pod/box\n")
+    inner.mkdir(parents=True)
+
+    def quota() -> float:
+        return cpu_quota(group, tmp_path / "fs")
+
+    assert quota() == math.inf
+    (inner / "cpu.max").write_text("max 100000\n")
+    assert quota() == math.inf
+    (inner.parent / "cpu.max").write_text("150000 100000\n")
+    assert quota() == 1.5
+    (inner / "cpu.max").write_text("50000 100000\n")
+    assert quota() == 0.5
+    (tmp_path / "cpu.max").write_text("1 100000\n")  # outside of the control groups
+    assert quota() == 0.5
+    assert cpu_quota(tmp_path / "gone", tmp_path / "fs") == math.inf
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    for granted, cores in ((math.inf, 64), (1.5, 2), (0.5, 1), (100.0, 64)):
+        monkeypatch.setattr(runtime, "cpu_quota", lambda granted=granted: granted)
+        assert num_cores() == cores

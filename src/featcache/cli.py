@@ -7,13 +7,15 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from featcache.errors import FeatcacheError, UserError, one_of
-from featcache.runtime import say
+from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
+from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
 
 EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
@@ -103,30 +105,37 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
 
     Raises:
         UserError: The line does not parse or a value is out of range, said in one line.
+        StorageError: Standard output takes no help.
     """
     import tyro
 
     words = list(sys.argv[1:] if argv is None else argv)
     words = ["--verbose" if word == "-v" else word for word in words]
-    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    complaint = io.StringIO()
+    markers = (
+        tyro.conf.PositionalRequiredArgs,
+        tyro.conf.PositionalMetavarFromFieldName,
+        tyro.conf.FlagCreatePairsOff,
+    )
+    # tyro colors what it prints where stdout is a terminal, its complaints on stderr too.
+    text, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(complaint):
             return tyro.cli(config_class, prog=prog, args=words, config=markers)
     except SystemExit as stop:
         if not stop.code:
+            write_stdout(text.getvalue())
             raise
         raise UserError(_one_line(complaint.getvalue(), prog)) from None
 
 
 def _one_line(boxed: str, prog: str) -> str:
-    """Boil tyro's framed message down to its first part and the flags it suggests."""
-    rows = [row.strip("│╭╮╰╯ \t") for row in boxed.splitlines()]
+    """Boil tyro's message down to its first part and the flags it suggests."""
+    rows = [row.strip() for row in boxed.splitlines()]
     text: list[str] = []
-    for row in rows[1:]:  # the first row is the frame's title
+    for row in rows[1:]:  # the first row is a title
         if row.startswith(("For full helptext", "Argument helptext")):
             break
-        if row.strip("─-"):  # not a rule
+        if row.strip("-"):  # not a rule
             text.append(row)
     # For a value that fits none of a flag's types, tyro goes on to list every attempt.
     sentence = " ".join(text).split(" Got errors:")[0].rstrip(".")
@@ -157,18 +166,36 @@ def run(
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
     """
-    # Threads that spin at every barrier cost a busy machine four times the work; it has to be said
-    # before torch is imported.
+    return _ended(prog, lambda: _work(prog, config_class, worker, argv, summary), goes_on=goes_on)
+
+
+def _work(
+    prog: str,
+    config_class: type[Config],
+    worker: Callable[[Config], Report],
+    argv: Sequence[str] | None,
+    summary: Callable[[Report], list[str]] | None,
+) -> int:
+    # Threads that spin at every barrier cost a busy machine four times the work, and more threads
+    # than the quota only wait; both have to be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if cpu_quota() < math.inf:
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
+    config = parse(prog, config_class, argv)
+    report = worker(config)
+    for line in summary(report) if summary else []:
+        say(line)
+    if getattr(config, "json", False):
+        write_stdout(json.dumps(report) + "\n")
+    return int(report.get("exit_code", 0))
+
+
+def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
+    """The exit code of `work`; every foreseen failure is said in one line."""
+    open_closed_streams()
     try:
-        config = parse(prog, config_class, argv)
-        report = worker(config)
-        for line in summary(report) if summary else []:
-            say(line)
-        if getattr(config, "json", False):
-            sys.stdout.write(json.dumps(report) + "\n")
-            sys.stdout.flush()
-        return int(report.get("exit_code", 0))
+        with interrupts_first():
+            return work()
     except KeyboardInterrupt:
         kept = "what was finished is kept, and the same command goes on"
         say(f"{prog}: interrupted; {kept if goes_on else 'no file was left half-written'}")
@@ -176,18 +203,44 @@ def run(
     except FeatcacheError as error:
         say(f"{prog}: {_single(error)}")
         return error.exit_code
-    except MemoryError:
-        say(f"{prog}: out of memory; try fewer images (--num-train) or a smaller --batch-size")
+    except BrokenPipeError:  # the reader of our output left; nothing is wrong with the work
         return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of our output left; nothing is wrong with the work. Closing here keeps the
-        # interpreter from complaining again at shutdown.
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
+    except Exception as error:
+        if short := _out_of_memory(error):
+            say(f"{prog}: {short}, or try fewer images or a smaller --batch-size")
+        elif isinstance(error, OSError):
+            say(f"{prog}: {_single(error)}")
+        else:
+            raise
         return EXIT_FAILED
-    except OSError as error:
-        say(f"{prog}: {_single(error)}")
-        return EXIT_FAILED
+    finally:
+        drop_unwritten()
+
+
+# What libraries say when memory runs out that do not raise MemoryError, the dynamic loader first.
+NO_MEMORY = (
+    "failed to map segment",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "can't start new thread",
+)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to say of an error that a lack of memory made; nothing of others."""
+    import resource
+
+    disguised = isinstance(error, OSError | ImportError | RuntimeError)
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or (disguised and any(w in said for w in NO_MEMORY)):
+        return "out of memory; free some, raise the limit of ulimit -v where one is set"
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited and isinstance(error, ImportError | RuntimeError):  # libraries name other causes
+        return f"{_single(error)[:200]}; memory is limited: raise the limit of ulimit -v"
+    return ""
 
 
 def _single(error: Exception) -> str:
@@ -235,18 +288,21 @@ def finetune(argv: Sequence[str] | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Console script `featcache`: the first word picks the command."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:], prog=f"featcache {words[0]}")
+    return _ended("featcache", lambda: _without_command(words))
+
+
+def _without_command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        sys.stdout.write(_usage())
+        write_stdout(_usage())
         return 0 if words else EXIT_USAGE
     if words[0] == "--version":
         from featcache import __version__
 
-        sys.stdout.write(f"featcache {__version__}\n")
+        write_stdout(f"featcache {__version__}\n")
         return 0
-    if words[0] not in COMMANDS:
-        say(f"featcache: {one_of(words[0], COMMANDS, 'command')}; type featcache --help")
-        return EXIT_USAGE
-    return run_command(words[0], words[1:], prog=f"featcache {words[0]}")
+    raise UserError(f"{one_of(words[0], COMMANDS, 'command')}; type featcache --help")
 
 
 def _usage() -> str:

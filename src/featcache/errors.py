@@ -59,6 +59,16 @@ def one_of(given: object, choices: Iterable[str], what: str) -> str:
     return "; ".join(parts)
 
 
+def visible(text: str) -> str:
+    """`text` with every character that would move the cursor or hide others written as an escape.
+
+    For text that others chose (file names, class names, what files say) on its way to a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """The first `most` names with commas, and whether there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

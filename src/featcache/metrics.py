@@ -8,6 +8,24 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.errors import UserError
+
+
+def checked_weights(weights: ArrayLike, split: str) -> NDArray[np.float64]:
+    """What rows count for, in float64, where sums of large weights are finite.
+
+    Args:
+        weights: One per row [N].
+        split: The split's name, for messages.
+
+    Raises:
+        UserError: A weight is negative or not finite, or all are zero.
+    """
+    found = np.asarray(weights, np.float64)
+    if not (np.isfinite(found).all() and (found >= 0).all() and found.any()):
+        raise UserError(f"the weights of {split} must be numbers from 0 on, not all 0")
+    return found
+
 
 def top1(labels: ArrayLike, predicted: ArrayLike) -> float:
     """Share of rows whose predicted class is right; NaN for no rows.

@@ -7,6 +7,7 @@ import errno
 import glob
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,11 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import StorageError
+from featcache.errors import StorageError, visible
 
 NUMERIC_LIBRARIES = ("featcache", "torch", "torchvision", "pillow")
 ABANDONED_S = 24 * 3600.0
 """A temporary that nobody touched for so long was left by a killed writer."""
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 class StageTimer:
@@ -51,11 +53,30 @@ class StageTimer:
 
 
 def num_cores() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use: its affinity and a container's CPU quota count."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(group: Path = Path("/proc/self/cgroup"), root: Path = CGROUP_ROOT) -> float:
+    """Processors' worth of time that control groups (version 2) grant; infinity without a limit.
+
+    The limit of every group above counts too.
+    """
+    quota = math.inf
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = group.read_text(encoding="utf-8").splitlines()
+        place = root / next(line[3:] for line in lines if line.startswith("0::")).lstrip("/")
+        for folder in (place, *place.parents):
+            with contextlib.suppress(OSError, ValueError):
+                granted, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+                quota = min(quota, int(granted) / int(period))
+            if folder == root:
+                break
+    return quota
 
 
 def version_of(distribution: str) -> str:
@@ -147,6 +168,30 @@ def interrupts_held() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def interrupts_first() -> Iterator[None]:
+    """Raise KeyboardInterrupt for whatever error a Ctrl-C became in C code, imports among it."""
+    came: list[int] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    elsewhere = threading.current_thread() is not threading.main_thread()
+    if elsewhere or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pick_device(name: str) -> str:
     """Resolve auto, cpu, cuda or mps to a device that is there.
 
@@ -204,9 +249,20 @@ def _is_compile_supported(device_type: str) -> bool:
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr; file names that are not UTF-8 are escaped."""
-    text = text.encode(errors="backslashreplace").decode()
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    """One line for people, on stderr, whatever characters others put into it.
+
+    Work does not stop for want of a reader: a closed or full stderr loses the line.
+    """
+    if sys.stderr is not None:  # print would take stdout
+        with contextlib.suppress(OSError):
+            print(visible(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def progress(total: int, title: str = "", **options: Any) -> Any:
+    """A bar that counts images on stderr, for terminals only; `options` are those of tqdm."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=visible(title), unit="img", **{"disable": None, **options})
 
 
 @contextlib.contextmanager

@@ -14,6 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from featcache.errors import UserError, one_of
 
+# Settings of type str that may be paths.
+NAMES_OR_PATHS = ("dataset", "inputs", "weights")
+
 
 def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
     """Raise UserError unless `value` is None or a number in [low, high]."""
@@ -33,7 +36,7 @@ def check_types(config: Any) -> None:
     """Check that the fields of a frozen dataclass have their types; for callers from Python.
 
     The command line has done so. Paths may be given as text and text as paths, lists for tuples,
-    whole numbers for floats.
+    whole numbers for floats. A leading ~ of a path becomes the home folder.
 
     Raises:
         UserError: A field has another type, or is none of the words that it may be.
@@ -64,6 +67,8 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
         return tuple(_fitted(name, each, get_args(hint)[0]) for each in value)
     fits = isinstance(value, _ACCEPTED.get(hint, ())) and isinstance(value, bool) == (hint is bool)
     if fits:
+        if hint is Path or name in NAMES_OR_PATHS:  # of --flag=~/x the shell leaves ~ as it is
+            value = os.path.expanduser(value)
         return value if isinstance(value, hint) else _MADE_BY[hint](value)
     raise UserError(f"{_flag(name)}: {str(value)[:80]!r} is no {_WORDS.get(hint, 'list')}")
 

@@ -54,7 +54,7 @@ class DataConfig(PlaceConfig):
     dataset: str
     """digits, a torchvision dataset's name (cifar10, flowers102, ...), a folder of class folders
     (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest with
-    columns path,label[,split]."""
+    columns path,label[,split][,weight] (how much a train row counts; 1 unless given)."""
     num_train: Optional[int] = None
     """Use only so many train images: the first ones of a torchvision dataset, a seeded sample
     stratified by class of a folder or manifest."""
@@ -275,7 +275,8 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     workers: Optional[int] = None
     """Threads that read and decode; chosen from the number of cores unless given."""
     resume: bool = True
-    """Go on from the last epoch's checkpoint of the same run; --no-resume starts afresh."""
+    """Start afresh; unless given, resume from the last epoch's checkpoint of the same run (resume
+    is True)."""
     output: Optional[Path] = None
     """The model file (.safetensors); its report is written beside it as .json."""
 

@@ -47,8 +47,9 @@ class PredictConfig(ClassifierConfig):
     topk: int = 1
     """Name so many of the likeliest classes."""
     format: Optional[Format] = None
-    """Print a table for people, csv, or jsonl (a JSON object a line); what the name of --output
-    ends in, else table, unless given."""
+    """Print a table for people, csv (for spreadsheets: a cell that would be a formula gets a '
+    before it), or jsonl (a JSON object a line); what the name of --output ends in, else table,
+    unless given."""
     output: Optional[Path] = None
     """Write predictions to this file instead of standard output."""
     on_error: Literal["skip", "fail"] = "skip"

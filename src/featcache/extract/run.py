@@ -40,7 +40,7 @@ from featcache.extract.request import (
 )
 from featcache.extract.stream import computed_rows, decode_shortfall
 from featcache.files import check_outputs
-from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
+from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -177,8 +177,6 @@ def fill_split(
     timer: StageTimer,
 ) -> SplitProgress:
     """Compute the pending blocks of one split."""
-    from tqdm import tqdm
-
     start = time.perf_counter()
     blocks = writer.pending(split.name)
     missing = [
@@ -186,7 +184,7 @@ def fill_split(
     ]
     done = SplitProgress(num_samples=len(split), num_resumed=len(split) - len(missing))
     stream = computed_rows(config, split, missing, meta, engine, timer)
-    bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=None)
+    bar = progress(len(missing), split.name)
     with bar:
         for rows in blocks:
             reused, features = writer.reused_rows(split.name, rows)

@@ -19,6 +19,7 @@ from featcache.data import (
 )
 from featcache.data.sampling import held_out_rows
 from featcache.errors import UserError
+from featcache.metrics import checked_weights
 from featcache.runtime import say
 
 DECODED_BYTES = 1_500_000_000
@@ -40,11 +41,15 @@ class Images:
 
     @cached_property
     def weights(self) -> NDArray[np.float32] | None:
-        """Sample weights [N] with a mean of one, or None where all images count alike."""
-        given = self.split.weights
-        if given is None or np.ptp(given) == 0:
+        """Sample weights [N] with a mean of one, or None where all images count alike.
+
+        Raises:
+            UserError: A weight is negative or not finite, or all are zero.
+        """
+        if self.split.weights is None:
             return None
-        return np.asarray(given / given.mean(), np.float32)
+        given = checked_weights(self.split.weights, self.split.name)
+        return np.asarray(given / given.mean(), np.float32) if np.ptp(given) else None
 
     def subset(self, rows: NDArray[np.int64], name: str) -> Images:
         """The images of the given rows, in that order; pixels are shared where they are views."""

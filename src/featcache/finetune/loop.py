@@ -20,7 +20,7 @@ from featcache.finetune.images import Images
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import EVAL_BATCH_SIZE, Plan, rate_factor
 from featcache.recipe import epoch_order, flip_mask
-from featcache.runtime import StageTimer
+from featcache.runtime import StageTimer, progress
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def train_epoch(
     step, total_loss, seen = epoch * steps_per_epoch, 0.0, 0
     with (
         closing(_train_batches(parts, images, prep, machine, epoch)) as batches,
-        _bar(f"epoch {epoch + 1}/{plan.epochs}", len(images)) as bar,
+        progress(len(images), f"epoch {epoch + 1}/{plan.epochs}", leave=False) as bar,
     ):
         while True:
             with timer("wait"):
@@ -233,7 +233,7 @@ def score(model: torch.nn.Module, images: Images, prep: Preprocessing, machine: 
     batches = iterate_batches(
         images.source, np.arange(num), EVAL_BATCH_SIZE, prep, workers=machine.workers
     )
-    with torch.inference_mode(), _bar(f"score {images.split.name}", num) as bar:
+    with torch.inference_mode(), progress(num, f"score {images.split.name}", leave=False) as bar:
         for pixels, labels, rows in batches:
             with machine.autocast():
                 logits = model(machine.inputs(pixels, prep))
@@ -245,9 +245,3 @@ def score(model: torch.nn.Module, images: Images, prep: Preprocessing, machine: 
     right = int((predicted == images.split.labels).sum())
     seconds = time.perf_counter() - start
     return Scores(predicted, confidence, total_loss / max(num, 1), right / max(num, 1), seconds)
-
-
-def _bar(title: str, total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=None)

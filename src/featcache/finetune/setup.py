@@ -21,6 +21,7 @@ from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
+from featcache.metrics import checked_weights
 from featcache.model_file import MARKS as MODEL_MARKS
 from featcache.report import report_marks
 from featcache.runtime import num_cores, numeric_versions, pick_device, say
@@ -76,6 +77,8 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     init_head = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
+    if (weights := dataset.splits["train"].weights) is not None:
+        checked_weights(weights, "train")
     machine = choose_machine(config)
     num_classes = len(dataset.class_names)
     network = build_classifier(config, num_classes, config.seed, info.weights_sha256)

@@ -22,6 +22,7 @@ from featcache.heads.rows import (
     check_finite,
     check_rows,
 )
+from featcache.metrics import checked_weights
 
 # Test rows are scored so many at a time.
 TEST_ROWS = 8192
@@ -176,14 +177,14 @@ def load_rows(split: FeatureSplit, class_names: Sequence[str]) -> Rows:
 
 
 def sample_weights(split: FeatureSplit) -> Doubles:
-    """What the manifest's weight column says of each row, [N]; 1 without one.
+    """What each row counts for by the manifest's weight column, [N]; 1 without one.
+
+    The mean over rows that count is one: the common scale of the weights is not the strength's.
 
     Raises:
         UserError: A weight is negative or not finite, or all are zero.
     """
     if split.weights is None:
         return np.ones(len(split))
-    weights = split.weights.astype(np.float64)
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise UserError(f"the weights of {split.name} must be numbers from 0 on, not all 0")
-    return weights
+    weights = checked_weights(split.weights, split.name)
+    return np.asarray(weights / weights[weights > 0].mean())

@@ -43,6 +43,7 @@ class RowStream:
         split: Where they are.
         num_classes: Number C of classes.
         class_factor: What the rows of each class count for, [C], times the row's own weight.
+        own: What each row counts for, [N]; None where all count alike.
         held: Numbers of the rows held out, ascending.
         checked: Whether every row was seen to be finite; the first pass finds out.
     """
@@ -50,6 +51,7 @@ class RowStream:
     split: FeatureSplit
     num_classes: int
     class_factor: Doubles
+    own: Doubles | None
     held: Ints
     checked: bool = False
 
@@ -63,11 +65,10 @@ class RowStream:
         """Number N of rows, views not counted, the held-out ones among them."""
         return len(self.split)
 
-    def weights(self, kept: slice) -> Doubles:
+    def weights(self, kept: slice | Ints) -> Doubles:
         """What some rows count for."""
-        own = self.split.weights
         factor = self.class_factor[self.split.y[kept]]
-        return factor if own is None else factor * own[kept]
+        return factor if self.own is None else factor * self.own[kept]
 
     def blocks(self, *, with_held: bool) -> Iterator[Block]:
         """All views of all rows once, in order.
@@ -153,7 +154,7 @@ class RowStream:
 
     def class_counts(self) -> Doubles:
         """Rows by class, each counting its own weight, [C]."""
-        return np.bincount(self.split.y, self.split.weights, self.num_classes).astype(np.float64)
+        return np.bincount(self.split.y, self.own, self.num_classes).astype(np.float64)
 
     def _gather(
         self, groups: Ints, views: Ints, *, with_held: bool
@@ -218,10 +219,10 @@ def open_stream(config: TrainHeadConfig, split: FeatureSplit, class_names: list[
     Raises:
         UserError: Fewer than two classes have rows, or weights are of no use.
     """
-    weights = sample_weights(split) if split.weights is not None else None
-    check_classes(split.y if weights is None else split.y[weights > 0], class_names)
+    own = sample_weights(split) if split.weights is not None else None
+    check_classes(split.y if own is None else split.y[own > 0], class_names)
     num_classes = len(class_names)
-    stream = RowStream(split, num_classes, np.ones(num_classes), np.zeros(0, np.int64))
+    stream = RowStream(split, num_classes, np.ones(num_classes), own, np.zeros(0, np.int64))
     if config.class_weight == "balanced":
         counts = stream.class_counts()
         share = np.divide(1.0, counts, out=np.zeros(num_classes), where=counts > 0)

@@ -108,9 +108,12 @@ class _Parts:
 
     def rows(self, stream: RowStream) -> Rows:
         views = [np.concatenate(blocks) for blocks in self._views.values()]
-        y, own = stream.split.y[self._index], stream.split.weights
-        weights = stream.class_factor[y] * (1.0 if own is None else own[self._index])
-        return Rows(views=np.stack(views), y=y, weights=weights, num_classes=stream.num_classes)
+        return Rows(
+            views=np.stack(views),
+            y=stream.split.y[self._index],
+            weights=stream.weights(self._index),
+            num_classes=stream.num_classes,
+        )
 
 
 def choose_streamed(solver: Solver, stream: RowStream, first: FirstPass, name: str) -> Choice:

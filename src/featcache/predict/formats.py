@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from featcache.config.usage import Format
+from featcache.errors import visible
 from featcache.predict.classifier import Prediction
 from featcache.runtime import replacing, storage_errors
+from featcache.streams import stdout_errors
 
 MAX_PATH_WIDTH = 60
 MARKS = re.compile(
@@ -22,6 +24,7 @@ MARKS = re.compile(
     rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
 )
 """How tables, CSV and JSON lines of predictions begin."""
+NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 
 Write = Callable[[str, Prediction], None]
 
@@ -77,8 +80,15 @@ def prediction_writer(
 def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
     """A function that writes text; file names that are not UTF-8 come out as they went in."""
     if output is None:
-        yield lambda text: _put(sys.stdout.buffer, text)
-        sys.stdout.buffer.flush()
+        # A terminal gets no control characters; programs get names as they are.
+        shown = _visible_line if sys.stdout.isatty() else str
+
+        def put(text: str) -> None:
+            with stdout_errors():
+                _put(sys.stdout.buffer, shown(text))
+                sys.stdout.buffer.flush()  # a closed or full output ends the run at the first row
+
+        yield put
         return
     with contextlib.ExitStack() as stack:
         with storage_errors(output):
@@ -93,6 +103,10 @@ def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
         with storage_errors(output):
             file.close()
             stack.close()
+
+
+def _visible_line(text: str) -> str:
+    return visible(text.removesuffix("\n")) + "\n" * text.endswith("\n")
 
 
 def _put(file: BinaryIO, text: str) -> None:
@@ -116,13 +130,6 @@ def _table(
     return f"{'picture':<{width}}  {'label':<{label_width}} probability\n", text
 
 
-def visible(text: str) -> str:
-    """`text` with every character that is none, or would move the cursor, written as an escape."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _csv(topk: int) -> tuple[str, Callable[[str, Prediction], str]]:
     def line(cells: Sequence[object]) -> str:
         buffer = io.StringIO()
@@ -130,10 +137,17 @@ def _csv(topk: int) -> tuple[str, Callable[[str, Prediction], str]]:
         return buffer.getvalue()
 
     def text(path: str, prediction: Prediction) -> str:
-        return line([path, *(cell for pair in prediction.topk for cell in pair)])
+        pairs = ((_as_text(label), value) for label, value in prediction.topk)
+        return line([_as_text(path), *(cell for pair in pairs for cell in pair)])
 
     more = (f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability"))
     return line(["path", "label", "probability", *more]), text
+
+
+def _as_text(cell: str) -> str:
+    """Put ' before what a spreadsheet would run as a formula; numbers stay as they are."""
+    starts_formula = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{cell}" if starts_formula and not NUMBER.fullmatch(cell) else cell
 
 
 def _json_line(path: str, prediction: Prediction) -> str:

@@ -39,7 +39,7 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
         else:
             paths.append(word)
     if not paths:
-        raise UserError("standard input named no picture: give paths, one a line")
+        raise UserError("standard input named no picture: give paths, one a line or NUL-separated")
     if STANDARD_INPUT not in inputs and all(map(_is_missing, paths)):
         more = f", nor any of {len(paths) - 1} others" if len(paths) > 1 else ""
         raise UserError(f"there is no {paths[0]}{more}: give pictures, folders, or -")
@@ -68,7 +68,7 @@ def _listed(stdin: BinaryIO) -> Iterator[str]:
 
 def _entries(stdin: BinaryIO) -> Iterator[bytes]:
     rest, num_bytes, separator = b"", 0, b""
-    while chunk := stdin.read(CHUNK_BYTES):
+    while chunk := _read(stdin):
         num_bytes += len(chunk)
         separator = separator or (b"\0" if b"\0" in chunk else b"\n")
         *entries, rest = (rest + chunk).split(separator)
@@ -76,6 +76,13 @@ def _entries(stdin: BinaryIO) -> Iterator[bytes]:
             raise UserError("standard input is no list of pictures: give paths, one a line")
         yield from entries if separator == b"\0" else (entry.rstrip(b"\r") for entry in entries)
     yield rest.rstrip(b"\r\n")
+
+
+def _read(stdin: BinaryIO) -> bytes:
+    try:
+        return stdin.read(CHUNK_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read standard input: {error.strerror}; pipe paths in") from error
 
 
 def pictures_below(folder: str) -> list[str]:
