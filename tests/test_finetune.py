@@ -477,7 +477,8 @@ class TestStart:
         config = settings(pets, tmp_path, recipe="good", epochs=1, backbone="resnet18")
         report = finetune(config)
         assert report["probe"]["num_images"] == 33
-        cold = finetune(dataclasses.replace(config, recipe="notebook", bn_eval=True))
+        changes = {"recipe": "notebook", "bn_eval": True, "resume": False}
+        cold = finetune(dataclasses.replace(config, **changes))
         assert report["epochs"][0]["train_loss"] < 0.5 * cold["epochs"][0]["train_loss"]
 
     def test_two_classes(self, pets: Path, tmp_path: Path) -> None:
