@@ -22,6 +22,7 @@ from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.export import export
 from featcache.export import run as export_run
 from featcache.export.graph import ClassifierGraph, head_layer
+from featcache.files import check_outputs
 from featcache.predict import Classifier
 from trained_helpers import knn_head, linear_head, make_cache, make_model, write_head
 
@@ -99,6 +100,7 @@ class TestOnnx:
         assert provenance["solver"] == "logistic"
         assert "already resized" in json.loads(about["input"])["what"]
         assert about["featcache_version"]
+        check_outputs({Path(exported["output"]): export_run.MARKS})  # may be written again
         (taken,) = session.get_inputs()
         assert (taken.name, taken.type, taken.shape) == (
             "pixels", "tensor(uint8)", ["batch", 32, 32, 3]
@@ -127,6 +129,7 @@ def test_a_model_as_torch_export(
     assert report["max_difference"] < 1e-5
     assert report["input"]["shape"] == ["batch", 3, 32, 32]
     assert os.listdir(tmp_path) == ["out.pt2"]
+    check_outputs({file: export_run.MARKS})  # may be written again
     about = {"featcache.json": ""}
     module = torch.export.load(file, extra_files=about).module()
     assert json.loads(about["featcache.json"])["class_names"] == ["cat", "dog", "eel"]
@@ -200,14 +203,18 @@ class TestRefusals:
         self, head_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = self.settings(head_file, tmp_path)
-        config.output.write_text("the older one")
+        config.output.write_text("the stranger's")
+        with pytest.raises(UserError, match=r"x\.pt2 is there already and is no file that this"):
+            export(config)
+        older = "featcache_version: the older one"
+        config.output.write_text(older)
         for name in ("capture", "pt2_runner"):
             monkeypatch.setattr(export_run, name, lambda *args: None)
         monkeypatch.setattr(export_run, "pt2_bytes", lambda *args: b"graph")
         monkeypatch.setattr(export_run, "differences", lambda *args: (0.3, 0.1))
         with pytest.raises(FeatcacheError, match=r"was not kept: .* off by 3\.0e-01 \(1\.0e-01 of"):
             export(config)
-        assert config.output.read_text() == "the older one"
+        assert config.output.read_text() == older
         assert os.listdir(tmp_path) == ["x.pt2"]
 
     def test_a_network_that_defeats_the_exporter(

@@ -493,8 +493,8 @@ class TestStart:
         config = settings(pets, tmp_path, recipe="good", epochs=1, backbone="resnet18")
         report = finetune(config)
         assert report["probe"]["num_images"] == 33
-        other = {"recipe": "notebook", "output": tmp_path / "cold.safetensors"}
-        cold = finetune(dataclasses.replace(config, bn_eval=True, **other))
+        changes = {"recipe": "notebook", "bn_eval": True, "resume": False}
+        cold = finetune(dataclasses.replace(config, **changes))
         assert report["epochs"][0]["train_loss"] < 0.5 * cold["epochs"][0]["train_loss"]
 
     def test_two_classes(self, pets: Path, tmp_path: Path) -> None:

@@ -171,11 +171,13 @@ def test_what_a_killed_writer_left_goes_after_a_day(tmp_path: Path) -> None:
         (left / ".tmpAbCdEf").write_bytes(b"half")
         os.utime(left, (0, 0))
     os.utime(old / ".tmpAbCdEf", (0, 0))
+    longer = tmp_path / ".x.json.json.0123456789abcdef.tmp"
+    longer.mkdir()
     write_atomically(path, b"{}")
     assert (young / ".tmpAbCdEf").exists()
     assert not old.exists()
     remove_temporaries(path)
-    assert sorted(os.listdir(tmp_path)) == ["victim", "x.json"]
+    assert sorted(os.listdir(tmp_path)) == [longer.name, "victim", "x.json"]
     assert os.listdir(victim) == ["kept"]
 
 

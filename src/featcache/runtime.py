@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -333,7 +334,10 @@ def check_writable(path: Path, num_bytes: int = 0) -> None:
 
 def temporaries_of(path: Path) -> list[Path]:
     """What writers of `path` are writing now, or left when they were killed."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
+    # Digits alone are of version 0.1.0; anything else is of a longer name.
+    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{16}}|[0-9]+)\.tmp")
+    found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    return [left for left in found if name.fullmatch(left.name)]
 
 
 def remove_temporaries(path: Path, older_s: float = 0.0) -> None:
