@@ -7,10 +7,14 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -226,6 +230,46 @@ class TestLibrary:
             assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_eight_threads_beside_another_network(
+        self, shared: bool, head_file: Path, classifier: Classifier
+    ) -> None:
+        pictures = [picture(i) for i in range(20)]
+        wanted = classifier.predict_proba(pictures)
+        other = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        x, done = torch.ones(1, 3, 8, 8), threading.Event()
+        usual = other(x)
+        one = Classifier.load(head_file, workers=1)
+
+        def beside() -> bool:
+            return all(torch.equal(other(x), usual) for _ in iter(done.is_set, True))
+
+        def classify(_: int) -> np.ndarray:
+            mine = one if shared else Classifier.load(head_file, workers=1)
+            return mine.predict_proba(pictures)
+
+        with ThreadPoolExecutor(9) as pool:
+            undisturbed = pool.submit(beside)
+            try:
+                found = list(pool.map(classify, range(8)))
+            finally:
+                done.set()
+            assert undisturbed.result()
+        assert all(np.abs(rows - wanted).max() < 1e-6 for rows in found)
+
+    def test_a_used_classifier_pickles(self, classifier: Classifier) -> None:
+        wanted = classifier.predict_proba(picture(1))
+        copy = pickle.loads(pickle.dumps(classifier))
+        assert np.abs(copy.predict_proba(picture(1)) - wanted).max() < 1e-6
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["loky", "threading"])
+    def test_joblib_spreads_predictions(self, backend: str, classifier: Classifier) -> None:
+        wanted = classifier.predict([picture(1), picture(2)])
+        jobs = (joblib.delayed(classifier.predict)(picture(i)) for i in (1, 2))
+        found = joblib.Parallel(n_jobs=2, backend=backend)(jobs)
+        assert [p.label for (p,) in found] == [p.label for p in wanted]
 
     @pytest.mark.parametrize("precision", ["amp", "int8"])
     def test_features_in_another_precision_are_told_of(

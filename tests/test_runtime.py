@@ -90,3 +90,18 @@ def test_torchs_threads_are_put_back() -> None:
     with pytest.raises(ValueError, match="mine"):
         work()
     assert torch.get_num_threads() == before
+
+
+def test_overlapping_users_leave_torchs_threads_as_the_first_found_them() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = torch_threads_kept(), torch_threads_kept()
+        first.__enter__()
+        torch.set_num_threads(1)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -59,7 +59,7 @@ def _identity(config: BackboneConfig, seed: int) -> tuple[str, dict[str, Any]]:
     if config.weights == "imagenet":
         download(config.backbone)
     file = weights_file(config)
-    model = build_network(config.backbone, drawn=False) if file else loaded_network(config, seed)
+    model = build_network(config.backbone, seed=None) if file else loaded_network(config, seed)
     return str(file or ""), {
         "weights_sha256": file_sha256(file) if file else state_sha256(model),
         "feature_dim": feature_dim_of(head_of(model)[1]),

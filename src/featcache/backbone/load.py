@@ -63,16 +63,11 @@ def build_classifier(config: BackboneConfig, num_classes: int, seed: int) -> nn.
 
 def loaded_network(config: BackboneConfig, seed: int) -> nn.Module:
     """A network with all weights but those of its head, which is for the caller to replace."""
-    import torch
-
     if config.weights == "random":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build_network(config.backbone)
+        return build_network(config.backbone, seed=seed)
     if config.weights != "imagenet":
         given_file(config)  # complain of a missing file before building anything
-    with torch.random.fork_rng(devices=[]):
-        model = build_network(config.backbone, drawn=False)
+    model = build_network(config.backbone, seed=None)
     if config.weights == "imagenet":
         state, source = download(config.backbone), "torchvision's weights"
     else:

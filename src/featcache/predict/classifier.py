@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Row = NDArray[np.float32]
 # Neighbours of many pictures are found together: the train rows are read once for all of them.
 KNN_ROWS = 512
+# For all classifiers, since a lock cannot be pickled; engines are built one at a time anyway.
+_CHOOSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Prediction:
 
 class Classifier:
     """A head with its backbone, or a fine-tuned model, ready for pictures.
+
+    Several threads may use one; it pickles, and chooses its engine again where it arrives.
 
     Example:
         classifier = Classifier.load("cache/pets.logistic.safetensors")
@@ -151,14 +156,18 @@ class Classifier:
 
     def engine(self, num_images: int) -> Engine:
         """What runs the network; chosen on first use, measured when there are many images."""
-        if self._engine is None:
-            from featcache.engine import choose_engine
+        from featcache.engine import choose_engine
 
-            trained = self.trained
-            self._engine = choose_engine(
-                self._settings, trained.network, trained.preprocessing, self._device, num_images
-            )
-        return self._engine
+        with _CHOOSING:
+            if self._engine is None:
+                trained = self.trained
+                self._engine = choose_engine(
+                    self._settings, trained.network, trained.preprocessing, self._device, num_images
+                )
+            return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}
 
     def stream(
         self, split: ImageSplit, timer: StageTimer | None = None
