@@ -116,6 +116,20 @@ def test_skipped_rows_are_left_out_everywhere_and_nothing_shifts(skipping):
     assert dataset[3][1] == 4 % 3
 
 
+def test_a_subscript_picks_rows_of_features_and_labels(skipping):
+    split = FeatureCache(skipping).split("train")
+    X, y = np.array(split.X), split.y
+    features, label = split[3]
+    assert np.array_equal(features, X[3])
+    assert label == y[3]
+    assert np.array_equal(split[-1][0], X[-1])
+    for rows in (slice(2, 9, 3), [5, 0, 5], y == 1, np.array([1])):
+        assert np.array_equal(split[rows][0], X[rows])
+        assert np.array_equal(split[rows][1], y[rows])
+    with pytest.raises(IndexError):
+        split[len(split)]
+
+
 @pytest.mark.parametrize("batch_rows", [1, 7, 64, 100, 5000])
 def test_stream_gives_every_row_once_in_order(skipping, batch_rows):
     split = FeatureCache(skipping).split("train")

@@ -218,6 +218,17 @@ def _is_compile_supported(device_type: str) -> bool:
     return bool(utils.is_compile_supported(device_type))
 
 
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook."""
+    shell = sys.modules.get("IPython")
+    return getattr(shell and shell.get_ipython(), "kernel", None) is not None
+
+
+def bar_hidden() -> bool | None:
+    """For tqdm's `disable`: bars are for terminals, which tqdm finds for None, and notebooks."""
+    return False if in_notebook() else None
+
+
 def say(text: str) -> None:
     """One line for people, on stderr; file names that are not UTF-8 are escaped."""
     text = text.encode(errors="backslashreplace").decode()

@@ -32,7 +32,14 @@ from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
-from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
+from featcache.runtime import (
+    StageTimer,
+    bar_hidden,
+    environment,
+    num_cores,
+    say,
+    torch_threads_kept,
+)
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -176,7 +183,7 @@ def fill_split(
     ]
     done = SplitProgress(num_samples=len(split), num_resumed=len(split) - len(missing))
     stream = computed_rows(config, split, missing, meta, engine, timer)
-    bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=None)
+    bar = tqdm(total=len(missing), desc=split.name, unit="img", disable=bar_hidden())
     with bar:
         for rows in blocks:
             reused, features = writer.reused_rows(split.name, rows)

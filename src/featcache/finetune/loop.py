@@ -20,7 +20,7 @@ from featcache.finetune.images import Images
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import EVAL_BATCH_SIZE, Plan, rate_factor
 from featcache.recipe import epoch_order, flip_mask
-from featcache.runtime import StageTimer
+from featcache.runtime import StageTimer, bar_hidden
 
 if TYPE_CHECKING:
     import torch
@@ -250,4 +250,4 @@ def score(model: torch.nn.Module, images: Images, prep: Preprocessing, machine: 
 def _bar(title: str, total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=None)
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_hidden())
