@@ -106,7 +106,8 @@ class _Doc:
         for base in reversed(kind.__mro__):
             if dataclasses.is_dataclass(base):
                 docs |= _field_docs(base)
-        fields = (f"    {name}: {docs[name]}" for name in kind.__annotations__ | docs)
+        own_first = [name for name in kind.__annotations__ | docs if name in docs]
+        fields = (f"    {name}: {docs[name]}" for name in own_first)
         return "\n".join([self._text, "", "Attributes:", *fields])
 
 
