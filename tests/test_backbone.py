@@ -493,8 +493,7 @@ ARCHITECTURES = [
 def test_a_network_that_is_filled_from_a_file_is_the_one_that_was_saved(
     name: str, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    saved = bb.build_network(name).eval()
+    saved = bb.build_network(name, seed=0).eval()
     file = tmp_path / "w.safetensors"
     save_file(saved.state_dict(), file)
     drawn = torch.random.get_rng_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -10,8 +11,11 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
 
 from cache_helpers import CLASSES, copy_cache, expected, fill, make_cache, make_meta, make_splits
 from featcache.cache import (
@@ -55,6 +59,13 @@ def flip_feature(path: Path, row: int, split: str = "train") -> None:
         file.write(bytes([byte ^ 64]))
 
 
+def owner_of(array: np.ndarray) -> object:
+    """What holds the memory of an array."""
+    while isinstance(array, np.ndarray) and array.base is not None:
+        array = array.base
+    return array.obj if isinstance(array, memoryview) else array
+
+
 def test_arrays_are_mapped_read_only_and_right(path):
     cache = FeatureCache(str(path))
     assert cache.splits == {"train": 150, "test": 70}
@@ -62,7 +73,7 @@ def test_arrays_are_mapped_read_only_and_right(path):
     assert cache.class_names == CLASSES
     assert cache.meta == make_meta()
     X, y = cache.split("train")
-    assert isinstance(X, np.memmap)
+    assert isinstance(owner_of(X), mmap.mmap)
     assert not X.flags.writeable
     assert X.flags.c_contiguous
     assert np.array_equal(X, expected("train", range(150))[0])
@@ -103,6 +114,20 @@ def test_skipped_rows_are_left_out_everywhere_and_nothing_shifts(skipping):
     assert len(dataset) == 85
     assert np.array_equal(dataset[3][0], expected("train", range(150), 2)[1][4])
     assert dataset[3][1] == 4 % 3
+
+
+def test_a_subscript_picks_rows_of_features_and_labels(skipping):
+    split = FeatureCache(skipping).split("train")
+    X, y = np.array(split.X), split.y
+    features, label = split[3]
+    assert np.array_equal(features, X[3])
+    assert label == y[3]
+    assert np.array_equal(split[-1][0], X[-1])
+    for rows in (slice(2, 9, 3), [5, 0, 5], y == 1, np.array([1])):
+        assert np.array_equal(split[rows][0], X[rows])
+        assert np.array_equal(split[rows][1], y[rows])
+    with pytest.raises(IndexError):
+        split[len(split)]
 
 
 @pytest.mark.parametrize("batch_rows", [1, 7, 64, 100, 5000])
@@ -215,6 +240,32 @@ def test_readers_keep_the_file_that_they_opened(path):
         new.finish()
     assert np.array_equal(cache.split("train").X, expected("train", range(150))[0])
     assert not FeatureCache(path).split("train").X.any()
+
+
+@pytest.mark.slow
+def test_features_travel_to_the_workers_of_joblib(path):
+    X, y = FeatureCache(path).split("train")
+    with joblib.parallel_config(backend="loky", max_nbytes=1):  # mapped, however small
+        fitting = joblib.Parallel(n_jobs=2)
+        wanted = expected("train", range(150))[0]
+        for part, rows in (
+            (X, slice(None)),
+            (X[50:], slice(50, None)),
+            (X[::2], slice(None, None, 2)),
+        ):
+            sums = fitting(joblib.delayed(np.sum)(part, axis=axis) for axis in (0, 1))
+            assert np.array_equal(sums[0], wanted[rows].sum(axis=0))
+            assert np.array_equal(sums[1], wanted[rows].sum(axis=1))
+        clf = LogisticRegression()
+        assert len(cross_val_score(clf, X, y, cv=3, n_jobs=2)) == 3
+        search = GridSearchCV(clf, {"C": [0.1, 1.0]}, cv=3, n_jobs=2).fit(X, y)
+        assert search.best_params_["C"] in (0.1, 1.0)
+
+
+def test_features_travel_to_a_spawned_process(path):
+    X = FeatureCache(path).split("train").X
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert np.array_equal(pool.apply(np.negative, (X,)), -X)
 
 
 # --- loaders

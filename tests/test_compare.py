@@ -392,7 +392,7 @@ def test_the_run_nearest_in_length_tells() -> None:
 
 @pytest.mark.parametrize("sizes", ["", "5,,all", "0,5", "five", "5 20", "1e3", "5,-1"])
 def test_sizes_that_make_no_sense(sizes: str) -> None:
-    with pytest.raises(UserError, match=r"--sizes .* for example 5,20,50,all"):
+    with pytest.raises(UserError, match=r"sizes .* for example 5,20,50,all"):
         CompareConfig(dataset="digits", sizes=sizes)
 
 

@@ -1,13 +1,15 @@
-"""Settings given from Python: brought to their types, or refused as on the command line."""
+"""Settings given from Python: brought to their types, or refused in Python's own words."""
 
 from __future__ import annotations
 
+import dataclasses
+import pydoc
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 
-from featcache import UserError
+from featcache import UserError, cli, extract_features
 from featcache.config import (
     BackboneConfig,
     ExportConfig,
@@ -19,6 +21,7 @@ from featcache.config import (
     TrainHeadConfig,
     VerifyConfig,
 )
+from featcache.config.python import in_python
 
 
 def test_text_and_paths_stand_for_each_other() -> None:
@@ -64,27 +67,27 @@ def test_numbers_of_every_kind_are_numbers() -> None:
     [
         (
             lambda: ExtractConfig(dataset="digits", precision="bf16"),
-            "--precision: no choice 'bf16'",
+            "precision: no choice 'bf16'",
         ),
         (lambda: TrainHeadConfig(cache="x.h5", solver="logistik"), "did you mean logistic"),
-        (lambda: TrainHeadConfig(cache="x.h5", select="foo"), "--select: no choice 'foo'"),
+        (lambda: TrainHeadConfig(cache="x.h5", select="foo"), "select: no choice 'foo'"),
         (
             lambda: TrainHeadConfig(cache="x.h5", standardize=True),
-            "--standardize: no choice 'True'",
+            "standardize: no choice 'True'",
         ),
         (
             lambda: TrainHeadConfig(cache="x.h5", batch_size="x"),
-            "--batch-size: 'x' is no whole num",
+            "batch_size: 'x' is no whole num",
         ),
-        (lambda: TrainHeadConfig(cache="x.h5", epochs=2.5), "--epochs: '2.5' is no whole number"),
-        (lambda: TrainHeadConfig(cache="x.h5", epochs=True), "--epochs: 'True' is no whole number"),
-        (lambda: TrainHeadConfig(cache="x.h5", tta=1), "--tta: '1' is no True or False"),
-        (lambda: TrainHeadConfig(cache=None), "--cache: 'None' is no path"),
-        (lambda: BackboneConfig(resize=["squash"]), "--resize: no choice"),
-        (lambda: ExtractConfig(dataset=3), "--dataset: '3' is no text"),
-        (lambda: PredictConfig(model="m", inputs="a.png"), "--inputs: 'a.png' is no list"),
-        (lambda: ReportConfig(runs=[3]), "--runs: '3' is no path"),
-        (lambda: ExportConfig(model="m", input="int4"), "--input: no choice 'int4'"),
+        (lambda: TrainHeadConfig(cache="x.h5", epochs=2.5), "epochs: '2.5' is no whole number"),
+        (lambda: TrainHeadConfig(cache="x.h5", epochs=True), "epochs: 'True' is no whole number"),
+        (lambda: TrainHeadConfig(cache="x.h5", tta=1), "tta: '1' is no True or False"),
+        (lambda: TrainHeadConfig(cache=None), "cache: 'None' is no path"),
+        (lambda: BackboneConfig(resize=["squash"]), "resize: no choice"),
+        (lambda: ExtractConfig(dataset=3), "dataset: '3' is no text"),
+        (lambda: PredictConfig(model="m", inputs="a.png"), "inputs: 'a.png' is no list"),
+        (lambda: ReportConfig(runs=[3]), "runs: '3' is no path"),
+        (lambda: ExportConfig(model="m", input="int4"), "input: no choice 'int4'"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, told: str) -> None:
@@ -99,10 +102,10 @@ def test_what_does_not_fit_is_refused(make, told: str) -> None:
         (lambda: ExtractConfig(dataset="digits", output="photo.jpg"), "ends in .h5"),
         (lambda: PredictConfig(model="m", inputs=("a",), output="photo.jpg"), "ends in .csv"),
         (lambda: PredictConfig(model="m", inputs=("a",), output="m.safetensors"), "ends in .csv"),
-        (lambda: VerifyConfig(cache="x.h5", dataset="digits"), "--dataset is for --repair"),
+        (lambda: VerifyConfig(cache="x.h5", dataset="digits"), "leave it out, or add repair=True"),
         (
             lambda: FinetuneConfig(dataset="digits", freeze_backbone=True, backbone_lr=5.0),
-            "leave --backbone-lr out",
+            "leave backbone_lr out",
         ),
     ],
 )
@@ -110,3 +113,34 @@ def test_names_and_flags_that_cannot_be_meant_are_refused(make, told: str) -> No
     with pytest.raises(UserError) as caught:
         make()
     assert told in str(caught.value)
+
+
+def test_errors_name_fields_in_python_and_flags_on_the_command_line(capsys) -> None:
+    with pytest.raises(UserError, match=r"^image_px 4 is out of range: give a number between 8 "):
+        ExtractConfig(dataset="digits", image_px=4)
+    with pytest.raises(UserError, match=r"^force=True starts afresh and update=True keeps rows"):
+        extract_features(ExtractConfig(dataset="digits", force=True, update=True))
+    assert cli.main(["extract-features", "digits", "--image-px", "4"]) == 2
+    assert "--image-px 4 is out of range" in capsys.readouterr().err
+
+
+def test_errors_of_the_work_name_fields_too(tmp_path: Path) -> None:
+    config = VerifyConfig(cache="x.h5")
+    with pytest.raises(UserError, match=r"^device=\"mps\": .* use device=\"cpu\" or auto"):
+        extract_features(
+            ExtractConfig(dataset="digits", weights="bundled", device="mps", cache_dir=tmp_path)
+        )
+    told = in_python("give --repair, or run featcache verify x.h5 --repair --seed 3", type(config))
+    assert told == "give repair=True, or run featcache verify x.h5 --repair --seed 3"
+    assert in_python("add --no-repair or --other x", type(config)) == (
+        "add repair=False or --other x"
+    )
+
+
+def test_help_explains_every_field() -> None:
+    text = pydoc.render_doc(ExtractConfig, renderer=pydoc.plaintext)
+    assert "Run the frozen backbone once over every split" in text
+    assert "image_px: Side of the network's square input; the weights' own unless given." in text
+    for kind in (ExtractConfig, PredictConfig, ReportConfig, FinetuneConfig, TrainHeadConfig):
+        for field in dataclasses.fields(kind):
+            assert f"    {field.name}: " in kind.__doc__

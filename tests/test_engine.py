@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -105,6 +106,72 @@ def test_an_untraceable_network_runs_plain_and_says_so(capsys) -> None:
     assert engine.run(en.sample_pixels(PREP, 2)).shape == (2, 3)
     assert engine.max_error is None
     assert "unfused" in capsys.readouterr().err
+
+
+SEEN: list[object] = []
+
+
+class Watched(nn.Module):
+    """A network that looks, while it is traced, at what other networks would meet then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.scale = nn.Parameter(torch.full((4, 1, 1), 2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        other = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        SEEN[:] = [nn.Module.__call__, nn.Module.__getattr__, math.floor]
+        SEEN.append(other(torch.ones(1, 2)).shape)
+        return self.relu(self.norm(self.conv(x))).mean((2, 3)) * self.scale[:, 0, 0]
+
+
+def test_other_networks_compute_while_one_is_traced() -> None:
+    network = Watched().eval()
+    untouched = [nn.Module.__call__, nn.Module.__getattr__, math.floor, (1, 2)]
+    traced = fold_batchnorm(network)
+    assert untouched == SEEN
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in map(traced.get_submodule, called(traced)))
+    assert [type(m) for m in network.modules()] == [
+        *(Watched, nn.Conv2d, nn.BatchNorm2d, nn.ReLU),
+    ]
+    assert network.scale.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(traced(images()), network(images()))
+
+
+def called(traced: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
+
+
+def test_a_part_that_cannot_be_traced_is_called_as_it_is() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y if y.sum() > 0 else -y
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), Branch(), nn.ReLU()).eval()
+    network = with_real_statistics(network).requires_grad_(False)
+    fused = fuse_for_cpu(network)
+    assert called(fused) == ["0", "2", "3"]
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(images()), network(images()))
+
+
+def test_the_callers_network_stays_as_it_is() -> None:
+    network = load_backbone(BUNDLED, 0)
+    before = [(t.data_ptr(), t.stride()) for t in network.state_dict().values()]
+    run = en.choose_engine(settings(), network, PREP, "cpu", 10).run
+    assert [(t.data_ptr(), t.stride()) for t in network.state_dict().values()] == before
+    pixels = en.sample_pixels(PREP, 2)
+    wanted = run(pixels)
+    with torch.no_grad():
+        network.conv1.weight.zero_()
+    assert np.array_equal(run(pixels), wanted)
 
 
 def test_features_do_not_depend_on_batch_size() -> None:

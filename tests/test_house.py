@@ -30,6 +30,7 @@ ROWS = [
     {"export"},
     {"compare"},
     {"cli"},
+    {"api"},
     {"__init__", "__main__"},
 ]
 HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"}

@@ -7,11 +7,15 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -208,6 +212,64 @@ class TestLibrary:
         first, *rest = classifier.predict_proba(pictures)
         assert all(np.abs(row - first).max() < 1e-6 for row in rest)
 
+    def test_every_form_of_a_picture_counts_the_same(
+        self, root: Path, classifier: Classifier
+    ) -> None:
+        path = root / "pets" / "train" / "cat" / "000.png"
+        data, array = path.read_bytes(), np.asarray(Image.open(path).convert("RGB"))
+        (row,) = classifier.predict_proba(path)
+        with path.open("rb") as opened:
+            forms = [data, bytearray(data), memoryview(data), io.BytesIO(data), array, opened]
+            rows = [classifier.predict_proba(form) for form in forms]
+        opaque = np.dstack([array, np.full(array.shape[:2], 255, np.uint8)])
+        rows.append(classifier.predict_proba(opaque))
+        assert all(len(one) == 1 and np.abs(one - row).max() < 1e-6 for one in rows)
+        many = classifier.predict_proba(np.stack([array, array[:, ::-1]]))
+        assert np.abs(many - classifier.predict_proba([array, array[:, ::-1]])).max() < 1e-6
+        grey = array[..., 0]
+        first, second = classifier.predict_proba([grey, grey[..., None]])
+        assert np.abs(first - second).max() < 1e-6
+
+    @pytest.mark.parametrize(
+        ("wrong", "told"),
+        [
+            (
+                np.zeros((3, 4, 4), np.float32),
+                r"picture 0 is an array float32 \[3, 4, 4\]: give uint8",
+            ),
+            (np.zeros((3, 4, 5), np.uint8), r"an array uint8 \[3, 4, 5\]"),
+            (io.StringIO("x"), "picture 0 is a str: give a path"),
+            (7, "a int is no picture: give a path"),
+            (b"no picture", "picture 0: not a picture"),
+        ],
+    )
+    def test_other_forms_are_refused(
+        self, wrong: object, told: str, classifier: Classifier
+    ) -> None:
+        with pytest.raises(UserError, match=told):
+            classifier.predict(wrong)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16"])
+    def test_features_are_those_of_the_cache(
+        self, dtype: str, cache: FeatureCache, classifier: Classifier, root: Path
+    ) -> None:
+        split = cache.split("train")
+        one = Classifier(dataclasses.replace(classifier.trained, dtype=dtype), workers=1)
+        with Image.open(root / "pets" / split.ids[0]) as opened:
+            found = one.features(opened)
+        assert (found.shape, found.dtype) == ((1, split.dim), np.float32)
+        wanted, _ = split[0]
+        assert np.abs(found[0] - wanted.astype(dtype)).max() < 1e-5 * np.abs(wanted).max()
+
+    def test_a_model_has_no_features_to_give(self, tmp_path: Path) -> None:
+        model = Classifier.load(make_model(tmp_path / "m.safetensors"))
+        with pytest.raises(UserError, match="is a fine-tuned model, which gives classes alone"):
+            model.features(picture(1))
+
+    def test_errors_name_what_python_calls_it(self, head_file: Path) -> None:
+        with pytest.raises(UserError, match=r"^device=.mps.: this machine has none; use"):
+            Classifier.load(head_file, device="mps")
+
     def test_what_cannot_be_read_raises(self, tmp_path: Path, classifier: Classifier) -> None:
         (tmp_path / "bad.png").write_bytes(encoded(picture(1))[:60])
         with pytest.raises(UserError, match=r"bad\.png: truncated"):
@@ -217,7 +279,7 @@ class TestLibrary:
         with Image.open(io.BytesIO(encoded(picture(1))[:60])) as cut:
             with pytest.raises(UserError, match="picture 0: truncated"):
                 classifier.predict(cut)
-        with pytest.raises(UserError, match="picture 1 is a int: give paths or PIL images"):
+        with pytest.raises(UserError, match="picture 1 is a int: give a path, a PIL image"):
             classifier.predict([picture(1), 3])  # type: ignore[list-item]
         with pytest.raises(UserError, match="0x0 px"):
             classifier.predict(Image.new("RGB", (0, 0)))
@@ -230,6 +292,46 @@ class TestLibrary:
             assert torch.get_num_threads() == 2
         finally:
             torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_eight_threads_beside_another_network(
+        self, shared: bool, head_file: Path, classifier: Classifier
+    ) -> None:
+        pictures = [picture(i) for i in range(20)]
+        wanted = classifier.predict_proba(pictures)
+        other = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        x, done = torch.ones(1, 3, 8, 8), threading.Event()
+        usual = other(x)
+        one = Classifier.load(head_file, workers=1)
+
+        def beside() -> bool:
+            return all(torch.equal(other(x), usual) for _ in iter(done.is_set, True))
+
+        def classify(_: int) -> np.ndarray:
+            mine = one if shared else Classifier.load(head_file, workers=1)
+            return mine.predict_proba(pictures)
+
+        with ThreadPoolExecutor(9) as pool:
+            undisturbed = pool.submit(beside)
+            try:
+                found = list(pool.map(classify, range(8)))
+            finally:
+                done.set()
+            assert undisturbed.result()
+        assert all(np.abs(rows - wanted).max() < 1e-6 for rows in found)
+
+    def test_a_used_classifier_pickles(self, classifier: Classifier) -> None:
+        wanted = classifier.predict_proba(picture(1))
+        copy = pickle.loads(pickle.dumps(classifier))
+        assert np.abs(copy.predict_proba(picture(1)) - wanted).max() < 1e-6
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["loky", "threading"])
+    def test_joblib_spreads_predictions(self, backend: str, classifier: Classifier) -> None:
+        wanted = classifier.predict([picture(1), picture(2)])
+        jobs = (joblib.delayed(classifier.predict)(picture(i)) for i in (1, 2))
+        found = joblib.Parallel(n_jobs=2, backend=backend)(jobs)
+        assert [p.label for (p,) in found] == [p.label for p in wanted]
 
     @pytest.mark.parametrize("precision", ["amp", "int8"])
     def test_features_in_another_precision_are_told_of(

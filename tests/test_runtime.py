@@ -239,3 +239,18 @@ def test_the_cpu_quota_of_every_group_counts(
     for granted, cores in ((math.inf, 64), (1.5, 2), (0.5, 1), (100.0, 64)):
         monkeypatch.setattr(runtime, "cpu_quota", lambda granted=granted: granted)
         assert num_cores() == cores
+
+
+def test_overlapping_users_leave_torchs_threads_as_the_first_found_them() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = torch_threads_kept(), torch_threads_kept()
+        first.__enter__()
+        torch.set_num_threads(1)
+        second.__enter__()
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

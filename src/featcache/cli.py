@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from featcache.config.python import command_line
 from featcache.errors import FeatcacheError, UserError, one_of
 from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
@@ -181,8 +182,9 @@ def _work(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if cpu_quota() < math.inf:
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
-    config = parse(prog, config_class, argv)
-    report = worker(config)
+    with command_line():
+        config = parse(prog, config_class, argv)
+        report = worker(config)
     for line in summary(report) if summary else []:
         say(line)
     if getattr(config, "json", False):
@@ -247,7 +249,7 @@ def _single(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _late(home: str) -> Callable[[Any], Any]:
+def from_home(home: str) -> Callable[[Any], Any]:
     """A function named as module:function, imported only when it is called."""
     module, name = home.split(":")
 
@@ -263,9 +265,9 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
     return run(
         prog or name,
         getattr(importlib.import_module("featcache.config"), command.config),
-        _late(command.worker),
+        from_home(command.worker),
         argv,
-        _late(command.summary),
+        from_home(command.summary),
         goes_on=command.goes_on,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,76 @@ class FusedConv(nn.Module):
         return out
 
 
+class _Tracer(fx.Tracer):
+    """Records what a network computes, without touching any other network.
+
+    torch.fx's own `trace` replaces methods of `nn.Module`, and functions that it wraps, for the
+    whole process while it runs: networks that compute in other threads meanwhile break. Here the
+    modules of one private network get classes of their own instead, for as long as that takes.
+    A module that cannot be traced is called as it is.
+    """
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a network that nobody else uses.
+
+        Raises:
+            Exception: Its own `forward` cannot be traced (data-dependent control flow).
+        """
+        self.root, self.graph = root, fx.Graph(tracer_cls=type(self))
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.tensor_attrs = {}
+        forward, args = self.create_args_for_root(type(root).forward, True, concrete_args)
+        classes = {module: type(module) for module in root.modules()}
+        recording = {kind: self._recording(kind) for kind in set(classes.values())}
+        try:
+            for module, kind in classes.items():
+                module.__class__ = recording[kind]
+            self.create_node("output", "output", (self.create_arg(forward(*args)),), {})
+        finally:
+            for module, kind in classes.items():
+                module.__class__ = kind
+        return self.graph
+
+    def _recording(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """A subclass whose calls and parameters are recorded."""
+        proxies: dict[str, fx.Proxy] = {}
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return kind.__call__(module, *args, **kwargs)
+
+            return self.call_module(module, forward, args, kwargs)
+
+        def attribute(module: nn.Module, name: str) -> Any:
+            return self.getattr(name, kind.__getattr__(module, name), proxies)
+
+        methods = {"__call__": call, "__getattr__": attribute, "__module__": kind.__module__}
+        return type(kind.__name__, (kind,), methods)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Record what a module does, or only that it is called."""
+        path = self.path_of_module(m)
+        if not self.is_leaf_module(m, path):
+            num_before = len(self.graph.nodes)
+            try:
+                return forward(*args, **kwargs)
+            except Exception:  # torch.fx's own and whatever a network makes of its proxies
+                for node in reversed(list(self.graph.nodes)[num_before:]):
+                    self.graph.erase_node(node)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+
+def _symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    """Trace a network in eval mode; the result shares its weights but no module."""
+    weights: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    for weight in model.parameters():
+        weights[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
+    private = copy.deepcopy(model, weights).eval()
+    return fx.GraphModule(private, _Tracer().trace(private), type(model).__name__)
+
+
 def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
     """Copy a network in eval mode with every BatchNorm folded into the convolution before it.
 
@@ -64,12 +135,13 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
         model: Takes images [N, C, H, W].
 
     Returns:
-        A traced copy that computes the same function up to rounding.
+        A traced copy that computes the same function up to rounding; weights that did not change
+        are shared.
 
     Raises:
-        Exception: torch.fx cannot trace the network (data-dependent control flow).
+        Exception: The network cannot be traced (data-dependent control flow).
     """
-    traced = fx.symbolic_trace(copy.deepcopy(model).eval())
+    traced = _symbolic_trace(model)
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         norm = modules.get(node.target) if node.op == "call_module" else None
@@ -83,14 +155,14 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
             traced.graph.erase_node(node)
     traced.graph.lint()
     traced.recompile()
-    return traced.requires_grad_(False)
+    return traced
 
 
 def fuse_for_cpu(model: nn.Module) -> fx.GraphModule:
     """Copy a frozen network into its fused form; see the module's docstring.
 
     Raises:
-        Exception: torch.fx cannot trace the network, or this build of torch lacks oneDNN's
+        Exception: The network cannot be traced, or this build of torch lacks oneDNN's
             fused convolutions; the caller then runs the network as it is and says so.
     """
     traced = fold_batchnorm(model)

@@ -139,14 +139,23 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Undo an engine's choice of torch's threads, which belongs to the whole process."""
+    """Undo an engine's choice of torch's threads, which belongs to the whole process.
+
+    Where several threads overlap here, all go back to what the first of them found.
+    """
     import torch
 
-    before = torch.get_num_threads()
+    with _KEEPING:
+        _kept.append(_kept[0] if _kept else torch.get_num_threads())
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _KEEPING:
+            torch.set_num_threads(_kept.pop())
+
+
+_KEEPING = threading.Lock()
+_kept: list[int] = []
 
 
 @contextlib.contextmanager
@@ -221,6 +230,15 @@ def import_torchvision(part: str) -> Any:
     One of its detectors asks the compiler for one function when it is imported, which takes as long
     as importing torch itself; here that function finds the compiler when it is called.
     """
+    with _IMPORTING:
+        _import_without_compiler()
+    return importlib.import_module(f"torchvision.{part}")
+
+
+_IMPORTING = threading.Lock()
+
+
+def _import_without_compiler() -> None:
     compiler = "torch._dynamo"
     if compiler not in sys.modules and "torchvision" not in sys.modules:
         import torch  # noqa: F401  (the compiler is a part of it, so it has to be there first)
@@ -234,7 +252,6 @@ def import_torchvision(part: str) -> Any:
             importlib.import_module("torchvision")
         finally:
             del sys.modules[compiler], sys.modules[late.__name__]
-    return importlib.import_module(f"torchvision.{part}")
 
 
 def load_optimizers() -> None:
@@ -249,6 +266,17 @@ def _is_compile_supported(device_type: str) -> bool:
     return bool(utils.is_compile_supported(device_type))
 
 
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook."""
+    shell = sys.modules.get("IPython")
+    return getattr(shell and shell.get_ipython(), "kernel", None) is not None
+
+
+def bar_hidden() -> bool | None:
+    """For tqdm's `disable`: bars are for terminals, which tqdm finds for None, and notebooks."""
+    return False if in_notebook() else None
+
+
 def say(text: str) -> None:
     """One line for people, on stderr, whatever characters others put into it.
 
@@ -260,10 +288,12 @@ def say(text: str) -> None:
 
 
 def progress(total: int, title: str = "", **options: Any) -> Any:
-    """A bar that counts images on stderr, for terminals only; `options` are those of tqdm."""
+    """A bar that counts images, for terminals and notebooks; `options` are those of tqdm."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=visible(title), unit="img", **{"disable": None, **options})
+    return tqdm(
+        total=total, desc=visible(title), unit="img", **{"disable": bar_hidden(), **options}
+    )
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> di
     if file is None:
         model = loaded_network(config, seed, None)
     else:
-        model = build_network(config.backbone, drawn=False)
+        model = build_network(config.backbone, seed=None)
     return {
         "weights_sha256": file.sha256 if file else state_sha256(model),
         "feature_dim": feature_dim_of(head_of(model)[1]),

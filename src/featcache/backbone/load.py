@@ -94,14 +94,9 @@ def loaded_network(config: BackboneConfig, seed: int, file: WeightsFile | None) 
         seed: Draws the weights where there is no file.
         file: What `weights_of` read.
     """
-    import torch
-
     if file is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return build_network(config.backbone)
-    with torch.random.fork_rng(devices=[]):
-        model = build_network(config.backbone, drawn=False)
+        return build_network(config.backbone, seed=seed)
+    model = build_network(config.backbone, seed=None)
     source = "torchvision's weights" if config.weights == "imagenet" else str(file.path)
     load_matching(model, file.state, source, config.backbone)
     return model

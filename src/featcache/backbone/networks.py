@@ -19,13 +19,15 @@ def classifiers() -> list[str]:
     return [name for name in models.list_models(module=models) if not name.startswith("quantized")]
 
 
-def build_network(name: str, *, drawn: bool = True) -> nn.Module:
+def build_network(name: str, *, seed: int | None) -> nn.Module:
     """Build a torchvision classification network with its ImageNet head, weights not loaded.
+
+    Torch's own random numbers are neither used nor disturbed, so that threads may do this at once.
 
     Args:
         name: Torchvision's name of it.
-        drawn: Whether its weights are drawn at random; else they are whatever was in memory, which
-            is quicker where weights from a file replace them.
+        seed: Draws its weights; without one they are zeros, which is quicker where weights from a
+            file replace them.
 
     Raises:
         UserError: torchvision has no such network.
@@ -38,25 +40,36 @@ def build_network(name: str, *, drawn: bool = True) -> nn.Module:
         # The auxiliary heads only serve training from scratch; the input transform belongs to
         # the published weights, which expect 0.5/0.5 normalisation inside ImageNet's.
         options = {"aux_logits": False, "init_weights": False, "transform_input": True}
-    with contextlib.nullcontext() if drawn else _undrawn():
+    with _drawn_by(seed):
         network: nn.Module = models.get_model(name, weights=None, **options)
     return network
 
 
-def _undrawn() -> contextlib.AbstractContextManager[Any]:
-    """Leave new weights as they are instead of filling them with random numbers."""
+def _drawn_by(seed: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Draw new weights from a generator of their own, or have zeros for them."""
     import torch
+    from torch.nn import init
     from torch.overrides import TorchFunctionMode
 
-    drawing = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_)
+    filling: set[Any] = {torch.Tensor.normal_, torch.Tensor.uniform_}
+    # These come here whole: what they call would not.
+    filling |= {init.normal_, init.uniform_, init.kaiming_uniform_}
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    class Undrawn(TorchFunctionMode):
+    class Drawn(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            return args[0] if func in drawing else func(*args, **(kwargs or {}))
+            kwargs = kwargs or {}
+            if generator is None and func in filling:
+                # Not what was in memory: trunc_normal_ draws again until all values are in range.
+                with torch.no_grad():
+                    return (args[0] if args else kwargs["tensor"]).zero_()
+            if func in filling:
+                kwargs = {**kwargs, "generator": generator}
+            return func(*args, **kwargs)
 
-    return Undrawn()
+    return Drawn()
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module]:

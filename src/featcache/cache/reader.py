@@ -168,7 +168,7 @@ class FeatureCache:
 class FeatureSplit:
     """The rows of one split; skipped samples are left out everywhere.
 
-    Unpacks to its arrays: `X, y = split`.
+    Unpacks to its arrays: `X, y = split`; a number, slice, mask or list picks rows of both.
 
     Attributes:
         name: For example "train".
@@ -200,6 +200,10 @@ class FeatureSplit:
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
         yield self.X
         yield self.y
+
+    def __getitem__(self, rows: Any) -> tuple[npt.NDArray[Any], Any]:
+        """Features [D] and label of a row, or features [m, D] and labels [m] of several."""
+        return self.take(np.arange(len(self))[rows]), self.y[rows]
 
     @functools.cached_property
     def _all_ids(self) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -70,10 +72,16 @@ class CacheFile:
         return array
 
     def map(self, name: str) -> npt.NDArray[Any]:
-        """One dataset memory-mapped, read-only; unchecked."""
+        """One dataset memory-mapped, read-only; unchecked.
+
+        No `numpy.memmap`: joblib opens the file of one by its name, in every process that it sends
+        it to, and by then another file may have the name.
+        """
         extent = self.layout.extents[name]
-        with reading(self.path), os.fdopen(os.dup(self.fd), "rb") as file:
-            return np.memmap(file, extent.dtype, "r", extent.offset, extent.shape)
+        with reading(self.path):
+            mapped = mmap.mmap(self.fd, extent.end, access=mmap.ACCESS_READ)
+        count = math.prod(extent.shape)
+        return np.frombuffer(mapped, extent.dtype, count, extent.offset).reshape(extent.shape)
 
     def view_rows(self, split: str, view: int, rows: range) -> npt.NDArray[Any]:
         """A copy of features [len(rows), D] of one view, in the file's dtype; unchecked.

@@ -1,4 +1,4 @@
-"""Checks of settings, worded for the command line."""
+"""Checks of settings, worded for the command line; `settings` rewords them for Python."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_types(config: Any) -> None:
         UserError: A field has another type, or is none of the words that it may be.
     """
     kind: Any = type(config)
-    hints = _hints(kind)
+    hints = hints_of(kind)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         fitted = _fitted(field.name, value, hints[field.name])
@@ -50,7 +50,7 @@ def check_types(config: Any) -> None:
             object.__setattr__(config, field.name, fitted)
 
 
-_hints = functools.cache(get_type_hints)
+hints_of = functools.cache(get_type_hints)
 
 
 def _fitted(name: str, value: Any, hint: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from featcache.config.checks import check_positive, check_range, check_types
+from featcache.config.python import settings
 from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
@@ -25,7 +25,7 @@ Backend = Literal["auto", "numpy", "sklearn", "torch"]
 CACHE_SUFFIXES = (".h5", ".hdf5")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class OutputConfig:
     """How a command reports."""
 
@@ -35,7 +35,7 @@ class OutputConfig:
     """Say more on stderr: choices made, timings of each stage."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PlaceConfig:
     """Where images lie, besides what names the dataset."""
 
@@ -47,7 +47,7 @@ class PlaceConfig:
     """Let a manifest name pictures anywhere: absolute paths, ../, links out of its folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class DataConfig(PlaceConfig):
     """Which images, split how."""
 
@@ -86,7 +86,7 @@ class DataConfig(PlaceConfig):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class BackboneConfig:
     """Which network, with which weights, fed how, run where."""
 
@@ -129,7 +129,7 @@ class BackboneConfig:
         return dataclasses.replace(prep, resize_px=same)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     """Run the frozen backbone once over every split and cache its features in one HDF5 file.
 
@@ -171,7 +171,7 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainHeadConfig(OutputConfig):
     """Fit a head on cached features; hyper-parameters are chosen without the test split."""
 
@@ -235,7 +235,7 @@ class TrainHeadConfig(OutputConfig):
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.2")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train the whole network (or, with --freeze-backbone, its head) on the images themselves."""
 
@@ -298,7 +298,7 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError("--freeze-backbone trains the head alone: leave --backbone-lr out")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class InfoConfig(OutputConfig):
     """Show what a cache holds and where it came from."""
 
@@ -309,7 +309,7 @@ class InfoConfig(OutputConfig):
         check_types(self)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class VerifyConfig(OutputConfig, PlaceConfig):
     """Check a cache's structure, checksums, labels, ids and ranges, and name damaged rows."""
 

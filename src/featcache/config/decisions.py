@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
 from featcache.config.checks import check_positive, check_range, check_types
 from featcache.config.commands import BackboneConfig, DataConfig, OutputConfig, PlaceConfig, Solver
+from featcache.config.python import settings
 from featcache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Draw the learning curve: cached head against full fine-tune on the same samples.
 
@@ -68,7 +68,7 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
         return (*sorted(numbers), *((None,) if "all" in words else ()))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ReportConfig(OutputConfig, PlaceConfig):
     """Make one HTML page, and the same in Markdown beside it, from the reports of runs."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
 from featcache.config.checks import check_range, check_types
 from featcache.config.commands import OutputConfig
+from featcache.config.python import settings
 from featcache.errors import UserError
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
@@ -17,7 +17,7 @@ PREDICTION_SUFFIXES = ("", ".csv", ".jsonl", ".ndjson", ".txt")
 Format = Literal["table", "csv", "jsonl"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ClassifierConfig(OutputConfig):
     """Which trained classifier, and where its backbone's weights are."""
 
@@ -34,7 +34,7 @@ class ClassifierConfig(OutputConfig):
         check_range("seed", self.seed, 0, 2**32 - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PredictConfig(ClassifierConfig):
     """Classify pictures with a trained head or model.
 
@@ -75,7 +75,7 @@ class PredictConfig(ClassifierConfig):
             raise UserError("no pictures given: name pictures, folders, or - for standard input")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ExportConfig(ClassifierConfig):
     """Write backbone, normalisation, head and class names as one ONNX or torch.export file.
 

@@ -7,9 +7,11 @@ stream computes.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +47,9 @@ SELF_TEST_SHARE = 0.02
 SELF_TEST_S = 2.0
 # Below so many images even the question is not worth its pass over the network.
 SELF_TEST_IMAGES = 1000
+# One engine at a time in the process: self-tests would spoil each other's timings, and
+# torch.jit.trace, which OpenVINO's converter needs, keeps its state in a global.
+_BUILDING = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,9 +112,12 @@ def choose_engine(
 ) -> Engine:
     """Pick the form, batch size and threads for a job, and check the features it gives.
 
+    Safe in any thread, beside others that use torch or this very network: the engine gets a copy.
+    Code of your own that calls torch.jit.trace must not do so at the same time as this.
+
     Args:
         config: Overrides: engine, precision, batch size, workers.
-        backbone: The frozen network, on the CPU.
+        backbone: The frozen network, on the CPU; it is not changed.
         prep: Its preprocessing.
         device: cpu, cuda or mps.
         num_images: Forward passes ahead; a short job skips the timing.
@@ -119,8 +127,22 @@ def choose_engine(
     Raises:
         UserError: The engine or precision asked for cannot be had here.
     """
-    if device != "cpu":
-        return gpu_engine(config, backbone, prep, device)
+    with _BUILDING:
+        private = copy.deepcopy(backbone)
+        if device != "cpu":
+            return gpu_engine(config, private, prep, device)
+        return _cpu_engine(config, private, prep, num_images, train, begun)
+
+
+def _cpu_engine(
+    config: ExtractConfig,
+    backbone: nn.Module,
+    prep: Preprocessing,
+    num_images: int,
+    train: ImageSplit | None,
+    begun: str | None,
+) -> Engine:
+    """`choose_engine` on a CPU, of a network that is the engine's own."""
     if config.precision == "amp":
         raise UserError("--precision amp needs a GPU; on a CPU use float32, or int8 with openvino")
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,12 +29,14 @@ from featcache.errors import FeatcacheError, UserError
 
 GPU_BATCH = 256
 CHECKED_IMAGES = 8
+# torch's precision settings belong to the whole process: one thread at a time changes them.
+_PRECISION = threading.Lock()
 
 
 def gpu_engine(
     config: ExtractConfig, backbone: nn.Module, prep: Preprocessing, device: str
 ) -> Engine:
-    """The network on a device, checked against the processor's float32 features.
+    """The network, which moves to a device, checked against the processor's float32 features.
 
     Raises:
         UserError: openvino or int8 was asked for.
@@ -140,11 +143,12 @@ def _full_float32() -> Iterator[None]:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     name, off = ("fp32_precision", "ieee") if hasattr(cudnn, "conv") else ("allow_tf32", False)
     places = [getattr(cudnn, "conv", cudnn), matmul]
-    before = [getattr(place, name) for place in places]
-    try:
-        for place in places:
-            setattr(place, name, off)
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
+    with _PRECISION:
+        before = [getattr(place, name) for place in places]
+        try:
+            for place in places:
+                setattr(place, name, off)
+            yield
+        finally:
+            for place, value in zip(places, before, strict=True):
+                setattr(place, name, value)

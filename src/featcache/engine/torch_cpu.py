@@ -42,7 +42,7 @@ def plain_features(run: Run, pixels: UInt8, backbone: str) -> Float32:
 
 
 def plain_run(backbone: nn.Module, prep: Preprocessing) -> Run:
-    """The network as it is, in channels-last memory."""
+    """The network as it is, brought into channels-last memory: it has to be the caller's own."""
     return runner(backbone.to(memory_format=torch.channels_last), prep)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator, Iterable, Iterator
+import threading
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import ExtractConfig, Preprocessing, Views
+from featcache.config import ExtractConfig, PredictConfig, Preprocessing, Views
+from featcache.config.python import python_errors
 from featcache.data import BadImage, ImageSplit
 from featcache.errors import UserError
 from featcache.extract.stream import computed_chunks
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 Row = NDArray[np.float32]
 # Neighbours of many pictures are found together: the train rows are read once for all of them.
 KNN_ROWS = 512
+# For all classifiers, since a lock cannot be pickled; engines are built one at a time anyway.
+_CHOOSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Prediction:
 
 class Classifier:
     """A head with its backbone, or a fine-tuned model, ready for pictures.
+
+    Several threads may use one; it pickles, and chooses its engine again where it arrives.
 
     Example:
         classifier = Classifier.load("cache/pets.logistic.safetensors")
@@ -69,7 +75,8 @@ class Classifier:
         workers: int | None = None,
     ) -> None:
         self.trained = trained
-        self._device = pick_device(device)
+        with python_errors(PredictConfig):
+            self._device = pick_device(device)
         self._settings = ExtractConfig(
             dataset="pictures",
             device=device,
@@ -95,7 +102,9 @@ class Classifier:
             UserError: The file is missing, damaged or of another kind.
             CacheError: The weights are not those that the head was trained on.
         """
-        return cls(load_trained(Path(path), weights=weights, seed=seed), **how)
+        with python_errors(PredictConfig):
+            trained = load_trained(Path(path), weights=weights, seed=seed)
+        return cls(trained, **how)
 
     @property
     def class_names(self) -> list[str]:
@@ -116,7 +125,9 @@ class Classifier:
         """Classify pictures.
 
         Args:
-            pictures: Paths or PIL images of any mode, one or many.
+            pictures: One or many: paths, PIL images of any mode, files' bytes, files opened in
+                binary mode, or arrays uint8 [H, W], [H, W, C] or [N, H, W, C] with C of 1, 3 (RGB)
+                or 4 (RGBA).
             topk: Name so many of the likeliest classes.
 
         Returns:
@@ -128,19 +139,30 @@ class Classifier:
         return [self.prediction(row, topk) for row in self.predict_proba(pictures)]
 
     def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
-        """Probabilities [N, C] of pictures (paths or PIL images of any mode, one or many).
+        """Probabilities [N, C] of pictures, which `predict` describes.
 
         Raises:
             UserError: A picture cannot be read.
         """
         split = split_of(pictures)
-        rows = np.zeros((len(split), len(self.trained.class_names)), np.float32)
-        with contextlib.closing(self.stream(split)) as stream:
-            for index, row in stream:
-                if isinstance(row, BadImage):
-                    raise UserError(f"{split.ids[index]}: {row}; repair it or leave it out")
-                rows[index] = row
-        return rows
+        return _filled(split, self.stream(split), len(self.trained.class_names))
+
+    def features(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
+        """Features [N, D] of pictures, which `predict` describes: what a cache has of them.
+
+        Raises:
+            UserError: A picture cannot be read, or a fine-tuned model classifies.
+        """
+        head = self.trained.head
+        if head is None:
+            raise UserError(
+                f"{self.trained.path} is a fine-tuned model, which gives classes alone: load a "
+                "head that train-head wrote for features"
+            )
+        split = split_of(pictures)
+        with torch_threads_kept():
+            rows = _filled(split, self._outputs(split, StageTimer()), head.feature_dim)
+        return self._as_cached(rows)
 
     def prediction(self, probabilities: Row, topk: int = 1) -> Prediction:
         """Name the likeliest classes of one row of probabilities [C]."""
@@ -151,14 +173,18 @@ class Classifier:
 
     def engine(self, num_images: int) -> Engine:
         """What runs the network; chosen on first use, measured when there are many images."""
-        if self._engine is None:
-            from featcache.engine import choose_engine
+        from featcache.engine import choose_engine
 
-            trained = self.trained
-            self._engine = choose_engine(
-                self._settings, trained.network, trained.preprocessing, self._device, num_images
-            )
-        return self._engine
+        with _CHOOSING:
+            if self._engine is None:
+                trained = self.trained
+                self._engine = choose_engine(
+                    self._settings, trained.network, trained.preprocessing, self._device, num_images
+                )
+            return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None}
 
     def stream(
         self, split: ImageSplit, timer: StageTimer | None = None
@@ -184,7 +210,7 @@ class Classifier:
 
     def _outputs(
         self, split: ImageSplit, timer: StageTimer
-    ) -> Iterator[tuple[int, Row | BadImage]]:
+    ) -> Generator[tuple[int, Row | BadImage], None, None]:
         """What the network gives for every picture, from the threads that extraction uses."""
         with timer("choose_engine"):
             engine = self.engine(len(split))
@@ -201,9 +227,29 @@ class Classifier:
         head = self.trained.head
         if head is None:
             return np.asarray(softmax(outputs), np.float32)
-        if self.trained.dtype == "float16":  # as the head's train features were rounded
-            outputs = outputs.astype(np.float16).astype(np.float32)
-        return np.asarray(head.predict_proba(outputs), np.float32)
+        return np.asarray(head.predict_proba(self._as_cached(outputs)), np.float32)
+
+    def _as_cached(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Features rounded as those that the head was trained on."""
+        half = self.trained.dtype == "float16"
+        return features.astype(np.float16).astype(np.float32) if half else features
+
+
+def _filled(
+    split: ImageSplit, stream: Generator[tuple[int, Row | BadImage], None, None], width: int
+) -> NDArray[np.float32]:
+    """Every picture's row, [N, width].
+
+    Raises:
+        UserError: A picture cannot be read.
+    """
+    rows = np.zeros((len(split), width), np.float32)
+    with contextlib.closing(stream):
+        for index, row in stream:
+            if isinstance(row, BadImage):
+                raise UserError(f"{split.ids[index]}: {row}; repair it or leave it out")
+            rows[index] = row
+    return rows
 
 
 def _precision(trained: Trained, device: str) -> Literal["float32", "amp"]:

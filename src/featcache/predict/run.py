@@ -82,7 +82,8 @@ def _classify(
     split, skipped = split_of(paths), []
     # Rows that scroll by on the same screen show the progress themselves.
     on_screen = config.output is None and not config.json and sys.stdout.isatty()
-    bar = progress(len(paths), delay=BAR_DELAY_S, disable=True if on_screen else None)
+    hidden = {"disable": True} if on_screen else {}
+    bar = progress(len(paths), delay=BAR_DELAY_S, **hidden)
     with bar, contextlib.closing(classifier.stream(split, timer)) as stream, timer("total"):
         for index, row in stream:
             path = paths[index]

@@ -1,0 +1,127 @@
+"""The package as Python sees it: names, types, notebooks."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import featcache
+from conftest import REPO
+from data_helpers import make_folder
+from featcache import ExtractConfig, UserError, extract_features, write_report
+from featcache.runtime import bar_hidden
+
+SCRIPT = """
+from featcache import Classifier, ExtractConfig, FeatureCache, Prediction, extract_features
+
+config = ExtractConfig(dataset="digits", image_px=64)
+report = extract_features(config)
+X, y = FeatureCache(report["cache"]).split("train")
+found = Classifier.load("x.safetensors").predict(["a.png", b"", X])
+reveal_type(config.image_px)
+reveal_type(found[0])
+reveal_type(FeatureCache("x.h5").split("train").y)
+ExtractConfig(dataset="digits", image_px="64")
+ExtractConfig(dataset="digits", imagepx=64)
+from featcache import extract_feature
+"""
+TOLD = {
+    8: 'Revealed type is "int | None"',
+    9: 'Revealed type is "featcache.predict.classifier.Prediction"',
+    10: 'Revealed type is "numpy.ndarray[tuple[Any, ...], numpy.dtype[numpy.signedinteger[',
+    11: 'Argument "image_px" to "ExtractConfig" has incompatible type "str"; expected "int | None"',
+    12: 'Unexpected keyword argument "imagepx" for "ExtractConfig"',
+    13: 'Module "featcache" has no attribute "extract_feature"',
+}
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    tree = ast.parse(Path(featcache.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and len(node.body) > 1)
+    homes = {node.names[0].asname: node.module for node in block.body}
+    assert homes == {name: f"featcache.{home}" for name, home in featcache._HOMES.items()}
+    assert sorted(homes) == featcache.__all__
+
+
+@pytest.mark.slow
+def test_mypy_sees_types_in_a_users_script(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = ["--python-version", "3.11", "--ignore-missing-imports", "script.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *words, "--cache-dir", tmp_path / "cache"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(REPO / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("script.py:")]
+    for number, told in TOLD.items():
+        assert [line for line in lines if line.startswith(f"script.py:{number}:") and told in line]
+    assert {int(line.split(":")[1]) for line in lines} == set(TOLD)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = types.SimpleNamespace(kernel=object())
+    ipython = types.SimpleNamespace(get_ipython=lambda: kernel)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+
+
+def settings(tmp_path: Path) -> ExtractConfig:
+    folder = make_folder(tmp_path / "pets", train=8, test=2)
+    options = {"weights": "random", "image_px": 32, "cache_dir": tmp_path, "workers": 1}
+    return ExtractConfig(dataset=str(folder), **options)
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_notebook_shows_a_bar_and_the_summary(tmp_path: Path, capsys) -> None:
+    report = extract_features(settings(tmp_path))
+    shown = capsys.readouterr()
+    assert "train: 100%" in shown.err
+    assert "cached 16 train, 4 test images, resnet18 (random)" in shown.err
+    assert f"cache: {report['cache']}\n" in shown.err
+    assert shown.out == ""
+
+
+def test_a_script_shows_neither(tmp_path: Path, capsys) -> None:
+    assert bar_hidden() is None
+    extract_features(settings(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_ipython_in_a_terminal_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shell in (None, types.SimpleNamespace()):
+        ipython = types.SimpleNamespace(get_ipython=lambda shell=shell: shell)
+        monkeypatch.setitem(sys.modules, "IPython", ipython)
+        assert bar_hidden() is None
+
+
+def test_every_command_is_a_function(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.json"):
+        write_report(featcache.ReportConfig(runs=[tmp_path / "none.json"]))
+    cache = extract_features(settings(tmp_path))["cache"]
+    trained = featcache.train_head(featcache.TrainHeadConfig(cache=cache, cache_dir=tmp_path))
+    config = featcache.PredictConfig(
+        model=trained["head"], inputs=[tmp_path / "pets"], json=True, seed=42
+    )
+    found = featcache.predict_pictures(config)["predictions"]
+    assert len(found) == 20
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png := io.BytesIO(), "png")
+    assert featcache.Classifier.load(trained["head"]).predict(png.getvalue())[0].label in (
+        trained_names(cache)
+    )
+
+
+def trained_names(cache: str) -> list[str]:
+    return featcache.FeatureCache(cache).class_names
