@@ -291,9 +291,8 @@ def progress(total: int, title: str = "", **options: Any) -> Any:
     """A bar that counts images, for terminals and notebooks; `options` are those of tqdm."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total, desc=visible(title), unit="img", **{"disable": bar_hidden(), **options}
-    )
+    options = {"disable": bar_hidden(), **options}
+    return tqdm(total=total, desc=visible(title), unit="img", **options)
 
 
 @contextlib.contextmanager

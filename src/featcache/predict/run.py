@@ -17,7 +17,7 @@ from featcache.predict.inputs import find_pictures
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import split_of
 from featcache.report import config_json
-from featcache.runtime import StageTimer, environment, progress, say
+from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 
 EXIT_SKIPPED = 1
 # A bar for work that takes longer than this.
@@ -82,8 +82,7 @@ def _classify(
     split, skipped = split_of(paths), []
     # Rows that scroll by on the same screen show the progress themselves.
     on_screen = config.output is None and not config.json and sys.stdout.isatty()
-    hidden = {"disable": True} if on_screen else {}
-    bar = progress(len(paths), delay=BAR_DELAY_S, **hidden)
+    bar = progress(len(paths), delay=BAR_DELAY_S, disable=on_screen or bar_hidden())
     with bar, contextlib.closing(classifier.stream(split, timer)) as stream, timer("total"):
         for index, row in stream:
             path = paths[index]
