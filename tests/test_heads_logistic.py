@@ -168,3 +168,19 @@ def test_nearly_separable_rows_converge_in_float32():
         path = StrengthPath(LogisticProblem(rows), standardize=True)
         for strength in (10.0, 31.6, 100.0):
             assert path.fit(strength).converged
+
+
+@pytest.mark.parametrize("strength", [1.0, 100.0, 1000.0])
+def test_few_separable_rows_of_many_classes_take_few_passes(strength):
+    random = np.random.default_rng(0)
+    y = np.arange(120) % 60
+    X = np.abs(random.normal(size=(60, 100))[y] + random.normal(size=(120, 100)))
+    rows = rows_of(X.astype(np.float32), y, num_classes=60)
+    fit = StrengthPath(LogisticProblem(rows), standardize=False).fit(strength)
+    theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(
+        rows.plain.astype(float), y
+    )
+    best = objective(theirs.coef_, theirs.intercept_, X, y, strength)
+    assert fit.converged
+    assert objective(fit.weight, fit.bias, X, y, strength) <= best * (1 + 1e-6)
+    assert fit.num_passes < 150

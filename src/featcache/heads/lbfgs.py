@@ -7,7 +7,10 @@ product of the means gives G (x) M with G the mean of diag(p) - p p^T, [C, C], a
 second moment, [D, D]. In the eigenbases of both this is diagonal, so that the inverse of
 G (x) M + lam costs four small products. L-BFGS starts from it at every step, instead of from a
 multiple of the identity; it then needs tens of passes where features are so correlated that plain
-L-BFGS needs hundreds. Precision of the result does not rest on it, only speed does.
+L-BFGS needs hundreds. Where few rows per class are separable, though, most rows have no curvature
+left and the product of the means is no guide: there a multiple of the identity is the better start.
+The last step tells which: the start that turns its change of gradient nearer to the step itself.
+Precision of the result does not rest on it, only speed does.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ MEMORY = 30
 MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
+# Steps at which the two ways to start are compared.
+COMPARE = REFRESH | {1, 3}
+# So many steps together have to gain no more than the distance asked for.
+SETTLED = 3
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
 # Relative differences of the objective below this are rounding of the sum, not ascent.
@@ -56,6 +63,7 @@ class Solution:
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learnt of the loss's curvature; it holds for any penalty.
+        plain: Whether a multiple of the identity was the better start at the end.
     """
 
     point: Doubles
@@ -64,6 +72,7 @@ class Solution:
     num_passes: int
     converged: bool
     pairs: tuple[Pair, ...] = ()
+    plain: bool = False
 
 
 class _Memory:
@@ -87,6 +96,10 @@ class _Memory:
         if product > 0:
             self._pairs.append((step, change, 1.0 / product))
 
+    def last(self) -> tuple[Doubles, Doubles] | None:
+        """The last step and the gradient's change along it."""
+        return self._pairs[-1][:2] if self._pairs else None
+
     def pairs(self) -> tuple[Pair, ...]:
         """What is remembered, without the penalty."""
         pairs = []
@@ -96,14 +109,14 @@ class _Memory:
             pairs.append((step, bare))
         return tuple(pairs)
 
-    def direction(self, gradient: Doubles, precondition: _Preconditioner) -> Doubles:
+    def direction(self, gradient: Doubles, start: _Start) -> Doubles:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
         rest, factors = gradient.copy(), []
         for step, change, inverse in reversed(self._pairs):
             factor = inverse * float(np.vdot(step, rest))
             rest -= factor * change
             factors.append(factor)
-        direction = precondition(rest)
+        direction = start(rest)
         for (step, change, inverse), factor in zip(self._pairs, reversed(factors), strict=True):
             direction += step * (factor - inverse * float(np.vdot(change, direction)))
         return direction
@@ -141,12 +154,48 @@ class _Preconditioner:
         return np.asarray(turned @ self._classes.T)
 
 
+class _Start:
+    """The inverse Hessian's first estimate: the preconditioner's or the identity, scaled."""
+
+    def __init__(self, spectrum: Spectrum, lam: float, *, plain: bool) -> None:
+        self._spectrum, self._lam = spectrum, lam
+        self._precondition: _Preconditioner | None = None
+        self._scale = 1.0
+        self.plain = plain
+
+    def measure(self, curvature: Doubles) -> None:
+        """Take the class part of the preconditioner."""
+        self._precondition = _Preconditioner(self._spectrum, self._lam, curvature)
+
+    def fit(self, last: tuple[Doubles, Doubles] | None, *, compare: bool) -> None:
+        """Choose, if asked to, and scale by the last step and its change of gradient."""
+        if last is None:
+            return
+        step, change = last
+        turned = change
+        if self._precondition is not None and (compare or not self.plain):
+            guess = self._precondition(change)
+            if compare:
+                self.plain = _cosine(step, guess) <= _cosine(step, change)
+            turned = change if self.plain else guess
+        self._scale = float(np.vdot(step, change)) / float(np.vdot(change, turned))
+
+    def __call__(self, gradient: Doubles) -> Doubles:
+        if self.plain or self._precondition is None:
+            return self._scale * gradient
+        return self._scale * self._precondition(gradient)
+
+
+def _cosine(a: Doubles, b: Doubles) -> float:
+    return float(np.vdot(a, b)) / float(np.linalg.norm(a) * np.linalg.norm(b))
+
+
 def minimise(
     loss: SoftmaxLoss,
     lam: float,
     spectrum: Spectrum,
     start: Doubles | None = None,
-    pairs: tuple[Pair, ...] = (),
+    before: Solution | None = None,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -158,57 +207,63 @@ def minimise(
         lam: Penalty, above zero.
         spectrum: Of the rows' second moment, for speed alone.
         start: Where to begin, [D + 1, C]; the class frequencies unless given.
-        pairs: Of an earlier solution for the same rows, for speed alone.
+        before: An earlier solution for the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
             of the objective.
         max_iterations: Give up after so many steps, with `converged` False.
     """
     point = start_point(loss) if start is None else start
-    before = loss.num_evaluations
-    end = _descend(loss, lam, spectrum, (point, pairs), tolerance, max_iterations)
+    begin = Solution(point, np.inf, np.inf, 0, False)
+    if before is not None:
+        begin = dataclasses.replace(before, point=point)
+    evaluations = loss.num_evaluations
+    end = _descend(loss, lam, spectrum, begin, tolerance, max_iterations)
     if not end.converged and not loss.exact:
         # Where the loss is nearly zero float32 cannot tell how near: go on in float64. The last
         # pairs are rounding.
         loss.exact = True
-        left = max_iterations - (loss.num_evaluations - before)
-        begin = (end.point, end.pairs[:-MAX_STALLED])
+        left = max_iterations - (loss.num_evaluations - evaluations)
+        begin = dataclasses.replace(end, pairs=end.pairs[:-MAX_STALLED])
         end = _descend(loss, lam, spectrum, begin, tolerance, left)
         loss.exact = False
-    return dataclasses.replace(end, num_passes=loss.num_evaluations - before)
+    return dataclasses.replace(end, num_passes=loss.num_evaluations - evaluations)
 
 
 def _descend(
     loss: SoftmaxLoss,
     lam: float,
     spectrum: Spectrum,
-    begin: tuple[Doubles, tuple[Pair, ...]],
+    begin: Solution,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Walk down from a point with some pairs until the gap is small or no step gains."""
-    point, pairs = begin
-    curvature = np.empty((loss.num_classes, loss.num_classes))
+    """Walk down from a solution's point and pairs until the gap is small or no step gains."""
+    point, memory = begin.point, _Memory(lam, begin.pairs)
+    start = _Start(spectrum, lam, plain=begin.plain)
+    curvature = None if start.plain else np.empty((loss.num_classes, loss.num_classes))
     value, gradient = _penalised(loss, lam, point, curvature)
-    precondition = _Preconditioner(spectrum, lam, curvature)
-    memory = _Memory(lam, pairs)
-    best, stalled = _Best(point, value, np.inf), 0
+    if curvature is not None:
+        start.measure(curvature)
+    start.fit(memory.last(), compare=False)
+    best, stalled, values = _Best(point, value, np.inf), 0, [value]
     for iteration in range(max_iterations):
-        direction = memory.direction(gradient, precondition)
+        direction = memory.direction(gradient, start)
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        if decrement / 2 <= tolerance * abs(value) or stalled == MAX_STALLED:
+        if _is_near(values, decrement, tolerance) or stalled == MAX_STALLED:
             break
-        refresh = iteration in REFRESH
-        here = (point, value, decrement)
-        found = _line_search(loss, lam, here, direction, curvature if refresh else None)
+        refresh = curvature if iteration in REFRESH and not start.plain else None
+        found = _line_search(loss, lam, (point, value, decrement), direction, refresh)
         if found is None:
             break  # no decrease is left that the features' precision can show
         new_point, new_value, new_gradient = found
         memory.add(new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
-        if refresh:
-            precondition = _Preconditioner(spectrum, lam, curvature)
+        values.append(value)
+        if refresh is not None:
+            start.measure(refresh)
+        start.fit(memory.last(), compare=iteration in COMPARE)
     return Solution(
         point=best.point,
         objective=best.value,
@@ -216,7 +271,15 @@ def _descend(
         num_passes=0,
         converged=best.decrement / 2 <= max(tolerance, TOLERANCE) * abs(best.value),
         pairs=memory.pairs(),
+        plain=start.plain,
     )
+
+
+def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
+    """Whether the estimated gap is small, and so was what the latest steps gained."""
+    steps = min(SETTLED, len(values) // 2)
+    gained = values[-1 - steps] - values[-1]
+    return max(decrement / 2, gained) <= tolerance * abs(values[-1])
 
 
 @dataclass

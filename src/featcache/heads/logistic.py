@@ -168,13 +168,12 @@ class StrengthPath:
             tolerance: How far the objective may be from its minimum, relative to itself.
         """
         problem = self._problem
-        pairs = self._before[-1][1].pairs if self._before else ()
         solution = minimise(
             self._loss,
             problem.penalty(strength),
             self._spectrum,
             self._start(np.log(strength)),
-            pairs,
+            self._before[-1][1] if self._before else None,
             tolerance=tolerance,
         )
         self._before = [*self._before[-1:], (np.log(strength), solution)]
