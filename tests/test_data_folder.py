@@ -163,7 +163,7 @@ def test_folders_without_a_picture(tmp_path: Path) -> None:
     said = message(root, tmp_path, test_fraction=0.2)
     assert said.startswith(
         f"no picture in the class folders of {root}, only files of other kinds (.mov 2x); "
-        "file names that count end in .bmp, .gif,"
+        "file names that count end in .avif, .bmp, .gif,"
     )
     assert ".jpg" in said
     assert ".webp" in said

@@ -207,6 +207,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
+def late_bar(title: str, unit: str, total: int | None = None) -> Any:
+    """A progress bar on a terminal for what may be long: it shows after two seconds, and goes."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit=unit, delay=2, leave=False, disable=None)
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn an OSError on `path` into a StorageError that says what to do."""

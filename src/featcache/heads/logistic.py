@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.heads.lbfgs import TOLERANCE, Solution, Spectrum, minimise, second_moment_spectrum
+from featcache.heads.lbfgs import TOLERANCE, Solution, minimise
 from featcache.heads.linear import Floats, row_blocks
 from featcache.heads.moments import ScaleSums
+from featcache.heads.precondition import Spectrum, second_moment_spectrum
 from featcache.heads.rows import Doubles, Ints, Rows
 from featcache.heads.softmax_loss import SoftmaxLoss, loss_in_memory
 
