@@ -160,11 +160,11 @@ def test_folders_without_a_picture(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     for name in ("cat", "dog"):
         (root / name).mkdir(parents=True)
-        (root / name / "x.cr2").write_bytes(b"x")
+        (root / name / "x.mov").write_bytes(b"x")
     said = message(root, tmp_path, test_fraction=0.2)
     assert said.startswith(
-        f"no picture in the class folders of {root}, only files of other kinds (.cr2 2x); "
-        "file names that count end in .avif, .bmp,"
+        f"no picture in the class folders of {root}, only files of other kinds (.mov 2x); "
+        "file names that count end in .avif, .bmp, .gif,"
     )
     assert ".jpg" in said
     assert ".webp" in said

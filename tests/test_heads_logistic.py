@@ -6,8 +6,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from featcache.heads.backends import SklearnPath, TorchPath
-from featcache.heads.lbfgs import minimise, second_moment_spectrum
+from featcache.heads.lbfgs import minimise
 from featcache.heads.logistic import LogisticProblem, StrengthPath, moments
+from featcache.heads.precondition import second_moment_spectrum
 from featcache.heads.rows import Rows, balanced_weights
 from featcache.heads.softmax_loss import loss_in_memory
 from heads_data import blobs
@@ -168,3 +169,19 @@ def test_nearly_separable_rows_converge_in_float32():
         path = StrengthPath(LogisticProblem(rows), standardize=True)
         for strength in (10.0, 31.6, 100.0):
             assert path.fit(strength).converged
+
+
+@pytest.mark.parametrize("strength", [1.0, 100.0, 1000.0])
+def test_few_separable_rows_of_many_classes_take_few_passes(strength):
+    random = np.random.default_rng(0)
+    y = np.arange(120) % 60
+    X = np.abs(random.normal(size=(60, 100))[y] + random.normal(size=(120, 100)))
+    rows = rows_of(X.astype(np.float32), y, num_classes=60)
+    fit = StrengthPath(LogisticProblem(rows), standardize=False).fit(strength)
+    theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(
+        rows.plain.astype(float), y
+    )
+    best = objective(theirs.coef_, theirs.intercept_, X, y, strength)
+    assert fit.converged
+    assert objective(fit.weight, fit.bias, X, y, strength) <= best * (1 + 1e-6)
+    assert fit.num_passes < 150

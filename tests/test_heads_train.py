@@ -197,3 +197,20 @@ def test_no_heavy_import_where_none_is_needed(cache):
         "    assert loaded <= allowed, (words, loaded)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_series_ends_where_ties_bring_more_loss():
+    from types import SimpleNamespace
+
+    from featcache.heads.choose import Tally, walk
+    from featcache.heads.rows import Rows
+    from featcache.heads.solver import Answer
+
+    held = Rows(views=np.zeros((1, 2, 3)), y=np.array([0, 1]), weights=np.ones(2), num_classes=2)
+    losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7}
+    prepared = SimpleNamespace(
+        answer=lambda s, rows: Answer(rows.y, np.full(2, losses[s["strength"]]))
+    )
+    series = [[{"strength": k} for k in losses]]
+    tried = walk(lambda _: prepared, series, held, Tally(), 3)
+    assert [s["strength"] for s in tried] == [1, 2, 3, 4, 5]

@@ -295,6 +295,13 @@ def progress(total: int, title: str = "", **options: Any) -> Any:
     return tqdm(total=total, desc=visible(title), unit="img", **options)
 
 
+def late_bar(title: str, unit: str, total: int | None = None) -> Any:
+    """A progress bar on a terminal for what may be long: it shows after two seconds, and goes."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit=unit, delay=2, leave=False, disable=None)
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn an OSError on `path` into a StorageError that says what to do."""

@@ -48,6 +48,7 @@ EXTENSIONS = (
 )
 """File names that count as pictures, in any case; the content decides the format."""
 
+_TURNED_BY = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -234,8 +235,9 @@ def _reason_of(error: BaseException) -> BadImage:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a loaded picture, and turn it as its EXIF or XMP says, where they can be read."""
     rgb, how = to_rgb(image), None
-    with contextlib.suppress(*DECODE_ERRORS), quiet():
-        how = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if image.info.keys() & _TURNED_BY or isinstance(image, TiffImagePlugin.TiffImageFile):
+        with contextlib.suppress(*DECODE_ERRORS), quiet():
+            how = _TRANSPOSE.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return rgb if how is None else rgb.transpose(how)
 
 

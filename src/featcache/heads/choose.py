@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Answer, NotConverged, Prepared, Settings, Solver
+from featcache.runtime import late_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,8 @@ def walk(
 ) -> list[Settings]:
     """Score the candidates of each series in turn until it no longer gains.
 
+    A candidate gains if it scores more than all before it, or as much with less loss.
+
     Args:
         prepare: Makes the rows to be fitted ready for some candidates.
         series: The candidates.
@@ -196,9 +199,10 @@ def walk(
         NotConverged: Not even the first candidate did.
     """
     tried: list[Settings] = []
+    bar = late_bar("choosing settings", " tried", sum(map(len, series)))
     for candidates in series:
         prepared = prepare(candidates)
-        best, worse = -1.0, 0
+        best, worse = (-1.0, 0.0), 0
         for settings in candidates:
             try:
                 answer = prepared.answer(settings, held)
@@ -207,12 +211,15 @@ def walk(
                     raise
                 break  # the series goes on to ever weaker regularisation, which is harder
             tally.add(len(tried), held, answer)
-            score = tally.scores(len(tried))["score"]
+            scores = tally.scores(len(tried))
+            reached = (scores["score"], -scores.get("loss", 0.0))
             tried.append(settings)
-            worse = worse + 1 if score < best else 0
-            best = max(best, score)
+            bar.update()
+            worse = 0 if reached > best else worse + 1
+            best = max(best, reached)
             if patience is not None and worse >= patience:
                 break
+    bar.close()
     return tried
 
 

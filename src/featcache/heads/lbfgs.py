@@ -2,12 +2,7 @@
 
 Minimises F(A) = L(W, b) + lam / 2 * |W|^2 over A = [W; b], the bias unpenalised.
 
-The Hessian of L is a mean of (diag(p) - p p^T) (x) x x^T. Taking the mean of a product for the
-product of the means gives G (x) M with G the mean of diag(p) - p p^T, [C, C], and M the features'
-second moment, [D, D]. In the eigenbases of both this is diagonal, so that the inverse of
-G (x) M + lam costs four small products. L-BFGS starts from it at every step, instead of from a
-multiple of the identity; it then needs tens of passes where features are so correlated that plain
-L-BFGS needs hundreds. Precision of the result does not rest on it, only speed does.
+The inverse Hessian's first estimate, from which every step begins, is in `precondition`.
 """
 
 from __future__ import annotations
@@ -17,29 +12,27 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from featcache.heads.softmax_loss import Doubles, Floats, SoftmaxLoss
+from featcache.heads.precondition import Spectrum, Start
+from featcache.heads.softmax_loss import Doubles, SoftmaxLoss
+from featcache.runtime import late_bar
 
 MEMORY = 30
 MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
+# Where an earlier solution left its class part, the first of them.
+FIRST_REFRESH = 5
+# Steps at which the two ways to start are compared.
+COMPARE = REFRESH | {1, 3}
+# So many steps together have to gain no more than the distance asked for.
+SETTLED = 3
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
 # Relative differences of the objective below this are rounding of the sum, not ascent.
 NOISE = 1e-9
 # Steps without gain after which the limit of precision is reached.
 MAX_STALLED = 5
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues [D] and eigenvectors [D, D] of the features' second moment."""
-
-    values: Doubles
-    vectors: Doubles
-
 
 # A step, the gradient's change along it without the penalty's part, both [D + 1, C].
 Pair = tuple[Doubles, Doubles]
@@ -56,6 +49,8 @@ class Solution:
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learnt of the loss's curvature; it holds for any penalty.
+        plain: Whether a multiple of the identity was the better start at the end.
+        classes: Of the class part of the preconditioner; None where it was not needed.
     """
 
     point: Doubles
@@ -64,6 +59,8 @@ class Solution:
     num_passes: int
     converged: bool
     pairs: tuple[Pair, ...] = ()
+    plain: bool = False
+    classes: Spectrum | None = None
 
 
 class _Memory:
@@ -87,6 +84,10 @@ class _Memory:
         if product > 0:
             self._pairs.append((step, change, 1.0 / product))
 
+    def last(self) -> tuple[Doubles, Doubles] | None:
+        """The last step and the gradient's change along it."""
+        return self._pairs[-1][:2] if self._pairs else None
+
     def pairs(self) -> tuple[Pair, ...]:
         """What is remembered, without the penalty."""
         pairs = []
@@ -96,49 +97,17 @@ class _Memory:
             pairs.append((step, bare))
         return tuple(pairs)
 
-    def direction(self, gradient: Doubles, precondition: _Preconditioner) -> Doubles:
+    def direction(self, gradient: Doubles, start: Start) -> Doubles:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
         rest, factors = gradient.copy(), []
         for step, change, inverse in reversed(self._pairs):
             factor = inverse * float(np.vdot(step, rest))
             rest -= factor * change
             factors.append(factor)
-        direction = precondition(rest)
+        direction = start(rest)
         for (step, change, inverse), factor in zip(self._pairs, reversed(factors), strict=True):
             direction += step * (factor - inverse * float(np.vdot(change, direction)))
         return direction
-
-
-def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
-    """Spectrum of X^T X / N from evenly spaced rows: a sample is enough to precondition.
-
-    Args:
-        X: Centred features [N, D].
-        max_rows: Rows to look at, at least four times the width.
-    """
-    step = max(1, len(X) // max(max_rows, 4 * X.shape[1]))
-    sample = X[::step]
-    moment = (sample.T @ sample).astype(np.float64) / len(sample)
-    values, vectors = np.linalg.eigh(moment)
-    return Spectrum(values.clip(min=0.0), vectors)
-
-
-class _Preconditioner:
-    """Applies the inverse of G (x) M + lam to a gradient [D + 1, C]."""
-
-    def __init__(self, spectrum: Spectrum, lam: float, curvature: NDArray[np.float64]) -> None:
-        classes, self._classes = np.linalg.eigh(curvature)
-        # The all-ones direction has no curvature and no gradient: any finite value will do.
-        classes = classes.clip(min=classes[-1] * 1e-3)
-        self._vectors = spectrum.vectors
-        self._inverse = 1.0 / (spectrum.values[:, None] * classes + lam)
-        self._inverse_bias = 1.0 / classes
-
-    def __call__(self, gradient: Doubles) -> Doubles:
-        turned = gradient @ self._classes
-        turned[:-1] = self._vectors @ ((self._vectors.T @ turned[:-1]) * self._inverse)
-        turned[-1] *= self._inverse_bias
-        return np.asarray(turned @ self._classes.T)
 
 
 def minimise(
@@ -146,7 +115,7 @@ def minimise(
     lam: float,
     spectrum: Spectrum,
     start: Doubles | None = None,
-    pairs: tuple[Pair, ...] = (),
+    before: Solution | None = None,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -158,65 +127,94 @@ def minimise(
         lam: Penalty, above zero.
         spectrum: Of the rows' second moment, for speed alone.
         start: Where to begin, [D + 1, C]; the class frequencies unless given.
-        pairs: Of an earlier solution for the same rows, for speed alone.
+        before: An earlier solution for the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
             of the objective.
         max_iterations: Give up after so many steps, with `converged` False.
     """
     point = start_point(loss) if start is None else start
-    before = loss.num_evaluations
-    end = _descend(loss, lam, spectrum, (point, pairs), tolerance, max_iterations)
+    begin = Solution(point, np.inf, np.inf, 0, False)
+    if before is not None:
+        begin = dataclasses.replace(before, point=point)
+    evaluations = loss.num_evaluations
+    end = _descend(loss, lam, spectrum, begin, tolerance, max_iterations)
     if not end.converged and not loss.exact:
         # Where the loss is nearly zero float32 cannot tell how near: go on in float64. The last
         # pairs are rounding.
         loss.exact = True
-        left = max_iterations - (loss.num_evaluations - before)
-        begin = (end.point, end.pairs[:-MAX_STALLED])
+        left = max_iterations - (loss.num_evaluations - evaluations)
+        begin = dataclasses.replace(end, pairs=end.pairs[:-MAX_STALLED])
         end = _descend(loss, lam, spectrum, begin, tolerance, left)
         loss.exact = False
-    return dataclasses.replace(end, num_passes=loss.num_evaluations - before)
+    return dataclasses.replace(end, num_passes=loss.num_evaluations - evaluations)
 
 
 def _descend(
     loss: SoftmaxLoss,
     lam: float,
     spectrum: Spectrum,
-    begin: tuple[Doubles, tuple[Pair, ...]],
+    begin: Solution,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Walk down from a point with some pairs until the gap is small or no step gains."""
-    point, pairs = begin
+    """Walk down from a solution's point and pairs until the gap is small or no step gains."""
+    point, memory = begin.point, _Memory(lam, begin.pairs)
+    start = Start(spectrum, lam, plain=begin.plain, classes=begin.classes)
+    known = start.plain or start.classes is not None
     curvature = np.empty((loss.num_classes, loss.num_classes))
-    value, gradient = _penalised(loss, lam, point, curvature)
-    precondition = _Preconditioner(spectrum, lam, curvature)
-    memory = _Memory(lam, pairs)
-    best, stalled = _Best(point, value, np.inf), 0
+    value, gradient = _penalised(loss, lam, point, None if known else curvature)
+    if not known:
+        start.measure(curvature)
+    start.fit(memory.last(), compare=True)
+    best, stalled, values = _Best(point, value, np.inf), 0, [value]
+    steps = late_bar("logistic", " steps")
     for iteration in range(max_iterations):
-        direction = memory.direction(gradient, precondition)
+        direction = memory.direction(gradient, start)
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        if decrement / 2 <= tolerance * abs(value) or stalled == MAX_STALLED:
+        if _is_near(values, decrement, tolerance) or stalled == MAX_STALLED:
             break
-        refresh = iteration in REFRESH
-        here = (point, value, decrement)
-        found = _line_search(loss, lam, here, direction, curvature if refresh else None)
+        early = known and iteration < FIRST_REFRESH
+        refresh = curvature if iteration in REFRESH and not (early or start.plain) else None
+        found = _line_search(loss, lam, (point, value, decrement), direction, refresh)
+        if found is None and decrement / 2 > TOLERANCE * abs(value) and not start.plain:
+            start, memory = Start(spectrum, lam, plain=True), _Memory(lam, ())
+            continue  # the preconditioner led astray
         if found is None:
             break  # no decrease is left that the features' precision can show
         new_point, new_value, new_gradient = found
         memory.add(new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
-        if refresh:
-            precondition = _Preconditioner(spectrum, lam, curvature)
+        values.append(value)
+        if refresh is not None:
+            start.measure(refresh)
+        start.fit(memory.last(), compare=iteration in COMPARE)
+        steps.update()
+    steps.close()
+    return _solution(best, memory, start, max(tolerance, TOLERANCE))
+
+
+def _solution(best: _Best, memory: _Memory, start: Start, tolerance: float) -> Solution:
     return Solution(
         point=best.point,
         objective=best.value,
         gap=best.decrement / 2,
         num_passes=0,
-        converged=best.decrement / 2 <= max(tolerance, TOLERANCE) * abs(best.value),
+        converged=best.decrement / 2 <= tolerance * abs(best.value),
         pairs=memory.pairs(),
+        plain=start.plain,
+        classes=start.classes,
     )
+
+
+def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
+    """Whether the estimated gap is small, and so was what the latest steps gained."""
+    if len(values) == 1:
+        return decrement == 0
+    steps = min(SETTLED, len(values) // 2)
+    gained = values[-1 - steps] - values[-1]
+    return max(decrement / 2, gained) <= tolerance * abs(values[-1])
 
 
 @dataclass

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.heads.lbfgs import TOLERANCE, Solution, Spectrum, minimise, second_moment_spectrum
+from featcache.heads.lbfgs import TOLERANCE, Solution, minimise
 from featcache.heads.linear import Floats, row_blocks
 from featcache.heads.moments import ScaleSums
+from featcache.heads.precondition import Spectrum, second_moment_spectrum
 from featcache.heads.rows import Doubles, Ints, Rows
 from featcache.heads.softmax_loss import SoftmaxLoss, loss_in_memory
 
@@ -168,13 +169,12 @@ class StrengthPath:
             tolerance: How far the objective may be from its minimum, relative to itself.
         """
         problem = self._problem
-        pairs = self._before[-1][1].pairs if self._before else ()
         solution = minimise(
             self._loss,
             problem.penalty(strength),
             self._spectrum,
             self._start(np.log(strength)),
-            pairs,
+            self._before[-1][1] if self._before else None,
             tolerance=tolerance,
         )
         self._before = [*self._before[-1:], (np.log(strength), solution)]

@@ -171,7 +171,7 @@ def fit_logistic_streamed(
         near.penalty(strength, whole.total),
         near.spectrum(standardize=scaled),
         start.point,
-        start.pairs,
+        start,
     )
     fit = near.raw(solution, standardize=scaled)
     check_converged(fit, strength)
