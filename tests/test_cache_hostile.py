@@ -20,7 +20,9 @@ from featcache.cache import (
     read_meta,
     verify,
 )
+from featcache.config import VerifyConfig
 from featcache.errors import CacheError, FeatcacheError, UserError
+from featcache.extract import check, check_lines
 from hostile.cache_files import NAMED_BY_VERIFY, REFUSED
 
 READERS = (FeatureCache, FeatureDataset, prepare_repair)
@@ -100,7 +102,38 @@ def test_hdf5_library_that_hangs_is_given_up(tmp_path, monkeypatch):
     sleeper.chmod(0o755)
     monkeypatch.setattr(hdf5_view, "MAX_SECONDS", 0.2)
     monkeypatch.setattr(hdf5_view.sys, "executable", str(sleeper))
-    assert "did not answer" in verify(path).problems[0]
+    report = verify(path)
+    assert report.ok
+    assert report.not_checked == ["whether other HDF5 tools see the same (no answer in 0.2 s)"]
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("echo 'h5py cannot be loaded: no' >&2; exit 3", "h5py cannot be loaded: no"),
+        ("kill -KILL $$", "status -9"),
+    ],
+)
+def test_a_library_that_cannot_be_asked_is_no_damage(tmp_path, monkeypatch, script, what):
+    path = copy_cache(tmp_path / "x.h5")
+    stub = tmp_path / "python"
+    stub.write_text(f"#!/bin/sh\n{script}\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(hdf5_view.sys, "executable", str(stub))
+    report = check(VerifyConfig(cache=path))
+    assert report["exit_code"] == 0
+    assert check_lines(report)[1:] == [
+        f"not checked: whether other HDF5 tools see the same ({what})"
+    ]
+
+
+def test_a_library_that_computes_for_ever_is_stopped(tmp_path, monkeypatch):
+    path = copy_cache(tmp_path / "x.h5")
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nkill -XCPU $$\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(hdf5_view.sys, "executable", str(stub))
+    assert "computes for more than 30 s on it" in verify(path).problems[0]
 
 
 def test_hdf5_library_that_crashes_is_reported(tmp_path, monkeypatch):

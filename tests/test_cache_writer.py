@@ -354,6 +354,37 @@ def test_garbage_in_the_lock_file_does_not_block(path):
     begin(path).close()
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_lock_file_that_is_none_is_refused(path, tmp_path, kind):
+    victim, lock = tmp_path / "victim", path.with_name("x.h5.lock")
+    victim.write_text("mine")
+    lock.symlink_to(victim) if kind == "link" else os.mkfifo(lock)
+    with pytest.raises(StorageError, match=r"x\.h5\.lock is not an ordinary file: remove it"):
+        begin(path)
+    assert victim.read_text() == "mine"
+
+
+def test_another_file_under_the_locks_name_keeps_its_bytes(path, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    path.with_name("x.h5.lock").hardlink_to(victim)
+    begin(path).close()
+    assert victim.read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_named_and_can_be_used(path, monkeypatch):
+    def refuse(fd, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("featcache.cache.lock.fcntl.lockf", refuse)
+    with pytest.raises(StorageError, match=r"no locks.*and set FEATCACHE_NO_LOCK=1$") as caught:
+        begin(path)
+    assert "room" not in str(caught.value)
+    monkeypatch.setenv("FEATCACHE_NO_LOCK", "1")
+    with begin(path), pytest.raises(StorageError, match="being written"):  # in this process
+        begin(path)
+
+
 # --- rows of an older cache
 
 
@@ -574,10 +605,11 @@ def test_no_room_is_said_before_anything_is_written(path, monkeypatch):
 
 
 def test_leftover_of_a_kill_during_creation_is_replaced(path):
-    init = path.with_name("x.h5.part.init")
-    init.write_bytes(b"half a skeleton")
+    left = path.with_name(".x.h5.part.0123456789abcdef.tmp")
+    left.mkdir()
+    (left / "x.h5.part").write_bytes(b"half a skeleton")
     begin(path).close()
-    assert not init.exists()
+    assert {p.name for p in path.parent.iterdir()} == {"x.h5.lock", "x.h5.part"}
 
 
 def test_long_runs_sync_by_time_too(path, monkeypatch):

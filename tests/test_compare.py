@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from itertools import pairwise
@@ -18,9 +19,10 @@ import featcache.compare.run as run_module
 from featcache.compare import compare, summary_lines
 from featcache.compare.budget import Budget, tuning_pace
 from featcache.compare.cells import finetune_config
+from featcache.compare.extraction import _remembered
 from featcache.compare.plan import make_plan, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
-from featcache.errors import UserError
+from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
 from featcache.heads import train_head
 from featcache.report import RunReport
@@ -172,11 +174,58 @@ def test_an_interrupted_comparison_goes_on(
     ]  # fmt: skip
 
 
-def test_other_settings_are_other_runs(
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_other_settings_is_refused_by_name(
+    done: tuple[CompareConfig, dict], tmp_path: Path, finished: bool
+) -> None:
+    config = copied(done, tmp_path)
+    # A killed comparison has no compare.json yet, one of version 0.1.0 no settings.json.
+    (config.output / ("settings.json" if finished else "compare.json")).unlink()
+    with pytest.raises(UserError) as caught:
+        compare(dataclasses.replace(config, solver="ridge", lr=0.01))
+    assert str(caught.value) == (
+        f"{config.output} is of a comparison with other settings (solver logistic there, ridge "
+        "here, lr None there, 0.01 here): give another --output"
+    )
+    compare(dataclasses.replace(config, sizes="3", workers=1))  # goes on
+    with pytest.raises(UserError, match=r"\(dataset_name pets\d there, digits here\)"):
+        compare(dataclasses.replace(config, dataset="digits"))
+
+
+def test_two_comparisons_in_one_folder(
     done: tuple[CompareConfig, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(copied(done, tmp_path), solver="ridge")
-    assert made(monkeypatch, config) == ["cached-all-draw0", "cached-3-draw0"]
+    config = copied(done, tmp_path)
+    refused = []
+
+    def second(*args: object) -> object:
+        with pytest.raises(StorageError, match=r"compare\.json is being written by process") as e:
+            compare(config)
+        refused.append(e)
+        return shared_cache(*args)
+
+    shared_cache = run_module.shared_cache
+    monkeypatch.setattr(run_module, "shared_cache", second)
+    compare(config)
+    assert len(refused) == 1
+
+
+def test_strangers_in_the_comparisons_folder(
+    done: tuple[CompareConfig, dict], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(done[0], output=tmp_path)
+    (tmp_path / "settings.json").write_text('{"editor": "mine"}')
+    with pytest.raises(UserError, match=r"settings\.json is there already and is no file that"):
+        compare(config)
+
+
+def test_a_device_as_extraction_json_is_passed_over(
+    done: tuple[CompareConfig, dict], tmp_path: Path
+) -> None:
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("zero.json", "pipe.json"):
+        assert _remembered(tmp_path / name, "") is None
 
 
 def test_no_time_leaves_out_all_but_a_first_run_of_each_mode(pets: Path, tmp_path: Path) -> None:

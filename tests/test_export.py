@@ -232,7 +232,7 @@ class TestRefusals:
 
         monkeypatch.setattr(export_run, "capture", lambda *args: None)
         monkeypatch.setattr(export_run, "pt2_bytes", lambda *args: b"graph")
-        monkeypatch.setattr("featcache.runtime.os.fsync", full)
+        monkeypatch.setattr("pathlib.Path.write_bytes", full)
         with pytest.raises(StorageError, match="No space left"):
             export(self.settings(head_file, tmp_path))
         assert os.listdir(tmp_path) == []

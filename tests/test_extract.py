@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -205,6 +206,39 @@ def test_an_explicit_output_refuses_other_settings(
         ex.extract(settings(folder, tmp_path, output=out, image_px=48))
     ex.extract(settings(folder, tmp_path, output=out, image_px=48, force=True))
     assert FeatureCache(out).meta.backbone.preprocessing.image_px == 48
+
+
+def test_force_replaces_neither_strangers_nor_links(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    config = settings(folder, tmp_path, output=path, force=True)
+    for stranger in (path, part_path(path)):
+        with h5py.File(stranger, "w") as file:
+            file["measurements"] = [1.0]
+        before = stranger.read_bytes()
+        with pytest.raises(UserError, match=f"{stranger.name} is there already and is no file"):
+            ex.extract(config)
+        assert stranger.read_bytes() == before
+        stranger.unlink()
+    target = tmp_path / "elsewhere.h5"
+    for there in (False, True):
+        path.symlink_to(target)
+        with pytest.raises(UserError, match=rf"x\.h5 is a link.*its target {target} as --output"):
+            ex.extract(config)
+        path.unlink()
+        assert target.exists() == there
+        target.touch()
+
+
+def test_force_replaces_a_damaged_cache(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    config = settings(folder, tmp_path, output=tmp_path / "x.h5")
+    ex.extract(config)
+    whole = config.output.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], bytes(4096) + whole[4096:], whole[:-99]):
+        config.output.write_bytes(damaged)
+        ex.extract(dataclasses.replace(config, force=True))
+        assert config.output.read_bytes() == whole
 
 
 def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: list[int]) -> None:

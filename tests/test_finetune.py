@@ -16,7 +16,7 @@ import featcache.finetune.run as run_module
 import featcache.finetune.setup as preparation
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
-from featcache.errors import FeatcacheError, UserError
+from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.finetune import finetune, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
 from featcache.finetune.loop import _with_lone_merged
@@ -294,22 +294,73 @@ class TestResume:
         assert resumed["num_resumed_epochs"] == 1
         assert_same(whole, weights_of(resumed))
 
-    def test_a_checkpoint_of_other_settings_is_not_taken(self, pets: Path, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_other_settings_is_not_replaced(
+        self, pets: Path, tmp_path: Path
+    ) -> None:
         config = settings(pets, tmp_path, freeze_backbone=True)
         with pytest.MonkeyPatch.context() as patch:
             interrupt_after(patch, 1)
             with pytest.raises(KeyboardInterrupt):
                 finetune(config)
-        for change in ({"lr": 0.01}, {"seed": 7}, {"num_train": 30}, {"resume": False}):
-            copy = tmp_path / f"{next(iter(change))}.safetensors"
-            shutil.copy(checkpoint_path(config.output), checkpoint_path(copy))
-            report = finetune(dataclasses.replace(config, output=copy, **change))
-            assert report["num_resumed_epochs"] == 0
+        checkpoint = checkpoint_path(config.output)
+        before = checkpoint.read_bytes()
+        for change, name in (
+            ({"lr": 0.01}, r"plan\.lr 0\.001 there, 0\.01 here"),
+            ({"seed": 7}, r"plan\.seed 42 there, 7 here"),
+            ({"num_train": 30}, "dataset [0-9a-f]{40} there"),
+        ):
+            with pytest.raises(UserError, match=f"of a run with other settings.*{name}") as caught:
+                finetune(dataclasses.replace(config, **change))
+            assert str(checkpoint) in str(caught.value)
+            assert checkpoint.read_bytes() == before
+        report = finetune(dataclasses.replace(config, lr=0.01, resume=False))
+        assert report["num_resumed_epochs"] == 0
+        with pytest.raises(UserError, match=r"model\.safetensors is of a run with other settings"):
+            finetune(config)
+
+    def test_a_run_that_another_one_writes_is_refused(
+        self, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = settings(pets, tmp_path, freeze_backbone=True)
+        refused = []
+
+        def second(*args: object) -> object:
+            with pytest.raises(StorageError, match=r"model\.safetensors is being written by") as e:
+                finetune(config)
+            refused.append(str(e.value))
+            return train_epoch(*args)
+
+        train_epoch = run_module.train_epoch
+        monkeypatch.setattr(run_module, "train_epoch", second)
+        finetune(config)
+        assert len(refused) == 2
+
+    def test_what_is_read_and_what_strangers_wrote_is_not_replaced(
+        self, full: tuple[FinetuneConfig, dict], pets: Path, tmp_path: Path
+    ) -> None:
+        model = tmp_path / "model.safetensors"
+        shutil.copy(full[0].output, model)
+        config = settings(pets, tmp_path, weights=str(model))
+        with pytest.raises(UserError, match=r"model\.safetensors would be replaced and is to be"):
+            finetune(config)
+        model.rename(tmp_path / "w.safetensors")
+        config = dataclasses.replace(config, weights="random")
+        for name in ("model.safetensors", "model.json", "model.checkpoint.safetensors"):
+            stranger = tmp_path / name
+            stranger.write_text('{"mine": 1}')
+            with pytest.raises(UserError, match=f"{name} is there already and is no file that"):
+                finetune(config)
+            assert stranger.read_text() == '{"mine": 1}'
+            stranger.unlink()
+            stranger.symlink_to(tmp_path / "w.safetensors")
+            with pytest.raises(UserError, match=f"{name} is a link.*give its target .*w.safetens"):
+                finetune(config)
+            stranger.unlink()
 
     def test_a_damaged_checkpoint_is_named(self, pets: Path, tmp_path: Path) -> None:
         config = settings(pets, tmp_path, freeze_backbone=True)
         path = checkpoint_path(config.output)
-        path.write_bytes(b"\x10" + bytes(100))
+        path.write_bytes(b"\x10" + bytes(100) + b"featcache-checkpoint-1")
         with pytest.raises(FeatcacheError, match=r"model\.checkpoint\.safetensors is damaged"):
             finetune(config)
 

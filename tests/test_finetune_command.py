@@ -82,6 +82,21 @@ def test_a_checkpoint_goes_with_what_a_kill_left_of_it(tmp_path: Path) -> None:
     checkpoint = checkpoint_path(tmp_path / "my [model].safetensors")
     left = checkpoint.with_name(f".{checkpoint.name}.123.tmp")
     other = tmp_path / ".other.checkpoint.safetensors.123.tmp"
+    killed = """
+import os, sys, torch, safetensors.torch
+from pathlib import Path
+from featcache.model_file import write_safetensors
+
+def save_file(tensors, filename, metadata):
+    Path(filename).with_name(".tmpAbCdEf").write_bytes(b"as the library does")
+    os._exit(9)
+
+safetensors.torch.save_file = save_file
+write_safetensors(Path(sys.argv[1]), {"x": torch.zeros(1)}, {})
+"""
+    words = [sys.executable, "-c", killed, str(checkpoint)]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert list(tmp_path.glob("**/.tmpAbCdEf"))
     for path in (checkpoint, left, other):
         path.touch()
     remove_checkpoint(checkpoint)

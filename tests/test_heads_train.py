@@ -1,8 +1,10 @@
 """`train-head` from cache to head file, report and summary."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,44 @@ def run(cache, **settings):
     return train_head(TrainHeadConfig(cache=cache, cache_dir=cache.parent, **settings))
 
 
+def test_other_settings_and_other_caches_keep_the_earlier_head(cache, tmp_path):
+    (tmp_path / "b").mkdir()
+    other = make_cache(
+        tmp_path / "b" / "toy.h5",
+        {"train": blobs(60, seed=3), "test": blobs(30, seed=2)},
+        ["ape", "bee", "cat"],
+    )
+    paths = [
+        train_head(TrainHeadConfig(cache=path, cache_dir=folder, **settings))["head"]
+        for path, folder, settings in (
+            (cache, None, {}),
+            (cache, None, {"strength": 1.0}),
+            (cache, None, {"seed": 1}),
+            (other, None, {}),
+            (other, cache.parent, {}),
+        )
+    ]
+    assert [Path(path).parent for path in paths] == [
+        *[cache.parent] * 3, other.parent, cache.parent,
+    ]  # fmt: skip
+    assert len({Path(path).name for path in paths[:4]}) == 4
+    assert all(re.fullmatch(r"toy\.logistic-[0-9a-f]{8}", Path(path).stem) for path in paths)
+    again = train_head(TrainHeadConfig(cache=cache, json=True, verbose=True))
+    assert again["head"] == paths[0]
+
+
+def test_what_strangers_wrote_beside_the_head_is_not_replaced(cache, tmp_path):
+    output = tmp_path / "model.safetensors"
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / name).write_text('{"architectures": ["mine"]}')
+        with pytest.raises(UserError, match=f"{name} is there already and is no file that this"):
+            run(cache, output=output)
+        assert (tmp_path / name).read_text() == '{"architectures": ["mine"]}'
+        (tmp_path / name).unlink()
+    run(cache, output=output)
+    run(cache, output=output, strength=1.0)  # one of ours
+
+
 @pytest.mark.parametrize("solver", ["logistic", "adam", "sgd"])
 def test_report_has_what_others_rely_on(cache, solver):
     report = run(cache, solver=solver, epochs=2)
@@ -46,7 +86,7 @@ def test_report_has_what_others_rely_on(cache, solver):
 
 def test_saved_report_matches_the_saved_head(cache):
     report = run(cache)
-    saved = json.loads((cache.parent / "toy.logistic.json").read_text())
+    saved = json.loads(Path(report["head"]).with_suffix(".json").read_text())
     head = load_head(report["head"])
     X, y = blobs(90, seed=2)
     assert saved["class_names"] == ["ape", "bee", "cat"] == head.class_names

@@ -21,6 +21,7 @@ ROWS = [
     {"errors"},
     {"config"},
     {"runtime"},
+    {"files"},
     {"memo", "recipe", "metrics"},
     {"cache", "report", "data", "backbone", "fuse"},
     {"engine", "model_file", "curve"},

@@ -21,6 +21,20 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memo_module.time, "time", lambda: now() + 10)
 
 
+def test_a_memo_that_is_a_device_or_a_pipe_is_empty(tmp_path: Path) -> None:
+    for number, make in enumerate((lambda p: p.symlink_to("/dev/zero"), os.mkfifo)):
+        memo = Memo(tmp_path, str(number))
+        make(memo.path)
+        assert memo.get("key", (1,)) is None
+        memo.put("key", (1,), "value")
+        memo.save()
+        assert memo.path.is_file()
+        assert memo.get("key", (1,)) == "value"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is not an ordinary file"):
+        memo.file_sha256(tmp_path / "pipe")
+
+
 def test_values_come_back_for_the_same_stamp_only(tmp_path: Path) -> None:
     memo = Memo(tmp_path)
     memo.put("a", (1, 2), {"x": [1]})

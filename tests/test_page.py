@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -361,6 +362,32 @@ def test_another_dataset_is_refused(tmp_path: Path, pets: Path) -> None:
         report(tmp_path, save_pair(tmp_path / "runs"), dataset=str(pets))
 
 
+def test_only_pages_are_replaced(tmp_path: Path) -> None:
+    runs, readme = save_pair(tmp_path / "runs"), tmp_path / "README.md"
+    readme.write_text("# Mine\n")
+    config = ReportConfig(runs=(runs,), output=tmp_path / "README.html", cache_dir=tmp_path / "c")
+    with pytest.raises(UserError, match=r"README\.md is there already and is no file that this"):
+        write_report(config)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "runs"]
+    readme.unlink()
+    for _ in range(2):
+        write_report(config)
+    config.output.write_text("<html>mine</html>")
+    with pytest.raises(UserError, match=r"README\.html is there already"):
+        write_report(config)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    runs = save_pair(tmp_path / "runs")
+    os.mkfifo(runs / "pipe.json")
+    (runs / "zero.json").symlink_to("/dev/zero")
+    _, _, result = report(tmp_path, runs)
+    assert result["num_files"] == 2
+    assert [Path(path).name for path in result["ignored"]] == ["pipe.json", "zero.json"]
+    with pytest.raises(UserError, match=r"zero\.json: it is not an ordinary file"):
+        report(tmp_path, runs / "zero.json")
+
+
 def refused(tmp_path: Path, text: str | bytes) -> str:
     file = tmp_path / "given.json"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -391,7 +418,7 @@ def test_missing_empty_and_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"no report of a training run in .*empty"):
         report(tmp_path, tmp_path / "empty")
     monkeypatch.setattr(read_module, "MAX_BYTES", 10)
-    assert "bytes, too many" in refused(tmp_path, '{"command": "finetune"}')
+    assert "it has more than 10 bytes" in refused(tmp_path, '{"command": "finetune"}')
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,12 +23,15 @@ from featcache import Classifier, cli
 from featcache.backbone import build_classifier, file_sha256
 from featcache.cache import FeatureCache
 from featcache.config import BackboneConfig, PredictConfig, TrainHeadConfig
+from featcache.config.usage import Format
 from featcache.data import normalize, to_pixels
 from featcache.errors import CacheError, StorageError, UserError
+from featcache.files import check_outputs
 from featcache.heads import load_head, train_head
 from featcache.model_file import read_tensors
 from featcache.predict import predict
-from featcache.predict.formats import prediction_writer, visible
+from featcache.predict.classifier import Prediction
+from featcache.predict.formats import MARKS, prediction_writer, visible
 from featcache.predict.inputs import find_pictures
 from featcache.predict.load import load_trained
 from trained_helpers import (
@@ -329,7 +333,7 @@ class TestCommand:
         def full(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("featcache.predict.formats.os.fsync", full)
+        monkeypatch.setattr("featcache.runtime.os.fsync", full)
         code, _, err = run(capsys, "head", folder, "--output", output)
         assert code == 1
         assert "cannot write" in err
@@ -345,8 +349,50 @@ class TestCommand:
         before = picture.read_bytes()
         code, _, err = run(capsys, "head", picture, "--output", picture)
         assert code == 2
-        assert "would replace what is to be read" in err
+        assert "would be replaced and is to be read" in err
         assert picture.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("Makefile", "all:\n\ttrue\n"),
+            ("pets.csv", "path,label,split\na.png,cat,train\n"),
+            ("captions.jsonl", '{"path": "a.png", "label": "a cat"}\n'),
+        ],
+    )
+    def test_strangers_files_are_not_written_over(
+        self, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+    ) -> None:
+        output = tmp_path / name
+        output.write_text(text)
+        code, _, err = run(capsys, "head", root / "pets" / "test", "--output", output)
+        assert code == 2
+        assert f"{name} is there already and is no file that this command writes" in err
+        assert output.read_text() == text
+
+    @pytest.mark.parametrize("output", ["/dev/null", "/dev/stdout"])
+    def test_devices_are_not_written_over(
+        self, root: Path, capsys: pytest.CaptureFixture[str], output: str
+    ) -> None:
+        code, _, err = run(capsys, "head", root / "pets" / "test", "--output", output)
+        assert code == 2
+        assert re.search(r"cannot replace /dev/null: it is not|/dev/stdout is a link", err)
+
+    @pytest.mark.parametrize("kind", ["table", "csv", "jsonl"])
+    @pytest.mark.parametrize("topk", [1, 2])
+    def test_own_files_are_written_again(
+        self, tmp_path: Path, loaded: Classifier, kind: Format, topk: int
+    ) -> None:
+        output = tmp_path / "out"
+        for name in ("a.png", "b,é\n.png"):
+            with prediction_writer(kind, output, [name], ["ca", "do"], topk) as write:
+                write(name, Prediction(label="ca", probability=0.9, topk=(("ca", 0.9),) * topk))
+            check_outputs({output: MARKS})
+
+    def test_a_pipe_as_classifier_does_not_hang(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "head.safetensors")
+        with pytest.raises(UserError, match="is not an ordinary file"):
+            Classifier.load(tmp_path / "head.safetensors")
 
     def test_broken_disk_names_the_output(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -365,6 +411,28 @@ class TestCommand:
 
 
 class TestInputs:
+    def test_lists_on_standard_input(self) -> None:
+        long = [f"{'x' * 100}/{i}.jpg" for i in range(2000)]
+        for names, text in (
+            (["a b.jpg", "ü.jpg"], "a b.jpg\r\n\nü.jpg\r\n"),
+            (["a\nb.jpg", "c.jpg"], "a\nb.jpg\0c.jpg\0"),
+            (long, "\n".join(long)),
+            (long, "\0".join(long)),
+        ):
+            assert find_pictures(["-"], io.BytesIO(text.encode())) == names
+
+    @pytest.mark.parametrize("chunk", [b"x", b"\0"])
+    def test_standard_input_without_end_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, chunk: bytes
+    ) -> None:
+        class Endless(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                return chunk * (size or 0)
+
+        monkeypatch.setattr("featcache.predict.inputs.MAX_LIST_BYTES", 1 << 20)
+        with pytest.raises(UserError, match="standard input is no list of pictures"):
+            find_pictures(["-"], Endless())
+
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
         wanted = ["a/1.jpg", "a/b/2.PNG", "a.jpg", "z.webp"]
         for name in [*wanted, "a/.hidden.jpg", ".h/3.jpg", "a/notes.txt"]:

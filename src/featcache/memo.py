@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import StorageError
+from featcache.files import open_regular, read_regular
 from featcache.runtime import write_atomically
 
 MAX_BYTES = 256 * 2**20
@@ -108,7 +109,7 @@ class Memo:
         known = self.get(key, stamp_of(before))
         if isinstance(known, str) and re.fullmatch("[0-9a-f]{64}", known):
             return known
-        with open(key, "rb") as file:
+        with os.fdopen(open_regular(key), "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if is_settled(before, now_s) and stamp_of(os.stat(key)) == stamp_of(before):
             self.put(key, stamp_of(before), sha256)
@@ -161,9 +162,7 @@ def _encode(entries: dict[str, list[Any]]) -> bytes:
 def _read(path: Path) -> dict[str, list[Any]]:
     """The entries of a memo file; none if it is missing, foreign, damaged or too large."""
     try:
-        if path.stat().st_size > MAX_BYTES + 4096:
-            return {}
-        head, body = path.read_bytes().rstrip(b"\n").split(b"\n")
+        head, body = read_regular(path, MAX_BYTES + 4096).rstrip(b"\n").split(b"\n")
         header = json.loads(head)
         wanted = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
         entries = json.loads(body) if header == wanted else {}

@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.config import Preprocessing
 from featcache.errors import UserError
-from featcache.runtime import storage_errors
+from featcache.files import open_regular
+from featcache.runtime import replacing, storage_errors
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT, VERSION = "featcache-model", 1
+MARKS = re.compile(rb'"%s"' % FORMAT.encode())
 MAX_CLASSES = 1_000_000
 
 State = dict[str, "torch.Tensor"]
@@ -50,22 +53,15 @@ def write_safetensors(path: Path, tensors: State, metadata: dict[str, str]) -> N
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with storage_errors(path), replacing(path) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode  # what the user's umask says; save_file ignores it
         try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the user's umask says; save_file ignores it
-            save_file(dense, temporary, metadata)
-            os.chmod(temporary, mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            save_file(dense, draft, metadata)
         except SafetensorError as error:  # how the library reports a full disk
             raise OSError(str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        draft.chmod(mode)
 
 
 def write_model(path: Path, state: State, card: ModelCard) -> None:
@@ -133,6 +129,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        os.close(open_regular(path))  # the library would wait for a pipe's writer
         with safe_open(str(path), framework="numpy") as file:
             return dict(file.metadata() or {})
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
 from featcache.cache.dataset import FeatureDataset
-from featcache.cache.lock import check_unlocked
+from featcache.cache.layout import MARKS
+from featcache.cache.lock import check_unlocked, lock_path, sole_writer
 from featcache.cache.plan import SplitRows
 from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
 from featcache.cache.repair import prepare_repair
@@ -10,6 +11,7 @@ from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 
 __all__ = [
+    "MARKS",
     "CacheWriter",
     "FeatureCache",
     "FeatureDataset",
@@ -19,9 +21,11 @@ __all__ = [
     "begun_with",
     "check_unlocked",
     "info",
+    "lock_path",
     "open_writer",
     "part_path",
     "prepare_repair",
     "read_meta",
+    "sole_writer",
     "verify",
 ]

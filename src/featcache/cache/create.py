@@ -15,35 +15,30 @@ from featcache.cache.plan import Plan
 from featcache.cache.record import parse_record
 from featcache.cache.skeleton import make_skeleton
 from featcache.errors import UserError
-from featcache.runtime import storage_errors
+from featcache.runtime import remove_temporaries, replacing, storage_errors
 
 
 def create_part(part: Path, plan: Plan) -> None:
-    """Lay out an empty cache on the disk, whole or not at all.
+    """Lay out an empty cache on the disk, whole or not at all, under the lock on it.
 
     Raises:
         UserError: There is no room for it.
         StorageError: The file system refused.
     """
     skeleton = make_skeleton(plan.members)
+    remove_temporaries(part)  # left by a run killed at this very point
     _check_room(part, skeleton.file_bytes)
-    init = part.with_name(part.name + ".init")
     with storage_errors(part):
-        init.unlink(missing_ok=True)  # left by a run killed at this very point
-        fd = os.open(init, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            reserve(fd, skeleton.file_bytes)
-            for offset, chunk in skeleton.chunks.items():
-                write_at(fd, chunk, offset)
-            _write_known(fd, plan, skeleton.file_bytes, skeleton.offsets)
-            os.fsync(fd)
-            os.rename(init, part)
-            sync_folder(part.parent)
-        except BaseException:
-            init.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
+        with replacing(part) as draft:
+            fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                reserve(fd, skeleton.file_bytes)
+                for offset, chunk in skeleton.chunks.items():
+                    write_at(fd, chunk, offset)
+                _write_known(fd, plan, skeleton.file_bytes, skeleton.offsets)
+            finally:
+                os.close(fd)
+        sync_folder(part.parent)
 
 
 def _write_known(fd: int, plan: Plan, file_bytes: int, offsets: dict[str, int]) -> None:

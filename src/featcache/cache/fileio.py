@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 from featcache.errors import CacheError, StorageError
 
 CHUNK_BYTES = 2**20
-_USERS_MAKING = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_USERS_MAKING = {
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG),
+}
 _NO_RESERVING = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -41,24 +42,6 @@ def _hint(path: Path) -> str:
     if not path.name.endswith(".part") and path.with_name(path.name + ".part").exists():
         return "its extraction is unfinished; run the same extract-features command to go on"
     return "give a file written by extract-features"
-
-
-def open_regular(path: Path) -> int:
-    """Open an ordinary file for reading and nothing else: no pipe can block, no device is touched.
-
-    Raises:
-        CacheError: There is no such file, or it is not an ordinary one.
-        StorageError: The file system failed.
-    """
-    with reading(path):
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                return fd
-            os.close(fd)
-    kind = "a folder" if stat.S_ISDIR(mode) else "not an ordinary file"
-    raise CacheError(f"{path} is {kind}: give a file written by extract-features")
 
 
 def read_at(fd: int, num_bytes: int, offset: int) -> bytes:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,14 @@ if TYPE_CHECKING:
     from featcache.cache.layout import Layout
 
 MAX_MEMORY_BYTES = 2**31
-MAX_SECONDS = 30
+MAX_CPU_SECONDS = 30
+MAX_SECONDS = 300
+"""Wall seconds, for a machine that is busy with other things."""
+_NO_LIBRARY = 3
+
+
+class NotAsked(Exception):  # noqa: N818
+    """The HDF5 library could not be asked, which says nothing about the file."""
 
 
 def compare_view(path: Path, layout: Layout) -> str | None:
@@ -27,6 +37,9 @@ def compare_view(path: Path, layout: Layout) -> str | None:
 
     Returns:
         None if it agrees with the layout record, else what is different.
+
+    Raises:
+        NotAsked: The child process did not start, took too long or had too little memory.
     """
     wanted = {
         name: [extent.offset, extent.dtype, list(extent.shape)]
@@ -47,9 +60,15 @@ def compare_view(path: Path, layout: Layout) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"the HDF5 library did not answer in {MAX_SECONDS} s"
+        raise NotAsked(f"no answer in {MAX_SECONDS} s") from None
+    except OSError as error:
+        raise NotAsked(f"{error.strerror or error}") from error
+    lines = child.stderr.strip().splitlines() or [f"status {child.returncode}"]
+    if child.returncode in (_NO_LIBRARY, -signal.SIGKILL):  # the latter when memory runs out
+        raise NotAsked(f"{lines[-1]:.200}")
+    if child.returncode == -signal.SIGXCPU:
+        return f"the HDF5 library computes for more than {MAX_CPU_SECONDS} s on it"
     if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"status {child.returncode}"]
         return f"the HDF5 library cannot read it: {lines[-1]:.200}"
     return child.stdout.strip() or None
 
@@ -94,8 +113,7 @@ def _difference(h5py: Any, dataset: Any, offset: int, dtype: str, shape: tuple[i
     return ""
 
 
-def _limit() -> None:
-    """Bound this process; the parent bounds its time."""
+def _limit_memory() -> None:
     import resource
 
     with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
@@ -104,6 +122,22 @@ def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def _limit_processor() -> None:
+    """Bound what is computed from now on; the parent bounds the time in all."""
+    import resource
+
+    seconds = math.ceil(time.process_time()) + MAX_CPU_SECONDS
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    if hard == resource.RLIM_INFINITY or seconds < hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
+
+
 if __name__ == "__main__":
-    _limit()
+    _limit_memory()
+    try:
+        import h5py  # noqa: F401
+    except (ImportError, OSError, MemoryError) as error:
+        sys.stderr.write(f"h5py cannot be loaded: {error}\n")
+        sys.exit(_NO_LIBRARY)
+    _limit_processor()
     sys.stdout.write(look(sys.argv[1], json.load(sys.stdin)))

@@ -23,6 +23,8 @@ HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 FORMAT = "featcache"
 VERSION = 1
 MAGIC = b"featcache-layout"
+MARKS = re.compile(MAGIC + rb"|\bmeta_json\0")
+"""A cache ends with the first; one that was cut short still has the second among its names."""
 RECORD_BYTES = 32768
 DIGEST_BYTES = 32
 BLOCK_ROWS = 64

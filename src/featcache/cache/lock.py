@@ -1,9 +1,10 @@
-"""One writer per cache: a lock that says who holds it and that a dead process cannot keep."""
+"""One writer per output: a lock that says who holds it and that a dead process cannot keep."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -15,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import StorageError
+from featcache.files import read_regular
 from featcache.runtime import storage_errors
 
 # A lock of the fcntl kind does not keep out the process that holds it, so that is kept here. It is
 # chosen because forked children do not inherit it: an orphaned worker cannot keep it.
 _held: dict[tuple[int, int], str] = {}
 _guard = threading.Lock()
+
+NO_LOCK = "FEATCACHE_NO_LOCK"
+"""The environment variable that, set to 1, does without locks where the file system has none."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+MAX_BYTES = 4096
 
 
 class Lock:
@@ -29,8 +36,8 @@ class Lock:
     The file stays behind when released: removing it would let two runs lock two different files.
 
     Raises:
-        StorageError: Another run holds it (the message says which), or the file system has no
-            locks or refuses.
+        StorageError: Another run holds it (the message says which), it is a link, or the file
+            system has no locks (and `NO_LOCK` is not set) or refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,13 +46,10 @@ class Lock:
             if (holder := _held.get(_identity(path))) is not None:
                 # Told from memory: opening and closing the file would drop this process's lock.
                 raise StorageError(_held_message(path, holder))
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+            self._fd = _open(path)
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                os.close(self._fd)
-                raise StorageError(_held_message(path, _read_holder(path))) from None
-            except OSError:
+                _take(self._fd, path)
+            except BaseException:
                 os.close(self._fd)
                 raise
             key = _identity(path)
@@ -57,13 +61,38 @@ class Lock:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         with contextlib.suppress(OSError):  # for the others' message only; the lock is held
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(who).encode(), 0)
+            before = os.pread(self._fd, MAX_BYTES, 0)
+            if not before or _parsed(before):  # nothing else is emptied, whatever has this name
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, json.dumps(who).encode(), 0)
         return _holder(who)
 
     def release(self) -> None:
         """Let others write; does nothing the second time."""
         self._drop()
+
+
+def _open(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise StorageError(f"{path} is not an ordinary file: remove it, or choose another --output")
+    return os.open(path, flags, 0o644)
+
+
+def _take(fd: int, path: Path) -> None:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise StorageError(_held_message(path, _read_holder(path))) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if os.environ.get(NO_LOCK) != "1":
+            raise StorageError(
+                f"cannot lock {path}: this file system has no locks; write to another disk with "
+                f"--output or --cache-dir, or make sure that no other run writes there and set "
+                f"{NO_LOCK}=1"
+            ) from error
 
 
 def _drop(fd: int, key: tuple[int, int]) -> None:
@@ -80,9 +109,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _held_message(path: Path, holder: str) -> str:
-    cache = path.with_name(path.name.removesuffix(".lock"))
+    output = path.with_name(path.name.removesuffix(".lock"))
     return (
-        f"{cache} is being written by {holder}: wait for that run, end it, "
+        f"{output} is being written by {holder}: wait for that run, end it, "
         "or choose another --output"
     )
 
@@ -93,38 +122,57 @@ def _holder(who: Any) -> str:
 
 def _read_holder(path: Path) -> str:
     """Who wrote the lock file, or "another process" where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return _parsed(read_regular(path, MAX_BYTES)) or "another process"
+    return "another process"
+
+
+def _parsed(text: bytes) -> str | None:
+    """The holder that a lock file names; None where it is no lock file of ours."""
     try:
-        with path.open("rb") as file:
-            return _holder(json.loads(file.read(4096)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return "another process"
+        return _holder(json.loads(text))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def check_unlocked(path: Path) -> None:
-    """Find out before any work that another run is writing the cache.
+    """Find out before any work that another run is writing an output.
 
     Raises:
         StorageError: It is; the message says which run.
     """
-    if os.path.lexists(_lock_path(path)):
+    if os.path.lexists(lock_path(path)):
         with locked(path) as lock:
             lock.release()
 
 
-def _lock_path(path: Path) -> Path:
+def lock_path(path: Path) -> Path:
+    """The file that is locked while `path` is written."""
     return path.with_name(path.name + ".lock")
 
 
 @contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Lock an output until the end of the block.
+
+    Raises:
+        StorageError: Another run is writing it, or the file system refused.
+    """
+    with locked(path) as lock:
+        yield
+        lock.release()
+
+
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[Lock]:
-    """Lock a cache for writing; the lock is kept on success and released on an error.
+    """Lock an output for writing; the lock is kept on success and released on an error.
 
     Raises:
         StorageError: Another run is writing it, or the file system refused.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    lock = Lock(_lock_path(path))
+    lock = Lock(lock_path(path))
     try:
         yield lock
     except BaseException:

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache import layout as form
-from featcache.cache.fileio import open_regular, read_at, reading, sha256_of
+from featcache.cache.fileio import read_at, reading, sha256_of
 from featcache.cache.layout import Layout, block_crc, block_range
 from featcache.cache.record import parse_record
 from featcache.errors import CacheError
+from featcache.files import open_regular
 
 
 class CacheFile:
@@ -29,7 +30,8 @@ class CacheFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = open_regular(path)
+        with reading(path):
+            self.fd = open_regular(path)
         self._close = weakref.finalize(self, os.close, self.fd)
         with reading(path):
             size = os.fstat(self.fd).st_size

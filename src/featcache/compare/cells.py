@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, lock_path
 from featcache.compare.budget import Pace, pace_of, tuning_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.plan import Ints, Spec, nested_rows
@@ -190,11 +190,13 @@ def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunR
         split: whole.subset(rows[split]).with_content(whole.content[rows[split]])
         for split, whole in bench.dataset.splits.items()
     }
-    finetune(config, dataclasses.replace(bench.dataset, splits=splits), checkpoint_s=CHECKPOINT_S)
+    dataset = dataclasses.replace(bench.dataset, splits=splits)
+    finetune(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     report = RunReport.load(model.with_suffix(".json"))
     kept = {name: value for name, value in report.more.items() if name != "model"}
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
+    lock_path(model).unlink(missing_ok=True)  # nobody else writes this comparison
     return dataclasses.replace(report, more=kept, config=config_json(config))
 
 

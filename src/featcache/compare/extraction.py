@@ -16,8 +16,10 @@ from featcache.config import CompareConfig, ExtractConfig
 from featcache.data import load_dataset
 from featcache.extract import extract
 from featcache.extract.stream import computed_rows
+from featcache.files import read_regular
 from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept, write_json
 
+MAX_BYTES = 1 << 20
 SAMPLE_IMAGES = 256
 """Enough for a steady rate, few enough not to be noticed."""
 
@@ -109,7 +111,7 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
 def _remembered(record: Path, digest: str) -> Extraction | None:
     """What an earlier start found about the same cache."""
     try:
-        found = Extraction(**json.loads(record.read_text(encoding="utf-8")))
+        found = Extraction(**json.loads(read_regular(record, MAX_BYTES)))
         right = found.cache_digest == digest and found.seconds_per_image > 0
     except (OSError, ValueError, TypeError, RecursionError):
         return None  # it is measured again

@@ -11,11 +11,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from featcache.cache import sole_writer
 from featcache.compare.budget import Budget
 from featcache.compare.cells import (
     Bench,
@@ -40,10 +43,13 @@ from featcache.curve import (
     points_json,
 )
 from featcache.data import ImageDataset, load_dataset
+from featcache.errors import UserError
+from featcache.files import check_outputs, read_regular
 from featcache.finetune.plan import make_plan as make_tuning_plan
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
-from featcache.report import RunReport, config_json
+from featcache.report import RunReport, config_json, report_marks
+from featcache.report.run import MAX_BYTES
 from featcache.report.tables import seconds_text
 from featcache.runtime import (
     check_writable,
@@ -73,7 +79,52 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     check_settings(TrainHeadConfig(cache=Path("unused"), solver=config.solver))
-    bench = prepare(config)
+    dataset = load_dataset(config)
+    output = config.output or config.cache_dir / _folder_name(config, dataset)
+    with _claimed(config, output, dataset.name):
+        return _compare(config, dataset, output, start)
+
+
+@contextlib.contextmanager
+def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator[None]:
+    """Keep others out of the comparison's folder, and out of one with other settings.
+
+    Raises:
+        UserError: It is of other settings, or a stranger's file would be replaced.
+        StorageError: Another run is writing it, or it cannot be written.
+    """
+    marks = re.compile(report_marks("compare").pattern + rb'|\A\{\s*"cache": |\A\{\s*"settings": ')
+    names = ("compare.json", "extraction.json", "settings.json")
+    check_outputs(dict.fromkeys((output / name for name in names), marks), [config.weights])
+    check_writable(output / "compare.json")
+    with sole_writer(output / "compare.json"):
+        asked = {**_asked(config), "dataset_name": dataset_name}
+        there = _asked_before(output)
+        differ = [name for name in asked if name in there and there[name] != asked[name]]
+        if differ:
+            said = ", ".join(f"{n} {there[n]!s:.40} there, {asked[n]!s:.40} here" for n in differ)
+            raise UserError(
+                f"{output} is of a comparison with other settings ({said}): give another --output"
+            )
+        write_json(output / "settings.json", {"settings": asked})
+        yield
+
+
+def _asked_before(output: Path) -> dict[str, Any]:
+    """Settings of the comparison that a folder holds; none where it holds none."""
+    for name, key in (("settings.json", "settings"), ("compare.json", "config")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            asked = dict(json.loads(read_regular(output / name, MAX_BYTES))[key])
+            asked.pop("output", None)
+            return asked
+    return {}
+
+
+def _compare(
+    config: CompareConfig, dataset: ImageDataset, output: Path, start: float
+) -> dict[str, Any]:
+    """Make and write the comparison in its folder, which nobody else writes."""
+    bench = prepare(config, dataset, output)
     train = bench.dataset.splits["train"]
     plan = make_plan(config, train.ids, train.labels, _decisive(bench))
     load_optimizers()  # or the first fine-tune alone would pay for it
@@ -86,11 +137,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return report
 
 
-def prepare(config: CompareConfig) -> Bench:
+def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Bench:
     """Extract or find the cache, and see which images both modes can use."""
-    dataset = load_dataset(config)
-    output = config.output or config.cache_dir / _folder_name(config, dataset)
-    check_writable(output / "compare.json")
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
     cache = open_cache(head)
@@ -110,14 +158,20 @@ def prepare(config: CompareConfig) -> Bench:
 
 def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     """A folder per dataset and settings; more draws, sizes or minutes go on in the same one."""
+    text = json.dumps(_asked(config), sort_keys=True)
+    tag = hashlib.sha256(text.encode()).hexdigest()[:8]
+    weights = Path(config.weights).stem
+    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+
+
+def _asked(config: CompareConfig) -> dict[str, Any]:
+    """The settings that make a comparison another one."""
     asked = flatten(config_json(extract_config(config)))
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
     for name in ("json", "verbose", "cache_dir", "data_root", "dataset", "workers", "device"):
         asked.pop(name, None)
-    tag = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
-    weights = Path(config.weights).stem
-    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+    return asked
 
 
 def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:

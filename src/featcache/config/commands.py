@@ -203,8 +203,8 @@ class TrainHeadConfig(OutputConfig):
     """Train in bounded memory; auto does when the cache is large against free memory."""
     seed: int = 42
     """Seed of the held-out part, of shuffling and of initial weights."""
-    cache_dir: Path = Path("cache")
-    """Where the head goes unless --output says otherwise."""
+    cache_dir: Optional[Path] = None
+    """Where the head goes unless --output says otherwise; beside the cache unless given."""
     output: Optional[Path] = None
     """The head file (.safetensors); its report is written beside it as .json."""
 

@@ -43,7 +43,7 @@ class PredictConfig(ClassifierConfig):
 
     inputs: tuple[str, ...]
     """Pictures, folders (with everything below, sorted), or - for paths on standard input, one a
-    line."""
+    line or separated by NUL (find -print0)."""
     topk: int = 1
     """Name so many of the likeliest classes."""
     format: Optional[Format] = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,14 +29,15 @@ from featcache.export.formats import (
     pt2_bytes,
     pt2_runner,
 )
+from featcache.files import check_outputs
 from featcache.predict import Trained, load_trained, provenance_json
 from featcache.report import config_json
 from featcache.runtime import (
     check_writable,
     environment,
+    replacing,
     storage_errors,
     version_of,
-    write_atomically,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 # Sample pictures for the check, in batches of these sizes.
 BATCHES = (1, 3, 5)
+# What an exported file says about itself is in its metadata.
+MARKS = re.compile(rb"featcache_version")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -69,6 +72,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     path = config.output or config.model.parent / f"{config.model.stem}.onnx"
+    check_outputs({path: MARKS}, [config.model, config.weights or ""])
     if path.suffix == ".onnx":
         require_onnx()
     trained = load_trained(config.model, weights=config.weights, seed=config.seed)
@@ -143,9 +147,8 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
     with _named_failures(trained):
         program = capture(graph, samples[-1])
         data = onnx_bytes(program, about) if is_onnx else pt2_bytes(program, about)
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.draft{path.suffix}")
-    try:
-        write_atomically(draft, data)
+    with storage_errors(path), replacing(path) as draft:
+        draft.write_bytes(data)
         with _named_failures(trained):
             name = about["input"]["name"]
             runner = onnx_runner(draft, name) if is_onnx else pt2_runner(draft)
@@ -155,10 +158,6 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
                 f"{path} was not kept: its outputs are off by {worst:.1e} ({relative:.1e} of the "
                 f"largest), above {TOLERANCE:.0e}; give the other format with --output"
             )
-        with storage_errors(path):
-            os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return len(data), worst, relative
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from featcache.backbone import identify, load_backbone, state_sha256
 from featcache.cache import (
+    MARKS,
     CacheWriter,
     FeatureCache,
     SplitRows,
@@ -32,6 +33,7 @@ from featcache.data import ImageDataset, ImageSplit, describe
 from featcache.errors import CacheError
 from featcache.extract.request import cache_path, check_skipped, find_hit, wanted_meta
 from featcache.extract.stream import computed_rows, decode_shortfall
+from featcache.files import check_outputs
 from featcache.runtime import StageTimer, environment, num_cores, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     if found is not None:
         check_skipped(config, found)
         return _report(found, start, hit=True)
+    check_outputs({path: MARKS, part_path(path): MARKS}, [config.weights, config.dataset])
     if not config.force:
         check_skipped(config, part_path(path))
     check_unlocked(path)

@@ -6,11 +6,12 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import identify, load_backbone
-from featcache.cache import info, prepare_repair, read_meta, verify
+from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
 from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
 from featcache.data import REASONS, ImageDataset, describe
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.run import fill_split
+from featcache.files import check_outputs
 from featcache.runtime import StageTimer, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def check_lines(report: dict[str, Any]) -> list[str]:
     rows = sum(report["num_rows"].values())
     if report["ok"]:
         mended = f", {report['num_repaired']} rows computed again" if report["num_repaired"] else ""
-        return [f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"]
+        missed = [f"not checked: {what}" for what in report["not_checked"]]
+        sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"
+        return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
@@ -110,6 +113,8 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
             f"{config.cache} cannot be repaired: {found.problems[0]}; "
             "run extract-features --force to make it again"
         )
+    outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
+    check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
     settings = _settings_of(config, meta)
     dataset = describe(settings)

@@ -11,19 +11,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.finetune.parts import Parts
 from featcache.model_file import State, read_metadata, read_tensors, write_safetensors
-from featcache.runtime import temporaries_of
+from featcache.report import RunReport
+from featcache.runtime import remove_temporaries
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = "featcache-checkpoint-1"
+MARKS = re.compile(FORMAT.encode())
 
 
 @dataclass
@@ -62,9 +66,13 @@ def checkpoint_path(output: Path) -> Path:
 
 
 def save_checkpoint(
-    path: Path, key: str, progress: Progress, parts: Parts, optimizer: torch.optim.Optimizer
+    path: Path,
+    decisive: dict[str, Any],
+    progress: Progress,
+    parts: Parts,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a run's state, atomically.
+    """Write a run's state, atomically; `decisive` is all that decides its outcome.
 
     Raises:
         StorageError: The file system refused.
@@ -74,15 +82,15 @@ def save_checkpoint(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{n}": t for n, t in state.items() if t is not None}
     counters = dataclasses.asdict(dataclasses.replace(progress, best={}))
-    metadata = {"format": FORMAT, "key": key, "progress": json.dumps(counters)}
+    metadata = {"format": FORMAT, "key": run_key(decisive), "progress": json.dumps(counters)}
+    metadata["settings"] = json.dumps(decisive)
     write_safetensors(path, tensors, metadata)
 
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a finished run's checkpoint, and what a kill in the middle of writing one left."""
     path.unlink(missing_ok=True)
-    for left in temporaries_of(path):
-        left.unlink(missing_ok=True)
+    remove_temporaries(path)
 
 
 def load_checkpoint(
@@ -112,6 +120,55 @@ def load_checkpoint(
         raise FeatcacheError(
             f"{path} is damaged ({error}); delete it, then the same command starts afresh"
         ) from error
+
+
+def check_same_run(output: Path, decisive: dict[str, Any]) -> None:
+    """Refuse to replace the model, or an unfinished run's checkpoint, of other settings.
+
+    Raises:
+        UserError: Naming the settings that differ.
+    """
+    ours = flatten(json.loads(json.dumps({**decisive, "key": run_key(decisive)})))
+    for path, theirs in (
+        (output, _settings_of_report(output) if output.is_file() else {}),
+        (checkpoint_path(output), _settings_of_checkpoint(checkpoint_path(output))),
+    ):
+        there = flatten(theirs)
+        differ = [name for name in ours if name in there and there[name] != ours[name]]
+        if differ:
+            said = ", ".join(
+                f"{name} {there[name]!s:.40} there, {ours[name]!s:.40} here" for name in differ[:3]
+            )
+            raise UserError(
+                f"{path} is of a run with other settings ({said}): give another --output, or "
+                "--no-resume to replace it"
+            )
+
+
+def _settings_of_report(output: Path) -> dict[str, Any]:
+    """What a finished run's report says of its settings; nothing where there is none."""
+    try:
+        report = RunReport.load(output.with_suffix(".json"))
+        return {
+            "plan": dict(report.more["recipe"]),
+            "backbone": dict(report.provenance["backbone"]),
+            "dataset": report.provenance["dataset"]["fingerprint"],
+        }
+    except (UserError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
+    """What an unfinished run's checkpoint says of its settings; nothing where it does not."""
+    if not path.is_file():
+        return {}
+    try:
+        metadata = read_metadata(path)
+        if "settings" not in metadata:  # of version 0.1.0
+            return {"key": metadata["key"]}
+        return dict(json.loads(metadata["settings"]))
+    except (UserError, KeyError, ValueError, TypeError, RecursionError):
+        return {}  # it is damaged, which loading it will say
 
 
 def _grouped(tensors: State) -> dict[str, State]:

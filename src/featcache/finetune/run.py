@@ -11,31 +11,38 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from featcache.cache import sole_writer
 from featcache.config import FinetuneConfig
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError
 from featcache.finetune.checkpoint import (
     Progress,
+    check_same_run,
     checkpoint_path,
     load_checkpoint,
     load_moving,
     remove_checkpoint,
+    run_key,
     save_checkpoint,
 )
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, init_from_file
-from featcache.finetune.setup import Run, prepare
+from featcache.finetune.setup import Run, check_files, prepare
 from featcache.metrics import wilson_interval
 from featcache.model_file import ModelCard, write_model
 from featcache.report import Predictions, RunReport, config_json
-from featcache.runtime import check_writable, environment, say
+from featcache.runtime import check_writable, environment, remove_temporaries, say
 
 if TYPE_CHECKING:
     import torch
 
 
 def finetune(
-    config: FinetuneConfig, dataset: ImageDataset | None = None, checkpoint_s: float = 0.0
+    config: FinetuneConfig,
+    dataset: ImageDataset | None = None,
+    checkpoint_s: float = 0.0,
+    *,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Train a whole network, or parts of it, on the images themselves.
 
@@ -43,6 +50,7 @@ def finetune(
         config: The command's settings.
         dataset: What to train and score on; what the settings name unless given.
         checkpoint_s: Least seconds between checkpoints; 0 writes one after every epoch.
+        replace: Write over a run with other settings, as `resume=False` does.
 
     Returns:
         The command's JSON report; the model file and the report file are written.
@@ -50,7 +58,7 @@ def finetune(
     Raises:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
         FeatcacheError: The loss is not finite any more, or the GPU's memory is too small.
-        StorageError: A file could not be written.
+        StorageError: A file could not be written, or another run is writing it.
     """
     import torch
 
@@ -60,7 +68,13 @@ def finetune(
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             run = prepare(config, dataset)
             run.checkpoint_s = checkpoint_s
-            return _execute(run, start)
+            check_files(config, run.output)
+            with sole_writer(run.output):
+                if config.resume and not replace:
+                    check_same_run(run.output, run.decisive)
+                for path in (run.output, checkpoint_path(run.output)):
+                    remove_temporaries(path)
+                return _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
             f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
@@ -77,7 +91,7 @@ def _execute(run: Run, start: float) -> dict[str, Any]:
     checkpoint = checkpoint_path(run.output)
     progress = None
     if run.config.resume:
-        progress = load_checkpoint(checkpoint, run.key, run.parts, optimizer)
+        progress = load_checkpoint(checkpoint, run_key(run.decisive), run.parts, optimizer)
     num_resumed = len(progress.epochs) if progress else 0
     if progress is None:
         progress = Progress()
@@ -125,7 +139,7 @@ def _train(run: Run, optimizer: torch.optim.Optimizer, progress: Progress, start
         elapsed = time.perf_counter() - start
         if epoch + 1 < plan.epochs and elapsed - progress.seconds >= run.checkpoint_s:
             progress.seconds = elapsed
-            save_checkpoint(checkpoint_path(run.output), run.key, progress, parts, optimizer)
+            save_checkpoint(checkpoint_path(run.output), run.decisive, progress, parts, optimizer)
     if progress.best and progress.best_epoch != len(progress.epochs):
         load_moving(parts, progress.best)
         scores = None

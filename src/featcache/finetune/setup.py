@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import build_classifier, file_sha256, identify
+from featcache.cache import check_unlocked
 from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
-from featcache.finetune.checkpoint import run_key
+from featcache.files import check_outputs
+from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
+from featcache.finetune.checkpoint import checkpoint_path, run_key
 from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
+from featcache.model_file import MARKS as MODEL_MARKS
+from featcache.report import report_marks
 from featcache.runtime import num_cores, numeric_versions, pick_device
 
 if TYPE_CHECKING:
@@ -28,8 +33,8 @@ if TYPE_CHECKING:
 class Run:
     """Everything that a run holds while it lasts.
 
-    `key` names it by all that decides its outcome; `chosen_on` says in words which images chose
-    something; `read_seconds` is what reading and decoding took before the first epoch;
+    `decisive` is all that decides its outcome, as JSON; `chosen_on` says in words which images
+    chose something; `read_seconds` is what reading and decoding took before the first epoch;
     `checkpoint_s` is the least time between checkpoints.
     """
 
@@ -45,7 +50,7 @@ class Run:
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
-    key: str
+    decisive: dict[str, Any]
     output: Path
     probe: dict[str, float] = field(default_factory=dict)
     checkpoint_s: float = 0.0
@@ -71,6 +76,9 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
     if config.output is not None and config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
+    if config.output is not None:
+        check_unlocked(config.output)
+        check_files(config, config.output)
     info = identify(config, config.seed, config.cache_dir)
     dataset = load_dataset(config) if dataset is None else dataset
     machine = choose_machine(config)
@@ -84,7 +92,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     if plan.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
     _check_batches(parts, len(train))
-    key = run_key(_decisive(config, plan, info, dataset, machine, images))
+    decisive = _decisive(config, plan, info, dataset, machine, images)
     return Run(
         config=config,
         plan=plan,
@@ -98,9 +106,24 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         chosen_on=chosen_on,
         num_skipped=skipped,
         read_seconds=read_seconds,
-        key=key,
-        output=config.output or config.cache_dir / _file_name(plan, info, dataset, key),
+        decisive=decisive,
+        output=config.output
+        or config.cache_dir / _file_name(plan, info, dataset, run_key(decisive)),
     )
+
+
+def check_files(config: FinetuneConfig, output: Path) -> None:
+    """Refuse to write over what is read, or over what no fine-tuning wrote.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    outputs = {
+        output: MODEL_MARKS,
+        output.with_suffix(".json"): report_marks("finetune"),
+        checkpoint_path(output): CHECKPOINT_MARKS,
+    }
+    check_outputs(outputs, [config.weights, config.dataset, config.init_head or ""])
 
 
 def choose_machine(config: FinetuneConfig) -> Machine:

@@ -8,7 +8,10 @@ Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], wit
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,13 @@ from numpy.typing import NDArray
 
 from featcache.config import CacheMeta, flatten
 from featcache.errors import CacheError, StorageError, UserError
+from featcache.files import open_regular
 from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead
 from featcache.runtime import write_atomically
 
 FORMAT, VERSION = "featcache-head", "1"
+MARKS = re.compile(rb'"%s"' % FORMAT.encode())
 MAX_FILE_BYTES = 8 << 30
 MAX_HEADER_BYTES = 16 << 20
 DTYPES = {
@@ -122,12 +127,10 @@ def check_head_fits(head: Head, meta: CacheMeta) -> None:
 def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """All tensors of a safetensors file and its metadata; every claim of its header is checked."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: give a head that train-head wrote")
-        if not 8 < size <= MAX_FILE_BYTES:
-            raise UserError(f"{path} has {size} bytes: not a head file")
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if not 8 < size <= MAX_FILE_BYTES:
+                raise UserError(f"{path} has {size} bytes: not a head file")
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise UserError(f"{path} is not a head file: give one that train-head wrote")
@@ -136,6 +139,10 @@ def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     except FileNotFoundError:
         raise UserError(f"there is no head file {path}; train-head writes one") from None
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EINVAL):
+            raise UserError(
+                f"{path} is not a file ({error.strerror}): give a head that train-head wrote"
+            ) from error
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):

@@ -7,6 +7,7 @@ the notebook prints it; nothing is chosen by it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,13 +17,14 @@ from featcache import metrics
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.files import check_outputs
 from featcache.heads.data import TestSplit, load_data, open_cache, open_test
-from featcache.heads.files import save_head
+from featcache.heads.files import MARKS, save_head
 from featcache.heads.protocol import Run, run_protocol
 from featcache.heads.rows import Ints
 from featcache.heads.shots import draw_shots, shots_summary
 from featcache.heads.stream import run_stream, wants_stream
-from featcache.report import RunReport, config_json
+from featcache.report import RunReport, config_json, report_marks
 from featcache.report.run import Predictions
 from featcache.runtime import StageTimer, environment
 
@@ -38,14 +40,16 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
         The report as `--json` prints it; the report file also has the test predictions.
 
     Raises:
-        UserError: The cache or the settings are wrong.
+        UserError: The cache or the settings are wrong, or a stranger's file would be replaced.
         StorageError: The head cannot be written.
     """
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
-        path = head_path(config)
         cache = open_cache(config)
+        path = head_path(config, cache)
+        outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
+        check_outputs(outputs, [config.cache])
         run, test, more = run_all(config, cache, rows)
         provenance = provenance_of(cache)
         scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
@@ -104,14 +108,19 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError("--strength means something else to each solver: name one with --solver")
 
 
-def head_path(config: TrainHeadConfig) -> Path:
-    """Where the head goes: --output, or a name in --cache-dir made from cache and solver.
+def head_path(config: TrainHeadConfig, cache: FeatureCache) -> Path:
+    """Where the head goes: --output, or a name beside the cache made from its content and settings.
 
     Raises:
         UserError: The name does not end as head files do.
     """
     if config.output is None:
-        return config.cache_dir / f"{config.cache.stem}.{config.solver}.safetensors"
+        asked = {**config_json(config), "cache": cache.digest.hex()}
+        for name in ("json", "verbose", "output", "cache_dir"):
+            del asked[name]
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        folder = config.cache.parent if config.cache_dir is None else config.cache_dir
+        return folder / f"{config.cache.stem}.{config.solver}-{key}.safetensors"
     if config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a head's name ends in .safetensors")
     return config.output

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from featcache.config import ReportConfig
+from featcache.files import check_outputs
 from featcache.page.build import build_page
+from featcache.page.html import MARKS as HTML_MARKS
 from featcache.page.html import to_html
+from featcache.page.markdown import MARKS as MARKDOWN_MARKS
 from featcache.page.markdown import to_markdown
 from featcache.page.read import read_runs
 from featcache.runtime import write_atomically
@@ -24,12 +27,14 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
         What was written, as `--json` prints it.
 
     Raises:
-        UserError: A file is no report, or the dataset is not that of the runs.
+        UserError: A file is no report, the dataset is not that of the runs, or the page would
+            replace another's file.
         StorageError: The page could not be written.
     """
+    markdown = config.output.with_suffix(".md")
+    check_outputs({config.output: HTML_MARKS, markdown: MARKDOWN_MARKS}, config.runs)
     found = read_runs(config.runs)
     page, advice = build_page(found, config)
-    markdown = config.output.with_suffix(".md")
     # JSON and file names may hold halves of characters, which UTF-8 cannot.
     write_atomically(config.output, to_html(page).encode(errors="replace"))
     write_atomically(markdown, to_markdown(page, config.output.name).encode(errors="replace"))

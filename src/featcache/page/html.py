@@ -25,6 +25,7 @@ from featcache.page.svg import draw, legend_sign
 
 # Nothing may be loaded or run, whatever slipped through.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MARKS = re.compile(re.escape(POLICY.encode()))
 HOT = 0.5
 
 

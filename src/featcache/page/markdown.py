@@ -17,6 +17,9 @@ from featcache.page.doc import (
     Text,
 )
 
+SAME = "The same with figures and pictures:"
+MARKS = re.compile(rb"^%s " % SAME.encode(), re.MULTILINE)
+
 
 def to_markdown(page: Page, html_name: str) -> str:
     """The whole file.
@@ -26,7 +29,7 @@ def to_markdown(page: Page, html_name: str) -> str:
         html_name: Name of the HTML page, for the figures.
     """
     parts = [f"# {plain(page.title)}", plain(page.subtitle)]
-    parts.append(f"The same with figures and pictures: {plain(html_name)}")
+    parts.append(f"{SAME} {plain(html_name)}")
     for section in page.sections:
         parts.append(f"{'#' * section.level} {plain(section.title)}")
         parts += [_block(block) for block in section.blocks]

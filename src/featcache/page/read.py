@@ -12,9 +12,10 @@ from typing import Any
 
 from featcache.curve import Point, cell_of, points_from_json
 from featcache.errors import UserError
+from featcache.files import read_regular
 from featcache.report import Row, RunReport
+from featcache.report.run import MAX_BYTES
 
-MAX_BYTES = 256 << 20
 MAX_FILES = 5000
 MAX_CLASSES = 100_000
 MAX_SECONDS = 1e10
@@ -130,14 +131,11 @@ def _take(found: Found, file: Path, seen: set[Path], *, named: bool) -> None:
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        size = file.stat().st_size
-        text = file.read_bytes() if size <= MAX_BYTES else None
+        text = read_regular(file, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"there is no file or folder {file}; check the path") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; check the path") from error
-    if text is None:
-        raise UserError(f"{file} has {size:,} bytes, too many for a report; {AGAIN}")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import io
 import json
-import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +14,14 @@ from typing import Any, BinaryIO
 
 from featcache.config.usage import Format
 from featcache.predict.classifier import Prediction
-from featcache.runtime import storage_errors
+from featcache.runtime import replacing, storage_errors
 
 MAX_PATH_WIDTH = 60
+MARKS = re.compile(
+    rb"\Apicture +label +probability\n|\Apath,label,probability\b"
+    rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
+)
+"""How tables, CSV and JSON lines of predictions begin."""
 
 Write = Callable[[str, Prediction], None]
 
@@ -75,25 +80,19 @@ def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
         yield lambda text: _put(sys.stdout.buffer, text)
         sys.stdout.buffer.flush()
         return
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("wb")
-
-    def write(text: str) -> None:
+    with contextlib.ExitStack() as stack:
         with storage_errors(output):
-            _put(file, text)
+            draft = stack.enter_context(replacing(output))
+            file = stack.enter_context(draft.open("wb"))
 
-    try:
-        with file:
-            yield write
+        def write(text: str) -> None:
             with storage_errors(output):
-                file.flush()
-                os.fsync(file.fileno())
+                _put(file, text)
+
+        yield write
         with storage_errors(output):
-            os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+            file.close()
+            stack.close()
 
 
 def _put(file: BinaryIO, text: str) -> None:

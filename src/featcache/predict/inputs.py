@@ -11,6 +11,8 @@ from featcache.data import EXTENSIONS
 from featcache.errors import UserError
 
 STANDARD_INPUT = "-"
+CHUNK_BYTES = 1 << 16
+MAX_LIST_BYTES = 1 << 28
 
 
 def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[str]:
@@ -18,13 +20,15 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
 
     Args:
         inputs: Files (whatever their names end in), folders, or "-".
-        stdin: What "-" reads: paths, one a line, bytes that are not UTF-8 kept as they are.
+        stdin: What "-" reads: paths, one a line or, as `find -print0` writes them, each ended by
+            NUL; bytes that are not UTF-8 are kept as they are.
 
     Returns:
         Paths as given; those from folders sorted, under the folder's name as given.
 
     Raises:
-        UserError: A folder cannot be listed or holds no picture, or nothing named exists.
+        UserError: A folder cannot be listed or holds no picture, nothing named exists, or
+            standard input is no list of paths.
     """
     paths: list[str] = []
     for word in inputs:
@@ -43,12 +47,24 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
 
 
 def _listed(stdin: BinaryIO) -> Iterator[str]:
-    for line in stdin:
-        name = os.fsdecode(line.rstrip(b"\r\n"))
+    for entry in _entries(stdin):
+        name = os.fsdecode(entry)
         if name and os.path.isdir(name):
             yield from pictures_below(name)
         elif name:
             yield name
+
+
+def _entries(stdin: BinaryIO) -> Iterator[bytes]:
+    rest, num_bytes, separator = b"", 0, b""
+    while chunk := stdin.read(CHUNK_BYTES):
+        num_bytes += len(chunk)
+        separator = separator or (b"\0" if b"\0" in chunk else b"\n")
+        *entries, rest = (rest + chunk).split(separator)
+        if len(rest) > CHUNK_BYTES or num_bytes > MAX_LIST_BYTES:
+            raise UserError("standard input is no list of pictures: give paths, one a line")
+        yield from entries if separator == b"\0" else (entry.rstrip(b"\r") for entry in entries)
+    yield rest.rstrip(b"\r\n")
 
 
 def pictures_below(folder: str) -> list[str]:

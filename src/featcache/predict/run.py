@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 from featcache.config import PredictConfig
 from featcache.data import BadImage
 from featcache.errors import UserError
+from featcache.files import check_outputs
 from featcache.predict.classifier import Classifier
-from featcache.predict.formats import Write, format_of, prediction_json, prediction_writer
+from featcache.predict.formats import MARKS, Write, format_of, prediction_json, prediction_writer
 from featcache.predict.inputs import find_pictures
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import split_of
@@ -41,10 +41,8 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     paths = find_pictures(config.inputs)
-    if config.output is not None and config.output.exists():
-        own = (str(config.model), *paths)
-        if any(os.path.exists(path) and config.output.samefile(path) for path in own):
-            raise UserError(f"--output {config.output} would replace what is to be read: rename it")
+    if config.output is not None:
+        check_outputs({config.output: MARKS}, [config.model, config.weights or "", *paths])
     classifier = Classifier.load(
         config.model,
         weights=config.weights,

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from featcache import metrics
 from featcache.errors import UserError
+from featcache.files import read_regular
 from featcache.runtime import write_json
 
+MAX_BYTES = 256 << 20
+"""Of a report file: predictions of millions of images."""
 Approach = Literal["loop", "cached", "finetune"]
 
 
@@ -120,7 +124,7 @@ class RunReport:
             UserError: There is no such file, or it is none.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_regular(path, MAX_BYTES))
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
         except (ValueError, RecursionError) as error:
@@ -128,6 +132,11 @@ class RunReport:
         if not isinstance(values, dict):
             raise UserError(f"{path} is not a run's report; give the .json that a command wrote")
         return cls.from_dict(values)
+
+
+def report_marks(command: str) -> re.Pattern[bytes]:
+    """What tells a command's report file from other JSON."""
+    return re.compile(rb'"command":\s*"%s"' % command.encode())
 
 
 def config_json(config: Any) -> dict[str, Any]:
