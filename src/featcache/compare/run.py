@@ -30,7 +30,7 @@ from featcache.compare.cells import (
 )
 from featcache.compare.extraction import extract_config, shared_cache
 from featcache.compare.plan import Spec, make_plan
-from featcache.config import CompareConfig, TrainHeadConfig, flatten
+from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
 from featcache.curve import (
     Mode,
     Point,
@@ -319,5 +319,15 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         *report["advice"],
         *report["notes"],
         f"report: {Path(report['output']) / 'compare.json'}",
-        f"next: featcache report {shlex.quote(report['output'])}",
+        f"next: {_report_command(report)}",
     ]
+
+
+def _report_command(report: dict[str, Any]) -> str:
+    """What makes the page, with pictures."""
+    words = ["featcache", "report", report["output"], "--dataset", report["config"]["dataset"]]
+    for field in dataclasses.fields(ReportConfig):
+        value = report["config"].get(field.name)
+        if field.name in ("data_root", "cache_dir") and value != str(field.default):
+            words += [f"--{field.name.replace('_', '-')}", value]
+    return shlex.join(words)
