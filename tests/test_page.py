@@ -547,14 +547,21 @@ JUNK = [
 KINDS = ["head", "tune", "cell", "compare", "benchmark"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the drawing out, which takes half a second; test_report.py draws the extremes."""
+    monkeypatch.setattr(build_module, "as_svg", lambda make, salt: ("0 0 1 1", ""))
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_value_may_be_junk(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_module, "as_svg", lambda make, salt: ("0 0 1 1", ""))  # slow
+@pytest.mark.usefixtures("undrawn")
+def test_any_value_may_be_junk(tmp_path: Path, kind: str) -> None:
     try_junk(tmp_path, kind, most=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("undrawn")
 def test_any_value_may_be_any_junk(tmp_path: Path, kind: str) -> None:
     try_junk(tmp_path, kind, most=len(JUNK))
 

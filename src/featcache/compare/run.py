@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +47,7 @@ from featcache.files import check_outputs, read_regular
 from featcache.finetune.plan import make_plan as make_tuning_plan
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
+from featcache.page.provenance import command_line
 from featcache.report import RunReport, config_json, report_marks
 from featcache.report.run import MAX_BYTES
 from featcache.report.tables import seconds_text
@@ -325,9 +325,6 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 def _report_command(report: dict[str, Any]) -> str:
     """What makes the page, with pictures."""
-    words = ["featcache", "report", report["output"], "--dataset", report["config"]["dataset"]]
-    for field in dataclasses.fields(ReportConfig):
-        value = report["config"].get(field.name)
-        if field.name in ("data_root", "cache_dir") and value != str(field.default):
-            words += [f"--{field.name.replace('_', '-')}", value]
-    return shlex.join(words)
+    names = {field.name for field in dataclasses.fields(ReportConfig)} - {"output"}
+    shared = {name: value for name, value in report["config"].items() if name in names}
+    return command_line("report", {**shared, "runs": report["output"]})

@@ -17,6 +17,7 @@ CLASSES: dict[str, tuple[str, type[Any], str]] = {
     "train-head": ("train-head", settings.TrainHeadConfig, "cache"),
     "finetune": ("finetune", settings.FinetuneConfig, "dataset"),
     "compare": ("featcache compare", settings.CompareConfig, "dataset"),
+    "report": ("featcache report", settings.ReportConfig, "runs"),
 }
 HIDDEN = ("json", "verbose")
 
@@ -122,7 +123,7 @@ def command_line(command: str, config: dict[str, Any]) -> str:
     Settings that this version does not know are left out.
 
     Args:
-        command: extract-features, train-head, finetune or compare.
+        command: extract-features, train-head, finetune, compare or report.
         config: The recorded settings.
     """
     prog, kind, positional = CLASSES[command]

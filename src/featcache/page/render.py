@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, pass_eval_context, select_autoescape
@@ -32,6 +33,7 @@ def to_markdown(page: Page, html_name: str) -> str:
     return template.render(page=page, html_name=html_name)
 
 
+@cache
 def environment() -> Environment:
     """HTML templates escape what they print for HTML, others for Markdown."""
     made = Environment(
