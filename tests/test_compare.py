@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from PIL import Image
 
 import featcache.compare.run as run_module
+from featcache import cli
 from featcache.compare import compare, summary_lines
 from featcache.compare.budget import Budget, tuning_pace
 from featcache.compare.cells import finetune_config
 from featcache.compare.extraction import _remembered
 from featcache.compare.plan import make_plan, nested_rows
-from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
+from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
 from featcache.heads import train_head
@@ -125,7 +127,13 @@ def test_report_is_saved_and_says_what_it_should(done: tuple[CompareConfig, dict
     assert report["notes"][1].startswith("Sizes with one draw")
     lines = summary_lines(report)
     assert lines[0].startswith("train images")
-    assert lines[-1] == f"next: featcache report {config.output}"
+    words = shlex.split(lines[-1].removeprefix("next: featcache report "))
+    page = cli.parse("report", ReportConfig, words)
+    # With pictures, and nothing typed that is so anyway.
+    assert page == ReportConfig(
+        runs=(config.output,), dataset=config.dataset, cache_dir=config.cache_dir
+    )
+    assert "--data-root" not in words
     assert not (config.output / "work").exists()
 
 

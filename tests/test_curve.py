@@ -270,8 +270,19 @@ def test_table_and_json_hold_the_same() -> None:
     assert cells[0][3] == "−20.0"
     assert len(cells[0]) == len(curve_header())
     assert cells[-1] == ("most frequent class", "0.100", "0.100", *"–" * 7)
-    assert len(curve_text(points).splitlines()) == 2 + 3 + 1
     assert points_from_json(points_json(points)) == points
+
+
+def test_the_table_fits_a_terminal() -> None:
+    points = curve_points(CLEAR)
+    lines = curve_text(points).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines.count("") == 1
+    first, second = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert len(first) == len(second) == 2 + 3 + 1
+    assert (first[0] + second[0]).split("  ")[0] == "train images"
+    assert all(name in first[0] + second[0] for name in curve_header())
+    assert first[4].split("  ")[0] == second[4].split("  ")[0] == "all (2,000)"
 
 
 @pytest.mark.parametrize(

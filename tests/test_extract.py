@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -322,13 +324,58 @@ def test_an_interrupted_run_goes_on(
         ex.extract(settings(folder, tmp_path))
     monkeypatch.setattr(CacheWriter, "write_block", write)
     assert not list((tmp_path / "cache").glob("*.h5"))
+    wrote_for_100_seconds(tmp_path / "cache")
     del mean_colour[:]
     report = ex.extract(settings(folder, tmp_path))
     assert report["splits"]["train"]["num_resumed"] == 128
     assert sum(mean_colour) == 150 - 128 + 10
     whole = ex.extract(settings(folder, tmp_path / "other"))
     assert Path(report["cache"]).read_bytes() == Path(whole["cache"]).read_bytes()
-    assert not part_path(Path(report["cache"])).exists()
+    assert cost(report)["seconds_total"] == pytest.approx(100 + report["seconds_total"])
+    assert not list((tmp_path / "cache").glob("*.part*"))
+
+
+def wrote_for_100_seconds(folder: Path) -> None:
+    """Date an unfinished cache's last write 100 seconds after its run began."""
+    (part,) = folder.glob("*.part")
+    begun_at = json.loads(Path(f"{part}.json").read_text())["begun_at"]
+    os.utime(part, (begun_at + 100, begun_at + 100))
+
+
+def cost(report: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(Path(f"{report['cache']}.json").read_text())
+    return values
+
+
+def test_the_cost_of_a_cache_lies_beside_it(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    pets = shutil.copytree(folder, tmp_path / "pets")
+    report = ex.extract(settings(pets, tmp_path))
+    first = cost(report)
+    assert first["cache_digest"] == FeatureCache(Path(report["cache"])).digest.hex()
+    assert first["num_images"] == 160
+    assert first["seconds_total"] == report["seconds_total"]
+    assert first["config"]["image_px"] == 32
+    assert ex.extract(settings(pets, tmp_path))["hit"]
+    assert cost(report) == first
+    next((pets / "test").rglob("*.png")).unlink()
+    update = ex.extract(settings(pets, tmp_path, update=True))
+    total = first["seconds_total"] + update["seconds_total"]
+    assert cost(update)["seconds_total"] == pytest.approx(total)
+    Path(f"{update['cache']}.json").unlink()
+    next((pets / "test").rglob("*.png")).unlink()
+    assert cost(ex.extract(settings(pets, tmp_path, update=True)))["seconds_total"] is None
+
+
+def test_the_cost_replaces_no_file_of_others(
+    folder: Path, tmp_path: Path, mean_colour: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = tmp_path / "x.h5.json"
+    theirs.write_text('{"shopping": ["milk"]}')
+    ex.extract(settings(folder, tmp_path, output=tmp_path / "x.h5"))
+    assert theirs.read_text() == '{"shopping": ["milk"]}'
+    assert "x.h5.json is not a record of extract-features" in capsys.readouterr().err
 
 
 def test_bad_pictures_stop_the_run_or_are_recorded(

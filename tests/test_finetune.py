@@ -250,6 +250,42 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
     monkeypatch.setattr(run_module, "train_epoch", stop)
 
 
+class TestHit:
+    def test_a_finished_run_is_not_trained_again(
+        self, full: tuple[FinetuneConfig, dict], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, report = full
+        monkeypatch.setattr(run_module, "train_epoch", None)
+        again = finetune(config)
+        assert (report["hit"], again["hit"]) == (False, True)
+        assert {**again, "hit": False} == report
+        assert "already trained, nothing to do" in run_module.summary_lines(again)[0]
+
+    @pytest.mark.parametrize("what", ["model", "report", "settings", "no_resume"])
+    def test_anything_else_is_trained(
+        self,
+        full: tuple[FinetuneConfig, dict],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        what: str,
+    ) -> None:
+        for path in (full[0].output, full[0].output.with_suffix(".json")):
+            shutil.copy(path, tmp_path)
+        config = dataclasses.replace(full[0], output=tmp_path / full[0].output.name)
+        if what == "model":
+            data = config.output.read_bytes()
+            config.output.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        elif what == "report":
+            config.output.with_suffix(".json").write_text('{"command": "finetune"}')
+        elif what == "settings":
+            config = dataclasses.replace(config, score="end")
+        else:
+            config = dataclasses.replace(config, resume=False)
+        interrupt_after(monkeypatch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+
+
 class TestResume:
     @pytest.mark.parametrize("epochs", [1, 2])
     def test_an_interrupted_run_ends_with_the_same_bits(

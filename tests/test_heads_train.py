@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, summary_lines, train_head
@@ -82,6 +83,18 @@ def test_report_has_what_others_rely_on(cache, solver):
     text = "\n".join(summary_lines(report))
     assert f"{report['test_top1']:.3f}" in text
     assert report["head"] in text
+
+
+def test_the_time_of_extraction_comes_from_beside_the_cache(cache):
+    assert run(cache)["extraction"] is None
+    record = {"seconds_total": 12.3, "config": {"dataset": "toys"}}
+    for digest, wanted in (
+        (FeatureCache(cache).digest.hex(), {"seconds": 12.3, "config": {"dataset": "toys"}}),
+        ("of another cache", None),
+    ):
+        path = cache.with_name("toy.h5.json")
+        path.write_text(json.dumps({**record, "cache_digest": digest}))
+        assert run(cache)["extraction"] == wanted
 
 
 def test_saved_report_matches_the_saved_head(cache):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import featcache.page.build as build_module
 import featcache.page.read as read_module
 from curve_helpers import pair
 from featcache import cli
@@ -26,17 +27,17 @@ from featcache.curve import curve_advice, curve_points, points_json
 from featcache.errors import UserError
 from featcache.page import summary_lines, write_report
 from featcache.page.build import build_page
-from featcache.page.command import command_line
-from featcache.page.html import to_html
-from featcache.page.markdown import plain, to_markdown
+from featcache.page.details import confidently_wrong, confused_pairs
+from featcache.page.provenance import command_line
 from featcache.page.read import read_runs
-from featcache.page.scores import confidently_wrong, confused_pairs
-from featcache.page.svg import linear_ticks, log_ticks
+from featcache.page.render import plain, to_html, to_markdown
 from featcache.report import config_json
+from featcache.report.plots import log_ticks
 from page_helpers import (
     HEAD,
     IDS,
     NAMES,
+    TUNE,
     cell_report,
     extraction_json,
     head_report,
@@ -45,7 +46,7 @@ from page_helpers import (
     tune_report,
 )
 
-VOID = {"meta", "link", "img", "br", "path", "circle"}
+VOID = {"meta", "link", "img", "br"}
 
 
 class Outline(HTMLParser):
@@ -134,7 +135,101 @@ def test_figures_have_their_numbers_as_tables(tmp_path: Path) -> None:
 def test_times_are_not_compared_without_the_extraction(tmp_path: Path) -> None:
     page, _, result = report(tmp_path, save_pair(tmp_path / "runs"))
     assert "add the output of extract-features --json" in result["advice"][0]
-    assert "Without extraction" in page.text
+    assert {"not known", "0.500 s + extraction", "–"} <= set(page.cells)
+
+
+EXTRACTION = {"seconds": 5.5, "config": {"dataset": "pets", "image_px": 64, "weights": "bundled"}}
+
+
+def test_extraction_comes_from_the_head_itself(tmp_path: Path) -> None:
+    folder = save_pair(tmp_path / "runs")
+    head_report(more={**head_report().more, "extraction": EXTRACTION}).save(folder / "head.json")
+    page, _, result = report(tmp_path, folder)
+    row = page.cells[page.cells.index("1,539") :][:6]
+    assert row == ["1,539", "0.800 [0.49, 0.94]", "no epochs", "5.5 s", "6.0 s", "15×"]
+    assert result["advice"][0].startswith("Faster: the cached head, 6.0 s with its extraction")
+    commands = page.text[page.text.index("The commands that made") :].split("\n")
+    assert "extract-features pets --weights bundled --image-px 64" in commands
+
+
+def test_a_hit_or_another_cache_tells_nothing_of_the_extraction(tmp_path: Path) -> None:
+    folder = save_pair(tmp_path / "runs")
+    printed = {"command": "extract-features", "cache": "cache/pets.h5", "seconds_total": 0.2}
+    (folder / "hit.json").write_text(json.dumps({**printed, "hit": True}))
+    (folder / "other.json").write_text(json.dumps({**printed, "cache_digest": "ab"}))
+    page, _, _ = report(tmp_path, folder)
+    assert "0.500 s + extraction" in page.cells
+    provenance = {**head_report().provenance, "cache_digest": "ab"}
+    head_report(provenance=provenance).save(folder / "head.json")
+    page, _, _ = report(tmp_path, folder)
+    assert "0.200 s" in page.cells
+
+
+def test_the_best_of_each_kind_comes_first_and_equal_ones_are_folded(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for number in range(7):
+        top1 = 0.1 + number / 100
+        path = folder / f"a{number}.json"
+        head_report(test_top1=top1, test=predictions([number % 3] * 10)).save(path)
+        tune = [*TUNE[:number], *[2] * (10 - number)]
+        tune_report(test_top1=top1 + 0.1, test=predictions(tune)).save(folder / f"b{number}.json")
+    page, markdown, _ = report(tmp_path, folder)
+    titles = re.findall("### (.*)", markdown)
+    assert titles[0] == plain("head only (cached features), logistic, a6")
+    assert titles[1] == plain("full fine-tune (notebook, lr 0.0001), b6")
+    assert titles[2] == plain("full fine-tune (notebook, lr 0.0001), b5")
+    assert len(titles) == 6
+    same = "The same predictions: head only (cached features), logistic, a3; "
+    assert f"{same}head only (cached features), logistic, a0." in page.text
+    assert "the most accurate of each kind" in page.text
+
+
+def test_lines_of_a_chart_differ_in_colour_and_marker(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for number in range(9):
+        tune_report(test_top1=number / 10, test=None).save(folder / f"t{number}.json")
+    page, _, _ = report(tmp_path, folder)
+    html = (tmp_path / "page" / "r.html").read_text()
+    signs = re.findall(r'<svg class="sign".*?</svg>', html, flags=re.DOTALL)
+    assert len(signs) == 8
+    assert len({re.search(r"var\(--s\d\)", sign)[0] for sign in signs}) == 8
+    assert len({re.search(r'<path id="\w+" d="([^"]*)"', sign)[1] for sign in signs}) == 8
+    assert "Drawn are the first 8 of 9 modes" in page.text
+    assert len(re.findall(r"full fine-tune \(notebook, lr 0.0001\), t0", html)) >= 2
+
+
+def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    config = config_json(TrainHeadConfig(cache=Path("cache/pets.h5")))
+    changes = {"a": {}, "b": {"seed": 7, "tta": True}, "c": {"tta": True, "output": "c"}}
+    for name, change in changes.items():
+        head_report(config={**config, **change}).save(folder / f"{name}.json")
+    network = {
+        **head_report().provenance["backbone"],
+        "preprocessing": {"image_px": 96, "resize": "squash"},
+    }
+    head_report(provenance={"backbone": network}).save(folder / "d.json")
+    page, _, _ = report(tmp_path, folder)
+    for text in ("64 px, seed 42", "64 px, tta, seed 7", "64 px, tta, seed 42", "96 px, seed 42"):
+        assert f"head only (cached features), logistic, {text}" in page.cells
+
+
+def test_the_baseline_and_balanced_accuracy_are_lines_of_tables(tmp_path: Path) -> None:
+    page, _, _ = report(tmp_path, save_pair(tmp_path / "runs"))
+    place = page.cells.index("always answering the most frequent class")
+    assert page.cells[place + 1 : place + 3] == ["0", "0.400"]
+    place = page.cells.index("mean of the classes")
+    assert page.cells[place + 1 : place + 4] == ["10", "0.806", "0.889"]
+
+
+def test_no_table_of_pairs_of_classes_is_made(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(100_000)]  # of whose pairs a table takes 80 GB
+    head_report(class_names=names).save(tmp_path / "h.json")
+    page, _, _ = report(tmp_path, tmp_path / "h.json")
+    assert "class 0 – class 1" in page.cells
 
 
 def test_runs_on_other_test_images_are_not_compared(tmp_path: Path) -> None:
@@ -452,13 +547,21 @@ JUNK = [
 KINDS = ["head", "tune", "cell", "compare", "benchmark"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the drawing out, which takes half a second; test_report.py draws the extremes."""
+    monkeypatch.setattr(build_module, "as_svg", lambda make, salt: ("0 0 1 1", ""))
+
+
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("undrawn")
 def test_any_value_may_be_junk(tmp_path: Path, kind: str) -> None:
     try_junk(tmp_path, kind, most=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("undrawn")
 def test_any_value_may_be_any_junk(tmp_path: Path, kind: str) -> None:
     try_junk(tmp_path, kind, most=len(JUNK))
 
@@ -501,7 +604,8 @@ def try_junk(tmp_path: Path, kind: str, most: int) -> None:
 
 def test_confused_pairs_by_hand() -> None:
     counts = np.array([[5, 3, 0], [1, 6, 0], [2, 0, 8]])
-    assert confused_pairs(counts, NAMES) == [
+    labels, predicted = np.repeat(np.indices((3, 3)).reshape(2, 9), counts.ravel(), axis=1)
+    assert confused_pairs(labels, predicted, NAMES) == [
         ["cat – dog", "4 (3 + 1)", "26.7%"],
         ["cat – eel", "2 (0 + 2)", "11.1%"],
     ]
@@ -513,10 +617,10 @@ def test_confidently_wrong_by_hand() -> None:
 
 
 def test_ticks_are_round() -> None:
-    assert linear_ticks(0.31, 0.92) == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     assert log_ticks(0.9, 30, 8) == pytest.approx([1, 2, 5, 10, 20])
     assert log_ticks(0.001, 100000, 5) == pytest.approx([0.001, 0.1, 10, 1000, 100000])
-    assert len(log_ticks(3.1, 3.2, 5)) == 1
+    assert log_ticks(3.1, 3.2, 5) == pytest.approx([3.1, 3.15, 3.2])
+    assert log_ticks(4.9, 16, 8) == pytest.approx([6, 8, 10, 12, 14, 16])
 
 
 @pytest.mark.parametrize(

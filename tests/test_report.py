@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -19,7 +20,8 @@ from featcache.report import (
     speedups,
     text_table,
 )
-from featcache.report.tables import seconds_text, times_text
+from featcache.report.plots import as_svg, draw, lines_of, seconds_tick
+from featcache.report.tables import seconds_text, table_cells, times_text
 
 LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
 TUNE, SLOW_TUNE = "full fine-tune (lr 1e-3)", "full fine-tune (lr 1e-4)"
@@ -391,6 +393,13 @@ class TestAdvice:
         assert advice(four_rows()[2:]) == []
 
 
+def test_no_speed_up_without_the_time_of_extraction():
+    rows = [dataclasses.replace(four_rows()[1], extraction_known=False), four_rows()[2]]
+    cells = table_cells(rows)
+    assert cells[0][4:] == ("not known", "6.3 s + extraction", "–")
+    assert cells[1][4:] == ("none", "48.0 s", "1.0×")
+
+
 class TestPlot:
     def test_draws_every_mode(self, tmp_path):
         path = tmp_path / "plot.png"
@@ -401,13 +410,45 @@ class TestPlot:
             assert picture.size == (1600, 1000)
             # Every mode's colour is in the picture, so no line was lost.
             colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
-        for color in ("#0072B2", "#D55E00", "#009E73", "#CC79A7"):
+        for color in ("#0072b2", "#d55e00", "#009e73", "#b8578a"):
             assert tuple(bytes.fromhex(color[1:])) in colors
 
     @pytest.mark.parametrize("rows", [[], four_rows()[1:2]])
     def test_draws_few_modes(self, tmp_path, rows):
         plot_accuracy_against_seconds(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 1000
+
+    @pytest.mark.parametrize(
+        "points", [[(0.0, 0.0)], [(5e-324, 1.0), (1e10, 0.0)], [(1.0, 0.5)] * 2]
+    )
+    def test_draws_the_ends_of_what_is_allowed(self, tmp_path, points):
+        row = make_row(TUNE, "finetune", points[-1][1], 1.0, points=tuple(points))
+        plot_accuracy_against_seconds([row], tmp_path / "plot.png")
+
+    def test_the_interval_is_that_of_the_kept_epoch(self):
+        row = make_row(TUNE, "finetune", 0.6, 3.0, points=((1.0, 0.5), (2.0, 0.6), (3.0, 0.4)))
+        (line,) = lines_of([row])
+        assert line.bars == [None, row.test_interval, None]
+
+    def test_a_name_is_no_formula_and_no_setting_of_the_user_counts(self, tmp_path):
+        import matplotlib
+
+        row = make_row("a $\\frac{$ b", "finetune", 0.6, 3.0)
+        with matplotlib.rc_context({"text.usetex": True}):
+            plot_accuracy_against_seconds([row], tmp_path / "plot.png", title="$\\frac{$")
+
+    def test_a_drawing_is_the_same_each_time_and_its_ids_are_its_own(self):
+        def drawn(salt):
+            lines = lines_of(four_rows())
+            return as_svg(lambda: draw(lines, (360, 330), "seconds", seconds_tick), salt)
+
+        assert drawn("a") == drawn("a")
+        view, body = drawn("a")
+        assert view == "0 0 360 330"
+        ids = set(re.findall('id="([^"]*)"', body))
+        assert ids.isdisjoint(re.findall('id="([^"]*)"', drawn("b")[1]))
+        assert set(re.findall(r'(?:url\(|href=")#(\w+)', body)) == ids
+        assert re.search('#[0-9a-f]{6}[;"]', body) is None  # every colour is the page's
 
     def test_says_where_it_could_not_write(self, tmp_path):
         (tmp_path / "file").write_text("")

@@ -1,5 +1,6 @@
 """The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
 
+from featcache.cache.cost import begin_cost, cost_of, finish_cost, seconds_of, spent_on
 from featcache.cache.dataset import FeatureDataset
 from featcache.cache.layout import MARKS
 from featcache.cache.lock import check_unlocked, lock_path, sole_writer
@@ -18,14 +19,19 @@ __all__ = [
     "FeatureSplit",
     "SplitRows",
     "VerifyReport",
+    "begin_cost",
     "begun_with",
     "check_unlocked",
+    "cost_of",
+    "finish_cost",
     "info",
     "lock_path",
     "open_writer",
     "part_path",
     "prepare_repair",
     "read_meta",
+    "seconds_of",
     "sole_writer",
+    "spent_on",
     "verify",
 ]

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from featcache.compare.cells import (
 )
 from featcache.compare.extraction import extract_config, shared_cache
 from featcache.compare.plan import Spec, make_plan
-from featcache.config import CompareConfig, TrainHeadConfig, flatten
+from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
 from featcache.curve import (
     Mode,
     Point,
@@ -48,6 +47,7 @@ from featcache.files import check_outputs, read_regular
 from featcache.finetune.plan import make_plan as make_tuning_plan
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
+from featcache.page.provenance import command_line
 from featcache.report import RunReport, config_json, report_marks
 from featcache.report.run import MAX_BYTES
 from featcache.report.tables import seconds_text
@@ -321,5 +321,12 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         *report["advice"],
         *report["notes"],
         f"report: {Path(report['output']) / 'compare.json'}",
-        f"next: featcache report {shlex.quote(report['output'])}",
+        f"next: {_report_command(report)}",
     ]
+
+
+def _report_command(report: dict[str, Any]) -> str:
+    """What makes the page, with pictures."""
+    names = {field.name for field in dataclasses.fields(ReportConfig)} - {"output"}
+    shared = {name: value for name, value in report["config"].items() if name in names}
+    return command_line("report", {**shared, "runs": report["output"]})

@@ -15,11 +15,15 @@ HEADER = (
     "difference",
     "p value",
     "more accurate",
-    "cached head, time",
-    "fine-tune, time",
+    "cached, time",
+    "tuning, time",
     "time per point",
     "cache pays after",
 )
+
+WORDY = (0, HEADER.index("more accurate"))
+GAP = "  "
+MAX_WIDTH = 100
 
 
 def curve_header() -> tuple[str, ...]:
@@ -78,15 +82,25 @@ def _top1(side: Side | None, point: Point) -> str:
 
 
 def curve_text(points: Sequence[Point]) -> str:
-    """The table for a terminal: columns aligned, no trailing blanks."""
+    """The table for a terminal of `MAX_WIDTH` columns: aligned, no trailing blanks.
+
+    Columns that find no room go into further tables below, which begin with the sizes again.
+    """
     lines = [HEADER, *curve_cells(points)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    aligned = [
-        "  ".join(
-            text.ljust(w) if i in (0, 5) else text.rjust(w)
-            for i, (text, w) in enumerate(zip(line, widths, strict=True))
+    tables = [[0]]
+    for i in range(1, len(HEADER)):
+        if sum(widths[j] + len(GAP) for j in tables[-1]) + widths[i] > MAX_WIDTH:
+            tables.append([0])
+        tables[-1].append(i)
+    return "\n\n".join(_aligned(lines, widths, columns) for columns in tables)
+
+
+def _aligned(lines: Sequence[Sequence[str]], widths: Sequence[int], columns: Sequence[int]) -> str:
+    header, *rows = (
+        GAP.join(
+            line[i].ljust(widths[i]) if i in WORDY else line[i].rjust(widths[i]) for i in columns
         ).rstrip()
         for line in lines
-    ]
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([aligned[0], rule, *aligned[1:]])
+    )
+    return "\n".join([header, GAP.join("-" * widths[i] for i in columns), *rows])

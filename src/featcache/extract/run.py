@@ -21,12 +21,17 @@ from featcache.cache import (
     CacheWriter,
     FeatureCache,
     SplitRows,
+    begin_cost,
     begun_with,
     check_unlocked,
+    cost_of,
+    finish_cost,
     info,
     open_writer,
     part_path,
     read_meta,
+    seconds_of,
+    spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
@@ -40,6 +45,7 @@ from featcache.extract.request import (
 )
 from featcache.extract.stream import computed_rows, decode_shortfall
 from featcache.files import check_outputs
+from featcache.report import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -95,13 +101,44 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     if not config.force:
         check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
+    before = _spent_before(config, path)
     with torch_threads_kept():
-        progress, timer, engine = _run(config, path, wanted, dataset, start)
-    return _report(path, dataset, start, progress=progress, timer=timer, engine=engine)
+        progress, timer, engine = _run(config, path, wanted, dataset, start, before)
+    report = _report(path, dataset, start, progress=progress, timer=timer, engine=engine)
+    finish_cost(path, part_path(path), _cost(config, report, before))
+    return report
+
+
+def _spent_before(config: ExtractConfig, path: Path) -> float | None:
+    """Seconds that earlier runs spent on the rows that this one keeps; None if not known."""
+    if not config.force and part_path(path).exists():
+        return spent_on(part_path(path))
+    if config.update and path.exists():
+        return seconds_of(cost_of(path, FeatureCache(path).digest))
+    return 0.0
+
+
+def _cost(config: ExtractConfig, report: dict[str, Any], before: float | None) -> dict[str, Any]:
+    """The record beside the cache: what its features took, and the command."""
+    path = Path(report["cache"])
+    return {
+        "command": "extract-features",
+        "cache": path.name,
+        "cache_digest": FeatureCache(path).digest.hex(),
+        "seconds_total": None if before is None else before + report["seconds_total"],
+        "num_images": sum(split["num_samples"] for split in report["splits"].values()),
+        "config": config_json(config),
+        "environment": report["environment"],
+    }
 
 
 def _run(
-    config: ExtractConfig, path: Path, wanted: CacheMeta, dataset: ImageDataset, start: float
+    config: ExtractConfig,
+    path: Path,
+    wanted: CacheMeta,
+    dataset: ImageDataset,
+    start: float,
+    seconds_before: float | None,
 ) -> tuple[dict[str, SplitProgress], StageTimer, Engine]:
     """Open or resume the file, fill every pending block, finish."""
     from featcache.engine import choose_engine, device_of
@@ -133,6 +170,7 @@ def _run(
     progress: dict[str, SplitProgress] = {}
     with open_writer(path, meta, names, rows, force=config.force, reuse=old) as writer:
         timer.seconds["start_up"] = time.perf_counter() - start
+        begin_cost(part_path(path), seconds_before, timer.seconds["start_up"])
         if config.verbose:
             say(f"started in {timer.seconds['start_up']:.1f} s")
         for split in dataset.splits.values():

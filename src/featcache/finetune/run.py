@@ -11,10 +11,11 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
 from featcache.config import FinetuneConfig
 from featcache.data import ImageDataset
-from featcache.errors import FeatcacheError
+from featcache.errors import FeatcacheError, UserError
 from featcache.finetune.checkpoint import (
     Progress,
     check_same_run,
@@ -74,7 +75,7 @@ def finetune(
                     check_same_run(run.output, run.decisive)
                 for path in (run.output, checkpoint_path(run.output)):
                     remove_temporaries(path)
-                return _execute(run, start)
+                return _finished(run) or _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
             f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
@@ -103,10 +104,31 @@ def _execute(run: Run, start: float) -> dict[str, Any]:
     assert run.parts.frozen_sha256() == frozen, "a frozen part of the network moved"
     report = _report(run, progress, scores, num_resumed)
     _write_model(run, report)
+    written = {"hit": False, "key": run_key(run.decisive), "model_sha256": file_sha256(run.output)}
+    report = dataclasses.replace(report, more=report.more | written)
     report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
     report.save(run.output.with_suffix(".json"))
     remove_checkpoint(checkpoint)
     return report.to_json()
+
+
+def _finished(run: Run) -> dict[str, Any] | None:
+    """The report of the same run, if its model is there as it was written."""
+    path = run.output.with_suffix(".json")
+    if not (run.config.resume and run.output.is_file() and path.is_file()):
+        return None
+    try:
+        report = RunReport.load(path)
+    except UserError:
+        return None  # it is trained again
+    same = (
+        report.more.get("key") == run_key(run.decisive)
+        and report.config.get("score") == run.config.score
+    )
+    if not same or report.more.get("model_sha256") != file_sha256(run.output):
+        return None
+    remove_checkpoint(checkpoint_path(run.output))
+    return {**report.to_json(), "hit": True}
 
 
 def _initialise_head(run: Run) -> None:
@@ -232,7 +254,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     low, high = report["test_interval"]
     skipped = sum(report["num_skipped"].values())
     left_out = f"; {skipped} unreadable pictures left out" if skipped else ""
+    done = ["already trained, nothing to do; --no-resume trains again"] if report["hit"] else []
     return [
+        *done,
         f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters",
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache import metrics
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
@@ -57,7 +57,8 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
         save_head(path, head)
-    more = {"head": str(path), **more, **solver_fields(run, test, cache.class_names)}
+    more = {"head": str(path), **more, "extraction": extraction_of(cache)}
+    more |= solver_fields(run, test, cache.class_names)
     report = RunReport(
         command="train-head",
         trainable_params=head.num_params,
@@ -163,6 +164,14 @@ def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     meta = dataclasses.asdict(cache.meta)
     return {**meta, "cache": cache.path.name, "cache_digest": cache.digest.hex()}
+
+
+def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
+    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
+    record = cost_of(cache.path, cache.digest)
+    if record is None:
+        return None
+    return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
 def solver_fields(run: Run, test: TestSplit, class_names: list[str]) -> dict[str, Any]:

@@ -7,11 +7,8 @@ from typing import Any
 from featcache.config import ReportConfig
 from featcache.files import check_outputs
 from featcache.page.build import build_page
-from featcache.page.html import MARKS as HTML_MARKS
-from featcache.page.html import to_html
-from featcache.page.markdown import MARKS as MARKDOWN_MARKS
-from featcache.page.markdown import to_markdown
 from featcache.page.read import read_runs
+from featcache.page.render import HTML_MARKS, MARKDOWN_MARKS, to_html, to_markdown
 from featcache.runtime import write_atomically
 
 __all__ = ["summary_lines", "write_report"]

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from featcache.config import ReportConfig
-from featcache.curve import Point, cell_of, curve_advice, curve_points
-from featcache.data import ImageSplit
-from featcache.page.doc import Block, Bullets, Page, Section, Table, Text
-from featcache.page.figures import curve_figure, seconds_figure
-from featcache.page.modes import Mode, make_modes, mode_advice
+from featcache.curve import (
+    Point,
+    Side,
+    cell_of,
+    curve_advice,
+    curve_cells,
+    curve_header,
+    curve_points,
+)
+from featcache.page.details import detail_sections, test_split
+from featcache.page.doc import Chart, Drawing, Form, Page, Section, Table, Words, notes
+from featcache.page.modes import Mode, make_modes, mode_advice, ranked
 from featcache.page.provenance import dataset_text, provenance_blocks
 from featcache.page.read import Found
-from featcache.page.scores import confusion_blocks, per_class_table, predictions_of
-from featcache.page.thumbnails import test_split, wrong_blocks
-from featcache.report.tables import HEADER, table_cells
+from featcache.report.plots import Line, as_svg, draw, lines_of, seconds_tick, sign
+from featcache.report.tables import HEADER, seconds_text, table_cells
 
-MAX_DETAILED = 6
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZES: dict[Form, tuple[int, int]] = {"wide": (760, 400), "narrow": (360, 330)}
 
 
 def build_page(found: Found, config: ReportConfig) -> tuple[Page, list[str]]:
@@ -36,15 +47,13 @@ def build_page(found: Found, config: ReportConfig) -> tuple[Page, list[str]]:
         advice = mode_advice(modes, found)
     sections = []
     if advice:
-        sections.append(Section(title="In short", blocks=[Bullets(items=advice, lead=True)]))
-    for title, points, _, notes in curves:
-        sections.append(_curve_section(title, points, notes))
+        sections.append(Section(title="In short", blocks=[Words(lines=advice, style="lead")]))
+    for title, points, _, remarks in curves:
+        sections.append(_curve_section(title, points, remarks, salt=f"curve-{len(sections)}"))
     if modes:
         sections.append(_table_section(modes, found, has_curve=bool(curves)))
-    figure = seconds_figure(modes)
-    if figure is not None:
-        sections.append(Section(title="Accuracy against seconds", blocks=[figure]))
-    sections += _detail_sections(modes, split)
+    sections += _seconds_sections(modes)
+    sections += detail_sections(ranked(modes), split)
     sections.append(
         Section(title="Where the numbers come from", blocks=provenance_blocks(modes, found))
     )
@@ -72,68 +81,144 @@ def learning_curves(found: Found) -> list[Curve]:
     open_ = [(p, r) for p, r in found.runs if "cell" in r.more and p.parent not in finished]
     for folder in sorted({path.parent for path, _ in open_}):
         points = curve_points(cell_of(r) for p, r in open_ if p.parent == folder)
-        note = "This comparison is not finished: the same compare command goes on."
+        note = "This comparison is not finished: run the same compare command to resume it."
         title = f"Learning curve so far: {folder.parent.name}"
         curves.append((title, points, curve_advice(points), [note]))
     return curves
 
 
-def _curve_section(title: str, points: Sequence[Point], notes: Sequence[str]) -> Section:
-    blocks: list[Block] = [curve_figure(points)] if points else []
-    blocks.append(
-        Text(
-            text="Both modes learn from the same images and are scored on the same test images. "
-            "The p value is that of a paired test on them, each image counted once, corrected for "
-            "the number of sizes (Holm); a mode is called more accurate where it is below 0.05, "
-            "every draw agrees, the mode beats always answering the most frequent class, and "
-            "balanced accuracy does not say the opposite. Times are from labelled images to a "
-            "classifier, scoring left out."
-        )
+def _curve_section(
+    title: str, points: Sequence[Point], remarks: Sequence[str], salt: str
+) -> Section:
+    text = (
+        "Both modes learn from the same images and are scored on the same test images. The p value "
+        "is that of a paired test on them, each image counted once, corrected for the number of "
+        "sizes (Holm); a mode is called more accurate where it is below 0.05, every draw agrees, "
+        "the mode beats always answering the most frequent class, and balanced accuracy does not "
+        "say the opposite. Times are from labelled images to a classifier, scoring left out."
     )
-    blocks += [Text(text=note, note=True) for note in notes]
-    return Section(title=title, blocks=blocks)
+    chart = [_curve_chart(points, salt)] if points else []
+    return Section(title=title, blocks=[*chart, Words(lines=[text]), *notes(*remarks)])
+
+
+def _curve_chart(points: Sequence[Point], salt: str) -> Chart:
+    """The learning curve with intervals, and a dot per draw of train images."""
+    sides = {
+        "cached head": (0, 0.985, [(p.num_train, p.cached) for p in points]),
+        "full fine-tune": (2, 1.015, [(p.num_train, p.finetune) for p in points]),
+    }
+    lines = [
+        _curve_line(name, style, shift, [(x, side) for x, side in values if side is not None])
+        for name, (style, shift, values) in sides.items()
+    ]
+    table = Table(caption="Learning curve", header=curve_header(), rows=curve_cells(points))
+    return _chart(
+        [line for line in lines if line.points],
+        caption="Test accuracy at growing numbers of train images: mean over draws of train images "
+        "(dots) with its 95 % interval over test images.",
+        alt=f"Learning curves of cached head and fine-tuning over {len(points)} sizes of the train "
+        "set. The numbers follow as a table.",
+        x_label="train images (log scale)",
+        x_text=lambda number: f"{number:,.0f}",
+        table=table,
+        salt=salt,
+    )
+
+
+def _curve_line(name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]) -> Line:
+    dots = [
+        (float(x), top1)
+        for x, side in values
+        if len(side.top1_by_seed) > 1
+        for top1 in side.top1_by_seed.values()
+    ]
+    return Line(
+        name=name,
+        style=style,
+        points=[(float(x), side.top1) for x, side in values],
+        bars=[side.interval for _, side in values],
+        dots=dots,
+        shift=shift,
+    )
+
+
+def _chart(
+    lines: Sequence[Line],
+    *,
+    caption: str,
+    alt: str,
+    x_label: str,
+    x_text: Callable[[float], str],
+    table: Table,
+    salt: str,
+) -> Chart:
+    """Draw a chart for wide and narrow screens."""
+
+    def drawing(form: Form, make: Callable[[], Figure], number: int = 0) -> Drawing:
+        view, body = as_svg(make, f"{salt}-{form}-{number}")
+        return Drawing(form=form, view=view, body=body)
+
+    return Chart(
+        caption=caption,
+        alt=alt,
+        legend=[(drawing("sign", partial(sign, n.style), n.style), n.name) for n in lines],
+        drawings=[drawing(f, partial(draw, lines, s, x_label, x_text)) for f, s in SIZES.items()],
+        table=table,
+    )
 
 
 def _table_section(modes: Sequence[Mode], found: Found, *, has_curve: bool) -> Section:
     rows = table_cells([mode.row for mode in modes])
     caption = "Accuracy with its 95 % interval; speed-up against the slowest mode's total time"
-    blocks: list[Block] = [Table(caption=caption, header=HEADER, rows=rows)]
+    remarks = []
     if has_curve:
-        blocks.append(
-            Text(text="Of the comparison: its runs with most train images, first draw.", note=True)
+        remarks.append("Of the comparison: its runs with most train images, first draw.")
+    if not all(mode.row.extraction_known for mode in modes):
+        remarks.append(
+            "Where the extraction is not known, no file tells what it took, so there is no speed-up"
+            " either."
         )
-    unknown = [mode.name for mode in modes if not mode.known_extraction]
-    if unknown:
-        blocks.append(
-            Text(
-                text="Without extraction, whose time these files do not tell: "
-                f"{'; '.join(unknown)}.",
-                note=True,
-            )
-        )
-    blocks += [Text(text=n, note=True) for b in found.benchmarks for n in b.values["notes"]]
-    return Section(title="The modes side by side", blocks=blocks)
+    remarks += [note for bench in found.benchmarks for note in bench.values["notes"]]
+    return Section(
+        title="The modes side by side",
+        blocks=[Table(caption=caption, header=HEADER, rows=rows), *notes(*remarks)],
+    )
 
 
-def _detail_sections(modes: Sequence[Mode], split: ImageSplit | None) -> list[Section]:
-    """Per-class scores, then confusions and wrong images by mode."""
-    detailed = [mode for mode in modes if predictions_of(mode)]
-    if not detailed:
+def _seconds_sections(modes: Sequence[Mode]) -> list[Section]:
+    """Test accuracy against wall seconds since each mode began, if any mode has points."""
+    rows = [mode.row for mode in ranked(modes) if mode.row.extraction_known]
+    lines = lines_of(rows)
+    if not lines:
         return []
-    shown, left = detailed[:MAX_DETAILED], detailed[MAX_DETAILED:]
-    table = per_class_table(shown)
-    sections = [Section(title="Scores by class", blocks=[table])] if table else []
-    intro: list[Block] = []
-    if left:
-        names = "; ".join(mode.name for mode in left[:20])
-        intro.append(
-            Text(text=f"Only {MAX_DETAILED} modes are shown in detail, not: {names}.", note=True)
-        )
-    sections.append(Section(title="Mistakes", blocks=intro))
-    for mode in shown:
-        blocks = [*confusion_blocks(mode), *wrong_blocks(mode, split)]
-        sections.append(Section(title=mode.name, blocks=blocks, level=3))
-    return sections
+    cells = [
+        [row.mode, str(number), seconds_text(seconds), f"{top1:.3f}"]
+        for row in rows
+        for number, (seconds, top1) in enumerate(row.points, start=1)
+    ]
+    best = max(lines, key=lambda line: line.points[-1][1])
+    chart = _chart(
+        lines,
+        caption="Test accuracy against wall seconds since each mode began, reading, extraction and "
+        "scoring included; one sign per epoch, the kept one with its 95 % interval; dashed before "
+        "a cached head's first score while features are extracted.",
+        alt=f"Lines of test accuracy over seconds for {len(lines)} modes; the highest end is "
+        f"{best.points[-1][1]:.3f}, {best.name}. The numbers follow as a table.",
+        x_label="seconds (log scale)",
+        x_text=seconds_tick,
+        table=Table(
+            caption="Test accuracy against seconds",
+            header=["mode", "point", "seconds", "test accuracy"],
+            rows=cells,
+        ),
+        salt="seconds",
+    )
+    remarks = []
+    if len(lines) < len(rows):
+        remarks.append(f"Drawn are the first {len(lines)} of {len(rows)} modes; the table has all.")
+    if len(rows) < len(modes):
+        remarks.append("Cached heads whose extraction is not known are left out.")
+    return [Section(title="Accuracy against seconds", blocks=[chart, *notes(*remarks)])]
 
 
 def _dataset_name(modes: Sequence[Mode], found: Found) -> str:

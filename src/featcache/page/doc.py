@@ -1,31 +1,28 @@
-"""What a page consists of, before it is HTML or Markdown."""
+"""What a page consists of; the templates say how each looks in HTML and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Form = Literal["wide", "narrow", "sign"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text:
-    """A paragraph; a note is set apart."""
+class Words:
+    """Paragraphs, notes set apart from them, the page's leading sentences, or commands."""
 
-    text: str
-    note: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bullets:
-    """Sentences one below the other; `lead` ones are set large."""
-
-    items: Sequence[str]
-    lead: bool = False
+    kind: ClassVar[str] = "words"
+    lines: Sequence[str]
+    style: Literal["text", "note", "lead", "code"] = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Cells of text; all columns but the first `num_text` hold figures."""
 
+    kind: ClassVar[str] = "table"
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -33,36 +30,23 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line of a figure.
+class Drawing:
+    """An SVG: `form` is its CSS class, `view` its viewBox, `body` what is in it."""
 
-    `points` are (x, y); `bars` the low and high end of each point's interval; `dots` further single
-    points; `shift` moves the whole line sideways, in px, so that intervals at the same place do not
-    cover each other; `lead_in` asks for a dashed stretch up to the first point.
-    """
-
-    name: str
-    style: int
-    points: Sequence[tuple[float, float]]
-    bars: Sequence[tuple[float, float]] = ()
-    dots: Sequence[tuple[float, float]] = ()
-    shift: float = 0.0
-    lead_in: bool = False
+    form: Form
+    view: str
+    body: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """Lines over a logarithmic axis, with the same numbers as a table.
+class Chart:
+    """A chart drawn for wide and for narrow screens, its legend, its numbers as a table."""
 
-    `x_text` writes a tick of the horizontal axis; the vertical one is a share from 0 to 1.
-    """
-
+    kind: ClassVar[str] = "chart"
     caption: str
     alt: str
-    series: Sequence[Series]
-    x_label: str
-    y_label: str
-    x_text: Callable[[float], str]
+    legend: Sequence[tuple[Drawing, str]]
+    drawings: Sequence[Drawing]
     table: Table
 
 
@@ -70,6 +54,7 @@ class Figure:
 class Matrix:
     """Counts by true class (row) and predicted class (column)."""
 
+    kind: ClassVar[str] = "matrix"
     caption: str
     names: Sequence[str]
     counts: Sequence[Sequence[int]]
@@ -77,9 +62,9 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A small JPEG with a line or two below it."""
+    """A small JPEG in base64 with a line or two below it."""
 
-    jpeg: bytes
+    jpeg: str
     alt: str
     lines: Sequence[str]
 
@@ -88,18 +73,17 @@ class Picture:
 class Pictures:
     """Pictures side by side."""
 
+    kind: ClassVar[str] = "pictures"
     caption: str
     items: Sequence[Picture]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Code:
-    """Commands as they are typed."""
-
-    text: str
+Block = Words | Table | Chart | Matrix | Pictures
 
 
-Block = Text | Bullets | Table | Figure | Matrix | Pictures | Code
+def notes(*lines: str) -> list[Block]:
+    """Notes, one below the other; nothing where there are none."""
+    return [Words(lines=lines, style="note")] if lines else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,4 +101,4 @@ class Page:
 
     title: str
     subtitle: str
-    sections: Sequence[Section] = field(default_factory=list)
+    sections: Sequence[Section]

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from featcache.config import flatten
 from featcache.metrics import mcnemar
 from featcache.page.read import Benchmark, Found
-from featcache.report import Row, RunReport, advice, benchmark_rows, best_of
+from featcache.report import Predictions, Row, RunReport, advice, benchmark_rows, best_of
 from featcache.report.run import Approach
 
 NAMES: dict[Approach, str] = {
@@ -19,25 +20,54 @@ NAMES: dict[Approach, str] = {
     "finetune": "full fine-tune",
 }
 ORDER: tuple[Approach, ...] = ("loop", "cached", "finetune")
+RANKS: tuple[Approach, ...] = ("cached", "finetune", "loop")
+MAX_SETTINGS = 3
+LABELS = {
+    "image_px": "{} px",
+    "num_train": "{} train images",
+    "feature_dim": "{}-d",
+    "kind": "views: {}",
+    "num": "{} views",
+}
+IMMATERIAL = (
+    *("cache", "output", "cache_dir", "data_root", "dataset", "json", "verbose"),
+    *("workers", "device", "solver", "recipe", "weights_sha256"),
+)
+"""Settings that names have already, or that change no result."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A mode's test predictions, and the names of the classes that they number."""
+
+    test: Predictions
+    class_names: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Mode:
     """One mode.
 
     `report` is missing where only a benchmark's table is there; `source` is the file that the
-    figures are from; `known_extraction` tells whether the row's total has extraction in it.
+    figures are from.
     """
 
     row: Row
     source: Path
     report: RunReport | None = None
-    known_extraction: bool = True
 
     @property
     def name(self) -> str:
         """As in the table."""
         return self.row.mode
+
+    @property
+    def scored(self) -> Scored | None:
+        """The predictions, where the report has them."""
+        report = self.report
+        if report is None or report.test is None or not report.test.ids or not report.class_names:
+            return None
+        return Scored(test=report.test, class_names=report.class_names)
 
 
 def make_modes(found: Found) -> list[Mode]:
@@ -51,7 +81,7 @@ def make_modes(found: Found) -> list[Mode]:
         modes += _of_benchmark(bench, found.runs, used)
     for path, report in _chosen(found):
         if path not in used:
-            modes.append(_of_run(path, report, found.extractions))
+            modes.append(_of_run(path, report, found))
     modes.sort(key=lambda mode: ORDER.index(mode.row.approach))
     return _with_names_apart(modes)
 
@@ -104,20 +134,24 @@ def approach_of(report: RunReport) -> Approach:
     return "loop" if report.config.get("freeze_backbone") is True else "finetune"
 
 
-def _of_run(path: Path, report: RunReport, extractions: dict[str, float]) -> Mode:
+def _of_run(path: Path, report: RunReport, found: Found) -> Mode:
     approach = approach_of(report)
-    extraction, known = 0.0, True
-    if approach == "cached":
-        cell = report.more.get("cell")
-        cache = str(report.provenance.get("cache"))
-        if isinstance(cell, dict):
-            extraction = float(cell["cost_seconds"]) - float(cell["trial_seconds"])
-        elif cache in extractions:
-            extraction = extractions[cache]
-        else:
-            known = False
-    row = benchmark_rows([(_name(report, approach), approach, report, extraction)])[0]
-    return Mode(row=row, source=path, report=report, known_extraction=known)
+    extraction = _extraction_seconds(report, found) if approach == "cached" else 0.0
+    row = benchmark_rows([(_name(report, approach), approach, report, extraction or 0.0)])[0]
+    row = dataclasses.replace(row, extraction_known=extraction is not None)
+    return Mode(row=row, source=path, report=report)
+
+
+def _extraction_seconds(report: RunReport, found: Found) -> float | None:
+    """What the features of a cached head cost, from its own report or from other files."""
+    cell = report.more.get("cell")
+    if isinstance(cell, dict):
+        return float(cell["cost_seconds"]) - float(cell["trial_seconds"])
+    own = report.more.get("extraction")
+    if own and own.get("seconds") is not None:
+        return float(own["seconds"])
+    keys = (str(report.provenance.get(name)) for name in ("cache_digest", "cache"))
+    return next((found.extractions[key] for key in keys if key in found.extractions), None)
 
 
 def _name(report: RunReport, approach: Approach) -> str:
@@ -136,18 +170,92 @@ def _name(report: RunReport, approach: Approach) -> str:
     return f"{NAMES[approach]} ({', '.join(parts)})" if parts else NAMES[approach]
 
 
-def _with_names_apart(modes: list[Mode]) -> list[Mode]:
-    """Add file names where modes are called alike, and numbers where these are alike too."""
-    twice = {name for name, count in Counter(m.name for m in modes).items() if count > 1}
+def _with_names_apart(modes: Sequence[Mode]) -> list[Mode]:
+    """Name runs that are called alike by the settings in which they differ.
+
+    File names follow where no setting differs, and numbers where these are alike too.
+    """
+    for labels in (_differing_settings, lambda group: [mode.source.stem for mode in group]):
+        groups: dict[str, list[Mode]] = {}
+        for mode in modes:
+            groups.setdefault(mode.name, []).append(mode)
+        said = {
+            id(mode): label
+            for group in groups.values()
+            if len(group) > 1
+            for mode, label in zip(group, labels(group), strict=True)
+        }
+        modes = [_renamed(mode, said.get(id(mode))) for mode in modes]
     taken: Counter[str] = Counter()
     result = []
     for mode in modes:
-        name = f"{mode.name}, {mode.source.stem}" if mode.name in twice else mode.name
-        taken[name] += 1
-        if taken[name] > 1:
-            name = f"{name} ({taken[name]})"
-        result.append(dataclasses.replace(mode, row=dataclasses.replace(mode.row, mode=name)))
+        taken[mode.name] += 1
+        number = taken[mode.name]
+        result.append(_renamed(mode, None if number == 1 else f"number {number}"))
     return result
+
+
+def _renamed(mode: Mode, label: str | None) -> Mode:
+    if not label:
+        return mode
+    row = dataclasses.replace(mode.row, mode=f"{mode.name}, {label}")
+    return dataclasses.replace(mode, row=row)
+
+
+def _differing_settings(group: Sequence[Mode]) -> list[str]:
+    """Of each mode, its values of the first few settings that are not the same in all."""
+    settings = [_settings(mode.report) for mode in group]
+    names = dict.fromkeys(name for values in settings for name in values)
+    differing = [n for n in names if len({values.get(n, "") for values in settings}) > 1]
+    return [
+        ", ".join(values[n] for n in differing[:MAX_SETTINGS] if values.get(n))
+        for values in settings
+    ]
+
+
+def _settings(report: RunReport | None) -> dict[str, str]:
+    """What was chosen for a run, by name and as a label; settings that change nothing left out."""
+    if report is None:
+        return {}
+    parts = {name: report.provenance.get(name) for name in ("backbone", "views", "dtype")}
+    flat = flatten({"num_train": report.more.get("num_train"), **parts}) | report.config
+    return {
+        name: _label(name, value)
+        for key, value in flat.items()
+        if (name := key.rpartition(".")[2]) not in IMMATERIAL
+        and isinstance(value, str | int | float)
+    }
+
+
+def _label(name: str, value: str | float) -> str:
+    """A setting in words; empty for one that is off."""
+    words, text = name.replace("_", " ")[:40], str(value)[:40]
+    if name in LABELS:
+        return LABELS[name].format(text)
+    if isinstance(value, bool):
+        return words if value else ""
+    return f"{words} {text}"
+
+
+def ranked(modes: Sequence[Mode]) -> list[Mode]:
+    """The best of each kind first, then the others; the more accurate first."""
+    best = sorted(modes, key=lambda mode: (-mode.row.test_top1, mode.row.seconds_total))
+    firsts = [next((m for m in best if m.row.approach == kind), None) for kind in RANKS]
+    chosen = [mode for mode in firsts if mode is not None]
+    return [*chosen, *(mode for mode in best if mode not in chosen)]
+
+
+def folded(modes: Sequence[Mode]) -> list[tuple[Mode, Scored, list[Mode]]]:
+    """Modes with predictions, each with those after it that predicted the same."""
+    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[Mode, Scored, list[Mode]]] = {}
+    for mode in modes:
+        scored = mode.scored
+        if scored is not None:
+            key = (tuple(scored.test.ids), tuple(scored.test.predicted))
+            first = groups.setdefault(key, (mode, scored, []))
+            if first[0] is not mode:
+                first[2].append(mode)
+    return list(groups.values())
 
 
 def mode_advice(modes: Sequence[Mode], found: Found) -> list[str]:
@@ -164,10 +272,11 @@ def mode_advice(modes: Sequence[Mode], found: Found) -> list[str]:
             "These runs were not scored on the same test images, so their accuracies are not "
             "compared here."
         ]
-    if not all(mode.known_extraction for mode in modes):
+    if not all(mode.row.extraction_known for mode in modes):
         return [
             "What the cache's extraction took is not among these runs, so times are not compared: "
-            "add the output of extract-features --json, or run featcache compare."
+            "train the head again with the cache's .h5.json beside the cache, add the output of "
+            "extract-features --json, or run featcache compare."
         ]
     return advice([mode.row for mode in modes], _p_values(modes))
 

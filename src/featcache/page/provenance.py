@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from featcache.page.command import command_line
-from featcache.page.doc import Block, Code, Table, Text
+from featcache import config as settings
+from featcache.page.doc import Block, Table, Words
 from featcache.page.modes import Mode
 from featcache.page.read import Found
+
+CLASSES: dict[str, tuple[str, type[Any], str]] = {
+    "extract-features": ("extract-features", settings.ExtractConfig, "dataset"),
+    "train-head": ("train-head", settings.TrainHeadConfig, "cache"),
+    "finetune": ("finetune", settings.FinetuneConfig, "dataset"),
+    "compare": ("featcache compare", settings.CompareConfig, "dataset"),
+    "report": ("featcache report", settings.ReportConfig, "runs"),
+}
+HIDDEN = ("json", "verbose")
 
 
 def provenance_blocks(modes: Sequence[Mode], found: Found) -> list[Block]:
@@ -29,8 +40,9 @@ def provenance_blocks(modes: Sequence[Mode], found: Found) -> list[Block]:
                 num_text=5,
             )
         )
-    blocks.append(Text(text="The commands that made these figures, from their recorded settings:"))
-    blocks.append(Code(text="\n".join(_commands(modes, found)) or "(not recorded)"))
+    text = "The commands that made these figures, from their recorded settings:"
+    blocks.append(Words(lines=[text]))
+    blocks.append(Words(lines=_commands(modes, found) or ["(not recorded)"], style="code"))
     return blocks
 
 
@@ -98,5 +110,33 @@ def _commands(modes: Sequence[Mode], found: Found) -> list[str]:
     for mode in modes:
         report = mode.report
         if report is not None and "cell" not in report.more and mode.source not in sources:
+            extraction = _table(_table(report.more, "extraction"), "config")
+            if extraction:
+                lines.append(command_line("extract-features", extraction))
             lines.append(command_line(report.command, report.config))
     return [" ".join(line.split()) for line in dict.fromkeys(lines)]
+
+
+def command_line(command: str, config: dict[str, Any]) -> str:
+    """The command with the settings that differ from their defaults.
+
+    Settings that this version does not know are left out.
+
+    Args:
+        command: extract-features, train-head, finetune, compare or report.
+        config: The recorded settings.
+    """
+    prog, kind, positional = CLASSES[command]
+    words = [*prog.split(), str(config.get(positional, ""))]
+    for field in dataclasses.fields(kind):
+        if field.name in (positional, *HIDDEN) or field.name not in config:
+            continue
+        value, default = config[field.name], field.default
+        if value is None or str(value) == str(default):
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(default, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)

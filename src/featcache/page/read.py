@@ -50,7 +50,8 @@ class Found:
         runs: Single training runs with their files, those of comparisons included.
         comparisons: Learning curves.
         benchmarks: The notebook's tables.
-        extractions: Seconds that extraction took, by the cache's file name.
+        extractions: Seconds that extraction took, by the cache's digest or, where a file does not
+            name it, the cache's file name.
         ignored: Files in a folder that are none of these.
     """
 
@@ -157,7 +158,7 @@ def _sort_in(found: Found, file: Path, values: dict[str, Any]) -> None:
             check_run(report)
             found.runs.append((file, report))
         elif command == "extract-features":
-            found.extractions[Path(str(values["cache"])).name] = _seconds(values["seconds_total"])
+            _take_extraction(found, values)
         elif isinstance(values.get("rows"), list):
             _check_texts(values, "advice", "notes")
             rows = [_row(row) for row in values["rows"]]
@@ -167,6 +168,14 @@ def _sort_in(found: Found, file: Path, values: dict[str, Any]) -> None:
     except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is not a report that can be read ({reason}); {AGAIN}") from error
+
+
+def _take_extraction(found: Found, values: dict[str, Any]) -> None:
+    """What an extraction took, unless that is not known or it found its cache finished."""
+    key = str(values.get("cache_digest") or Path(str(values["cache"])).name)
+    seconds = values["seconds_total"]
+    if seconds is not None and not values.get("hit"):
+        found.extractions[key] = _seconds(seconds)
 
 
 def _check_texts(values: dict[str, Any], *names: str) -> None:
@@ -256,9 +265,19 @@ def check_run(report: RunReport) -> None:
         if epoch.get("test_top1") is not None:
             _share(epoch["test_top1"])
     _check_predictions(report)
+    _check_extraction(report.more.get("extraction"))
     if "cell" in report.more:
         _seconds(cell_of(report).cost_seconds)
         _seconds(cell_of(report).trial_seconds)
+
+
+def _check_extraction(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or not isinstance(value.get("config") or {}, dict):
+        raise UserError("extraction is no table")
+    if value.get("seconds") is not None:
+        _seconds(value["seconds"])
 
 
 def _check_predictions(report: RunReport) -> None:

@@ -154,7 +154,8 @@ class Row:
     every epoch. `seconds_per_epoch` is the training pass alone, `images_per_s` what it reaches;
     `eval_seconds_per_epoch` is what scoring adds.
     `points` are (seconds since the mode began, test top-1) at the end of each epoch, or of the run
-    where it has no epochs.
+    where it has no epochs. Where it is not `extraction_known`, the seconds lack an extraction that
+    nobody recorded.
     `baseline_top1` is the accuracy of always answering the most frequent class of the test images,
     `balanced_top1` the mode's mean recall over classes; None where the predictions are not known.
     `imbalanced` tells whether classes differ so much in size that the two have to be read together.
@@ -173,6 +174,7 @@ class Row:
     extract_seconds: float = 0.0
     num_epochs: int = 0
     points: tuple[tuple[float, float], ...] = ()
+    extraction_known: bool = True
     baseline_top1: float | None = None
     balanced_top1: float | None = None
     imbalanced: bool = False

@@ -42,21 +42,24 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
     Accuracy comes with its 95 % interval, and with the balanced accuracy where classes differ in
     size. The total has the extraction in it. Speed-up is the total time of the slowest mode divided
-    by this mode's. The last row is the baseline that any mode has to beat.
+    by this mode's; there is none for a row whose extraction is not known. The last row is the
+    baseline that any mode has to beat.
     """
-    slowest = max((row.seconds_total for row in rows), default=0.0)
+    slowest = max((row.seconds_total for row in rows if row.extraction_known), default=0.0)
     cells: list[tuple[str, ...]] = []
     for row in rows:
         ratio = slowest / row.seconds_total if row.seconds_total else math.inf
+        known, total = row.extraction_known, seconds_text(row.seconds_total)
+        extraction = seconds_text(row.extract_seconds) if row.extract_seconds else "none"
         cells.append(
             (
                 row.mode,
                 f"{row.trainable_params:,}",
                 _accuracy(row),
                 seconds_text(row.seconds_per_epoch) if row.num_epochs else "no epochs",
-                seconds_text(row.extract_seconds) if row.extract_seconds else "none",
-                seconds_text(row.seconds_total),
-                times_text(ratio),
+                extraction if known else "not known",
+                total if known else f"{total} + extraction",
+                times_text(ratio) if known else "–",
             )
         )
     return cells + _baselines(rows)

@@ -1,0 +1,82 @@
+"""What a cache's features cost: a small JSON beside the cache, which itself has no clock in it.
+
+NAME.h5.json is written when NAME.h5 is finished and names its digest. While NAME.h5.part grows,
+NAME.h5.part.json says when the run began and what the runs before it took; the time of a run that
+was killed is read from the last write to the .part file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from featcache.files import read_regular
+from featcache.runtime import say, write_json
+
+MAX_BYTES = 1 << 20
+
+
+def cost_path(cache: Path) -> Path:
+    """The record of a cache, finished or not."""
+    return cache.with_name(f"{cache.name}.json")
+
+
+def cost_of(cache: Path, digest: bytes) -> dict[str, Any] | None:
+    """What extract-features recorded of the cache with this digest; None where it did not."""
+    values = _read(cost_path(cache))
+    return values if values and values.get("cache_digest") == digest.hex() else None
+
+
+def seconds_of(record: dict[str, Any] | None) -> float | None:
+    """The seconds of a record; None where they are not known."""
+    return _seconds(record.get("seconds_total")) if record else None
+
+
+def spent_on(part: Path) -> float | None:
+    """Seconds that earlier runs spent on an unfinished cache; None where they are not known."""
+    values = _read(cost_path(part)) or {}
+    before, begun_at = _seconds(values.get("seconds_before")), _seconds(values.get("begun_at"))
+    if before is None or begun_at is None:
+        return None
+    return before + max(0.0, part.stat().st_mtime - begun_at)
+
+
+def begin_cost(part: Path, seconds_before: float | None, seconds_now: float) -> None:
+    """Record that a run works on `part` and began `seconds_now` ago.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    begun_at = time.time() - seconds_now
+    write_json(cost_path(part), {"seconds_before": seconds_before, "begun_at": begun_at})
+
+
+def finish_cost(cache: Path, part: Path, record: dict[str, Any]) -> None:
+    """Write a finished cache's record; somebody else's file of that name stays as it is.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    path = cost_path(cache)
+    if os.path.lexists(path) and "cache_digest" not in (_read(path) or {}):
+        say(f"{path} is not a record of extract-features: it stays, and the time is not recorded")
+    else:
+        write_json(path, record)
+    cost_path(part).unlink(missing_ok=True)
+
+
+def _seconds(value: Any) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if known and math.isfinite(value) and value >= 0 else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(read_regular(path, MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
