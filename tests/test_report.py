@@ -264,8 +264,7 @@ class TestAdvice:
         rows = four_rows(slow_tune=0.55, tune=0.57)
         assert advice(rows, {TUNE: 0.01, SLOW_TUNE: 1e-6})[1:] == [
             "More accurate: the cached head, 0.640 against 0.570 for full fine-tune (lr 1e-3) on "
-            "the same 500 test images; the difference is beyond chance (p = 0.02, corrected for 2 "
-            "fine-tunes).",
+            "the same 500 test images; the difference is beyond chance (p = 0.01).",
             "Pick the cached head here: 7.0 points better and 41.7 s faster; fine-tuning would "
             "need other rates, more epochs or more data, which this run did not try.",
         ]
@@ -327,8 +326,8 @@ class TestAdvice:
         said = advice(rows, {SLOW_TUNE: 0.18, CACHED: 1e-9})
         assert said[1] == (
             "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.994 against 0.981 for "
-            "default head on the same 500 test images, which may be chance (p = 0.72, corrected "
-            "for 2 heads and 2 fine-tunes)."
+            "default head on the same 500 test images, which may be chance (p = 0.36, corrected "
+            "for 2 fine-tunes)."
         )
         assert said[2].startswith("Pick the cached head here: it costs less")
         assert "17." not in " ".join(said)

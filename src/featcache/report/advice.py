@@ -18,9 +18,10 @@ LEVEL = 0.05
 def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> list[str]:
     """Say which mode was faster, which more accurate, and when to pick each, here.
 
-    The most accurate cached head is set against the most accurate full fine-tune. As each is the
-    best of several, the p value is multiplied by the number of pairs (Bonferroni), so that trying
-    many settings does not make a difference look surer than it is. A mode is called more accurate
+    The most accurate cached head is set against the most accurate full fine-tune. As the one ahead
+    is the best of several, the p value is multiplied by their number (Bonferroni), so that trying
+    many settings does not make a difference look surer than it is; taking the best of those behind
+    only works against the difference. A mode is called more accurate
     only where it also beats always answering the most frequent class, and where balanced accuracy
     does not say the opposite.
 
@@ -78,11 +79,10 @@ class _Match:
     def __init__(self, cached: Row, tune: Row, rows: Sequence[Row], p_value: float | None) -> None:
         self.cached, self.tune = cached, tune
         self.num_heads = sum(row.approach == "cached" for row in rows)
-        self.num_tunes = sum(row.approach == "finetune" for row in rows)
-        num_pairs = self.num_heads * self.num_tunes
-        self.p_value = None if p_value is None else min(1.0, p_value * num_pairs)
         tune_ahead = tune.test_top1 >= cached.test_top1
         self.ahead, self.behind = (tune, cached) if tune_ahead else (cached, tune)
+        self.num_tried = sum(row.approach == self.ahead.approach for row in rows)
+        self.p_value = None if p_value is None else min(1.0, p_value * self.num_tried)
         self.useful = beats(self.ahead.test_top1, self.ahead.baseline_top1)
         ours, theirs = self.ahead.balanced_top1, self.behind.balanced_top1
         self.contradicted = ours is not None and theirs is not None and ours < theirs
@@ -105,12 +105,8 @@ class _Match:
         if self.p_value is None:
             return f"the 95 % intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
         text = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
-        tried = [
-            f"{number} {what}"
-            for number, what in ((self.num_heads, "heads"), (self.num_tunes, "fine-tunes"))
-            if number > 1
-        ]
-        return f"{text}, corrected for {' and '.join(tried)}" if tried else text
+        kind = "fine-tunes" if self.ahead is self.tune else "heads"
+        return f"{text}, corrected for {self.num_tried} {kind}" if self.num_tried > 1 else text
 
 
 def _speed(cached: Row, others: Sequence[Row]) -> str:
