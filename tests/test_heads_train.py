@@ -97,6 +97,13 @@ def test_the_time_of_extraction_comes_from_beside_the_cache(cache):
         assert run(cache)["extraction"] == wanted
 
 
+@pytest.mark.parametrize("seconds", [None, "1", True, -1, 1e308, float("nan"), 10**400, [1]])
+def test_junk_as_time_of_extraction_is_no_time(cache, seconds):
+    record = {"seconds_total": seconds, "cache_digest": FeatureCache(cache).digest.hex()}
+    cache.with_name("toy.h5.json").write_text(json.dumps(record))
+    assert run(cache)["extraction"] == {"seconds": None, "config": None}
+
+
 def test_saved_report_matches_the_saved_head(cache):
     report = run(cache)
     saved = json.loads(Path(report["head"]).with_suffix(".json").read_text())

@@ -8,7 +8,6 @@ was killed is read from the last write to the .part file.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from featcache.files import read_regular
 from featcache.runtime import say, write_json
 
 MAX_BYTES = 1 << 20
+MAX_SECONDS = 1e10
 
 
 def cost_path(cache: Path) -> Path:
@@ -42,7 +42,10 @@ def spent_on(part: Path) -> float | None:
     before, begun_at = _seconds(values.get("seconds_before")), _seconds(values.get("begun_at"))
     if before is None or begun_at is None:
         return None
-    return before + max(0.0, part.stat().st_mtime - begun_at)
+    try:
+        return before + max(0.0, part.stat().st_mtime - begun_at)
+    except FileNotFoundError:  # another run has just finished it
+        return None
 
 
 def begin_cost(part: Path, seconds_before: float | None, seconds_now: float) -> None:
@@ -71,7 +74,7 @@ def finish_cost(cache: Path, part: Path, record: dict[str, Any]) -> None:
 
 def _seconds(value: Any) -> float | None:
     known = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if known and math.isfinite(value) and value >= 0 else None
+    return float(value) if known and 0 <= value <= MAX_SECONDS else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
