@@ -32,8 +32,9 @@ import numpy as np
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig
 from featcache.errors import UserError
+from featcache.files import write_json
 from featcache.report import config_json
-from featcache.runtime import environment, num_cores, say, version_of, write_json
+from featcache.runtime import environment, num_cores, say, version_of
 
 MATRIX_SIDE = 2048
 NOTEBOOK_BATCH = 32

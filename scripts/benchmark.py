@@ -38,9 +38,10 @@ from featcache.config import (
     OutputConfig,
     TrainHeadConfig,
 )
+from featcache.files import write_atomically, write_json
 from featcache.report import Row, RunReport
 from featcache.report.run import Approach
-from featcache.runtime import environment, load_optimizers, say, write_atomically, write_json
+from featcache.runtime import environment, load_optimizers, say
 
 # Mirroring turns these into something else, so the default leaves them as they are.
 NEVER_MIRRORED = ("digits", "mnist", "emnist", "kmnist", "qmnist", "usps", "svhn", "gtsrb")

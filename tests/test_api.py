@@ -89,7 +89,7 @@ def test_a_notebook_shows_a_bar_and_the_summary(tmp_path: Path, capsys) -> None:
     report = extract_features(settings(tmp_path))
     shown = capsys.readouterr()
     assert "train: 100%" in shown.err
-    assert "cached 16 train, 4 test images, resnet18 (random)" in shown.err
+    assert "cached 16 train, 4 test images of 2 classes, resnet18 (random)" in shown.err
     assert f"cache: {report['cache']}\n" in shown.err
     assert shown.out == ""
 

@@ -236,7 +236,7 @@ def test_tuples_nested_too_deep_to_hash_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_an_optimizer_is_far_from_the_limit(tmp_path: Path) -> None:
-    model = bb.build_network("resnet18", drawn=False)
+    model = bb.build_network("resnet18", seed=None)
     optimizer = torch.optim.Adam(model.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -422,7 +422,7 @@ def test_downloaded_weights_are_hashed_as_they_are_loaded(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     file = tmp_path / "checkpoints" / "resnet18-f37072fd.pth"
     file.parent.mkdir()
-    saved = bb.build_network("resnet18", drawn=True)
+    saved = bb.build_network("resnet18", seed=0)
     torch.save(saved.state_dict(), file)
     info = bb.identify(BackboneConfig(), 0, tmp_path)
     assert info.weights_sha256 == bb.file_sha256(file)

@@ -239,7 +239,7 @@ class TestSettings:
         assert message in line
 
     def test_a_bad_value_is_refused_when_built(self, script: ModuleType) -> None:
-        with pytest.raises(UserError, match="--image-px"):
+        with pytest.raises(UserError, match="image_px 1 is out of range"):
             script.BenchmarkConfig(image_px=1)
 
     def test_an_interrupt_ends_with_130(

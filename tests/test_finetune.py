@@ -578,7 +578,7 @@ def test_weights_count_whatever_their_scale_and_not_all_may_be_zero(tmp_path: Pa
         rows = [f"{p},{p.split('/')[1]},train,{w!r}" for p, w in zip(train, own, strict=True)]
         rows += [f"{path},{path.split('/')[1]},test,1" for path in test]
         (tmp_path / "m.csv").write_text("\n".join(["path,label,split,weight", *rows]))
-        return weights_of(finetune(settings(tmp_path / "m.csv", tmp_path, epochs=1)))
+        return weights_of(finetune(settings(tmp_path / "m.csv", tmp_path, epochs=1, resume=False)))
 
     assert_same(run(1.0), run(2.0**-125))
     with pytest.raises(UserError, match="the weights of train must be numbers from 0 on, not all"):

@@ -435,7 +435,7 @@ class TestCommand:
         def full(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("featcache.runtime.os.fsync", full)
+        monkeypatch.setattr("featcache.files.os.fsync", full)
         code, _, err = run(capsys, "head", folder, "--output", output)
         assert code == 1
         assert "cannot write" in err

@@ -18,19 +18,21 @@ import torch
 
 from featcache import runtime
 from featcache.errors import StorageError
-from featcache.runtime import (
+from featcache.files import (
     check_writable,
+    remove_temporaries,
+    replacing,
+    storage_errors,
+    write_atomically,
+)
+from featcache.runtime import (
     cpu_quota,
     interrupts_first,
     interrupts_held,
     num_cores,
     progress,
-    remove_temporaries,
-    replacing,
     say,
-    storage_errors,
     torch_threads_kept,
-    write_atomically,
 )
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import StorageError
-from featcache.files import open_regular, read_regular
-from featcache.runtime import write_atomically
+from featcache.files import open_regular, read_regular, write_atomically
 
 MAX_BYTES = 256 * 2**20
 MAX_FILES = 32

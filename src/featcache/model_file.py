@@ -17,8 +17,7 @@ from typing import Any
 from featcache.backbone.checkpoint import State, parse_safetensors
 from featcache.config import Preprocessing
 from featcache.errors import UserError
-from featcache.files import open_regular
-from featcache.runtime import replacing, storage_errors
+from featcache.files import open_regular, replacing, storage_errors
 
 FORMAT, VERSION = "featcache-model", 1
 MARKS = re.compile(rb'"%s"' % FORMAT.encode())

@@ -1,17 +1,12 @@
-"""Seeds, device, threads, stage timing, versions, and files that appear whole or not at all."""
+"""Seeds, device, threads, stage timing, versions, and lines and bars for people."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import importlib
-import json
 import math
 import os
 import platform
-import re
-import shutil
 import signal
 import sys
 import threading
@@ -22,11 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import StorageError, visible
+from featcache.errors import visible
 
 NUMERIC_LIBRARIES = ("featcache", "torch", "torchvision", "pillow")
-ABANDONED_S = 24 * 3600.0
-"""A temporary that nobody touched for so long was left by a killed writer."""
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -300,102 +293,3 @@ def late_bar(title: str, unit: str, total: int | None = None) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, unit=unit, delay=2, leave=False, disable=None)
-
-
-@contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError on `path` into a StorageError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        room = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise StorageError(
-            f"cannot write {path}: {reason}; {room}choose another place with "
-            "--output or --cache-dir, then run the same command again"
-        ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new.
-
-    Raises:
-        StorageError: The file system refused.
-    """
-    with storage_errors(path), replacing(path) as draft:
-        draft.write_bytes(data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A draft of `path`, which takes its place when the block ends without an error.
-
-    The draft lies beside `path` in a new folder with a random name that only this user may enter,
-    so it collides with no other process, container or thread, no link can be planted in its way,
-    and whatever a library leaves beside the draft goes with the folder.
-
-    Raises:
-        OSError: The file system refused; `path` is as it was.
-    """
-    with _private_folder(path) as folder:
-        draft = folder / path.name
-        yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-
-
-@contextlib.contextmanager
-def _private_folder(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(path, older_s=ABANDONED_S)
-    folder = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    folder.mkdir(mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_writable(path: Path, num_bytes: int = 0) -> None:
-    """Find out now, not after an hour's work, that `num_bytes` cannot be written to `path`.
-
-    Raises:
-        StorageError: The folder cannot be written to, or has too little room.
-    """
-    with storage_errors(path), _private_folder(path):
-        if shutil.disk_usage(path.parent).free < num_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def temporaries_of(path: Path) -> list[Path]:
-    """What writers of `path` are writing now, or left when they were killed."""
-    # Digits alone are of version 0.1.0; anything else is of a longer name.
-    name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{16}}|[0-9]+)\.tmp")
-    found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
-    return [left for left in found if name.fullmatch(left.name)]
-
-
-def remove_temporaries(path: Path, older_s: float = 0.0) -> None:
-    """Remove what killed writers of `path` left.
-
-    Args:
-        path: What they were writing.
-        older_s: Leave alone what was touched in so many seconds. 0 is for callers that hold the
-            lock on `path`: nobody else is writing it.
-    """
-    for left in temporaries_of(path):
-        with contextlib.suppress(OSError):
-            inside = left.iterdir() if left.is_dir() and not left.is_symlink() else ()
-            touched = max(p.lstat().st_mtime for p in (left, *inside))
-            if older_s and touched > time.time() - older_s:
-                continue
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:  # of version 0.1.0
-                left.unlink()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from featcache.files import read_regular
-from featcache.runtime import say, write_json
+from featcache.files import read_regular, write_json
+from featcache.runtime import say
 
 MAX_BYTES = 1 << 20
 MAX_SECONDS = 1e10

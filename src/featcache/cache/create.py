@@ -15,7 +15,7 @@ from featcache.cache.plan import Plan
 from featcache.cache.record import parse_record
 from featcache.cache.skeleton import make_skeleton
 from featcache.errors import UserError
-from featcache.runtime import remove_temporaries, replacing, storage_errors
+from featcache.files import remove_temporaries, replacing, storage_errors
 
 
 def create_part(part: Path, plan: Plan) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import StorageError
-from featcache.files import read_regular
-from featcache.runtime import storage_errors
+from featcache.files import read_regular, storage_errors
 
 # A lock of the fcntl kind does not keep out the process that holds it, so that is kept here. It is
 # chosen because forked children do not inherit it: an orphaned worker cannot keep it.

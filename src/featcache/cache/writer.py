@@ -28,7 +28,7 @@ from featcache.cache.reuse import RowSource, describe_differences, setting_diffe
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
 from featcache.errors import CacheError, StorageError, UserError
-from featcache.runtime import storage_errors
+from featcache.files import storage_errors
 
 SYNC_BLOCKS = 8
 SYNC_SECONDS = 10.0

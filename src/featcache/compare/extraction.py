@@ -16,8 +16,8 @@ from featcache.config import CompareConfig, ExtractConfig
 from featcache.data import load_dataset
 from featcache.extract import extract
 from featcache.extract.stream import computed_rows
-from featcache.files import read_regular
-from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept, write_json
+from featcache.files import read_regular, write_json
+from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
 SAMPLE_IMAGES = 256

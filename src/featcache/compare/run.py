@@ -43,7 +43,7 @@ from featcache.curve import (
 )
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
-from featcache.files import check_outputs, read_regular
+from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.plan import make_plan as make_tuning_plan
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
@@ -51,14 +51,7 @@ from featcache.page.provenance import command_line
 from featcache.report import RunReport, config_json, report_marks
 from featcache.report.run import MAX_BYTES
 from featcache.report.tables import seconds_text
-from featcache.runtime import (
-    check_writable,
-    environment,
-    load_optimizers,
-    numeric_versions,
-    say,
-    write_json,
-)
+from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
 MINUTE = 60.0
 

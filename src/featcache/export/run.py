@@ -29,16 +29,10 @@ from featcache.export.formats import (
     pt2_bytes,
     pt2_runner,
 )
-from featcache.files import check_outputs
+from featcache.files import check_outputs, check_writable, replacing, storage_errors
 from featcache.predict import Trained, load_trained, provenance_json
 from featcache.report import config_json
-from featcache.runtime import (
-    check_writable,
-    environment,
-    replacing,
-    storage_errors,
-    version_of,
-)
+from featcache.runtime import environment, version_of
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbone.checkpoint import State
 from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
+from featcache.files import remove_temporaries
 from featcache.finetune.parts import Parts
 from featcache.model_file import read_metadata, read_safetensors, write_safetensors
 from featcache.report import RunReport
-from featcache.runtime import remove_temporaries
 
 if TYPE_CHECKING:
     import torch

@@ -16,6 +16,7 @@ from featcache.cache import sole_writer
 from featcache.config import FinetuneConfig
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
+from featcache.files import check_writable, remove_temporaries
 from featcache.finetune.checkpoint import (
     Progress,
     check_same_run,
@@ -32,7 +33,7 @@ from featcache.finetune.setup import Run, check_files, prepare
 from featcache.metrics import wilson_interval
 from featcache.model_file import ModelCard, write_model
 from featcache.report import Predictions, RunReport, config_json
-from featcache.runtime import check_writable, environment, remove_temporaries, say
+from featcache.runtime import environment, say
 
 if TYPE_CHECKING:
     import torch

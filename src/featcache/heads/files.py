@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 
 from featcache.config import CacheMeta, flatten
 from featcache.errors import CacheError, StorageError, UserError
-from featcache.files import open_regular
+from featcache.files import open_regular, write_atomically
 from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead
-from featcache.runtime import write_atomically
 
 FORMAT, VERSION = "featcache-head", "1"
 MARKS = re.compile(rb'"%s"' % FORMAT.encode())

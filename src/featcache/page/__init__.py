@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from featcache.config import ReportConfig
-from featcache.files import check_outputs
+from featcache.files import check_outputs, write_atomically
 from featcache.page.build import build_page
 from featcache.page.read import read_runs
 from featcache.page.render import HTML_MARKS, MARKDOWN_MARKS, to_html, to_markdown
-from featcache.runtime import write_atomically
 
 __all__ = ["summary_lines", "write_report"]
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from featcache.config.usage import Format
 from featcache.errors import visible
+from featcache.files import replacing, storage_errors
 from featcache.predict.classifier import Prediction
-from featcache.runtime import replacing, storage_errors
 from featcache.streams import stdout_errors
 
 MAX_PATH_WIDTH = 60

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featcache.files import write_atomically
 from featcache.report.run import Approach, Row
 from featcache.report.tables import seconds_text
-from featcache.runtime import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,7 @@ from typing import Any, Literal, Self
 
 from featcache import metrics
 from featcache.errors import UserError
-from featcache.files import read_regular
-from featcache.runtime import write_json
+from featcache.files import read_regular, write_json
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
