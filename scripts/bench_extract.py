@@ -33,7 +33,7 @@ from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig
 from featcache.errors import UserError
 from featcache.files import write_json
-from featcache.report import config_json
+from featcache.results import config_json
 from featcache.runtime import environment, num_cores, say, version_of
 
 MATRIX_SIDE = 2048
@@ -173,7 +173,7 @@ def compare_choices(config: BenchConfig) -> dict[str, Any]:
 
     Start-up counts: converting a network or measuring engines has to pay for itself.
     """
-    from featcache.engine.vino import is_installed
+    from featcache.engine.openvino_cpu import is_installed
     from featcache.extract import extract
 
     fixed: list[dict[str, Any]] = [
@@ -341,7 +341,7 @@ def _run_notebook() -> Reading:
 
 def engine_forms(config: BenchConfig, train: Any) -> dict[str, Measure]:
     """The bare network in each form that extraction can run here."""
-    from featcache.engine.vino import is_installed
+    from featcache.engine.openvino_cpu import is_installed
 
     forms = {"bare network, torch": ("torch", "float32")}
     if is_installed("openvino"):

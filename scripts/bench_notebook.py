@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import BUNDLED_FILE
-from featcache.engine.vino import is_installed
+from featcache.engine.openvino_cpu import is_installed
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import say
 

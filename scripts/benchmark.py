@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import tyro
 
-from featcache import cli, report
+from featcache import cli, results
 from featcache.config import (
     BackboneConfig,
     BackboneInfo,
@@ -39,8 +39,8 @@ from featcache.config import (
     TrainHeadConfig,
 )
 from featcache.files import write_atomically, write_json
-from featcache.report import Row, RunReport
-from featcache.report.run import Approach
+from featcache.results import Row, RunReport
+from featcache.results.runs import Approach
 from featcache.runtime import environment, load_optimizers, say
 
 # Mirroring turns these into something else, so the default leaves them as they are.
@@ -234,9 +234,9 @@ def warm_up(config: BenchmarkConfig) -> BackboneInfo:
 
 def p_values(modes: list[Mode]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
-    from featcache.metrics import mcnemar
+    from featcache.results.metrics import mcnemar
 
-    best = report.best_of(report.benchmark_rows(modes), "cached")
+    best = results.best_of(results.benchmark_rows(modes), "cached")
     assert best is not None
     cached = next(run.test for mode, _, run, _ in modes if mode == best.mode)
     values = {}
@@ -251,9 +251,9 @@ def p_values(modes: list[Mode]) -> dict[str, float]:
 
 def make_result(config: BenchmarkConfig, info: BackboneInfo, modes: list[Mode]) -> dict[str, Any]:
     """Everything measured and what follows from it, as JSON."""
-    rows = report.benchmark_rows(modes)
+    rows = results.benchmark_rows(modes)
     tests = p_values(modes)
-    best = {kind: report.best_of(rows, kind) for kind in ("cached", "finetune")}
+    best = {kind: results.best_of(rows, kind) for kind in ("cached", "finetune")}
     return {
         "command": "benchmark",
         "dataset": config.short_name,
@@ -261,15 +261,15 @@ def make_result(config: BenchmarkConfig, info: BackboneInfo, modes: list[Mode]) 
             dataclasses.asdict(row) | {"epochs": run.epochs, "later_seconds": row.later_seconds}
             for row, (_, _, run, _) in zip(rows, modes, strict=True)
         ],
-        "speedup": report.speedups(rows),
+        "speedup": results.speedups(rows),
         "break_even": break_even(rows),
         "p_values": tests,
         "best": {kind: row.mode for kind, row in best.items() if row is not None},
         "baseline_top1": rows[0].baseline_top1,
         "same_predictions": same_predictions(modes),
-        "advice": report.advice(rows, tests),
+        "advice": results.advice(rows, tests),
         "notes": notes(config, info),
-        "config": report.config_json(config),
+        "config": results.config_json(config),
         "backbone": dataclasses.asdict(info),
         "environment": environment(),
         "typed": typed(),
@@ -284,8 +284,8 @@ def break_even(rows: list[Row]) -> dict[str, int | None]:
     once = cached.seconds_total - loop.seconds_total
     once += cached.num_epochs * (epoch["loop"] - epoch["cached"])
     return {
-        "epochs": report.break_even(once, epoch["cached"], epoch["loop"]),
-        "trials": report.break_even(
+        "epochs": results.break_even(once, epoch["cached"], epoch["loop"]),
+        "trials": results.break_even(
             cached.extract_seconds, cached.later_seconds, loop.seconds_total
         ),
     }
@@ -365,7 +365,7 @@ def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
         [
             f"# {title}",
             "",
-            report.markdown_table(rows),
+            results.markdown_table(rows),
             "",
             *(f"{line}\n" for line in reading(result, rows) if line),
             "![Accuracy against seconds](benchmark.png)",
@@ -390,15 +390,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         say("benchmark: interrupted; times would be wrong if it went on, so it starts afresh")
         raise SystemExit(cli.EXIT_INTERRUPTED) from None
-    rows = report.benchmark_rows(modes)
+    rows = results.benchmark_rows(modes)
     result = make_result(config, info, modes)
     title = title_of(config, info, rows, modes)
     paths = {kind: folder / f"benchmark.{kind}" for kind in ("json", "md", "png")}
     result["files"] = {kind: str(path) for kind, path in paths.items()}
     write_json(paths["json"], result)
     write_atomically(paths["md"], markdown(title, result, rows).encode())
-    report.plot_accuracy_against_seconds(rows, paths["png"], title)
-    lines = ["", title, "", report.text_table(rows), "", *reading(result, rows), ""]
+    results.plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", results.text_table(rows), "", *reading(result, rows), ""]
     lines += [f"note: {line}" for line in result["notes"][2:]]
     lines += [f"written: {', '.join(result['files'].values())}"]
     print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)

@@ -14,7 +14,7 @@ import numpy as np
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, TrainHeadConfig
 from featcache.heads import train_head
-from featcache.metrics import mcnemar
+from featcache.results.metrics import mcnemar
 from featcache.runtime import say
 from heads_stream import make_cache
 

@@ -15,7 +15,8 @@ import pytest
 # A shell's background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-REPO = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+REPO = TESTS.parent
 CIFAR = REPO.parent / "shared" / "data" / "cifar10-2500"
 
 

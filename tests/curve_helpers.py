@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from featcache.curve import Cell
+from featcache.results import Cell
 
 NUM_TEST = 500
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.config import FinetuneConfig, TrainHeadConfig
-from featcache.report import Predictions, RunReport, config_json
+from featcache.results import Predictions, RunReport, config_json
 
 NAMES = ["cat", "dog", "eel"]
 LABELS = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -14,7 +14,7 @@ from conftest import REPO
 
 SRC = REPO / "src" / "featcache"
 MAX_FUNCTION_LINES = 40
-MAX_MODULE_LINES = 350
+MAX_MODULE_LINES = 400
 
 # A module may import from rows above its own, and from its own package.
 ROWS = [
@@ -22,10 +22,11 @@ ROWS = [
     {"config"},
     {"runtime", "streams"},
     {"files"},
-    {"memo", "recipe", "metrics"},
-    {"cache", "report", "data", "backbone", "fuse"},
-    {"engine", "model_file", "curve"},
-    {"heads", "extract", "finetune", "page"},
+    {"file_hashes", "random_order"},
+    {"cache", "data", "backbone", "results"},
+    {"engine", "tensor_files"},
+    {"heads", "extract", "html_report"},
+    {"finetune"},
     {"predict"},
     {"export"},
     {"compare"},
@@ -36,7 +37,7 @@ ROWS = [
 HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"}
 # Modules that exist to be imported late: their callers import them inside functions.
 LATE = {
-    "fuse.py",
+    "fusion.py",
     "gpu.py",
     "torch_cpu.py",
     "skeleton.py",

@@ -14,7 +14,7 @@ from featcache.cache import FeatureCache
 from featcache.config import BackboneConfig, ExtractConfig, Preprocessing
 from featcache.extract import extract
 from featcache.heads import KnnHead, LinearHead, save_head
-from featcache.model_file import ModelCard, write_model
+from featcache.tensor_files import ModelCard, write_model
 
 PREP = Preprocessing(image_px=32, resize="squash", resize_px=32, mean=(0.4,) * 3, std=(0.3,) * 3)
 

@@ -19,7 +19,7 @@ from featcache.backbone.weights import (
     weights_of,
 )
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
-from featcache.memo import Memo, is_settled, stamp_of
+from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.runtime import version_of
 
 

@@ -8,7 +8,7 @@ from featcache.backbone.networks import build_network, feature_dim_of, head_of, 
 from featcache.backbone.weights import WeightsFile, load_matching, weights_of
 from featcache.config import BackboneConfig
 from featcache.errors import UserError
-from featcache.recipe import init_linear
+from featcache.random_order import init_linear
 
 if TYPE_CHECKING:
     from torch import nn

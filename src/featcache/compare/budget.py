@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from featcache.curve import Mode
-from featcache.report import RunReport
+from featcache.results import Mode, RunReport
 
 
 @dataclass(frozen=True, kw_only=True)

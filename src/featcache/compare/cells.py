@@ -17,13 +17,12 @@ from featcache.compare.budget import Pace, pace_of, tuning_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.plan import Ints, Spec, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
-from featcache.curve import cell_of
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune
 from featcache.finetune.plan import make_plan
 from featcache.heads import train_head
-from featcache.report import RunReport, config_json
+from featcache.results import RunReport, cell_of, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0

@@ -14,8 +14,8 @@ from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache
 from featcache.config import CompareConfig, ExtractConfig
 from featcache.data import load_dataset
+from featcache.engine.inference import computed_rows
 from featcache.extract import extract
-from featcache.extract.stream import computed_rows
 from featcache.files import read_regular, write_json
 from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import CompareConfig
-from featcache.curve import Mode
+from featcache.results import Mode
 
 Ints = NDArray[np.int64]
 FORMAT = 1

@@ -30,27 +30,29 @@ from featcache.compare.cells import (
 from featcache.compare.extraction import extract_config, shared_cache
 from featcache.compare.plan import Spec, make_plan
 from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
-from featcache.curve import (
-    Mode,
-    Point,
-    cell_of,
-    crossing,
-    curve_advice,
-    curve_points,
-    curve_text,
-    points_from_json,
-    points_json,
-)
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.plan import make_plan as make_tuning_plan
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
-from featcache.page.provenance import command_line
-from featcache.report import RunReport, config_json, report_marks
-from featcache.report.run import MAX_BYTES
-from featcache.report.tables import seconds_text
+from featcache.html_report.provenance import command_line
+from featcache.results import (
+    Mode,
+    Point,
+    RunReport,
+    cell_of,
+    config_json,
+    crossing,
+    curve_advice,
+    curve_points,
+    curve_text,
+    points_from_json,
+    points_json,
+    report_marks,
+)
+from featcache.results.runs import MAX_BYTES
+from featcache.results.tables import seconds_text
 from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
 MINUTE = 60.0

@@ -31,7 +31,7 @@ from featcache.data.load import (
 )
 from featcache.data.torchvision_sets import places_of
 from featcache.errors import UserError
-from featcache.memo import Memo, tree_stamp
+from featcache.file_hashes import Memo, tree_stamp
 from featcache.runtime import version_of
 
 

@@ -18,7 +18,7 @@ from featcache.data.sampling import split_off_test
 from featcache.data.sources import FileSource
 from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.errors import UserError
-from featcache.memo import Memo
+from featcache.file_hashes import Memo
 
 _ACCEPTED = ", ".join(EXTENSIONS)
 

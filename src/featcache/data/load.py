@@ -20,7 +20,7 @@ from featcache.data.names import alike_text, look_alikes
 from featcache.data.sampling import stratified_rows
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
-from featcache.memo import Memo
+from featcache.file_hashes import Memo
 
 Int64 = NDArray[np.int64]
 WIDE_BYTES = 64 * 2**20

@@ -27,7 +27,7 @@ from featcache.data.names import (
 from featcache.data.sampling import split_off_test
 from featcache.data.sources import FileSource
 from featcache.errors import UserError
-from featcache.memo import Memo
+from featcache.file_hashes import Memo
 
 REQUIRED = ("path", "label")
 OPTIONAL = ("split", "weight")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from featcache.data.images import MISSING, BadImage, read_file
 from featcache.errors import UserError
-from featcache.memo import Memo, is_settled, stamp_of
+from featcache.file_hashes import Memo, is_settled, stamp_of
 
 Raw = bytes | Image.Image
 

@@ -20,7 +20,7 @@ from featcache.data.dataset import ImageDataset, ImageSplit
 from featcache.data.sampling import split_off_test
 from featcache.data.sources import ArraySource, FileSource, Source
 from featcache.errors import UserError
-from featcache.memo import Memo
+from featcache.file_hashes import Memo
 from featcache.runtime import import_torchvision
 
 DEFAULT_TEST_FRACTION = 0.2

@@ -21,7 +21,8 @@ import numpy as np
 
 from featcache.config import ExtractConfig, Preprocessing
 from featcache.data import ImageSplit
-from featcache.engine import int8, vino
+from featcache.engine import int8, openvino_cpu
+from featcache.engine.autotune import Candidate, Measure, all_at_once, race
 from featcache.engine.base import (
     TOLERANCE,
     Engine,
@@ -32,7 +33,6 @@ from featcache.engine.base import (
     sample_pixels,
 )
 from featcache.engine.gpu import gpu_engine
-from featcache.engine.race import Candidate, Measure, all_at_once, race
 from featcache.engine.torch_cpu import fused_run, plain_features, plain_run
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import num_cores, pick_device, recorded_engine, say
@@ -164,8 +164,10 @@ def _cpu_engine(
     asked = begun.split("-")[0] if config.engine == "auto" and begun else config.engine
     if asked == "openvino":
         if config.engine == "openvino":
-            vino.need("--engine openvino", "openvino", otherwise="leave --engine out")
-        vino.need("the cache was begun with openvino and", "openvino", otherwise="give --force")
+            openvino_cpu.need("--engine openvino", "openvino", otherwise="leave --engine out")
+        openvino_cpu.need(
+            "the cache was begun with openvino and", "openvino", otherwise="give --force"
+        )
         return _fastest(job, [_vino_form(job)[0]])
     fused = fused_run(backbone, prep, pixels, job.wanted)
     run, error = (plain, None) if fused is None else fused
@@ -180,8 +182,8 @@ def _vino_form(job: Job) -> tuple[Form, Any]:
         FeatcacheError: It cannot be converted, or gives other features.
     """
     try:
-        model = vino.convert(job.backbone, job.prep)
-        run = vino.compiled_run(model, job.threads)
+        model = openvino_cpu.convert(job.backbone, job.prep)
+        run = openvino_cpu.compiled_run(model, job.threads)
         error = relative_error(run(job.pixels), job.wanted)
     except Exception as problem:  # the converter's own errors have no common class
         reason = (str(problem).splitlines() or [""])[0]
@@ -202,7 +204,7 @@ def _fastest(job: Job, forms: list[Form], *, try_openvino: bool = False) -> Engi
     if expected < LONG_JOB_S:
         batch = job.config.batch_size or default_batch(job.prep.image_px)
         return _engine(job, forms[0], batch, job.threads, {})
-    if try_openvino and vino.is_installed("openvino"):
+    if try_openvino and openvino_cpu.is_installed("openvino"):
         try:
             forms = [*forms, _vino_form(job)[0]]
         except FeatcacheError as problem:
@@ -274,7 +276,7 @@ def _int8_engine(job: Job, train: ImageSplit | None) -> Engine:
     Raises:
         UserError: Not installed, too few train images, or too far from float32.
     """
-    vino.need("--precision int8", "openvino", "nncf", otherwise="leave --precision out")
+    openvino_cpu.need("--precision int8", "openvino", "nncf", otherwise="leave --precision out")
     if train is None:
         raise UserError("--precision int8 calibrates on train images, and there is no train split")
     calibration, others = int8.pick_pixels(train, job.prep, job.threads)
@@ -286,7 +288,7 @@ def _int8_engine(job: Job, train: ImageSplit | None) -> Engine:
     try:
         exactly = pool.map(exact.run, batches)  # begun now: quantising mostly needs one core
         model = int8.quantize(model, calibration)
-        run = vino.compiled_run(model, job.threads)
+        run = openvino_cpu.compiled_run(model, job.threads)
         wanted, got = (np.concatenate(list(f)) for f in (exactly, pool.map(run, batches)))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from featcache.config import Preprocessing
 from featcache.data import normalize
 from featcache.engine.base import TOLERANCE, Float32, Run, UInt8, relative_error
+from featcache.engine.fusion import fuse_for_cpu
 from featcache.errors import UserError
-from featcache.fuse import fuse_for_cpu
 from featcache.runtime import say
 
 

@@ -31,7 +31,7 @@ from featcache.export.formats import (
 )
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
 from featcache.predict import Trained, load_trained, provenance_json
-from featcache.report import config_json
+from featcache.results import config_json
 from featcache.runtime import environment, version_of
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Stage one: run the frozen backbone once and cache its features."""
 
+from featcache.extract.maintenance import check, check_lines, inspect, inspect_lines
 from featcache.extract.request import cache_path, find_hit, wanted_meta
 from featcache.extract.run import extract, summary_lines
-from featcache.extract.upkeep import check, check_lines, inspect, inspect_lines
 
 __all__ = [
     "cache_path",

@@ -35,6 +35,7 @@ from featcache.cache import (
 )
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
+from featcache.engine.inference import computed_rows, decode_shortfall
 from featcache.errors import CacheError
 from featcache.extract.request import (
     cache_path,
@@ -43,9 +44,8 @@ from featcache.extract.request import (
     left_out,
     wanted_meta,
 )
-from featcache.extract.stream import computed_rows, decode_shortfall
 from featcache.files import check_outputs
-from featcache.report import config_json
+from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
 from featcache.finetune.parts import Parts
-from featcache.model_file import read_metadata, read_safetensors, write_safetensors
-from featcache.report import RunReport
+from featcache.results import RunReport
+from featcache.tensor_files import read_metadata, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     import torch

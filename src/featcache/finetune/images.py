@@ -19,7 +19,7 @@ from featcache.data import (
 )
 from featcache.data.sampling import held_out_rows
 from featcache.errors import UserError
-from featcache.metrics import checked_weights
+from featcache.results.metrics import checked_weights
 from featcache.runtime import say
 
 DECODED_BYTES = 1_500_000_000

@@ -19,7 +19,7 @@ from featcache.errors import FeatcacheError
 from featcache.finetune.images import Images
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import EVAL_BATCH_SIZE, Plan, rate_factor
-from featcache.recipe import epoch_order, flip_mask
+from featcache.random_order import epoch_order, flip_mask
 from featcache.runtime import StageTimer, progress
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, init_from_file
 from featcache.finetune.setup import Run, check_files, prepare
-from featcache.metrics import wilson_interval
-from featcache.model_file import ModelCard, write_model
-from featcache.report import Predictions, RunReport, config_json
+from featcache.results import Predictions, RunReport, config_json
+from featcache.results.metrics import wilson_interval
 from featcache.runtime import environment, say
+from featcache.tensor_files import ModelCard, write_model
 
 if TYPE_CHECKING:
     import torch

@@ -21,10 +21,10 @@ from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
-from featcache.metrics import checked_weights
-from featcache.model_file import MARKS as MODEL_MARKS
-from featcache.report import report_marks
+from featcache.results import report_marks
+from featcache.results.metrics import checked_weights
 from featcache.runtime import num_cores, numeric_versions, pick_device, say
+from featcache.tensor_files import MARKS as MODEL_MARKS
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,7 +22,7 @@ from featcache.heads.rows import (
     check_finite,
     check_rows,
 )
-from featcache.metrics import checked_weights
+from featcache.results.metrics import checked_weights
 
 # Test rows are scored so many at a time.
 TEST_ROWS = 8192

@@ -103,7 +103,7 @@ class LinearHead:
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Top-1 accuracy on features [N, D] with class indices [N]."""
-        from featcache.metrics import top1
+        from featcache.results.metrics import top1
 
         return top1(y, self.predict(X))
 

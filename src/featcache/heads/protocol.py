@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from featcache import metrics
 from featcache.config import TrainHeadConfig
 from featcache.heads.choose import Choice, Selection, choose, make_selection
 from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
@@ -19,6 +18,7 @@ from featcache.heads.solver import Fitted, Solver
 from featcache.heads.steps import Epoch
 from featcache.heads.steps_solver import StepsSolver
 from featcache.heads.threads import threads_for
+from featcache.results import metrics
 from featcache.runtime import StageTimer
 
 

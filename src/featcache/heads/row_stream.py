@@ -21,7 +21,7 @@ from featcache.heads.halves import all_finite, widen
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Doubles, Ints, check_classes, check_finite
 from featcache.heads.steps import FETCH_BATCHES, Batch, Batches, Singles
-from featcache.recipe import epoch_order
+from featcache.random_order import epoch_order
 
 # Rows read at a time; contiguous in the file, so that a spinning disk keeps up too.
 READ_ROWS = 4096

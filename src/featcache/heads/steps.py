@@ -19,7 +19,7 @@ from featcache.errors import UserError
 from featcache.heads.halves import widen
 from featcache.heads.linear import Floats
 from featcache.heads.rows import Ints, Rows
-from featcache.recipe import epoch_order, epoch_views, init_linear
+from featcache.random_order import epoch_order, epoch_views, init_linear
 
 Singles = NDArray[np.float32]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

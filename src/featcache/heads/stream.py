@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from featcache import metrics
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.heads.closed_solvers import RidgeSolver
@@ -29,6 +28,7 @@ from featcache.heads.stream_solvers import (
     refuse_unstreamable,
     train_steps_streamed,
 )
+from featcache.results import metrics
 from featcache.runtime import StageTimer
 
 # With --stream auto, train splits larger than this part of the free memory are streamed.

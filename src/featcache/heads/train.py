@@ -13,7 +13,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from featcache import metrics
 from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
@@ -24,8 +23,8 @@ from featcache.heads.protocol import Run, run_protocol
 from featcache.heads.rows import Ints
 from featcache.heads.shots import draw_shots, shots_summary
 from featcache.heads.stream import run_stream, wants_stream
-from featcache.report import RunReport, config_json, report_marks
-from featcache.report.run import Predictions
+from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results.runs import Predictions
 from featcache.runtime import StageTimer, environment
 
 

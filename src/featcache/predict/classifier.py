@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from featcache.config import ExtractConfig, PredictConfig, Preprocessing, Views
 from featcache.config.python import python_errors
 from featcache.data import BadImage, ImageSplit
+from featcache.engine.inference import computed_chunks
 from featcache.errors import UserError
-from featcache.extract.stream import computed_chunks
 from featcache.heads import KnnHead, softmax
 from featcache.predict.load import Trained, load_trained
 from featcache.predict.pictures import Picture, split_of

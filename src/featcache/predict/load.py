@@ -25,7 +25,7 @@ from featcache.backbone.weights import NAMED_WEIGHTS, WeightsFile
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, StorageError, UserError, one_of
 from featcache.heads import Head, load_head
-from featcache.model_file import read_metadata, read_model
+from featcache.tensor_files import read_metadata, read_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ from featcache.predict.formats import MARKS, Write, format_of, prediction_json, 
 from featcache.predict.inputs import find_pictures
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import split_of
-from featcache.report import config_json
+from featcache.results import config_json
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 
 EXIT_SKIPPED = 1

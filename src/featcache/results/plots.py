@@ -1,0 +1,273 @@
+"""Charts of test accuracy: PNG files, and SVG that follows a page's style sheet."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from featcache.files import write_atomically
+from featcache.results.runs import Approach, Row
+from featcache.results.tables import seconds_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colour, marker and dashes: told apart with every common colour blindness, and without colours.
+STYLES = (
+    ("#d55e00", "o", "-"),
+    ("#0072b2", "s", (0, (5, 2))),
+    ("#009e73", "^", (0, (1.5, 1.5))),
+    ("#b8578a", "D", (0, (5, 2, 1.5, 2))),
+    ("#b07800", "v", (0, (8, 2))),
+    ("#3a8fc4", "p", (0, (1, 2.5))),
+    ("#6f4fb5", "<", (0, (3, 1, 1, 1))),
+    ("#1c1f24", "X", (0, (3, 3))),
+)
+FAVOURITES: dict[Approach, int] = {"cached": 0, "loop": 1, "finetune": 2}
+"""The style of the first line of each kind."""
+INK, SOFT, RULE, GROUND = "#222222", "#59606b", "#d8dce2", "#ffffff"
+VARIABLES = {
+    **{color: f"var(--s{number})" for number, (color, _, _) in enumerate(STYLES)},
+    **{INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", GROUND: "var(--ground)"},
+}
+SHORTEST_S = 1e-4
+PIXELS_PER_INCH = 72
+"""Lengths in points are then pixels of an SVG."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a chart.
+
+    `points` are (x, accuracy); `bars` the 95 % interval of each point or None; `dots` further
+    points on their own; `lead_in` asks for a dashed stretch up to the first point; `shift`
+    multiplies x, so that intervals at the same place do not cover each other.
+    """
+
+    name: str
+    style: int
+    points: Sequence[tuple[float, float]]
+    bars: Sequence[tuple[float, float] | None]
+    dots: Sequence[tuple[float, float]] = ()
+    lead_in: bool = False
+    shift: float = 1.0
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """Accuracy against seconds, at most as many lines as there are styles, none used twice.
+
+    Args:
+        rows: The most important first; those without points are left out.
+    """
+    drawn = [row for row in rows if row.points][: len(STYLES)]
+    firsts = {row.approach: i for i, row in reversed(list(enumerate(drawn)))}
+    taken = {i: FAVOURITES[approach] for approach, i in firsts.items()}
+    free = iter(style for style in range(len(STYLES)) if style not in taken.values())
+    return [
+        Line(
+            name=row.mode,
+            style=taken[i] if i in taken else next(free),
+            points=row.points,
+            bars=_bars(row),
+            lead_in=row.extract_seconds > 0,
+        )
+        for i, row in enumerate(drawn)
+    ]
+
+
+def _bars(row: Row) -> list[tuple[float, float] | None]:
+    """The interval at the last point that has the mode's accuracy: the epoch that was kept."""
+    kept = max((i for i, (_, top1) in enumerate(row.points) if top1 == row.test_top1), default=-1)
+    return [row.test_interval if i == kept else None for i in range(len(row.points))]
+
+
+def seconds_tick(seconds: float) -> str:
+    """A tick of the axis: "0.5 s", "20 s", "5,000 s"."""
+    return f"{seconds:,.10g} s"
+
+
+def draw(
+    lines: Sequence[Line], size: tuple[int, int], x_label: str, x_text: Callable[[float], str]
+) -> Figure:
+    """Draw lines over a logarithmic axis.
+
+    Args:
+        lines: None of them gives empty axes.
+        size: Width and height in px of an SVG.
+        x_label: Name of the horizontal axis.
+        x_text: Writes a tick of the horizontal axis.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
+        dpi=PIXELS_PER_INCH,
+        layout="constrained",
+        facecolor="none",
+    )
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    low, high = x_range(lines)
+    axes.set_xlim(low, high)
+    axes.set_ylim(*y_range(lines))
+    for line in lines:
+        _draw_line(axes, line)
+    _dress(axes, log_ticks(low, high, most=size[0] // 85), x_text)
+    axes.set_xlabel(x_label, color=INK, size=13)
+    axes.set_ylabel("test accuracy (top-1)", color=INK, size=13)
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    color, marker, dashes = STYLES[line.style]
+    x = [max(x, SHORTEST_S) * line.shift for x, _ in line.points]
+    y = [top1 for _, top1 in line.points]
+    for place, bar in zip(x, line.bars, strict=True):
+        if bar is not None:
+            axes.plot([place] * 2, bar, color=color, lw=1.3, marker="_", ms=8, alpha=0.75)
+    if line.lead_in:
+        axes.plot([axes.get_xlim()[0], x[0]], y[:1] * 2, color=color, lw=1.6, ls=(0, (4, 3)))
+    for place, top1 in line.dots:
+        axes.plot([place * line.shift], [top1], color=color, marker="o", ms=4, mew=0, alpha=0.55)
+    axes.plot(
+        x, y, color=color, marker=marker, ls=dashes, lw=2.2, ms=8, mec=GROUND, mew=1, zorder=3
+    )
+
+
+def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str]) -> None:
+    """Ticks, grid and spines."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    axes.set_xticks(x_ticks)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: x_text(x)))
+    axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+    axes.set_facecolor("none")
+    axes.grid(which="major", color=RULE, lw=1)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(SOFT)
+    axes.tick_params(colors=SOFT, labelsize=12.5, length=0)
+
+
+def x_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """The horizontal axis's ends, with some room."""
+    values = [max(x, SHORTEST_S) for line in lines for x, _ in (*line.points, *line.dots)]
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    room = max((high / low) ** 0.06, 1.12)
+    return low / room / (1.6 if any(line.lead_in for line in lines) else 1), high * room
+
+
+def y_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """The vertical axis's ends, with some room, within 0 and 1."""
+    values = [y for line in lines for _, y in (*line.points, *line.dots)]
+    values += [end for line in lines for bar in line.bars if bar for end in bar]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    room = max(0.08 * (high - low), 0.01)
+    return max(-0.01, low - room), min(1.01, high + room)
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers within the ends: 1, 2, 5 and their tens, fewer where they would crowd.
+
+    Where the ends are too close for three of those, equal steps take their place.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**e for e in decades for m in steps if low <= m * 10.0**e <= high]
+        if len(ticks) <= most:
+            break
+    if len(ticks) < 3:
+        near = MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ticks = [round(float(tick), 10) for tick in near if low <= tick <= high]
+    return ticks[:: math.ceil(len(ticks) / most)]
+
+
+def sign(style: int) -> Figure:
+    """A line's colour, dashes and marker, as a legend shows them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.5, 0.2), dpi=PIXELS_PER_INCH, facecolor="none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 2), ylim=(-1, 1))
+    color, marker, dashes = STYLES[style]
+    axes.plot([0, 2], [0, 0], color=color, ls=dashes, lw=2.2)
+    axes.plot([1], [0], color=color, marker=marker, ms=8, mec=GROUND, mew=1)
+    return figure
+
+
+@contextmanager
+def plain_style(salt: str = "") -> Iterator[None]:
+    """Matplotlib's own settings instead of the user's; text stays text and the same each time."""
+    from matplotlib import style
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
+    with style.context(["default", settings]):
+        yield
+
+
+def as_svg(make: Callable[[], Figure], salt: str) -> tuple[str, str]:
+    """A drawing to put into an HTML page, coloured by the page's CSS variables.
+
+    Args:
+        make: Draws it.
+        salt: Another one for each drawing of a page, so that no id is there twice.
+
+    Returns:
+        The viewBox, and what belongs into the svg element.
+    """
+    buffer = io.StringIO()
+    with plain_style(salt):
+        make().savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    view = re.search(r'viewBox="([\d. ]+)"', text)
+    assert view is not None
+    body = text[text.index(">", view.end()) + 1 : text.rindex("</svg>")]
+    body = re.sub(r"\s*<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", body, flags=re.S)
+    body = re.sub(r'(<g) id="[^"]*"', r"\1", body).replace("xlink:href", "href")
+    body = re.sub(r' font-family: [^;"]*;| transform="rotate\(-0 [^"]*"', "", body)
+    colors = re.compile("|".join(VARIABLES), re.IGNORECASE)
+    return view[1], colors.sub(lambda match: VARIABLES[match[0].lower()], body).strip()
+
+
+def _summary(line: Line) -> str:
+    seconds, top1 = line.points[-1]
+    return f"{line.name}\n{top1:.3f} after {seconds_text(seconds)}"
+
+
+def plot_accuracy_against_seconds(rows: Sequence[Row], path: Path, title: str = "") -> None:
+    """Draw test top-1 against wall seconds since each mode began, one point per epoch.
+
+    Args:
+        rows: The comparison's lines; rows without points are left out.
+        path: The PNG file to write, 1600 × 1000 px.
+        title: One line above the picture.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    lines = lines_of(rows)
+    label = "seconds since the mode began, reading included (log scale)"
+    picture = io.BytesIO()
+    with plain_style():
+        figure = draw(lines, (720, 450), label, seconds_tick)
+        axes = figure.axes[0]
+        handles = [line for line in axes.lines if line.get_zorder() == 3]
+        names = [_summary(line) for line in lines]
+        figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False)
+        axes.set_title(title, loc="left", fontsize=13, color=INK, pad=12)
+        figure.set_facecolor(GROUND)
+        figure.savefig(picture, format="png", dpi=160)
+    write_atomically(path, picture.getvalue())

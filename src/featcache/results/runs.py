@@ -1,0 +1,240 @@
+"""One run's result as JSON, and one line of the comparison made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from featcache.errors import UserError
+from featcache.files import read_regular, write_json
+from featcache.results import metrics
+
+MAX_BYTES = 256 << 20
+"""Of a report file: predictions of millions of images."""
+Approach = Literal["loop", "cached", "finetune"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a model said about every test image.
+
+    The four lists have one entry per image: its id, the numbers of its true and its predicted
+    class, and the probability given to the predicted one.
+    """
+
+    ids: list[str]
+    labels: list[int]
+    predicted: list[int]
+    confidence: list[float]
+
+    def __post_init__(self) -> None:
+        lengths = {len(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        if len(lengths) != 1:
+            raise UserError(f"test predictions with columns of different lengths: {lengths}")
+
+    def correct(self) -> list[bool]:
+        """Whether each image was classified rightly."""
+        return [a == b for a, b in zip(self.labels, self.predicted, strict=True)]
+
+    def balanced(self) -> float:
+        """Mean recall over the classes that have test images."""
+        num_classes = 1 + max([*self.labels, *self.predicted], default=0)
+        return metrics.balanced(self.labels, self.predicted, num_classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What one training run measured, under which settings, on which data.
+
+    `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
+    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`.
+    """
+
+    command: str
+    trainable_params: int
+    test_top1: float
+    test_interval: tuple[float, float]
+    seconds_total: float
+    epochs: list[dict[str, Any]]
+    scored_on: str
+    chosen_on: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    environment: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    test: Predictions | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that a command prints; predictions stay in the report file."""
+        hidden = ("more", "class_names", "test")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shown = {name: value for name, value in fields.items() if name not in hidden}
+        # Through text, so that what is returned, printed and saved are the same plain values.
+        plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
+        return plain
+
+    def save(self, path: Path) -> None:
+        """Write the report file, class names and test predictions included.
+
+        Raises:
+            StorageError: The file system refused.
+        """
+        values = self.to_json()
+        if self.class_names is not None:
+            values["class_names"] = self.class_names
+        if self.test is not None:
+            values["test"] = dataclasses.asdict(self.test)
+        write_json(path, values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from what `save` or `to_json` made.
+
+        Raises:
+            UserError: A field is missing or is something else.
+        """
+        try:
+            known = {f.name for f in dataclasses.fields(cls)} - {"more"}
+            own = {name: values[name] for name in known & values.keys()}
+            low, high = (float(bound) for bound in own["test_interval"])
+            test = own.pop("test", None)
+            report = cls(
+                **{**own, "test_interval": (low, high)},
+                more={name: value for name, value in values.items() if name not in known},
+                test=Predictions(**test) if test is not None else None,
+            )
+            if not math.isfinite(report.test_top1 + report.seconds_total):
+                raise ValueError("test_top1 and seconds_total must be finite")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"not a run's report: {error}") from error
+        return report
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a report file.
+
+        Raises:
+            UserError: There is no such file, or it is none.
+        """
+        try:
+            values = json.loads(read_regular(path, MAX_BYTES))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON; give the .json that a command wrote") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is not a run's report; give the .json that a command wrote")
+        return cls.from_dict(values)
+
+
+def report_marks(command: str) -> re.Pattern[bytes]:
+    """What tells a command's report file from other JSON."""
+    return re.compile(rb'"command":\s*"%s"' % command.encode())
+
+
+def config_json(config: Any) -> dict[str, Any]:
+    """A command's settings as JSON; paths become strings."""
+    fields = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One mode of a comparison: a line of its table and a line of its plot.
+
+    All seconds are wall time. `seconds_total` is the whole mode: reading and decoding, the one-time
+    extraction where there is one (`extract_seconds`), training, and scoring the test split after
+    every epoch. `seconds_per_epoch` is the training pass alone, `images_per_s` what it reaches;
+    `eval_seconds_per_epoch` is what scoring adds.
+    `points` are (seconds since the mode began, test top-1) at the end of each epoch, or of the run
+    where it has no epochs. Where it is not `extraction_known`, the seconds lack an extraction that
+    nobody recorded.
+    `baseline_top1` is the accuracy of always answering the most frequent class of the test images,
+    `balanced_top1` the mode's mean recall over classes; None where the predictions are not known.
+    `imbalanced` tells whether classes differ so much in size that the two have to be read together.
+    """
+
+    mode: str
+    approach: Approach
+    trainable_params: int
+    test_top1: float
+    test_interval: tuple[float, float]
+    num_test: int
+    seconds_total: float
+    seconds_per_epoch: float
+    images_per_s: float
+    eval_seconds_per_epoch: float = 0.0
+    extract_seconds: float = 0.0
+    num_epochs: int = 0
+    points: tuple[tuple[float, float], ...] = ()
+    extraction_known: bool = True
+    baseline_top1: float | None = None
+    balanced_top1: float | None = None
+    imbalanced: bool = False
+
+    @property
+    def later_seconds(self) -> float:
+        """What the same run costs again once the cache exists."""
+        return self.seconds_total - self.extract_seconds
+
+
+def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[Row]:
+    """Make the comparison's lines.
+
+    Args:
+        runs: For each mode its name, its kind, its report, and the seconds of extraction that
+            came before it (0 for a mode that needs none).
+
+    Returns:
+        One row per run, in the order given.
+    """
+    return [_row(*run) for run in runs]
+
+
+def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
+    num_train = int(run.more["num_train"])
+    num_epochs = max(len(run.epochs), 1)
+    per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
+    scoring = sum(float(e.get("eval_seconds", 0.0)) for e in run.epochs) / num_epochs
+    return Row(
+        mode=mode,
+        approach=approach,
+        trainable_params=run.trainable_params,
+        test_top1=run.test_top1,
+        test_interval=run.test_interval,
+        num_test=int(run.more["num_test"]),
+        seconds_total=run.seconds_total + extract_seconds,
+        seconds_per_epoch=per_epoch,
+        images_per_s=num_train / per_epoch if per_epoch else 0.0,
+        eval_seconds_per_epoch=scoring,
+        extract_seconds=extract_seconds,
+        num_epochs=len(run.epochs),
+        points=_points(run, extract_seconds),
+        baseline_top1=metrics.majority(run.test.labels) if run.test else None,
+        balanced_top1=run.test.balanced() if run.test else None,
+        imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
+    )
+
+
+def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float], ...]:
+    """Seconds since the mode began and accuracy, at the end of each epoch.
+
+    What a run spends outside its epochs (reading the data, building the network) comes before
+    the first of them. A run without epochs has one point, at its end.
+    """
+    if not run.epochs:
+        return ((extract_seconds + run.seconds_total, run.test_top1),)
+    spent = [float(e["seconds"]) + float(e.get("eval_seconds", 0.0)) for e in run.epochs]
+    elapsed = extract_seconds + max(run.seconds_total - sum(spent), 0.0)
+    points = []
+    for seconds, epoch in zip(spent, run.epochs, strict=True):
+        elapsed += seconds
+        if epoch.get("test_top1") is not None:  # an epoch may go without a score
+            points.append((elapsed, float(epoch["test_top1"])))
+    return tuple(points)
