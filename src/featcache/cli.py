@@ -94,8 +94,8 @@ COMMANDS = {
     ),
     "report": Command(
         config="ReportConfig",
-        worker="page:write_report",
-        summary="page:summary_lines",
+        worker="html_report:write_report",
+        summary="html_report:summary_lines",
         help="one HTML page, and Markdown, from the reports of runs",
     ),
 }

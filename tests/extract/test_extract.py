@@ -256,7 +256,7 @@ def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: 
         ex.extract(settings(folder, tmp_path, weights=str(file)))
 
 
-@pytest.mark.parametrize("room", ["run", "upkeep"])
+@pytest.mark.parametrize("room", ["run", "maintenance"])
 def test_weights_replaced_during_the_run_are_refused(
     folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch, room: str
 ) -> None:
@@ -270,7 +270,7 @@ def test_weights_replaced_during_the_run_are_refused(
     save_file(network.state_dict(), file)
     config = settings(folder, tmp_path, weights=str(file))
     config = dataclasses.replace(config, output=tmp_path / "mine.h5")
-    if room == "upkeep":
+    if room == "maintenance":
         ex.extract(config)
         damage(tmp_path / "mine.h5")
 
@@ -283,7 +283,7 @@ def test_weights_replaced_during_the_run_are_refused(
     repair = VerifyConfig(cache=tmp_path / "mine.h5", **where)
     with pytest.raises(UserError, match=r"w\.safetensors changed during the run: run the same"):
         ex.extract(config) if room == "run" else ex.check(repair)
-    assert (tmp_path / "mine.h5").exists() == (room == "upkeep")
+    assert (tmp_path / "mine.h5").exists() == (room == "maintenance")
 
 
 def damage(path: Path) -> None:

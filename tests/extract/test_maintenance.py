@@ -18,7 +18,7 @@ from featcache.extract import check, check_lines, extract, inspect, inspect_line
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A folder of pictures and the cache made from it."""
-    top = tmp_path_factory.mktemp("upkeep")
+    top = tmp_path_factory.mktemp("maintenance")
     folder = make_folder(top / "pets", train=70, test=5)
     (folder / "test" / "cat" / "001.png").write_bytes(b"junk")
     config = ExtractConfig(

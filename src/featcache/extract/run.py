@@ -35,7 +35,6 @@ from featcache.cache import (
 )
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
-from featcache.engine.inference import computed_rows, decode_shortfall
 from featcache.errors import CacheError
 from featcache.extract.request import (
     cache_path,
@@ -184,6 +183,8 @@ def _run(
 
 def _say_if_starved(config: ExtractConfig, engine: Engine, timer: StageTimer) -> None:
     """On a GPU, tell how many workers would keep it busy."""
+    from featcache.engine.inference import decode_shortfall
+
     if engine.device != "cpu":
         workers = num_cores() if config.workers is None else config.workers
         note = decode_shortfall(timer.seconds, workers, num_cores())
@@ -215,6 +216,8 @@ def fill_split(
     timer: StageTimer,
 ) -> SplitProgress:
     """Compute the pending blocks of one split."""
+    from featcache.engine.inference import computed_rows
+
     start = time.perf_counter()
     blocks = writer.pending(split.name)
     missing = [
