@@ -14,7 +14,7 @@ from featcache.config import (
     ReportConfig,
     TrainHeadConfig,
 )
-from featcache.config.python import python_errors
+from featcache.config.settings import python_errors
 from featcache.runtime import in_notebook, say
 
 Report = dict[str, Any]

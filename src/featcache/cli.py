@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from featcache.config.python import command_line
+from featcache.config.settings import command_line
 from featcache.errors import FeatcacheError, UserError, one_of
 from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout

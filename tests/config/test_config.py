@@ -21,7 +21,7 @@ from featcache.config import (
     TrainHeadConfig,
     VerifyConfig,
 )
-from featcache.config.python import in_python
+from featcache.config.settings import in_python
 
 
 def test_text_and_paths_stand_for_each_other() -> None:

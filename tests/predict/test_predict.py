@@ -26,8 +26,7 @@ from data_helpers import encoded, picture
 from featcache import Classifier, cli
 from featcache.backbone import build_classifier, file_sha256
 from featcache.cache import FeatureCache
-from featcache.config import BackboneConfig, PredictConfig, TrainHeadConfig
-from featcache.config.usage import Format
+from featcache.config import BackboneConfig, Format, PredictConfig, TrainHeadConfig
 from featcache.data import normalize, to_pixels
 from featcache.errors import CacheError, StorageError, UserError, visible
 from featcache.files import check_outputs

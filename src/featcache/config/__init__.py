@@ -3,19 +3,24 @@
 The command line is generated from these classes.
 """
 
+from featcache.config.classifier_commands import (
+    ClassifierConfig,
+    ExportConfig,
+    Format,
+    PredictConfig,
+)
 from featcache.config.commands import (
-    BackboneConfig,
     Backend,
-    DataConfig,
+    CompareConfig,
     ExtractConfig,
     FinetuneConfig,
     InfoConfig,
-    OutputConfig,
+    ReportConfig,
     Solver,
     TrainHeadConfig,
     VerifyConfig,
 )
-from featcache.config.decisions import CompareConfig, ReportConfig
+from featcache.config.options import BackboneConfig, DataConfig, OutputConfig
 from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
@@ -29,7 +34,6 @@ from featcache.config.records import (
     Views,
     flatten,
 )
-from featcache.config.usage import ClassifierConfig, ExportConfig, Format, PredictConfig
 
 __all__ = [
     "HALF",

@@ -1,132 +1,20 @@
-"""The settings of every command: a field is a flag, its docstring the help."""
+"""The settings of each command: a field is a flag, the string below it its help text."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 from featcache.config.checks import check_positive, check_range, check_types
-from featcache.config.python import settings
-from featcache.config.records import (
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    MAX_IMAGE_PX,
-    Preprocessing,
-    Resize,
-    Views,
-)
+from featcache.config.options import BackboneConfig, DataConfig, ImagePathsConfig, OutputConfig
+from featcache.config.records import Views
+from featcache.config.settings import settings
 from featcache.errors import UserError
 
 Solver = Literal["logistic", "ridge", "adam", "sgd", "knn", "auto"]
 Backend = Literal["auto", "numpy", "sklearn", "torch"]
-# Of other files, --force replaces none.
+# --force replaces only files with these suffixes.
 CACHE_SUFFIXES = (".h5", ".hdf5")
-
-
-@settings
-class OutputConfig:
-    """How a command reports."""
-
-    json: bool = False
-    """Print exactly one JSON object on stdout; human text stays on stderr."""
-    verbose: bool = False
-    """Say more on stderr: choices made, timings of each stage."""
-
-
-@settings
-class PlaceConfig:
-    """Where images lie, besides what names the dataset."""
-
-    data_root: Path = Path("data")
-    """Where torchvision keeps and downloads its datasets."""
-    image_root: Optional[Path] = None
-    """The folder that a manifest's paths start from; the manifest's own unless given."""
-    allow_outside: bool = False
-    """Let a manifest name pictures anywhere: absolute paths, ../, links out of its folder."""
-
-
-@settings
-class DataConfig(PlaceConfig):
-    """Which images, split how."""
-
-    dataset: str
-    """digits, a torchvision dataset's name (cifar10, flowers102, ...), a folder of class folders
-    (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest with
-    columns path,label[,split][,weight] (how much a train row counts; 1 unless given)."""
-    num_train: Optional[int] = None
-    """Use only so many train images: the first ones of a torchvision dataset, a seeded sample
-    stratified by class of a folder or manifest."""
-    num_test: Optional[int] = None
-    """Use only so many test images, chosen likewise."""
-    test_fraction: Optional[float] = None
-    """Share of a dataset without a test split to set aside for testing, stratified and seeded
-    (digits: 0.2 unless given)."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What an unreadable picture does: stop the run and name it, or skip it and record why."""
-    seed: int = 42
-    """Seed of samples, splits, views, random weights and training."""
-    cache_dir: Path = Path("cache")
-    """Where files go unless --output says otherwise."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not self.dataset.strip():
-            raise UserError(
-                "the dataset's name is empty: give digits, cifar10, a folder or a CSV file"
-            )
-        check_range("num_train", self.num_train, 1)
-        check_range("num_test", self.num_test, 1)
-        check_range("seed", self.seed, 0, 2**32 - 1)
-        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
-            raise UserError(
-                f"--test-fraction {self.test_fraction} is out of range: "
-                "give a number between 0 and 1, for example 0.2"
-            )
-
-
-@settings
-class BackboneConfig:
-    """Which network, with which weights, fed how, run where."""
-
-    backbone: str = "resnet18"
-    """Any torchvision classification network by name."""
-    weights: str = "imagenet"
-    """imagenet (torchvision's default, downloaded once), bundled (ResNet18, 64 px, offline),
-    random, or a file with a matching state dict: .safetensors, or a checkpoint that torch.save
-    wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
-    image_px: Optional[int] = None
-    """Side of the network's square input; the weights' own unless given."""
-    resize: Optional[Resize] = None
-    """squash to a square, or resize the shorter side and crop the centre; the weights' own
-    unless given."""
-    normalize: Optional[Literal["imagenet", "half"]] = None
-    """Mean and std: ImageNet's, or 0.5 and 0.5; the weights' own unless given."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the network runs: auto takes a GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
-
-    def preprocessing(self, own: Preprocessing) -> Preprocessing:
-        """The weights' own preprocessing with this command's overrides applied."""
-        changes: dict[str, Any] = {}
-        if self.image_px is not None:
-            # Keep the ratio of the shorter side to the crop that the weights were made for.
-            scaled = round(own.resize_px * self.image_px / own.image_px)
-            changes |= {"image_px": self.image_px, "resize_px": scaled}
-        if self.resize is not None:
-            changes["resize"] = self.resize
-        if self.normalize is not None:
-            imagenet = self.normalize == "imagenet"
-            changes["mean"] = IMAGENET_MEAN if imagenet else HALF
-            changes["std"] = IMAGENET_STD if imagenet else HALF
-        prep = dataclasses.replace(own, **changes)
-        # A squashed picture has no separate resize: one value, so that equal work compares equal.
-        same = prep.image_px if prep.resize == "squash" else prep.resize_px
-        return dataclasses.replace(prep, resize_px=same)
 
 
 @settings
@@ -310,7 +198,7 @@ class InfoConfig(OutputConfig):
 
 
 @settings
-class VerifyConfig(OutputConfig, PlaceConfig):
+class VerifyConfig(OutputConfig, ImagePathsConfig):
     """Check a cache's structure, checksums, labels, ids and ranges, and name damaged rows."""
 
     cache: Path
@@ -329,3 +217,83 @@ class VerifyConfig(OutputConfig, PlaceConfig):
         check_range("seed", self.seed, 0, 2**32 - 1)
         if self.dataset is not None and not self.repair:
             raise UserError("--dataset is for --repair: leave it out, or add --repair")
+
+
+@settings
+class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
+    """Draw the learning curve: cached head against full fine-tune on the same samples.
+
+    Every finished run is kept, so the same command goes on after an interruption.
+    """
+
+    sizes: str = "5,20,50,all"
+    """Train images per class to try, separated by commas; all means the whole train split."""
+    num_seeds: int = 3
+    """Draws of train images per size, as far as --budget allows."""
+    budget: float = 10.0
+    """Minutes to spend on runs, those of earlier starts included. The largest size comes first, and
+    all sizes before second seeds; one size is made in both modes however long it takes."""
+    solver: Solver = "logistic"
+    """What fits the cached head, as in train-head."""
+    recipe: Literal["notebook", "good"] = "good"
+    """How to fine-tune, as in finetune."""
+    epochs: Optional[int] = None
+    """Passes over train of a fine-tune; the recipe's unless given."""
+    lr: Optional[float] = None
+    """Learning rate of a fine-tune; the recipe's unless given."""
+    min_steps: int = 60
+    """Fine-tune small train sets for more epochs, until so many steps are made."""
+    workers: Optional[int] = None
+    """Threads that read and decode; chosen from the number of cores unless given."""
+    output: Optional[Path] = None
+    """The folder for the runs and the report; one in --cache-dir unless given."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        BackboneConfig.__post_init__(self)
+        self.wanted_sizes()
+        check_range("num_seeds", self.num_seeds, 1, 1000)
+        check_positive("budget", self.budget)
+        check_range("epochs", self.epochs, 1, 100_000)
+        check_positive("lr", self.lr)
+        check_range("min_steps", self.min_steps, 0, 1_000_000)
+        check_range("workers", self.workers, 0, 1024)
+
+    def wanted_sizes(self) -> tuple[int | None, ...]:
+        """Train images per class, ascending, None for all of them.
+
+        Raises:
+            UserError: `sizes` is no such list.
+        """
+        words = [word.strip() for word in self.sizes.split(",")]
+        numbers = {int(w) for w in words if w.isascii() and w.isdigit() and len(w) < 10}
+        good = all(w == "all" or (w.isascii() and w.isdigit() and len(w) < 10) for w in words)
+        if not good or 0 in numbers:
+            raise UserError(
+                f"--sizes {self.sizes!r:.80}: give numbers of train images per class, separated by "
+                "commas, and all for all of them, for example 5,20,50,all"
+            )
+        return (*sorted(numbers), *((None,) if "all" in words else ()))
+
+
+@settings
+class ReportConfig(OutputConfig, ImagePathsConfig):
+    """Make one HTML page, and the same in Markdown beside it, from the reports of runs."""
+
+    runs: tuple[Path, ...]
+    """Report files (.json) of train-head, finetune, compare or benchmark.py, or folders of them."""
+    output: Path = Path("report.html")
+    """The page; the Markdown goes beside it as .md."""
+    title: Optional[str] = None
+    """The page's heading; made from the dataset's name unless given."""
+    dataset: Optional[str] = None
+    """The dataset of the runs, for pictures of confidently wrong test images."""
+    cache_dir: Path = Path("cache")
+    """Where hashes of the dataset's files are remembered."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.runs:
+            raise UserError("no runs given: name report files or a folder of them")
+        if self.output.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"--output {self.output}: the page's name ends in .html")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import ExtractConfig, PredictConfig, Preprocessing, Views
-from featcache.config.python import python_errors
+from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
 from featcache.engine.inference import computed_chunks
 from featcache.errors import UserError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featcache.config.usage import Format
+from featcache.config import Format
 from featcache.errors import visible
 from featcache.files import replacing, storage_errors
 from featcache.predict.classifier import Prediction

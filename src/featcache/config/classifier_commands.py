@@ -1,4 +1,4 @@
-"""The settings of the commands that put a trained classifier to use."""
+"""The settings of predict and export, the commands that use a trained classifier."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from featcache.config.checks import check_range, check_types
-from featcache.config.commands import OutputConfig
-from featcache.config.python import settings
+from featcache.config.options import OutputConfig
+from featcache.config.settings import settings
 from featcache.errors import UserError
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
