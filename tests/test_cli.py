@@ -264,7 +264,7 @@ def test_a_mistyped_line_is_plain_text_on_a_terminal(
     assert cli.main(["info", "x.h5", "--jsn"]) == 2
     assert capsys.readouterr().err == (
         "featcache info: Unrecognized options: --jsn Perhaps you meant: "
-        "--json Print exactly one JSON object on stdout; human text stays on stderr. "
+        "--json Print exactly one JSON object on stdout; messages for people stay on stderr. "
         "(default: False); type featcache info --help for every flag\n"
     )
 

@@ -121,7 +121,7 @@ def test_names_and_flags_that_cannot_be_meant_are_refused(make, told: str) -> No
 def test_errors_name_fields_in_python_and_flags_on_the_command_line(capsys) -> None:
     with pytest.raises(UserError, match=r"^image_px 4 is out of range: give a number between 8 "):
         ExtractConfig(dataset="digits", image_px=4)
-    with pytest.raises(UserError, match=r"^force=True starts afresh and update=True keeps rows"):
+    with pytest.raises(UserError, match=r"^force=True starts over and update=True keeps rows"):
         extract_features(ExtractConfig(dataset="digits", force=True, update=True))
     assert cli.main(["extract-features", "digits", "--image-px", "4"]) == 2
     assert "--image-px 4 is out of range" in capsys.readouterr().err
@@ -143,7 +143,7 @@ def test_errors_of_the_work_name_fields_too(tmp_path: Path) -> None:
 def test_help_explains_every_field() -> None:
     text = pydoc.render_doc(ExtractConfig, renderer=pydoc.plaintext)
     assert "Run the frozen backbone once over every split" in text
-    assert "image_px: Side of the network's square input; the weights' own unless given." in text
+    assert "image_px: Side of the network's square input in pixels. By default" in text
     for kind in (ExtractConfig, PredictConfig, ReportConfig, FinetuneConfig, TrainHeadConfig):
         for field in dataclasses.fields(kind):
             assert f"    {field.name}: " in kind.__doc__

@@ -11,7 +11,7 @@ from featcache.config.settings import settings
 from featcache.errors import UserError
 
 EXPORT_SUFFIXES = (".onnx", ".pt2")
-# Nothing else is overwritten, pictures and heads least of all.
+# Files with other suffixes, such as images and heads, are never overwritten.
 PREDICTION_SUFFIXES = ("", ".csv", ".jsonl", ".ndjson", ".txt")
 
 Format = Literal["table", "csv", "jsonl"]
@@ -19,15 +19,15 @@ Format = Literal["table", "csv", "jsonl"]
 
 @settings
 class ClassifierConfig(OutputConfig):
-    """Which trained classifier, and where its backbone's weights are."""
+    """Which trained classifier to use, and where the weights of its backbone are."""
 
     model: Path
     """A head that train-head wrote or a model that finetune wrote (.safetensors)."""
     weights: Optional[str] = None
-    """The backbone's weights file, where a head was trained on weights given by file and they are
-    neither here nor beside the head."""
+    """The backbone's weights file. Needed only for a head whose backbone weights came from a file
+    that is neither where it was nor beside the head."""
     seed: int = 42
-    """The seed that extract-features had, where a head was trained on random weights."""
+    """For a head trained on random weights: the seed given to extract-features."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -36,31 +36,31 @@ class ClassifierConfig(OutputConfig):
 
 @settings
 class PredictConfig(ClassifierConfig):
-    """Classify pictures with a trained head or model.
+    """Classify images with a trained head or model.
 
-    The backbone, its weights and the preprocessing are those that the classifier was trained with.
+    The backbone, its weights and the preprocessing are the ones the classifier was trained with.
     """
 
     inputs: tuple[str, ...]
-    """Pictures, folders (with everything below, sorted), or - for paths on standard input, one a
-    line or separated by NUL (find -print0)."""
+    """Images, folders (searched recursively, in sorted order), or - to read paths from standard
+    input, one per line or separated by NUL (find -print0)."""
     topk: int = 1
-    """Name so many of the likeliest classes."""
+    """Print this many of the most probable classes."""
     format: Optional[Format] = None
-    """Print a table for people, csv (for spreadsheets: a cell that would be a formula gets a '
-    before it), or jsonl (a JSON object a line); what the name of --output ends in, else table,
-    unless given."""
+    """table (for people), csv (for spreadsheets: a cell that would be a formula is prefixed with a
+    single quote), or jsonl (one JSON object per line). By default what the suffix of --output says,
+    else table."""
     output: Optional[Path] = None
     """Write predictions to this file instead of standard output."""
     on_error: Literal["skip", "fail"] = "skip"
-    """What an unreadable picture does: be named and left out, with exit code 1 in the end, or stop
-    the run."""
+    """What to do about an unreadable image: skip names it, leaves it out and makes the exit code 1,
+    fail stops the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the network runs: auto takes a GPU if there is one."""
+    """What the network runs on; auto uses a GPU if there is one."""
     batch_size: Optional[int] = None
-    """Images per forward pass; measured unless given. Does not change the predictions."""
+    """Images per forward pass. By default chosen by measuring. Does not change the predictions."""
     workers: Optional[int] = None
-    """Threads that read and decode; chosen from the number of cores unless given."""
+    """Threads that read and decode images. By default chosen from the number of cores."""
 
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)
@@ -72,21 +72,21 @@ class PredictConfig(ClassifierConfig):
                 f"--output {self.output}: give a name that ends in .csv, .jsonl or .txt (a table)"
             )
         if not self.inputs or "" in self.inputs:
-            raise UserError("no pictures given: name pictures, folders, or - for standard input")
+            raise UserError("no images given: name images, folders, or - for standard input")
 
 
 @settings
 class ExportConfig(ClassifierConfig):
-    """Write backbone, normalisation, head and class names as one ONNX or torch.export file.
+    """Write backbone, normalization, head and class names as one ONNX or torch.export file.
 
-    Pictures are resized and cropped outside the graph, as the file's metadata says.
+    The exported graph does not resize or crop; the file's metadata says how to.
     """
 
     output: Optional[Path] = None
-    """The file, .onnx or .pt2 (torch.export); the classifier's own name with .onnx unless given."""
+    """The file, .onnx or .pt2 (torch.export). By default named after the classifier, with .onnx."""
     input: Literal["uint8", "float"] = "uint8"
-    """What the graph takes: uint8 pixels [N, H, W, 3], already resized, or float32 images
-    [N, 3, H, W], already normalised too."""
+    """What the graph takes: resized uint8 pixels [N, H, W, 3], or resized and normalized float32
+    images [N, 3, H, W]."""
 
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)

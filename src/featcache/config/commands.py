@@ -21,29 +21,29 @@ CACHE_SUFFIXES = (".h5", ".hdf5")
 class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     """Run the frozen backbone once over every split and cache its features in one HDF5 file.
 
-    Asked again for the same, it says so and does no work; a killed run goes on where it was.
+    Rerun the same command to resume an interrupted run; if the cache is complete, it does no work.
     """
 
     views: str = "none"
-    """none, flip (also cache the mirrored view), or N (cache N seeded random-resized-crop-and-flip
-    views); view 0 is always the plain image."""
+    """Versions of each image to cache besides view 0, the plain image: none, flip (its mirror
+    image), or a number N (N random crops, resized and flipped at random; seeded)."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How features are stored."""
+    """The type that features are stored as."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    """What runs the network; auto measures what is installed."""
+    """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
-    """How the network computes: int8 needs the openvino engine, amp a GPU."""
+    """The precision that the network computes in: int8 needs --engine openvino, amp a GPU."""
     batch_size: Optional[int] = None
-    """Images per forward pass; measured unless given. Does not change the features."""
+    """Images per forward pass. By default chosen by measuring. Does not change the features."""
     workers: Optional[int] = None
-    """Threads that read and decode; chosen from the number of cores unless given."""
+    """Threads that read and decode images. By default chosen from the number of cores."""
     output: Optional[Path] = None
-    """The cache file; a name in --cache-dir made from the settings unless given."""
+    """The cache file (.h5). By default a file in --cache-dir, named after the settings."""
     force: bool = False
-    """Extract again even if the cache exists, and replace it."""
+    """Extract again and replace the cache if there is one."""
     update: bool = False
-    """The dataset changed: compute only new or changed images and those that were left out,
-    keep the other rows."""
+    """Update the cache after the dataset changed: compute the images that are new, changed or were
+    skipped, and keep the other rows."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -52,7 +52,7 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
         if self.force and self.update:
-            raise UserError("--force starts afresh and --update keeps rows: give one of them")
+            raise UserError("--force starts over and --update keeps rows: give one of them")
         if self.output is not None and self.output.suffix.lower() not in CACHE_SUFFIXES:
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
@@ -125,46 +125,50 @@ class TrainHeadConfig(OutputConfig):
 
 @settings
 class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
-    """Train the whole network (or, with --freeze-backbone, its head) on the images themselves."""
+    """Train the whole network (or, with --freeze-backbone, its head) on the images."""
 
     recipe: Literal["notebook", "good"] = "notebook"
-    """notebook: Adam, one rate, no schedule. good: linear probe first, lower backbone rate, warm-up
-    and cosine schedule, weight decay. Flags given explicitly win over the recipe."""
+    """notebook: Adam with one constant learning rate. good: a linear probe first, then a lower rate
+    for the backbone, warm-up, a cosine schedule and weight decay. Other flags override the
+    recipe."""
     epochs: Optional[int] = None
-    """Passes over train (notebook 3, good 5 unless given)."""
+    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one."""
     lr: Optional[float] = None
-    """Learning rate (notebook 1e-3)."""
+    """Learning rate. By default 1e-3, or 1e-2 with --optimizer sgd."""
     backbone_lr: Optional[float] = None
-    """Learning rate of everything but the head; --lr unless given."""
+    """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
+    recipe."""
     batch_size: int = 32
     """Images per step."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
-    """adam for the notebook's recipe, adamw for the good one, unless given."""
+    """The optimizer. By default adam with the notebook recipe, adamw with the good one."""
     weight_decay: Optional[float] = None
-    """Weight decay; 0 for the notebook's recipe unless given."""
+    """Weight decay. By default 0 with the notebook recipe, 0.05 with the good one."""
     schedule: Optional[Literal["constant", "cosine"]] = None
-    """cosine has one tenth of the steps as warm-up."""
+    """Learning rate schedule; cosine warms up for the first tenth of the steps. By default constant
+    with the notebook recipe, cosine with the good one."""
     freeze_backbone: bool = False
-    """Train the head alone with the frozen network in the loop: the uncached linear probe."""
+    """Train only the head, running the frozen network each step: a linear probe without cache."""
     unfreeze: Optional[str] = None
-    """Train only the head and modules whose name starts so, e.g. layer4."""
+    """Train only the head and the modules whose names start with this, for example layer4."""
     bn_eval: Optional[bool] = None
-    """Keep BatchNorm statistics as they are (always so for frozen parts)."""
+    """Keep BatchNorm statistics fixed; those of frozen parts always are. By default True with the
+    good recipe."""
     init_head: Optional[Path] = None
-    """Start from this head (a file from train-head) instead of a random one."""
+    """Start from this head (a file that train-head wrote) instead of a random one."""
     flip: Optional[bool] = None
-    """Mirror train images at random (on unless given)."""
+    """Mirror train images at random. On by default."""
     patience: Optional[int] = None
-    """Stop early after so many epochs without gain on a held-out part of train."""
+    """Stop after this many epochs without improvement on a held-out part of the train split."""
     holdout: float = 0.1
-    """Share of train held out by --patience."""
+    """Fraction of the train split that --patience holds out."""
     score: Literal["epoch", "end"] = "epoch"
-    """Score the test split after every epoch, as the notebook does, or once at the end."""
+    """When to score the test split: after every epoch, as the notebook does, or once at the end."""
     workers: Optional[int] = None
-    """Threads that read and decode; chosen from the number of cores unless given."""
+    """Threads that read and decode images. By default chosen from the number of cores."""
     resume: bool = True
-    """Start afresh; unless given, resume from the last epoch's checkpoint of the same run (resume
-    is True)."""
+    """Start over instead of resuming an interrupted run of the same command (in Python:
+    resume=False)."""
     output: Optional[Path] = None
     """The model file (.safetensors); its report is written beside it as .json."""
 
@@ -188,7 +192,7 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
 
 @settings
 class InfoConfig(OutputConfig):
-    """Show what a cache holds and where it came from."""
+    """Show what a cache contains and how it was made."""
 
     cache: Path
     """A file written by extract-features."""
@@ -199,18 +203,18 @@ class InfoConfig(OutputConfig):
 
 @settings
 class VerifyConfig(OutputConfig, ImagePathsConfig):
-    """Check a cache's structure, checksums, labels, ids and ranges, and name damaged rows."""
+    """Check a cache's structure, checksums, labels, ids and value ranges, and name damaged rows."""
 
     cache: Path
     """A file written by extract-features."""
     repair: bool = False
-    """Compute the damaged blocks again; needs --dataset."""
+    """Compute damaged blocks again; needs --dataset."""
     dataset: Optional[str] = None
-    """The dataset that the cache was made from, for --repair."""
+    """For --repair: the dataset that the cache was made from."""
     weights: Optional[str] = None
-    """The weights file that the cache was made with, where they were given by file."""
+    """For --repair: the weights file, if the cache was made with one."""
     seed: int = 42
-    """The seed that the cache was made with."""
+    """For --repair: the seed that the cache was made with."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -221,32 +225,32 @@ class VerifyConfig(OutputConfig, ImagePathsConfig):
 
 @settings
 class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
-    """Draw the learning curve: cached head against full fine-tune on the same samples.
+    """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
-    Every finished run is kept, so the same command goes on after an interruption.
+    Rerun the same command to resume after an interruption: finished runs are kept.
     """
 
     sizes: str = "5,20,50,all"
-    """Train images per class to try, separated by commas; all means the whole train split."""
+    """Train images per class to try, separated by commas; all is the whole train split."""
     num_seeds: int = 3
-    """Draws of train images per size, as far as --budget allows."""
+    """Random samples of train images per size, as far as --budget allows."""
     budget: float = 10.0
-    """Minutes to spend on runs, those of earlier starts included. The largest size comes first, and
-    all sizes before second seeds; one size is made in both modes however long it takes."""
+    """Minutes to spend on runs, including those of interrupted commands. The largest size runs
+    first, and every size before a second seed. One size always runs in both modes."""
     solver: Solver = "logistic"
-    """What fits the cached head, as in train-head."""
+    """The solver for the cached head, as in train-head."""
     recipe: Literal["notebook", "good"] = "good"
-    """How to fine-tune, as in finetune."""
+    """The fine-tuning recipe, as in finetune."""
     epochs: Optional[int] = None
-    """Passes over train of a fine-tune; the recipe's unless given."""
+    """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
-    """Learning rate of a fine-tune; the recipe's unless given."""
+    """Learning rate of fine-tuning. By default the recipe's."""
     min_steps: int = 60
-    """Fine-tune small train sets for more epochs, until so many steps are made."""
+    """Fine-tune small train sets for more epochs, up to at least this many steps."""
     workers: Optional[int] = None
-    """Threads that read and decode; chosen from the number of cores unless given."""
+    """Threads that read and decode images. By default chosen from the number of cores."""
     output: Optional[Path] = None
-    """The folder for the runs and the report; one in --cache-dir unless given."""
+    """The folder for the runs and the report. By default a folder in --cache-dir."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
@@ -263,7 +267,7 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
         """Train images per class, ascending, None for all of them.
 
         Raises:
-            UserError: `sizes` is no such list.
+            UserError: `sizes` is not such a list.
         """
         words = [word.strip() for word in self.sizes.split(",")]
         numbers = {int(w) for w in words if w.isascii() and w.isdigit() and len(w) < 10}
@@ -271,25 +275,25 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
         if not good or 0 in numbers:
             raise UserError(
                 f"--sizes {self.sizes!r:.80}: give numbers of train images per class, separated by "
-                "commas, and all for all of them, for example 5,20,50,all"
+                "commas, and all for the whole train split, for example 5,20,50,all"
             )
         return (*sorted(numbers), *((None,) if "all" in words else ()))
 
 
 @settings
 class ReportConfig(OutputConfig, ImagePathsConfig):
-    """Make one HTML page, and the same in Markdown beside it, from the reports of runs."""
+    """Make one HTML page from the reports of runs, and the same in Markdown beside it."""
 
     runs: tuple[Path, ...]
-    """Report files (.json) of train-head, finetune, compare or benchmark.py, or folders of them."""
+    """Report files (.json) of train-head, finetune, compare or benchmark.py, or their folders."""
     output: Path = Path("report.html")
-    """The page; the Markdown goes beside it as .md."""
+    """The HTML page; the Markdown goes beside it as .md."""
     title: Optional[str] = None
-    """The page's heading; made from the dataset's name unless given."""
+    """The page's heading. By default made from the dataset's name."""
     dataset: Optional[str] = None
-    """The dataset of the runs, for pictures of confidently wrong test images."""
+    """The dataset of the runs, to show test images that were misclassified with high confidence."""
     cache_dir: Path = Path("cache")
-    """Where hashes of the dataset's files are remembered."""
+    """The folder that keeps hashes of the dataset's files between runs."""
 
     def __post_init__(self) -> None:
         check_types(self)

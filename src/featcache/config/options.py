@@ -21,48 +21,49 @@ from featcache.errors import UserError
 
 @settings
 class OutputConfig:
-    """How a command reports."""
+    """What a command prints."""
 
     json: bool = False
-    """Print exactly one JSON object on stdout; human text stays on stderr."""
+    """Print exactly one JSON object on stdout; messages for people stay on stderr."""
     verbose: bool = False
-    """Say more on stderr: choices made, timings of each stage."""
+    """Print more on stderr: what was chosen automatically, and the time of each stage."""
 
 
 @settings
 class ImagePathsConfig:
-    """Where images lie, besides what names the dataset."""
+    """Where to find images, besides the name of the dataset."""
 
     data_root: Path = Path("data")
-    """Where torchvision keeps and downloads its datasets."""
+    """The folder that torchvision downloads its datasets to."""
     image_root: Optional[Path] = None
-    """The folder that a manifest's paths start from; the manifest's own unless given."""
+    """The folder that paths in a manifest are relative to. By default the manifest's own folder."""
     allow_outside: bool = False
-    """Let a manifest name pictures anywhere: absolute paths, ../, links out of its folder."""
+    """Let a manifest name images anywhere: absolute paths, ../, links that leave its folder."""
 
 
 @settings
 class DataConfig(ImagePathsConfig):
-    """Which images, split how."""
+    """Which images to use, and how to split them."""
 
     dataset: str
-    """digits, a torchvision dataset's name (cifar10, flowers102, ...), a folder of class folders
-    (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest with
-    columns path,label[,split][,weight] (how much a train row counts; 1 unless given)."""
+    """digits, the name of a torchvision dataset (cifar10, flowers102, ...), a folder of class
+    folders (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest
+    with columns path,label[,split][,weight] (the weight of a train row is 1 by default)."""
     num_train: Optional[int] = None
-    """Use only so many train images: the first ones of a torchvision dataset, a seeded sample
-    stratified by class of a folder or manifest."""
+    """Use only this many train images: the first ones of a torchvision dataset; of a folder or
+    manifest a seeded sample, stratified by class."""
     num_test: Optional[int] = None
-    """Use only so many test images, chosen likewise."""
+    """Use only this many test images, chosen the same way."""
     test_fraction: Optional[float] = None
-    """Share of a dataset without a test split to set aside for testing, stratified and seeded
-    (digits: 0.2 unless given)."""
+    """For a dataset without a test split: the fraction to set aside for testing, stratified by
+    class and seeded (0.2 by default for digits and eurosat)."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What an unreadable picture does: stop the run and name it, or skip it and record why."""
+    """What to do about an unreadable image: fail stops the run and names it, skip leaves it out and
+    records why."""
     seed: int = 42
-    """Seed of samples, splits, views, random weights and training."""
+    """Seed for samples, splits, views, random weights and training."""
     cache_dir: Path = Path("cache")
-    """Where files go unless --output says otherwise."""
+    """The folder for files that --output does not name."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,23 +83,24 @@ class DataConfig(ImagePathsConfig):
 
 @settings
 class BackboneConfig:
-    """Which network, with which weights, fed how, run where."""
+    """Which network to use, its weights, its input, and the device it runs on."""
 
     backbone: str = "resnet18"
-    """Any torchvision classification network by name."""
+    """The name of any torchvision classification network."""
     weights: str = "imagenet"
-    """imagenet (torchvision's default, downloaded once), bundled (ResNet18, 64 px, offline),
-    random, or a file with a matching state dict: .safetensors, or a checkpoint that torch.save
-    wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
+    """imagenet (torchvision's default, downloaded once), bundled (ResNet18 for 64 px, works
+    offline), random, or a file with a matching state dict: .safetensors, or a checkpoint that
+    torch.save wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
     image_px: Optional[int] = None
-    """Side of the network's square input; the weights' own unless given."""
+    """Side of the network's square input in pixels. By default what the weights were made for."""
     resize: Optional[Resize] = None
-    """squash to a square, or resize the shorter side and crop the centre; the weights' own
-    unless given."""
+    """squash resizes to a square; crop resizes the shorter side and crops the center. By default
+    what the weights were made for."""
     normalize: Optional[Literal["imagenet", "half"]] = None
-    """Mean and std: ImageNet's, or 0.5 and 0.5; the weights' own unless given."""
+    """Mean and std of the input: ImageNet's, or 0.5 and 0.5. By default what the weights were made
+    for."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where the network runs: auto takes a GPU if there is one."""
+    """What the network runs on; auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -108,7 +110,7 @@ class BackboneConfig:
         """The weights' own preprocessing with this command's overrides applied."""
         changes: dict[str, Any] = {}
         if self.image_px is not None:
-            # Keep the ratio of the shorter side to the crop that the weights were made for.
+            # Keep the weights' ratio of the resized shorter side to the crop.
             scaled = round(own.resize_px * self.image_px / own.image_px)
             changes |= {"image_px": self.image_px, "resize_px": scaled}
         if self.resize is not None:
@@ -118,6 +120,6 @@ class BackboneConfig:
             changes["mean"] = IMAGENET_MEAN if imagenet else HALF
             changes["std"] = IMAGENET_STD if imagenet else HALF
         prep = dataclasses.replace(own, **changes)
-        # A squashed picture has no separate resize: one value, so that equal work compares equal.
+        # squash ignores resize_px; one fixed value lets caches of equal features compare equal.
         same = prep.image_px if prep.resize == "squash" else prep.resize_px
         return dataclasses.replace(prep, resize_px=same)

@@ -23,7 +23,7 @@ MAX_VIEWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes the network's input; weights own theirs.
+    """How an image becomes the network's input. Every set of weights has its own.
 
     `crop` resizes the shorter side to `resize_px` and cuts the central square of `image_px`;
     `squash` resizes to `image_px` x `image_px`, whatever the aspect ratio. Pixels are then
