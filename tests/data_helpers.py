@@ -49,9 +49,5 @@ def make_folder(root: Path, train: int = 4, test: int = 2) -> Path:
 
 
 def config(dataset: object, tmp_path: Path, **settings: object) -> DataConfig:
-    return DataConfig(
-        dataset=str(dataset),
-        data_root=tmp_path / "data",
-        cache_dir=tmp_path / "cache",
-        **settings,  # type: ignore[arg-type]
-    )
+    places = {"data_root": tmp_path / "data", "cache_dir": tmp_path / "cache"}
+    return DataConfig(dataset=str(dataset), **(places | settings))  # type: ignore[arg-type]

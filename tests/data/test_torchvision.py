@@ -18,12 +18,9 @@ import pytest
 from data_helpers import config, encoded, make_tree, number_in, picture
 from featcache import file_hashes as memo_module
 from featcache.config import Preprocessing
-from featcache.data import ImageDataset, describe, iterate_pixels, load_dataset
-from featcache.data import describe as _describe_function
+from featcache.data import ImageDataset, index, iterate_pixels, load_dataset
 from featcache.data.torchvision_sets import TORCHVISION_SETS, places_of
 from featcache.errors import UserError
-
-describe_module = sys.modules[_describe_function.__module__]
 
 
 def sizes(dataset: ImageDataset) -> dict[str, int]:
@@ -58,8 +55,8 @@ def test_an_array_dataset(tmp_path: Path) -> None:
     assert dataset.splits["test"].ids[9] == "test/000009"
     assert np.asarray(train.load(7))[3, 4].tolist() == [7, 7, 7]
     prep = Preprocessing(image_px=8, resize="squash", resize_px=8)
-    for index, pixels in iterate_pixels(train, range(20), prep, workers=3):
-        assert (pixels == index).all()
+    for row, pixels in iterate_pixels(train, range(20), prep, workers=3):
+        assert (pixels == row).all()
 
 
 def test_the_first_ones_are_taken(tmp_path: Path) -> None:
@@ -233,31 +230,31 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refuse(*_: object) -> ImageDataset:
-    raise AssertionError("opened although described")
+    raise AssertionError("opened although it is in the index")
 
 
 @pytest.mark.parametrize("name", ["fashionmnist", "eurosat"])
-def test_a_description_is_remembered(
+def test_a_dataset_seen_before_comes_from_the_index(
     name: str, tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (make_fashion if name == "fashionmnist" else make_eurosat)(tmp_path / "data")
     settings = config(name, tmp_path, num_train=9)
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    first = describe(settings)
+    first = load_dataset(settings)
     assert first.notes[0] == (
         f"using torchvision's {name}, not the folder ./{name}: type ./{name} for the folder"
     )
     with monkeypatch.context() as patched:
-        patched.setattr(describe_module, "load_dataset", refuse)
-        second = describe(settings)
+        patched.setattr("featcache.data.datasets.load_torchvision", refuse)
+        second = load_dataset(settings)
         assert second.fingerprint == first.fingerprint
         assert second.info(settings) == first.info(settings)
         assert second.class_names == first.class_names
         assert second.notes == first.notes
         (tmp_path / name).rmdir()
-        assert describe(settings).notes == first.notes[1:]
-    whole = load_dataset(settings)
+        assert load_dataset(settings).notes == first.notes[1:]
+    whole = load_dataset(config(name, tmp_path, num_train=9, cache_dir=tmp_path / "other"))
     for split, wanted in whole.splits.items():
         assert second.splits[split].ids == wanted.ids
         np.testing.assert_array_equal(second.splits[split].labels, wanted.labels)
@@ -267,13 +264,13 @@ def test_a_description_is_remembered(
             np.testing.assert_array_equal(got, np.asarray(wanted.load(row)))
 
 
-def test_a_description_is_for_its_settings_and_files(tmp_path: Path, later: None) -> None:
+def test_an_index_entry_is_for_its_settings_and_files(tmp_path: Path, later: None) -> None:
     make_fashion(tmp_path / "data")
-    seen = [describe(config("fashionmnist", tmp_path)).fingerprint]
-    seen.append(describe(config("fashionmnist", tmp_path, num_train=9)).fingerprint)
+    seen = [load_dataset(config("fashionmnist", tmp_path)).fingerprint]
+    seen.append(load_dataset(config("fashionmnist", tmp_path, num_train=9)).fingerprint)
     labels = tmp_path / "data" / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
     write_idx(labels, np.arange(20, dtype=np.uint8) // 2)
-    seen.append(describe(config("fashionmnist", tmp_path)).fingerprint)
+    seen.append(load_dataset(config("fashionmnist", tmp_path)).fingerprint)
     assert len(set(seen)) == 3
 
 
@@ -281,59 +278,59 @@ def test_a_changed_picture_in_a_linked_folder_is_seen(tmp_path: Path, later: Non
     make_eurosat(tmp_path / "data")
     (tmp_path / "data" / "eurosat" / "2750" / "Forest").rename(tmp_path / "forest")
     (tmp_path / "data" / "eurosat" / "2750" / "Forest").symlink_to(tmp_path / "forest")
-    before = describe(config("eurosat", tmp_path)).fingerprint
-    assert describe(config("eurosat", tmp_path)).fingerprint == before
+    before = load_dataset(config("eurosat", tmp_path)).fingerprint
+    assert load_dataset(config("eurosat", tmp_path)).fingerprint == before
     (tmp_path / "forest" / "003.png").write_bytes(encoded(picture(900)))
-    assert describe(config("eurosat", tmp_path)).fingerprint != before
+    assert load_dataset(config("eurosat", tmp_path)).fingerprint != before
 
 
-def test_files_that_change_after_the_description(tmp_path: Path, later: None) -> None:
+def test_files_that_change_after_the_index_was_read(tmp_path: Path, later: None) -> None:
     make_fashion(tmp_path / "data")
-    describe(config("fashionmnist", tmp_path))
-    described = describe(config("fashionmnist", tmp_path))
+    load_dataset(config("fashionmnist", tmp_path))
+    known = load_dataset(config("fashionmnist", tmp_path))
     labels = tmp_path / "data" / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
     write_idx(labels, np.arange(20, dtype=np.uint8) // 2)
     with pytest.raises(UserError, match="changed during the run: run the same command again"):
-        described.splits["train"].load(0)
+        known.splits["train"].load(0)
 
 
-def test_a_picture_that_changes_after_the_description(tmp_path: Path, later: None) -> None:
-    """The dataset was opened in time; one of its files is not the described one any more."""
+def test_an_image_that_changes_after_the_index_was_read(tmp_path: Path, later: None) -> None:
+    """The dataset was opened in time; one of its files is no longer the one in the index."""
     make_eurosat(tmp_path / "data")
-    describe(config("eurosat", tmp_path))
-    described = describe(config("eurosat", tmp_path)).splits["train"]
-    first = described.load(0)
-    number = int(described.ids[1][-6:])
+    load_dataset(config("eurosat", tmp_path))
+    known = load_dataset(config("eurosat", tmp_path)).splits["train"]
+    first = known.load(0)
+    number = int(known.ids[1][-6:])
     file = sorted((tmp_path / "data" / "eurosat" / "2750").rglob("*.png"))[number]
     file.write_bytes(encoded(picture(4000)))
-    assert described.load(0) == first
+    assert known.load(0) == first
     with pytest.raises(UserError, match=rf"{file} changed during the run: run the same command"):
-        described.load(1)
+        known.load(1)
 
 
-def test_a_description_that_is_wrong_is_forgotten(
+def test_an_index_entry_that_is_wrong_is_forgotten(
     tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stamp says that no file changed, the contents say otherwise."""
     make_eurosat(tmp_path / "data")
-    monkeypatch.setattr(describe_module, "_stamp", lambda *_: (1,))
-    described = describe(config("eurosat", tmp_path))
+    monkeypatch.setattr(index, "_stamp", lambda *_: (1,))
+    known = load_dataset(config("eurosat", tmp_path))
     for number, file in enumerate(sorted((tmp_path / "data").rglob("*.png"))):
         file.write_bytes(encoded(picture(4000 + number)))
-    again = describe(config("eurosat", tmp_path))
-    assert again.fingerprint == described.fingerprint
+    again = load_dataset(config("eurosat", tmp_path))
+    assert again.fingerprint == known.fingerprint
     with pytest.raises(UserError, match="changed during the run"):
         again.splits["train"].load(0)
-    assert describe(config("eurosat", tmp_path)).fingerprint != described.fingerprint
+    assert load_dataset(config("eurosat", tmp_path)).fingerprint != known.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["splits", "labels", "class_names", "notes", "lengths", "type"])
-def test_a_wrong_description_is_a_miss(
+def test_a_damaged_index_entry_is_a_miss(
     damage: str, tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_fashion(tmp_path / "data")
     settings = config("fashionmnist", tmp_path)
-    wanted = describe(settings).fingerprint
+    wanted = load_dataset(settings).fingerprint
     real = memo_module.Memo.get
 
     def damaged(self: object, key: str, stamp: tuple[int, ...]) -> object:
@@ -351,7 +348,7 @@ def test_a_wrong_description_is_a_miss(
         return value
 
     monkeypatch.setattr(memo_module.Memo, "get", damaged)
-    assert describe(settings).fingerprint == wanted
+    assert load_dataset(settings).fingerprint == wanted
 
 
 def test_places_cover_what_the_datasets_read(tmp_path: Path) -> None:
@@ -368,14 +365,15 @@ now = time.time
 file_hashes.time.time = lambda: now() + 10
 from pathlib import Path
 from featcache.config import DataConfig
-from featcache.data import describe
+from featcache.data import load_dataset
 top = Path(sys.argv[1])
-d = describe(DataConfig(dataset="fashionmnist", data_root=top / "data", cache_dir=top / "cache"))
+config = DataConfig(dataset="fashionmnist", data_root=top / "data", cache_dir=top / "cache")
+d = load_dataset(config)
 print(d.fingerprint, "torch" in sys.modules or "torchvision" in sys.modules)
 """
 
 
-def test_a_remembered_description_needs_no_torch(tmp_path: Path) -> None:
+def test_an_index_entry_needs_no_torch(tmp_path: Path) -> None:
     make_fashion(tmp_path / "data")
     results = [
         subprocess.run(

@@ -1,19 +1,26 @@
-"""Datasets: from a name, a folder or a manifest to labelled pictures and their pixels."""
+"""Datasets: from a name, a folder or a manifest to labeled images and their pixels.
 
-from featcache.data.batches import (
+`load_dataset` reads digits, a torchvision dataset, a folder or a manifest as an `ImageDataset` of
+`ImageSplit`s, whose sources read single images; `iterate_pixels` and `iterate_batches` decode them.
+"""
+
+from featcache.data.dataset import ImageDataset, ImageSplit
+from featcache.data.datasets import load_dataset
+from featcache.data.images import EXTENSIONS, REASONS, BadImage
+from featcache.data.listing import is_clutter
+from featcache.data.pixels import normalize, to_pixels, view_pixels
+from featcache.data.prefetch import (
+    Decoded,
     DecodedSplit,
     bad_image_error,
+    chunks,
     decode_split,
     iterate_batches,
+    iterate_pixels,
+    pixel_task,
+    run_ahead,
 )
-from featcache.data.copies import copies_lines, find_copies
-from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.describe import describe
-from featcache.data.images import EXTENSIONS, REASONS, BadImage
-from featcache.data.load import load_dataset
-from featcache.data.loader import Decoded, chunks, iterate_pixels, pixel_task, run_ahead
-from featcache.data.names import is_clutter
-from featcache.data.pixels import normalize, to_pixels, view_pixels
+from featcache.data.sampling import copies_lines, find_copies
 
 __all__ = [
     "EXTENSIONS",
@@ -27,7 +34,6 @@ __all__ = [
     "chunks",
     "copies_lines",
     "decode_split",
-    "describe",
     "find_copies",
     "is_clutter",
     "iterate_batches",

@@ -12,8 +12,15 @@ import numpy as np
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit, short_name
 from featcache.data.images import EXTENSIONS
-from featcache.data.listing import Listing, is_folder, is_picture
-from featcache.data.names import SPLIT_NAMES, alike_text, left_out_note, look_alikes
+from featcache.data.listing import (
+    SPLIT_NAMES,
+    Listing,
+    alike_text,
+    is_folder,
+    is_picture,
+    left_out_note,
+    look_alikes,
+)
 from featcache.data.sampling import split_off_test
 from featcache.data.sources import FileSource
 from featcache.data.torchvision_sets import TORCHVISION_SETS

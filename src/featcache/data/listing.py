@@ -1,20 +1,38 @@
-"""Listing folders of pictures: what is never data is left out, what is ignored is counted."""
+"""Which files and folders are data: listing folders of images, and rules for names."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from featcache.config.checks import is_printable
 from featcache.data.images import EXTENSIONS
-from featcache.data.names import MAX_NAME_BYTES, is_clutter, is_printable
 from featcache.errors import UserError
 
+SPLIT_NAMES = {
+    "train": "train",
+    "test": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
+MAX_NAME_BYTES = 4096
+"""The longest sample id that a cache holds."""
+
+# Left by systems and tools; thumbnails lie in some of them.
+_CLUTTER = {
+    *("__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot"),
+    *("$recycle.bin", "lost+found", "system volume information"),
+}
+_MAX_SHOWN = 3
 MAX_DEPTH = 32
 _OUR_FILES = re.compile(r"\.featcache-memo-.*|.*\.(h5|hdf5)(\.part|\.lock)?|.*\.safetensors")
 
@@ -158,3 +176,57 @@ def is_picture(name: str) -> bool:
 def suffix_of(name: str) -> str:
     """The end of a file's name, such as .jpg, in lower case."""
     return os.path.splitext(name)[1].lower() or "no extension"
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or a system's own, and so never data."""
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return " ".join(_composed(name).casefold().split())
+
+
+def _as_number(name: str) -> float | str:
+    try:
+        number = float(name)
+    except ValueError:
+        return name
+    return number if math.isfinite(number) else name
+
+
+_LIKENESSES: tuple[tuple[str, Callable[[str], object]], ...] = (
+    ("the same letters in two Unicode forms, NFC and NFD", _composed),
+    ("they differ only in case or spaces", _folded),
+    ("the same number", _as_number),
+)
+
+
+def look_alikes(names: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Pairs of names that people may mean as one, and what makes them alike, in words."""
+    found: dict[tuple[str, str], str] = {}
+    for how, key in _LIKENESSES:
+        first: dict[object, str] = {}
+        for name in sorted(names):
+            other = first.setdefault(key(name), name)
+            if other != name:
+                found.setdefault((other, name), how)
+    return [(one, two, how) for (one, two), how in found.items()]
+
+
+def alike_text(pairs: Sequence[tuple[str, str, str]]) -> str:
+    """The first few such pairs as part of a sentence."""
+    told = "; ".join(f"{one!r} and {two!r} ({how})" for one, two, how in pairs[:_MAX_SHOWN])
+    return told + (f"; and {len(pairs) - _MAX_SHOWN} more" if len(pairs) > _MAX_SHOWN else "")
+
+
+def left_out_note(places: Sequence[str]) -> str:
+    """Say which files were left out because a cache cannot hold their names."""
+    return (
+        f"left out for names that are too long, not UTF-8, or have control characters: "
+        f"{len(places)} ({', '.join(places[:_MAX_SHOWN])}{', …' * (len(places) > _MAX_SHOWN)})"
+    )

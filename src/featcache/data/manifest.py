@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from featcache.config import DataConfig
+from featcache.config.checks import is_printable
 from featcache.data.dataset import ImageDataset, ImageSplit, short_name
-from featcache.data.names import (
+from featcache.data.listing import (
     MAX_NAME_BYTES,
     SPLIT_NAMES,
     alike_text,
-    is_printable,
     left_out_note,
     look_alikes,
 )

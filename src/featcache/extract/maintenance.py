@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.backbone import identify, load_backbone
 from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
 from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
-from featcache.data import REASONS, ImageDataset, describe
+from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.run import fill_split
 from featcache.files import check_outputs
@@ -117,7 +117,7 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
     settings = _settings_of(config, meta)
-    dataset = describe(settings)
+    dataset = load_dataset(settings)
     _check_same(meta, class_names, settings, dataset)
     prep = meta.backbone.preprocessing
     backbone = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)

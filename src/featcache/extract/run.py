@@ -34,7 +34,7 @@ from featcache.cache import (
     spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig
-from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
+from featcache.data import ImageDataset, ImageSplit, copies_lines, find_copies, load_dataset
 from featcache.errors import CacheError
 from featcache.extract.request import (
     cache_path,
@@ -85,7 +85,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         StorageError: The disk is full or the cache is being written by another process.
     """
     start = time.perf_counter()
-    dataset = describe(config)
+    dataset = load_dataset(config)
     info = identify(config, config.seed, config.cache_dir)
     wanted = wanted_meta(config, dataset, info)
     path = cache_path(config, wanted)

@@ -18,8 +18,8 @@ from PIL import Image
 from data_helpers import config, encoded, make_folder, number_in, picture
 from featcache import file_hashes
 from featcache.config import Preprocessing, Views
-from featcache.data import BadImage, ImageSplit, iterate_pixels, load_dataset, loader, sources
-from featcache.data.loader import run_ahead
+from featcache.data import BadImage, ImageSplit, iterate_pixels, load_dataset, prefetch, sources
+from featcache.data.prefetch import run_ahead
 from featcache.data.sources import ArraySource, FileSource
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import StageTimer
@@ -294,7 +294,7 @@ def test_a_shortage_of_memory_ends_the_run(
     def refuse(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(loader, "view_pixels", refuse)
+    monkeypatch.setattr(prefetch, "view_pixels", refuse)
     with pytest.raises(FeatcacheError, match="p/0000 in split train: no memory to decode it; free"):
         list(iterate_pixels(split, range(NUM), PREP, workers=workers))
 

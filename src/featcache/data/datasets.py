@@ -1,8 +1,12 @@
-"""From what the user typed to a dataset."""
+"""From what the user typed to a dataset: `load_dataset`."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import gzip
 import hashlib
+import importlib.util
 import os
 import shlex
 import stat
@@ -10,63 +14,76 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.digits import load_digits
 from featcache.data.folder import load_folder
+from featcache.data.index import indexed
+from featcache.data.listing import alike_text, look_alikes
 from featcache.data.manifest import load_manifest
-from featcache.data.names import alike_text, look_alikes
-from featcache.data.sampling import stratified_rows
+from featcache.data.sampling import split_off_test, stratified_rows
+from featcache.data.sources import ArraySource
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
 from featcache.file_hashes import Memo
 
 Int64 = NDArray[np.int64]
+DIGITS_TEST_FRACTION = 0.2
+DIGITS_WHITE = 16
 WIDE_BYTES = 64 * 2**20
 _FLAGS = {"train": "--num-train", "test": "--num-test"}
 
 
 def load_dataset(config: DataConfig) -> ImageDataset:
-    """Load what `config.dataset` names: samples are listed, and hashed to set a share aside.
+    """Load what `config.dataset` names: its samples are listed, and decoded when they are used.
 
-    A known name (digits, cifar10, ...; case, dashes and underscores do not count) means that
-    dataset even where a folder is called the same; a note says so, and ./digits is the folder.
-    Anything else is the path of a folder or of a CSV manifest.
+    A known name (digits, cifar10, ...; case, dashes and underscores do not matter) means that
+    dataset even if there is a folder of that name; a note says so, and ./digits is the folder.
+    Anything else is the path of a folder or of a CSV manifest. A torchvision dataset that was
+    loaded before comes from an index, without importing torch until its first image is read.
 
-    `num_train` and `num_test` take the first ones of a torchvision dataset that comes split, and a
-    stratified, seeded sample of the others; val, where there is one, is thinned in train's
-    proportion.
+    `num_train` and `num_test` take the first images of a torchvision dataset that comes split, and
+    a stratified, seeded sample of the others. A val split is reduced in proportion to train.
 
     Raises:
         UserError: There is no such dataset, or something is wrong with it or with the settings.
     """
-    name = known_name(config.dataset)
+    name = _known_name(config.dataset)
     if name is not None:
-        refuse_manifest_flags(config)
+        _refuse_manifest_flags(config)
+    if name in TORCHVISION_SETS:
+        dataset = indexed(config, name, functools.partial(_load, config, name))
+    else:
+        dataset = _load(config, name)
+    return dataclasses.replace(dataset, notes=(*_shadow_notes(config, name), *dataset.notes))
+
+
+def _load(config: DataConfig, name: str | None) -> ImageDataset:
+    """Open the dataset, then apply `num_train` and `num_test`."""
     if name == "digits":
         dataset = load_digits(config)
     elif name is not None:
         dataset = load_torchvision(config, name, _memo(config, config.data_root / name))
     else:
         dataset = _load_path(config, Path(config.dataset).expanduser())
-    return _thinned(dataset, config)
+    return _reduced(dataset, config)
 
 
-def refuse_manifest_flags(config: DataConfig) -> None:
-    """Refuse what only manifests take.
+def _known_name(text: str) -> str | None:
+    """The key of a dataset known by name, or None."""
+    key = text.strip().lower().replace("-", "").replace("_", "").replace(" ", "")
+    return key if key == "digits" or key in TORCHVISION_SETS else None
 
-    Raises:
-        UserError: Such a flag was given.
-    """
+
+def _refuse_manifest_flags(config: DataConfig) -> None:
     if config.image_root is not None or config.allow_outside:
         flag = "--allow-outside" if config.image_root is None else "--image-root"
         raise UserError(f"{flag} is for CSV manifests, not for {config.dataset}: leave it out")
 
 
-def shadow_notes(config: DataConfig) -> tuple[str, ...]:
-    """Say when a dataset known by name hides a folder that is called the same."""
-    name = known_name(config.dataset)
+def _shadow_notes(config: DataConfig, name: str | None) -> tuple[str, ...]:
+    """Say when a dataset known by name hides a folder of the same name."""
     if name is None or not Path(config.dataset).is_dir():
         return ()
     what = "scikit-learn's digits" if name == "digits" else f"torchvision's {name}"
@@ -74,10 +91,36 @@ def shadow_notes(config: DataConfig) -> tuple[str, ...]:
     return (f"using {what}, not the folder {folder}: type {folder} for the folder",)
 
 
-def known_name(text: str) -> str | None:
-    """The key of a dataset known by name, or None."""
-    key = text.strip().lower().replace("-", "").replace("_", "").replace(" ", "")
-    return key if key == "digits" or key in TORCHVISION_SETS else None
+def load_digits(config: DataConfig) -> ImageDataset:
+    """The digits, a stratified and seeded part of them set aside for testing."""
+    values, labels = _read_digits()
+    pixels = np.rint(values * (255.0 / DIGITS_WHITE)).astype(np.uint8).reshape(-1, 8, 8)
+    pictures = [Image.fromarray(picture) for picture in pixels]
+    ids = [f"digits/{number:05d}" for number in range(len(pictures))]
+    every = ImageSplit("all", ids, labels, ArraySource(pictures.__getitem__))
+    fraction = config.test_fraction or DIGITS_TEST_FRACTION
+    splits = split_off_test(every, fraction, config.seed)
+    names = [str(digit) for digit in range(10)]
+    return ImageDataset("digits", "digits", splits, names, drawn=True, test_fraction=fraction)
+
+
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Values 0 to 16, float64 [N, 64], and labels, int64 [N].
+
+    scikit-learn ships them as one compressed table. Reading that takes a fiftieth of the time that
+    importing scikit-learn does; where the table has moved, scikit-learn is asked.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    home = Path(spec.origin).parent if spec and spec.origin else Path()
+    table_file = home / "datasets" / "data" / "digits.csv.gz"
+    if table_file.is_file():
+        with gzip.open(table_file, "rt", encoding="ascii") as file:
+            table = np.loadtxt(file, delimiter=",")
+        return table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    return np.asarray(bunch.data, np.float64), np.asarray(bunch.target, np.int64)
 
 
 def _memo(config: DataConfig, root: Path) -> Memo:
@@ -91,7 +134,7 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
     manifest = mode is not None and stat.S_ISREG(mode) and path.suffix.lower() == ".csv"
     if manifest:
         return load_manifest(config, path, _memo(config, config.image_root or path.parent))
-    refuse_manifest_flags(config)
+    _refuse_manifest_flags(config)
     if mode is not None and stat.S_ISDIR(mode):
         return load_folder(config, path, _memo(config, path))
     if mode is not None:
@@ -126,7 +169,7 @@ def _mode_of(text: str, path: Path) -> int | None:
         ) from error
 
 
-def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
+def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
     """Apply num_train and num_test."""
     wanted = {"train": config.num_train, "test": config.num_test}
     splits = dict(dataset.splits)
@@ -152,7 +195,6 @@ def _thinned(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         drawn=dataset.drawn or drew,
         test_fraction=dataset.test_fraction,
         notes=(
-            *shadow_notes(config),
             *dataset.notes,
             *_notes_on_classes(dataset, splits["train"]),
             *_notes_on_width(splits),

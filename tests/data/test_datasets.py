@@ -21,13 +21,12 @@ from featcache.config import DataConfig
 from featcache.data import (
     ImageDataset,
     copies_lines,
-    describe,
+    datasets,
     find_copies,
     load_dataset,
     sources,
 )
 from featcache.data import dataset as dataset_module
-from featcache.data import load as load_module
 from featcache.data.dataset import short_name
 from featcache.errors import UserError
 
@@ -73,7 +72,7 @@ def test_digits_where_their_table_has_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = load_dataset(config("digits", tmp_path)).fingerprint
-    monkeypatch.setattr("featcache.data.digits.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("featcache.data.datasets.importlib.util.find_spec", lambda _: None)
     assert load_dataset(config("digits", tmp_path)).fingerprint == wanted
 
 
@@ -192,7 +191,7 @@ def test_one_long_path_that_widens_all_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_folder(tmp_path / "pets", train=20)
-    monkeypatch.setattr(load_module, "WIDE_BYTES", 2000)
+    monkeypatch.setattr(datasets, "WIDE_BYTES", 2000)
     assert load_dataset(config(root, tmp_path)).notes == ()
     (root / "train" / "cat" / ("a" * 200 + ".png")).write_bytes(encoded(picture(9)))
     assert load_dataset(config(root, tmp_path)).notes == (
@@ -207,7 +206,7 @@ def test_what_cannot_be_read_is_not_called_missing(
     def denied(path: object) -> object:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(load_module.os, "stat", denied)
+    monkeypatch.setattr(datasets.os, "stat", denied)
     assert message(config("/secret/pets", tmp_path)) == (
         "'/secret/pets' cannot be a dataset: Permission denied; make it readable, or give another "
         "one"
@@ -323,20 +322,15 @@ def test_contents_can_be_counted_as_they_are_hashed(tmp_path: Path) -> None:
             array[0] = 1
 
 
-def test_describe_is_load_dataset_for_folders(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    one, two = describe(config(root, tmp_path)), load_dataset(config(root, tmp_path))
-    assert one.fingerprint == two.fingerprint
-
-
 LIGHT = """
 import sys
 from pathlib import Path
 from typing import Any
 from featcache.config import DataConfig
-from featcache.data import describe
+from featcache.data import load_dataset
 for name in sys.argv[2:]:
-    d = describe(DataConfig(dataset=name, cache_dir=Path(sys.argv[1]), data_root=Path(sys.argv[1])))
+    top = Path(sys.argv[1])
+    d = load_dataset(DataConfig(dataset=name, cache_dir=top, data_root=top))
     print(d.fingerprint)
 heavy = {"torch", "torchvision", "sklearn", "scipy", "h5py", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
