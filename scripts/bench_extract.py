@@ -354,12 +354,14 @@ def engine_forms(config: BenchConfig, train: Any) -> dict[str, Measure]:
 def bare(config: BenchConfig, train: Any, engine: Any, precision: Any) -> Measure:
     """A form of the network alone, from pixels in memory, called as extraction calls it."""
     from featcache.backbone import load_backbone, own_preprocessing
-    from featcache.engine import choose_engine, sample_pixels
+    from featcache.engine import EngineSettings, choose_engine, sample_pixels
 
     settings = config.extract_config("digits", engine=engine, precision=precision)
     prep = settings.preprocessing(own_preprocessing(settings))
     backbone = load_backbone(settings, settings.seed)
-    chosen = choose_engine(settings, backbone, prep, "cpu", config.num_images, train)
+    chosen = choose_engine(
+        EngineSettings.of(settings), backbone, prep, num_images=config.num_images, train=train
+    )
     pixels = sample_pixels(prep, chosen.batch_size)
     detail = {"engine": chosen.describe()}
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from featcache import engine as en
 from featcache.backbone import load_backbone, own_preprocessing, state_sha256
-from featcache.config import BackboneConfig, ExtractConfig
+from featcache.config import BackboneConfig
 from featcache.engine.fusion import FusedConv, fold_batchnorm, fuse_for_cpu
 from featcache.errors import UserError
 
@@ -20,8 +20,8 @@ BUNDLED = BackboneConfig(weights="bundled")
 PREP = own_preprocessing(BUNDLED)
 
 
-def settings(**changes: object) -> ExtractConfig:
-    return ExtractConfig(dataset="digits", weights="bundled", **changes)
+def settings(**changes: object) -> en.EngineSettings:
+    return en.EngineSettings(**{"backbone": "resnet18", **changes})
 
 
 def images(num: int = 4, side: int = 64) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_an_untraceable_network_runs_plain_and_says_so(capsys) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
 
-    engine = en.choose_engine(settings(), Branch().eval(), PREP, "cpu", 10)
+    engine = en.choose_engine(settings(), Branch().eval(), PREP, num_images=10)
     assert engine.run(en.sample_pixels(PREP, 2)).shape == (2, 3)
     assert engine.max_error is None
     assert "unfused" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_part_that_cannot_be_traced_is_called_as_it_is() -> None:
 def test_the_callers_network_stays_as_it_is() -> None:
     network = load_backbone(BUNDLED, 0)
     before = [(t.data_ptr(), t.stride()) for t in network.state_dict().values()]
-    run = en.choose_engine(settings(), network, PREP, "cpu", 10).run
+    run = en.choose_engine(settings(), network, PREP, num_images=10).run
     assert [(t.data_ptr(), t.stride()) for t in network.state_dict().values()] == before
     pixels = en.sample_pixels(PREP, 2)
     wanted = run(pixels)
@@ -175,7 +175,7 @@ def test_the_callers_network_stays_as_it_is() -> None:
 
 
 def test_features_do_not_depend_on_batch_size() -> None:
-    run = en.choose_engine(settings(), load_backbone(BUNDLED, 0), PREP, "cpu", 10).run
+    run = en.choose_engine(settings(), load_backbone(BUNDLED, 0), PREP, num_images=10).run
     pixels = en.sample_pixels(PREP, 33)
     whole = run(pixels)
     for size in (1, 7, 32):
@@ -185,13 +185,15 @@ def test_features_do_not_depend_on_batch_size() -> None:
 
 def test_images_too_small_for_a_network_are_refused_in_one_line() -> None:
     prep = dataclasses.replace(PREP, image_px=16, resize_px=16)
-    config = settings(backbone="alexnet", image_px=16)
+    config = settings(backbone="alexnet")
     with pytest.raises(UserError, match=r"alexnet cannot run on images of 16 px .*--image-px"):
-        en.choose_engine(config, nn.Conv2d(3, 4, 32), prep, "cpu", 10)
+        en.choose_engine(config, nn.Conv2d(3, 4, 32), prep, num_images=10)
 
 
-def test_the_gpu_and_int8_are_refused_where_they_cannot_be() -> None:
+def test_the_gpu_and_int8_are_refused_where_they_cannot_be(monkeypatch) -> None:
     with pytest.raises(UserError, match="needs a GPU"):
-        en.choose_engine(settings(precision="amp"), load_backbone(BUNDLED, 0), PREP, "cpu", 10)
+        en.choose_engine(settings(precision="amp"), load_backbone(BUNDLED, 0), PREP, num_images=10)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    on_gpu = settings(engine="openvino", device="cuda")
     with pytest.raises(UserError, match="--device cpu"):
-        en.choose_engine(settings(engine="openvino"), nn.Identity(), PREP, "cuda", 10)
+        en.choose_engine(on_gpu, nn.Identity(), PREP, num_images=10)

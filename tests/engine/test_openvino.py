@@ -34,6 +34,10 @@ def settings(dataset: object = "digits", **changes: object) -> ExtractConfig:
     return ExtractConfig(dataset=str(dataset), weights="bundled", **changes)
 
 
+def asked(**changes: object) -> en.EngineSettings:
+    return en.EngineSettings(backbone="resnet18", **changes)
+
+
 @needs_openvino
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v2", pytest.param("vit_b_16", marks=pytest.mark.slow)]
@@ -44,9 +48,11 @@ def test_features_are_the_plain_networks(name: str) -> None:
     side = 224 if name == "vit_b_16" else 64
     prep = Preprocessing(image_px=side, resize="squash", resize_px=side, mean=(0.5, 0.4, 0.3))
     before = state_sha256(network)
-    engine = en.choose_engine(settings(engine="openvino"), network, prep, "cpu", 10)
+    engine = en.choose_engine(asked(engine="openvino"), network, prep, num_images=10)
     pixels = en.sample_pixels(prep, 3, seed=1)
-    assert en.relative_error(engine.run(pixels), torch_cpu.runner(network, prep)(pixels)) < 1e-4
+    assert (
+        en.relative_error(engine.run(pixels), torch_cpu.torch_forward(network, prep)(pixels)) < 1e-4
+    )
     assert (engine.name, engine.precision) == ("openvino", "float32")
     assert engine.recorded.startswith("openvino-2")
     assert state_sha256(network) == before
@@ -55,9 +61,9 @@ def test_features_are_the_plain_networks(name: str) -> None:
 @needs_openvino
 def test_callers_on_several_threads_do_not_mix_their_batches() -> None:
     network = load_backbone(BUNDLED, 0)
-    engine = en.choose_engine(settings(engine="openvino", workers=3), network, PREP, "cpu", 10)
+    engine = en.choose_engine(asked(engine="openvino", workers=3), network, PREP, num_images=10)
     pixels = en.sample_pixels(PREP, 24)
-    wanted = torch_cpu.runner(network, PREP)(pixels)
+    wanted = torch_cpu.torch_forward(network, PREP)(pixels)
     pieces = [slice(i, i + size) for i in range(0, 18) for size in (1, 3, 6)]
     with ThreadPoolExecutor(3) as pool:
         done = pool.map(lambda p: engine.run(pixels[p]), pieces)
@@ -74,10 +80,10 @@ from featcache.engine import int8, sample_pixels, openvino_cpu
 network = load_backbone(BackboneConfig(weights="bundled"), 0)
 prep = Preprocessing(image_px=32, resize="squash", resize_px=32)
 pixels, model = sample_pixels(prep, 4), openvino_cpu.convert(network, prep)
-first = openvino_cpu.compiled_run(model, 2)
+first = openvino_cpu.compiled_forward(model, 2)
 first(pixels)
 model = int8.quantize(model, pixels) if sys.argv[1:] else model
-second = openvino_cpu.compiled_run(model, 2)
+second = openvino_cpu.compiled_forward(model, 2)
 second(pixels)
 del first
 gc.collect()
@@ -122,9 +128,11 @@ def train_of(folder: Path, **changes: object):
 @pytest.mark.slow
 def test_int8_is_calibrated_on_train_images_and_is_the_same_again(few: Path) -> None:
     network, train = load_backbone(BUNDLED, 0), train_of(few)
-    config = settings(few, precision="int8", image_px=32)
-    prep = config.preprocessing(PREP)
-    first, second = (en.choose_engine(config, network, prep, "cpu", 10, train) for _ in range(2))
+    prep = settings(image_px=32).preprocessing(PREP)
+    first, second = (
+        en.choose_engine(asked(precision="int8"), network, prep, num_images=10, train=train)
+        for _ in range(2)
+    )
     assert first.recorded == second.recorded
     assert "+nncf-" in first.recorded
     pixels = en.sample_pixels(prep, 5)
@@ -181,17 +189,16 @@ def test_the_choice_of_images_does_not_depend_on_their_order(few: Path) -> None:
 def test_cosines_are_counted_by_hand_and_low_ones_refused() -> None:
     wanted = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
     got = np.array([[1, 0], [1, 0], [0, 0]], np.float32)
-    found = int8.compare(got, wanted)
-    assert found["num_checked"] == 3
-    assert found["cosine"]["median"] == pytest.approx(1)
-    assert found["cosine"]["worst"] == pytest.approx(0.5**0.5)
-    int8.refuse_if_far(found)
-    low = int8.compare(np.array([[1, 1]], np.float32), np.array([[1, 0]], np.float32))
-    with pytest.raises(UserError, match=r"median cosine 0\.7071.*--precision float32"):
-        int8.refuse_if_far(low)
-    broken = int8.compare(np.array([[np.nan, 1]], np.float32), np.array([[1, 0]], np.float32))
+    cosine = int8.cosine_stats(got, wanted)
+    assert cosine["median"] == pytest.approx(1)
+    assert cosine["worst"] == pytest.approx(0.5**0.5)
+    int8.refuse_if_far(cosine, 3)
+    low = int8.cosine_stats(np.array([[1, 1]], np.float32), np.array([[1, 0]], np.float32))
+    with pytest.raises(UserError, match=r"median cosine 0\.7071 .*on 1 .*--precision float32"):
+        int8.refuse_if_far(low, 1)
+    broken = int8.cosine_stats(np.array([[np.nan, 1]], np.float32), np.array([[1, 0]], np.float32))
     with pytest.raises(UserError, match="median cosine nan"):
-        int8.refuse_if_far(broken)
+        int8.refuse_if_far(broken, 1)
 
 
 def test_missing_packages_are_found_without_importing_them() -> None:

@@ -17,7 +17,7 @@ from featcache.cache import CacheWriter, FeatureCache, begun_with, part_path, re
 from featcache.cache.lock import locked
 from featcache.config import ExtractConfig
 from featcache.data import load_dataset
-from featcache.engine import Engine, choice, openvino_cpu
+from featcache.engine import Engine, int8, openvino_cpu
 from featcache.engine.inference import decode_shortfall
 from featcache.errors import CacheError, StorageError
 from featcache.extract.request import differences
@@ -50,6 +50,7 @@ def fake(name: str, **changes: object) -> Engine:
         device="cpu",
         batch_size=8,
         threads=2,
+        workers=2,
         run=red_green,
         timings={},
         max_error=0.0,
@@ -57,20 +58,24 @@ def fake(name: str, **changes: object) -> Engine:
     return dataclasses.replace(engine, **changes)
 
 
+def always(engine: Engine) -> Callable[..., Engine]:
+    """A `choose_engine` that gives this one."""
+    return lambda *args, **work: engine
+
+
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """Engines that `auto` was told to go on with; it does, or else takes torch."""
+    """Engines that `auto` had to keep; it does, or else takes torch."""
     import featcache.engine
 
-    told: list[str | None] = []
+    kept: list[str | None] = []
 
-    def choose(config: ExtractConfig, *rest: object) -> Engine:
-        told.append(rest[-1])
-        name = rest[-1] or "torch"
-        return fake("any", recorded=name)
+    def choose(*args: object, resumed: str | None, **work: object) -> Engine:
+        kept.append(resumed)
+        return fake("any", recorded=resumed or "torch")
 
     monkeypatch.setattr(featcache.engine, "choose_engine", choose)
-    return told
+    return kept
 
 
 def interrupt(config: ExtractConfig, engine: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -81,7 +86,7 @@ def interrupt(config: ExtractConfig, engine: str, monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(featcache.engine, "choose_engine", lambda *_: fake("x", recorded=engine))
+        patch.setattr(featcache.engine, "choose_engine", always(fake("x", recorded=engine)))
         patch.setattr(CacheWriter, "write_block", stop)
         with pytest.raises(KeyboardInterrupt):
             ex.extract(config)
@@ -118,9 +123,8 @@ def test_update_keeps_the_engine_of_the_old_rows(
 
     copy = make_folder(tmp_path / "pets", train=5, test=2)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            featcache.engine, "choose_engine", lambda *_: fake("x", recorded="openvino-2026.4")
-        )
+        chosen = always(fake("x", recorded="openvino-2026.4"))
+        patch.setattr(featcache.engine, "choose_engine", chosen)
         ex.extract(settings(copy, tmp_path))
     (copy / "train" / "cat" / "000.png").unlink()
     ex.extract(settings(copy, tmp_path, update=True))
@@ -134,8 +138,8 @@ def test_only_what_is_missing_counts_as_work_ahead(
 
     passes: list[object] = []
 
-    def choose(config: ExtractConfig, *rest: object) -> Engine:
-        passes.append(rest[3])
+    def choose(*args: object, num_images: int, **work: object) -> Engine:
+        passes.append(num_images)
         return fake("torch")
 
     monkeypatch.setattr(featcache.engine, "choose_engine", choose)
@@ -195,11 +199,8 @@ def test_rows_of_two_quantised_networks_never_mix(
 
     config = settings(folder, tmp_path, precision="int8")
     interrupt(config, "openvino-2026.4+nncf-3.4:aaaa", monkeypatch)
-    monkeypatch.setattr(
-        featcache.engine,
-        "choose_engine",
-        lambda *_: fake("x", recorded="openvino-2026.4+nncf-3.4:bbbb"),
-    )
+    chosen = always(fake("x", recorded="openvino-2026.4+nncf-3.4:bbbb"))
+    monkeypatch.setattr(featcache.engine, "choose_engine", chosen)
     with pytest.raises(CacheError, match=r"engine.*aaaa.*bbbb.*--force"):
         ex.extract(config)
 
@@ -267,7 +268,7 @@ def test_a_device_is_never_waited_for_while_there_is_more_to_begin(
     import featcache.engine
 
     order: list[str] = []
-    monkeypatch.setattr(featcache.engine, "choose_engine", lambda *_: on_device(order))
+    monkeypatch.setattr(featcache.engine, "choose_engine", always(on_device(order)))
     config = settings(folder, tmp_path, views=views)
     report = ex.extract(config)
     assert order[:5] == ["begin 0", "begin 1", "begin 2", "fetch 0", "begin 3"]
@@ -283,12 +284,12 @@ def test_a_device_is_never_waited_for_while_there_is_more_to_begin(
             assert [int(r[0]) + 256 * int(r[1]) for r in X] == wanted
 
 
-def test_a_shortfall_of_decoding_is_told_with_the_workers_it_takes() -> None:
+def test_slow_decoding_is_reported_with_the_workers_it_takes() -> None:
     busy = {"read": 1.0, "decode": 6.0, "resize": 1.0, "network": 2.0}
     assert decode_shortfall(busy, 4, 8) is None
     note = decode_shortfall(busy, 2, 8)
     assert "50% of the time" in note
-    assert "4 workers would keep up, 2 are at work" in note
+    assert "4 workers would keep up, 2 are running" in note
     assert decode_shortfall({}, 2, 8) is None
 
 
@@ -296,7 +297,7 @@ def test_a_shortfall_of_decoding_is_told_with_the_workers_it_takes() -> None:
 def test_int8_goes_through_extraction_and_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choice.int8, "NUM_CALIBRATION", 20)
+    monkeypatch.setattr(int8, "NUM_CALIBRATION", 20)
     config = settings(folder, tmp_path, precision="int8")
     write, written = CacheWriter.write_block, []
 
@@ -312,16 +313,16 @@ def test_int8_goes_through_extraction_and_resumes(
             ex.extract(config)
     report = ex.extract(config)
     assert report["splits"]["train"]["num_resumed"] == 64
-    told = json.loads(json.dumps(report))["engine"]
-    assert told["name"] == "openvino"
-    assert told["int8"]["cosine"]["median"] > 0.99
+    engine = json.loads(json.dumps(report))["engine"]
+    assert engine["name"] == "openvino"
+    assert engine["int8"]["cosine"]["median"] > 0.99
     assert report["precision"] == "int8"
     meta = read_meta(Path(report["cache"]))[0]
-    assert meta.engine == told["recorded"]
+    assert meta.engine == engine["recorded"]
     assert not part_path(Path(report["cache"])).exists()
     assert ex.extract(config)["hit"]
     exact = ex.extract(settings(folder, tmp_path))
     one, other = (FeatureCache(Path(r["cache"])).split("train").X for r in (report, exact))
-    found = choice.int8.compare(np.asarray(one), np.asarray(other))
-    assert found["cosine"]["median"] > 0.99
+    cosine = int8.cosine_stats(np.asarray(one), np.asarray(other))
+    assert cosine["median"] > 0.99
     assert not np.array_equal(one, other)

@@ -22,7 +22,7 @@ from featcache.backbone import load_backbone, state_sha256
 from featcache.cache import FeatureCache, part_path
 from featcache.config import ExtractConfig, VerifyConfig
 from featcache.data import BadImage, load_dataset, normalize, to_pixels
-from featcache.engine import Engine, relative_error
+from featcache.engine import Engine, EngineSettings, relative_error
 from featcache.errors import CacheError, UserError
 
 
@@ -54,13 +54,14 @@ def mean_colour(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         out[:, :2] = pixels[:, 5, 5, :2]
         return out
 
-    def choose(config: ExtractConfig, *rest: object) -> Engine:
+    def choose(settings: EngineSettings, *args: object, **work: object) -> Engine:
         return Engine(
             name="torch",
             precision="float32",
             device="cpu",
-            batch_size=config.batch_size or 8,
+            batch_size=settings.batch_size or 8,
             threads=2,
+            workers=2 if settings.workers is None else settings.workers,
             run=run,
             timings={},
             max_error=0.0,
@@ -111,7 +112,7 @@ def test_features_are_the_plain_networks(folder: Path, tmp_path: Path) -> None:
 def test_the_frozen_network_does_not_move(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import featcache.extract.run as run
+    from featcache.extract import extraction
 
     loaded = []
 
@@ -119,7 +120,7 @@ def test_the_frozen_network_does_not_move(
         loaded.append(load_backbone(*args))
         return loaded[0]
 
-    monkeypatch.setattr(run, "load_backbone", load)
+    monkeypatch.setattr(extraction, "load_backbone", load)
     config = settings(folder, tmp_path)
     ex.extract(config)
     assert state_sha256(loaded[0]) == state_sha256(load_backbone(config, config.seed))
@@ -256,14 +257,14 @@ def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: 
         ex.extract(settings(folder, tmp_path, weights=str(file)))
 
 
-@pytest.mark.parametrize("room", ["run", "maintenance"])
+@pytest.mark.parametrize("room", ["extraction", "maintenance"])
 def test_weights_replaced_during_the_run_are_refused(
     folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch, room: str
 ) -> None:
     from safetensors.torch import save_file
 
+    import featcache.extract.extraction
     import featcache.extract.maintenance
-    import featcache.extract.run
 
     file = tmp_path / "w.safetensors"
     network = load_backbone(settings(folder, tmp_path), 7)
@@ -282,7 +283,7 @@ def test_weights_replaced_during_the_run_are_refused(
     where = {"repair": True, "dataset": str(folder), "weights": str(file)}
     repair = VerifyConfig(cache=tmp_path / "mine.h5", **where)
     with pytest.raises(UserError, match=r"w\.safetensors changed during the run: run the same"):
-        ex.extract(config) if room == "run" else ex.check(repair)
+        ex.extract(config) if room == "extraction" else ex.check(repair)
     assert (tmp_path / "mine.h5").exists() == (room == "maintenance")
 
 
@@ -306,7 +307,7 @@ def test_other_library_versions_are_named(
         ex.extract(settings(folder, tmp_path))
 
 
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_resumes(
     folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from featcache.cache import CacheWriter
@@ -393,7 +394,7 @@ def test_bad_pictures_stop_the_run_or_are_recorded(
     X, y = cache.split("train")
     assert numbers(X) == [n for n in range(150) if n != 3]
     assert len(y) == 149
-    with pytest.raises(UserError, match=r"leaves out 2 pictures.*train/cat/003\.png \(empty file"):
+    with pytest.raises(UserError, match=r"leaves out 2 images.*train/cat/003\.png \(empty file"):
         ex.extract(settings(copy, tmp_path))
     again = ex.extract(settings(copy, tmp_path, on_error="skip"))
     assert again["hit"]
@@ -409,9 +410,9 @@ def test_a_passing_failure_is_not_recorded(
     copy = shutil.copytree(folder, tmp_path / "pets")
     choose = featcache.engine.choose_engine
 
-    def away(*args: object) -> Engine:
+    def away(*args: object, **work: object) -> Engine:
         (copy / "train").rename(tmp_path / "away")
-        return choose(*args)
+        return choose(*args, **work)
 
     config = settings(copy, tmp_path, on_error="skip")
     with monkeypatch.context() as patched:
@@ -446,7 +447,7 @@ def test_update_tries_pictures_again_that_were_left_out(
         with pytest.raises(UserError, match=r"train/cat/003\.png.*--on-error skip"):
             ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
     assert ex.extract(config)["hit"]
-    with pytest.raises(UserError, match=r"mend or remove them and type --update"):
+    with pytest.raises(UserError, match=r"repair or remove them and add --update"):
         ex.extract(dataclasses.replace(config, on_error="fail"))
     del mean_colour[:]
     updated = ex.extract(dataclasses.replace(config, update=True, on_error="fail"))
@@ -477,7 +478,7 @@ def test_an_unfinished_cache_that_leaves_pictures_out_advises_what_works(
         patched.setattr(CacheWriter, "write_block", stop_at_second)
         with pytest.raises(KeyboardInterrupt):
             ex.extract(settings(copy, tmp_path, on_error="skip"))
-    with pytest.raises(UserError, match=r"leaves out 1 pictures.*mend or remove them and type --f"):
+    with pytest.raises(UserError, match=r"leaves out 1 images.*repair or remove them and add --f"):
         ex.extract(settings(copy, tmp_path))
     bad.write_bytes(good)
     assert not ex.extract(settings(copy, tmp_path, force=True))["hit"]
@@ -491,8 +492,8 @@ def test_features_that_are_not_finite_stop_the_run(
 
     choose = featcache.engine.choose_engine
 
-    def broken(*args: object) -> Engine:
-        engine = choose(*args)
+    def broken(*args: object, **work: object) -> Engine:
+        engine = choose(*args, **work)
         return dataclasses.replace(engine, run=lambda pixels: engine.run(pixels) * np.nan)
 
     monkeypatch.setattr(featcache.engine, "choose_engine", broken)

@@ -12,7 +12,7 @@ import pytest
 from conftest import TESTS
 from data_helpers import make_folder
 
-SCRIPT = TESTS / ("extract_kills.py")
+SCRIPT = TESTS / "extract_kills.py"
 
 
 @pytest.mark.parametrize("num_kills", [30, pytest.param(100, marks=pytest.mark.slow)])
@@ -25,5 +25,5 @@ def test_kills_lose_nothing(tmp_path: Path, num_kills: int) -> None:
     assert out.returncode == 0, out.stderr
     counts = json.loads(out.stdout)
     assert counts["kills"] == num_kills
-    assert counts["kills_with_progress"] >= num_kills // 10, "kills came too early to try anything"
+    assert counts["kills_with_progress"] >= num_kills // 3, "kills came too early to try anything"
     assert (counts["lost_blocks"], counts["wrong"]) == (0, 0)

@@ -13,11 +13,11 @@ from typing import Any
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache
 from featcache.config import CompareConfig, ExtractConfig
-from featcache.data import load_dataset
+from featcache.data import BadImage, bad_image_error, load_dataset
 from featcache.engine.inference import computed_rows
 from featcache.extract import extract
 from featcache.files import read_regular, write_json
-from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
+from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
 SAMPLE_IMAGES = 256
@@ -94,19 +94,19 @@ def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
 
 def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float]:
     """Compute features of some train images without keeping them; their number, and seconds."""
-    from featcache.engine import choose_engine
+    from featcache.engine import EngineSettings, choose_engine
 
     say(f"the cache was there already: computing up to {SAMPLE_IMAGES} images again to time them")
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
     split.subset(rows).record(cache.rows("train").content[rows])
-    meta, timer = cache.meta, StageTimer()
-    backbone = load_backbone(config, config.seed, meta.backbone.weights_sha256)
-    device = pick_device(config.device)
+    views, prep = cache.meta.views, cache.meta.backbone.preprocessing
+    network = load_backbone(config, config.seed, cache.meta.backbone.weights_sha256)
     with torch_threads_kept():
-        engine = choose_engine(config, backbone, meta.backbone.preprocessing, device, len(rows))
+        engine = choose_engine(EngineSettings.of(config), network, prep, num_images=len(rows))
         start = time.perf_counter()
-        for _ in computed_rows(config, split, [int(row) for row in rows], meta, engine, timer):
-            pass
+        for index, row in computed_rows(engine, split, rows, prep, views, StageTimer()):
+            if isinstance(row, BadImage):
+                raise bad_image_error(split, index, row)
         return len(rows), time.perf_counter() - start
 
 

@@ -4,15 +4,18 @@ from featcache.engine.base import (
     AMP_TOLERANCE,
     TOLERANCE,
     Engine,
+    EngineSettings,
+    default_batch,
     relative_error,
     sample_pixels,
 )
-from featcache.engine.choice import choose_engine, default_batch, device_of
+from featcache.engine.choice import choose_engine, device_of
 
 __all__ = [
     "AMP_TOLERANCE",
     "TOLERANCE",
     "Engine",
+    "EngineSettings",
     "choose_engine",
     "default_batch",
     "device_of",

@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.config import ExtractConfig, Preprocessing
+from featcache.config import Preprocessing
 from featcache.data import normalize
 from featcache.engine.base import (
     AMP_TOLERANCE,
     TOLERANCE,
+    AsyncForward,
     Engine,
+    EngineSettings,
     Float32,
-    Run,
-    Start,
+    Forward,
     UInt8,
     relative_error,
     sample_pixels,
 )
-from featcache.engine.torch_cpu import plain_features, runner
+from featcache.engine.torch_cpu import reference_features
 from featcache.errors import FeatcacheError, UserError
+from featcache.runtime import num_cores
 
 GPU_BATCH = 256
 CHECKED_IMAGES = 8
@@ -34,35 +36,36 @@ _PRECISION = threading.Lock()
 
 
 def gpu_engine(
-    config: ExtractConfig, backbone: nn.Module, prep: Preprocessing, device: str
+    settings: EngineSettings, network: nn.Module, prep: Preprocessing, device: str
 ) -> Engine:
-    """The network, which moves to a device, checked against the processor's float32 features.
+    """Move the network to a device and check its features against the CPU's in float32.
 
     Raises:
         UserError: openvino or int8 was asked for.
         FeatcacheError: The device's features are too far off.
     """
-    if config.precision == "int8" or config.engine == "openvino":
+    if settings.precision == "int8" or settings.engine == "openvino":
         raise UserError("openvino and int8 run on the CPU: add --device cpu")
     pixels = sample_pixels(prep, CHECKED_IMAGES)
-    wanted = plain_features(runner(backbone, prep), pixels, config.backbone)
-    network = backbone.to(device).to(memory_format=torch.channels_last)
-    start = _starter(network, prep, device, half=config.precision == "amp")
-    run = _waiting(start)
-    error = relative_error(run(pixels), wanted)
-    limit = AMP_TOLERANCE if config.precision == "amp" else TOLERANCE
+    reference = reference_features(network, prep, pixels, settings.backbone)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    start = _async_forward(network, prep, device, half=settings.precision == "amp")
+    run = _blocking(start)
+    error = relative_error(run(pixels), reference)
+    limit = AMP_TOLERANCE if settings.precision == "amp" else TOLERANCE
     if not error <= limit:
-        way_out = "--precision float32" if config.precision == "amp" else "--device cpu"
+        way_out = "--precision float32" if settings.precision == "amp" else "--device cpu"
         raise FeatcacheError(
-            f"{config.precision} features on {device} are off by {error:.1e} of the largest, "
+            f"{settings.precision} features on {device} are off by {error:.1e} of the largest, "
             f"above {limit:.0e}: use {way_out}"
         )
     return Engine(
         name="torch",
-        precision=config.precision,
+        precision=settings.precision,
         device=device,
-        batch_size=config.batch_size or GPU_BATCH,
+        batch_size=settings.batch_size or GPU_BATCH,
         threads=1,
+        workers=num_cores() if settings.workers is None else settings.workers,
         run=run,
         timings={},
         max_error=error,
@@ -70,15 +73,17 @@ def gpu_engine(
     )
 
 
-def _waiting(start: Start) -> Run:
+def _blocking(start: AsyncForward) -> Forward:
     def run(pixels: UInt8) -> Float32:
         return start(pixels)()[0]
 
     return run
 
 
-def _starter(network: nn.Module, prep: Preprocessing, device: str, *, half: bool) -> Start:
-    """Make the function that begins a batch; only its result waits for the device."""
+def _async_forward(
+    network: nn.Module, prep: Preprocessing, device: str, *, half: bool
+) -> AsyncForward:
+    """Make the function that starts a batch; only fetching its result waits for the device."""
     cuda = device == "cuda"
 
     def start(pixels: UInt8) -> Callable[[], tuple[Float32, float]]:
@@ -108,7 +113,7 @@ def _starter(network: nn.Module, prep: Preprocessing, device: str, *, half: bool
 
 
 def _clock() -> Callable[[], Callable[[], float]]:
-    """Time a stretch of calls that wait for the device themselves."""
+    """Time calls that wait for the device themselves."""
     begun = time.perf_counter()
 
     def stop() -> Callable[[], float]:
@@ -119,7 +124,7 @@ def _clock() -> Callable[[], Callable[[], float]]:
 
 
 def _cuda_clock() -> Callable[[], Callable[[], float]]:
-    """Time a stretch of the device's queue; the last call waits for its end."""
+    """Time work in the device's queue; the last call waits for its end."""
     new_event: Callable[..., Any] = torch.cuda.Event
     begun, ended = (new_event(enable_timing=True) for _ in range(2))
     begun.record()

@@ -1,4 +1,4 @@
-"""The network in OpenVINO: converted from torch, run by as many streams as there are callers."""
+"""The network in OpenVINO: converted from torch, one stream per calling thread."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.config import Preprocessing
-from featcache.engine.base import Float32, Run, UInt8
-from featcache.errors import UserError
-from featcache.runtime import interrupts_held
+from featcache.engine.base import (
+    TOLERANCE,
+    Float32,
+    Forward,
+    Implementation,
+    UInt8,
+    Workload,
+    relative_error,
+)
+from featcache.errors import FeatcacheError, UserError
+from featcache.runtime import interrupts_held, recorded_engine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,10 +37,10 @@ def is_installed(*packages: str) -> bool:
 
 
 def need(what: str, *packages: str, otherwise: str) -> None:
-    """Check that packages are installed; `what` needs them, and `otherwise` is the other way out.
+    """Check that the packages that `what` needs are installed; `otherwise` says how to do without.
 
     Raises:
-        UserError: It is not.
+        UserError: One is not.
     """
     missing = [name for name in packages if not is_installed(name)]
     if missing:
@@ -40,7 +48,7 @@ def need(what: str, *packages: str, otherwise: str) -> None:
 
 
 def openvino() -> Any:
-    """Import OpenVINO without its telemetry, which would report the import to its makers."""
+    """Import OpenVINO without its telemetry, which would report the import to Intel."""
     if "openvino_telemetry" not in sys.modules:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino as ov
@@ -66,9 +74,9 @@ def convert(backbone: nn.Module, prep: Preprocessing) -> Any:
     ov = openvino()
     side = prep.image_px
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its way into torch is deprecated there
-        # Left to itself, the converter has torch check what it traced, and for that torch loads
-        # parts of itself for a second or two; whoever uses the model compares its features anyway.
+        warnings.simplefilter("ignore")  # torch deprecates what the converter uses
+        # Tracing here skips the check of the traced network that the converter asks for: torch
+        # loads modules for it for a second or two, and the features are compared afterwards anyway.
         example = torch.zeros(1, 3, side, side)
         with interrupts_held():
             traced = torch.jit.trace(backbone, example, check_trace=False)  # type: ignore[no-untyped-call]
@@ -86,14 +94,14 @@ def convert(backbone: nn.Module, prep: Preprocessing) -> Any:
 def _core() -> Any:
     """OpenVINO's core, one for the process.
 
-    A core gives the thread that loads its plug-in a stack for signals, and puts the one before back
-    when it ends. Where two do not end in reverse order, that is a stack which is gone, and the next
-    signal with a handler, Ctrl-C for one, kills the process.
+    A core installs a signal stack in the thread that loads its plug-in and restores the previous
+    one when it is destroyed. If two are not destroyed in reverse order, a freed stack is restored,
+    and the next handled signal, for example Ctrl-C, kills the process.
     """
     return openvino().Core()
 
 
-def compiled_run(model: Any, threads: int) -> Run:
+def compiled_forward(model: Any, threads: int) -> Forward:
     """Compile a model for `threads` callers at once, one core each."""
     options = {
         "NUM_STREAMS": threads,
@@ -102,13 +110,36 @@ def compiled_run(model: Any, threads: int) -> Run:
         "ENABLE_CPU_PINNING": False,  # decoding needs the same cores
     }
     compiled = _core().compile_model(model, "CPU", options)
-    mine = threading.local()
+    local = threading.local()
 
-    def run(pixels: UInt8) -> Float32:
-        if not hasattr(mine, "request"):
-            mine.request = compiled.create_infer_request()
-        mine.request.infer([np.ascontiguousarray(pixels)], share_inputs=True)
-        features: Float32 = mine.request.get_output_tensor().data.copy()
+    def forward(pixels: UInt8) -> Float32:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        local.request.infer([np.ascontiguousarray(pixels)], share_inputs=True)
+        features: Float32 = local.request.get_output_tensor().data.copy()
         return features
 
-    return run
+    return forward
+
+
+def openvino_implementation(work: Workload) -> tuple[Implementation, Any]:
+    """The network in OpenVINO, checked, and the model behind it.
+
+    Raises:
+        FeatcacheError: It cannot be converted, or gives other features.
+    """
+    try:
+        model = convert(work.network, work.prep)
+        forward = compiled_forward(model, work.threads)
+        error = relative_error(forward(work.sample), work.reference)
+    except Exception as problem:  # the converter's own errors have no common class
+        reason = (str(problem).splitlines() or [""])[0]
+        raise FeatcacheError(
+            f"OpenVINO cannot run this network ({type(problem).__name__}: {reason[:100]}): "
+            "use --engine torch"
+        ) from problem
+    if not error <= TOLERANCE:
+        raise FeatcacheError(f"OpenVINO's features are off by {error:.1e}: use --engine torch")
+    recorded = recorded_engine("openvino")
+    found = Implementation(name="openvino", forward=forward, max_error=error, recorded=recorded)
+    return found, model

@@ -1,4 +1,4 @@
-"""The network in torch on a CPU, in the fastest form that computes the plain network's features."""
+"""The network in torch on a CPU: plain, and fused where that gives the same features."""
 
 from __future__ import annotations
 
@@ -7,63 +7,60 @@ from torch import Tensor, nn
 
 from featcache.config import Preprocessing
 from featcache.data import normalize
-from featcache.engine.base import TOLERANCE, Float32, Run, UInt8, relative_error
+from featcache.engine.base import (
+    TOLERANCE,
+    Float32,
+    Forward,
+    Implementation,
+    UInt8,
+    Workload,
+    relative_error,
+)
 from featcache.engine.fusion import fuse_for_cpu
 from featcache.errors import UserError
 from featcache.runtime import say
 
 
-def runner(network: nn.Module, prep: Preprocessing) -> Run:
+def torch_forward(network: nn.Module, prep: Preprocessing) -> Forward:
     """Wrap a network on the CPU as a function of uint8 pixels."""
 
-    def run(pixels: UInt8) -> Float32:
+    def forward(pixels: UInt8) -> Float32:
         with torch.inference_mode():
             features: Tensor = network(normalize(torch.from_numpy(pixels), prep))
         array: Float32 = features.numpy()
         return array
 
-    return run
+    return forward
 
 
-def plain_features(run: Run, pixels: UInt8, backbone: str) -> Float32:
-    """The plain network's features of a few images: the first time that it runs at all.
+def reference_features(
+    network: nn.Module, prep: Preprocessing, sample: UInt8, backbone: str
+) -> Float32:
+    """The plain network's features [n, D] of a sample of images: the first time that it runs.
 
     Raises:
-        UserError: It cannot take images of this size.
+        UserError: The network cannot take images of this size.
     """
     try:
-        return run(pixels)
+        return torch_forward(network, prep)(sample)
     except (RuntimeError, AssertionError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:100] or type(problem).__name__
         raise UserError(
-            f"{backbone} cannot run on images of {pixels.shape[1]} px ({reason}): give another "
+            f"{backbone} cannot run on images of {prep.image_px} px ({reason}): give another "
             "--image-px, or leave it out for the weights' own"
         ) from problem
 
 
-def plain_run(backbone: nn.Module, prep: Preprocessing) -> Run:
-    """The network as it is, brought into channels-last memory: it has to be the caller's own."""
-    return runner(backbone.to(memory_format=torch.channels_last), prep)
-
-
-def fused_run(
-    backbone: nn.Module, prep: Preprocessing, pixels: UInt8, wanted: Float32
-) -> tuple[Run, float] | None:
-    """The fused form and its error, if it exists for this network and agrees with the plain one.
-
-    Args:
-        backbone: The frozen network.
-        prep: Its preprocessing.
-        pixels: Images to compare on, uint8 [n, H, W, 3].
-        wanted: The plain network's features of them, float32 [n, D].
-    """
+def torch_implementation(work: Workload) -> Implementation:
+    """The network fused, or plain where it cannot be fused or would give other features."""
     try:
-        fused = runner(fuse_for_cpu(backbone), prep)
-        error = relative_error(fused(pixels), wanted)
-    except Exception as problem:  # whatever torch.fx or oneDNN say, the plain form is there
-        say(f"running the network unfused: {type(problem).__name__}: {str(problem)[:100]}")
-        return None
-    if not error <= TOLERANCE:
-        say(f"running the network unfused: the fused form is off by {error:.1e}")
-        return None
-    return fused, error
+        fused = torch_forward(fuse_for_cpu(work.network), work.prep)
+        error = relative_error(fused(work.sample), work.reference)
+        reason = "" if error <= TOLERANCE else f"the fused form is off by {error:.1e}"
+    except Exception as problem:  # whatever torch.fx or oneDNN raise, the plain network works
+        reason = f"{type(problem).__name__}: {str(problem)[:100]}"
+    if not reason:
+        return Implementation(name="torch", forward=fused, max_error=error, recorded="torch")
+    say(f"running the network unfused: {reason}")
+    plain = torch_forward(work.network, work.prep)
+    return Implementation(name="torch", forward=plain, max_error=None, recorded="torch")

@@ -1,4 +1,4 @@
-"""Looking into a cache: what it holds, whether it is sound, and mending what is not."""
+"""`featcache info` and `featcache verify`: what a cache holds, whether it is intact, repair."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, v
 from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
-from featcache.extract.run import fill_split
+from featcache.extract.extraction import ExtractionRun, fill_split
 from featcache.files import check_outputs
-from featcache.runtime import StageTimer, torch_threads_kept
+from featcache.runtime import torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.cache import VerifyReport
-    from featcache.engine import Engine
 
 EXIT_DAMAGED = 2
 MAX_LISTED = 10
 
 
 def inspect(config: InfoConfig) -> dict[str, Any]:
-    """What a cache, finished or not, says about itself; features are not read.
+    """What a cache, finished or not, records about itself; features are not read.
 
     Raises:
-        CacheError: Not a cache, or its description of itself is damaged.
+        CacheError: Not a cache, or its metadata is damaged.
     """
     return {"command": "info", **info(config.cache)}
 
@@ -42,7 +41,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         f"{report['file_bytes'] / 1e6:.1f} MB",
         f"backbone   {backbone['backbone']}, weights {backbone['weights']} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
-        f"pictures   {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
+        f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
         f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
         f"computed   by {meta['engine']} in {meta['precision']}, "
         + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
@@ -65,10 +64,10 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
 
 
 def check(config: VerifyConfig) -> dict[str, Any]:
-    """Check every byte of a cache that can be checked; with `repair`, compute damaged blocks anew.
+    """Check every byte of a cache that can be checked; with `repair`, recompute damaged blocks.
 
     Returns:
-        The JSON report; `exit_code` is 2 where the cache is not sound in the end.
+        The JSON report; `exit_code` is 2 if the cache is still damaged at the end.
 
     Raises:
         CacheError: There is no such file, or its damage cannot be repaired.
@@ -87,24 +86,24 @@ def check_lines(report: dict[str, Any]) -> list[str]:
     path = report["path"]
     rows = sum(report["num_rows"].values())
     if report["ok"]:
-        mended = f", {report['num_repaired']} rows computed again" if report["num_repaired"] else ""
+        again = f", {report['num_repaired']} rows recomputed" if report["num_repaired"] else ""
         missed = [f"not checked: {what}" for what in report["not_checked"]]
-        sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{mended}"
+        sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{again}"
         return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
     if report["repairable"]:
         command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
-        lines.append(f"type {command} to compute the damaged rows again")
+        lines.append(f"type {command} to recompute the damaged rows")
     else:
-        lines.append("type the extract-features command that made it with --force")
+        lines.append("run the extract-features command that made it again with --force")
     return lines
 
 
 def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     """Compute the damaged blocks from the images; returns the number of rows."""
-    from featcache.engine import choose_engine, device_of
+    from featcache.engine import EngineSettings, choose_engine
 
     if config.dataset is None:
         raise UserError("--repair computes from the images: add --dataset with the dataset's place")
@@ -119,34 +118,26 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     settings = _settings_of(config, meta)
     dataset = load_dataset(settings)
     _check_same(meta, class_names, settings, dataset)
-    prep = meta.backbone.preprocessing
-    backbone = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)
-    train = dataset.splits.get("train")
+    network = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)
     with torch_threads_kept():
-        engine = choose_engine(settings, backbone, prep, device_of(settings), 0, train)
-        return _compute_damaged(config, settings, dataset, meta, engine)
-
-
-def _compute_damaged(
-    config: VerifyConfig,
-    settings: ExtractConfig,
-    dataset: ImageDataset,
-    meta: CacheMeta,
-    engine: Engine,
-) -> int:
-    """Fill the blocks that fail their checksum; returns their rows."""
-    timer = StageTimer()
-    if (engine.recorded or engine.name) != meta.engine:
-        raise CacheError(
-            f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, this "
-            f"machine gives {engine.recorded or engine.name}; run extract-features --force to make "
-            "it again"
+        engine = choose_engine(
+            EngineSettings.of(settings),
+            network,
+            meta.backbone.preprocessing,
+            num_images=0,
+            train=dataset.splits.get("train"),
         )
-    with prepare_repair(config.cache) as writer:
-        damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
-        for split in dataset.splits.values():
-            fill_split(settings, writer, split, meta, engine, timer)
-        writer.finish()
+        if engine.recorded != meta.engine:
+            raise CacheError(
+                f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "
+                f"this machine has {engine.recorded}; run extract-features --force to make it again"
+            )
+        run = ExtractionRun(engine=engine)
+        with prepare_repair(config.cache) as writer:
+            damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
+            for split in dataset.splits.values():
+                fill_split(run, writer, split, meta, settings.on_error)
+            writer.finish()
     return damaged
 
 
@@ -154,7 +145,7 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
     """The extraction settings that a cache was made with, as far as it records them."""
     assert config.dataset is not None
     if meta.precision not in ("float32", "int8", "amp"):
-        raise CacheError(f"{config.cache}: its precision {meta.precision!r} is not known here")
+        raise CacheError(f"{config.cache}: unknown precision {meta.precision!r}")
     views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
     return ExtractConfig(
         dataset=config.dataset,
@@ -179,7 +170,7 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
 def _check_same(
     meta: CacheMeta, class_names: list[str], settings: ExtractConfig, dataset: ImageDataset
 ) -> None:
-    """Refuse to mend a cache from other images or weights than it was made from."""
+    """Refuse to repair a cache from other images or weights than it was made from."""
     info_now = identify(settings, settings.seed, settings.cache_dir)
     wanted = {
         "weights_sha256": (meta.backbone.weights_sha256, info_now.weights_sha256),

@@ -1,4 +1,4 @@
-"""What a run asks for, and whether a cache already holds exactly that."""
+"""What a run asks for, and whether a cache already holds exactly that: hit, stale or resume."""
 
 from __future__ import annotations
 
@@ -6,36 +6,60 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from featcache.backbone import identify
 from featcache.cache import FeatureCache, info, read_meta
-from featcache.config import BackboneInfo, CacheMeta, ExtractConfig, Views, flatten
-from featcache.data import REASONS, ImageDataset
+from featcache.config import CacheMeta, ExtractConfig, Views, flatten
+from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError
 from featcache.runtime import numeric_versions, recorded_engine
 
-# Differences in these leave the rows what they are: a dataset may be renamed or moved.
+# These do not change the rows: a dataset may be renamed or moved.
 IMMATERIAL = ("dataset.name",)
 
 
-def wanted_meta(config: ExtractConfig, dataset: ImageDataset, info: BackboneInfo) -> CacheMeta:
-    """The metadata that a cache made by `config` would carry; engine as asked for."""
-    return CacheMeta(
-        backbone=info,
-        dataset=dataset.info(config),
-        views=Views.parse(config.views, config.seed),
-        dtype=config.dtype,
-        precision=config.precision,
-        engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
-        versions=numeric_versions(),
-    )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run asks for.
+
+    Attributes:
+        config: The command's settings.
+        dataset: The images.
+        meta: The metadata that the cache will carry; engine as asked for.
+        path: Where the cache goes.
+    """
+
+    config: ExtractConfig
+    dataset: ImageDataset
+    meta: CacheMeta
+    path: Path
+
+    @classmethod
+    def of(cls, config: ExtractConfig) -> Self:
+        """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
+
+        Raises:
+            UserError: There is no such dataset or weights.
+        """
+        dataset = load_dataset(config)
+        meta = CacheMeta(
+            backbone=identify(config, config.seed, config.cache_dir),
+            dataset=dataset.info(config),
+            views=Views.parse(config.views, config.seed),
+            dtype=config.dtype,
+            precision=config.precision,
+            engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
+            versions=numeric_versions(),
+        )
+        return cls(config=config, dataset=dataset, meta=meta, path=cache_path(config, meta))
 
 
 def settings_tag(meta: CacheMeta) -> str:
-    """Eight hex digits of what the user asked for, contents of files left out.
+    """Eight hex digits of what the user asked for, without the contents of files.
 
-    Files that changed therefore meet the cache made from their old contents, and are refused by
-    name instead of silently filling another file.
+    When files change, the name therefore stays and the run is refused with the reason, instead of
+    silently filling another cache.
     """
     asked = flatten(dataclasses.asdict(meta))
     for name in ("dataset.name", "dataset.fingerprint", "backbone.weights_sha256", "engine"):
@@ -60,7 +84,7 @@ def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
 
 
 def differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object, object]]:
-    """Fields that make a cache unfit for a request, as (name, cached, wanted)."""
+    """Fields in which a cache differs from a request, as (name, cached, wanted)."""
     same = ("engine",) if _engine_fits(cached.engine, wanted.engine) else ()
     return [row for row in cached.differences(wanted) if row[0] not in (*IMMATERIAL, *same)]
 
@@ -68,26 +92,25 @@ def differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object,
 def _engine_fits(cached: str, wanted: str) -> bool:
     """Whether rows made by one engine are what was asked for.
 
-    `auto` asks for none. What a quantised network adds to its engine's name cannot be known before
-    it is made, and which version of an engine that is not installed does not matter.
+    `auto` accepts any. What a quantised network adds to its engine's name is known only once it is
+    made, and any version fits an engine that is not installed.
     """
     return wanted in ("auto", cached) or cached.startswith((f"{wanted}+", f"{wanted}-"))
 
 
-def find_hit(
-    config: ExtractConfig, path: Path, wanted: CacheMeta, dataset: ImageDataset
-) -> Path | None:
+def find_hit(request: Request) -> Path | None:
     """The finished cache that holds exactly what is wanted, under its own or another name.
 
     Raises:
-        CacheError: `path` is a cache of something else; the message names what differs.
+        CacheError: The cache of that name differs from the request; the message says how.
     """
+    config, path, wanted = request.config, request.path, request.meta
     if path.exists():
         unfit = differences(read_meta(path)[0], wanted)
         if unfit and config.update:
             return None
         if unfit:
-            raise CacheError(_stale(path, unfit, dataset))
+            raise CacheError(_stale(path, unfit, request.dataset))
         return path
     if config.output is None:
         for other in sorted(config.cache_dir.glob(f"*-{settings_tag(wanted)}.h5")):
@@ -95,22 +118,22 @@ def find_hit(
                 if not differences(read_meta(other)[0], wanted):
                     return other
             except CacheError:
-                continue  # a damaged neighbour is not this command's business
+                continue  # a damaged cache of another name is not this command's business
     return None
 
 
 def left_out(path: Path) -> list[dict[str, Any]]:
-    """The pictures that a cache, finished or not, leaves out: id and code of each."""
+    """The images that a cache, finished or not, leaves out: id and code of each."""
     return [row for split in info(path)["splits"].values() for row in split["skipped"]]
 
 
 def check_skipped(config: ExtractConfig, path: Path, advice: str) -> None:
-    """Refuse a file, finished or not, that leaves out pictures when none may be left out.
+    """Refuse a cache, finished or not, that leaves out images when none may be left out.
 
     Args:
         config: The command's settings.
-        path: The file; it need not exist.
-        advice: What to type once the pictures are mended or removed.
+        path: The cache; it need not exist.
+        advice: What to type once the images are repaired or removed.
 
     Raises:
         UserError: The file was made with `--on-error skip`, this run asks for `fail`.
@@ -121,8 +144,8 @@ def check_skipped(config: ExtractConfig, path: Path, advice: str) -> None:
     if rows:
         reason = REASONS.get(rows[0]["code"], "unreadable")
         raise UserError(
-            f"{path} leaves out {len(rows)} pictures, the first {rows[0]['id']} ({reason}): mend "
-            f"or remove them and type {advice}, or type --on-error skip to leave them out"
+            f"{path} leaves out {len(rows)} images, the first {rows[0]['id']} ({reason}): repair "
+            f"or remove them and add {advice}, or add --on-error skip to leave them out"
         )
 
 
@@ -136,10 +159,10 @@ def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDa
         rows.append(_dataset_changes(FeatureCache(path), dataset))
     update = "--update to compute only what changed, " if names == {"dataset.fingerprint"} else ""
     if update and read_meta(path)[0].precision == "int8":
-        update = "--update (which int8 allows while the images that calibrate it stay the same), "
+        update = "--update (possible with int8 while its calibration images stay the same), "
     return (
-        f"{path} holds something else: {'; '.join(rows)}. Type {update}"
-        "--force to extract afresh in its place, or --output FILE to keep both"
+        f"{path} was made with different settings: {'; '.join(rows)}. Add {update}"
+        "--force to replace it, or --output FILE to keep both"
     )
 
 

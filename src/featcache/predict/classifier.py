@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import ExtractConfig, PredictConfig, Preprocessing, Views
+from featcache.config import PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
-from featcache.engine.inference import computed_chunks
+from featcache.engine import EngineSettings
+from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
 from featcache.heads import KnnHead, softmax
 from featcache.predict.load import Trained, load_trained
 from featcache.predict.pictures import Picture, split_of
-from featcache.runtime import StageTimer, num_cores, pick_device, say, torch_threads_kept
+from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -76,11 +77,11 @@ class Classifier:
     ) -> None:
         self.trained = trained
         with python_errors(PredictConfig):
-            self._device = pick_device(device)
-        self._settings = ExtractConfig(
-            dataset="pictures",
+            precision = _precision(trained, pick_device(device))
+        self._settings = EngineSettings(
+            backbone=trained.backbone,
             device=device,
-            precision=_precision(trained, self._device),
+            precision=precision,
             batch_size=batch_size,
             workers=workers,
         )
@@ -179,7 +180,7 @@ class Classifier:
             if self._engine is None:
                 trained = self.trained
                 self._engine = choose_engine(
-                    self._settings, trained.network, trained.preprocessing, self._device, num_images
+                    self._settings, trained.network, trained.preprocessing, num_images=num_images
                 )
             return self._engine
 
@@ -214,13 +215,9 @@ class Classifier:
         """What the network gives for every picture, from the threads that extraction uses."""
         with timer("choose_engine"):
             engine = self.engine(len(split))
-        ours = engine.threads if engine.device == "cpu" else num_cores()
-        workers = ours if self._settings.workers is None else self._settings.workers
         rows, prep = range(len(split)), self.trained.preprocessing
-        for done in computed_chunks(split, rows, prep, Views(), engine, workers, timer):
-            good = iter(done.features[0] if done.features.size else ())
-            for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
-                yield index, pixels if isinstance(pixels, BadImage) else next(good)
+        for index, row in computed_rows(engine, split, rows, prep, Views(), timer):
+            yield index, row if isinstance(row, BadImage) else row[0]
 
     def _probabilities(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities [n, C] of features [n, D], or of logits [n, C]."""
