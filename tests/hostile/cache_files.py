@@ -17,15 +17,8 @@ import h5py
 import numpy as np
 
 from cache_helpers import copy_cache
-from featcache.cache.layout import (
-    DIGEST_BYTES,
-    MAGIC,
-    RECORD_BYTES,
-    Extent,
-    block_crc,
-    block_range,
-    complement,
-)
+from featcache.cache.layout import MAGIC, Extent, block_crc, complement
+from featcache.cache.schema import DIGEST_BYTES, RECORD_BYTES, block_range
 
 Maker = Callable[[Path], object]
 Record = dict[str, Any]

@@ -1,4 +1,4 @@
-"""`featcache info`: what a cache holds and where it came from."""
+"""What a cache says about itself, without a look at its features: settings, names, counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache.layout import VERSION
-from featcache.cache.reader import meta_of
+from featcache.cache.schema import VERSION
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.cache.writer import part_path
 from featcache.config import CacheMeta
@@ -19,8 +18,19 @@ from featcache.errors import CacheError
 MAX_SKIPPED = 1000
 
 
+def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
+    """The metadata and the class names of a finished cache; rows are not looked at.
+
+    Raises:
+        CacheError: It is not a finished cache, or is damaged.
+    """
+    file = CacheFile(Path(path))
+    file.check_finished()
+    return file.meta, file.class_names
+
+
 def begun_with(path: Path) -> CacheMeta | None:
-    """What an unfinished cache's rows are made with; None where none is begun.
+    """The metadata of an unfinished cache; None if there is none.
 
     A damaged one counts as none here: `open_writer` refuses it and says why.
     """
@@ -30,7 +40,7 @@ def begun_with(path: Path) -> CacheMeta | None:
     try:
         file = CacheFile(part)
         try:
-            return meta_of(file)
+            return file.meta
         finally:
             file.close()
     except CacheError:
@@ -38,9 +48,9 @@ def begun_with(path: Path) -> CacheMeta | None:
 
 
 def info(path: Path | str) -> dict[str, Any]:
-    """What a cache, finished or not, says about itself, for JSON.
+    """What `featcache info` prints of a cache, finished or not, for JSON.
 
-    Features are not read, so not checked. At most MAX_SKIPPED skipped samples of a split are
+    Features are neither read nor checked. At most MAX_SKIPPED skipped samples of a split are
     listed; `num_skipped` counts them all.
 
     Raises:
@@ -48,8 +58,8 @@ def info(path: Path | str) -> dict[str, Any]:
         StorageError: The file system failed.
     """
     file = CacheFile(Path(path))
-    meta = meta_of(file)
-    class_names = texts_of(file.fixed("class_names"), file.path)
+    meta = file.meta
+    class_names = file.class_names
     splits = {name: _describe(file, name, class_names) for name in file.layout.splits}
     done = all(split["num_blocks_done"] == split["num_blocks"] for split in splits.values())
     return {
@@ -79,7 +89,7 @@ def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, 
         "num_per_class": dict(zip(class_names, counts.tolist(), strict=True)),
         "num_blocks": len(state),
         "num_blocks_done": int((state == 1).sum()),
-        "weighted": f"{split}/weights" in file.layout.extents,
+        "weighted": file.layout.weighted(split),
     }
 
 
