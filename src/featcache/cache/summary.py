@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.schema import VERSION
 from featcache.cache.storage import CacheFile, texts_of
@@ -16,6 +17,37 @@ from featcache.config import CacheMeta
 from featcache.errors import CacheError
 
 MAX_SKIPPED = 1000
+
+
+class SplitInfo(TypedDict):
+    """What `info` says about one split.
+
+    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples.
+    """
+
+    num_samples: int
+    num_skipped: int
+    skipped: list[dict[str, Any]]
+    num_per_class: dict[str, int]
+    num_blocks: int
+    num_blocks_done: int
+    weighted: bool
+
+
+class CacheInfo(TypedDict):
+    """What `info` says about a cache; `meta` is a CacheMeta as a dict."""
+
+    path: str
+    format_version: int
+    file_bytes: int
+    finished: bool
+    digest: str
+    feature_dim: int
+    num_views: int
+    dtype: str
+    class_names: list[str]
+    splits: dict[str, SplitInfo]
+    meta: dict[str, Any]
 
 
 def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
@@ -47,11 +79,10 @@ def begun_with(path: Path) -> CacheMeta | None:
         return None
 
 
-def info(path: Path | str) -> dict[str, Any]:
+def info(path: Path | str) -> CacheInfo:
     """What `featcache info` prints of a cache, finished or not, for JSON.
 
-    Features are neither read nor checked. At most MAX_SKIPPED skipped samples of a split are
-    listed; `num_skipped` counts them all.
+    Features are neither read nor checked.
 
     Raises:
         CacheError: Not a cache, or what it says about itself is damaged.
@@ -77,7 +108,7 @@ def info(path: Path | str) -> dict[str, Any]:
     }
 
 
-def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, Any]:
+def _describe(file: CacheFile, split: str, class_names: list[str]) -> SplitInfo:
     status, state = file.array(f"{split}/row_status"), file.array(f"{split}/state")
     labels = file.fixed(f"{split}/labels").clip(0, len(class_names) - 1)
     bad = np.flatnonzero(status)
@@ -93,7 +124,7 @@ def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, 
     }
 
 
-def _skipped(file: CacheFile, split: str, rows: Any) -> list[dict[str, Any]]:
+def _skipped(file: CacheFile, split: str, rows: npt.NDArray[np.intp]) -> list[dict[str, Any]]:
     if not len(rows):
         return []
     ids = texts_of(file.fixed(f"{split}/ids")[rows], file.path)
