@@ -19,8 +19,8 @@ from featcache.cache import schema
 from featcache.cache.fileio import reserve, sha256_of, sync_folder, write_at
 from featcache.cache.layout import HDF5_SIGNATURE, Extent, Layout, complement, parse_record
 from featcache.cache.schema import CacheSizes, Member, SplitRows, SplitSizes
+from featcache.cache.storage import parse_meta
 from featcache.config import CacheMeta
-from featcache.config.checks import check_types
 from featcache.errors import UserError
 from featcache.files import remove_temporaries, replacing, storage_errors
 
@@ -51,8 +51,9 @@ def check_contents(
         UserError: Something that a cache cannot hold, named.
     """
     try:
-        check_types(meta, exact=True)
-    except UserError as error:
+        meta_json = meta.to_json().encode()
+        parse_meta(meta_json)  # what readers will do
+    except (ValueError, TypeError) as error:
         raise UserError(f"the settings cannot be stored: {error}") from None
     if not 1 <= len(splits) <= schema.MAX_SPLITS or not 1 <= len(class_names) <= schema.MAX_CLASSES:
         raise UserError(
@@ -60,7 +61,7 @@ def check_contents(
             f"{schema.MAX_SPLITS} splits and 1 to {schema.MAX_CLASSES} classes"
         )
     arrays: dict[str, npt.NDArray[Any]] = {
-        "meta_json": np.frombuffer(meta.to_json().encode(), np.uint8),
+        "meta_json": np.frombuffer(meta_json, np.uint8),
         "class_names": _encode_texts(class_names, "class name"),
     }
     for split in splits:

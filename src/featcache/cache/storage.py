@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.fileio import RESUME, read_at, reading, sha256_of
-from featcache.cache.layout import RECREATE, Extent, Layout, block_crc, parse_record
+from featcache.cache.layout import RECREATE, Layout, block_crc, parse_record
 from featcache.cache.schema import FEATURE_DTYPES, RECORD_BYTES, SplitRows, block_range
-from featcache.config import CacheMeta
-from featcache.config.checks import check_types
-from featcache.errors import CacheError, UserError
+from featcache.config import CacheMeta, flatten
+from featcache.errors import CacheError
 from featcache.files import open_regular
 
 HDF5_STRUCTURE = "HDF5 structure"
@@ -83,7 +83,19 @@ class CacheFile:
             CacheError: It is damaged or not valid.
         """
         features = self.layout.features(self.layout.splits[0])
-        return _parse_meta(self.fixed("meta_json").tobytes(), features, self.path)
+        shape = (features.shape[0], features.shape[2], features.dtype)
+        try:
+            meta = parse_meta(self.fixed("meta_json").tobytes())
+            stated = (meta.views.num, meta.backbone.feature_dim, FEATURE_DTYPES[meta.dtype])
+            if stated != shape:
+                raise ValueError(f"it states views, dim, dtype {stated}, the features have {shape}")
+        except CacheError:
+            raise
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            raise CacheError(
+                f"{self.path}: its metadata is not valid: {error!s:.200}; {RECREATE}"
+            ) from None
+        return meta
 
     @property
     def class_names(self) -> list[str]:
@@ -210,27 +222,18 @@ def texts_of(array: npt.NDArray[Any], path: Path) -> list[str]:
         raise CacheError(f"{path}: a name in it is not UTF-8; {RECREATE}") from None
 
 
-def _parse_meta(text: bytes, features: Extent, path: Path) -> CacheMeta:
-    """Rebuild the metadata and check it against the features beside it.
-
-    Args:
-        text: The dataset meta_json.
-        features: Any split's features [V, N, D].
-        path: For messages.
+def parse_meta(text: bytes) -> CacheMeta:
+    """Rebuild metadata from the dataset meta_json as if a stranger had written it.
 
     Raises:
-        CacheError: It is not a cache's metadata, or contradicts the file.
+        ValueError: It is not a cache's metadata, is not canonical JSON, or cannot be printed.
     """
-    try:
-        meta = CacheMeta.from_dict(json.loads(text, parse_constant=_refuse))
-        check_types(meta, exact=True)
-        if meta.to_json().encode() != text:
-            raise ValueError("not in canonical form")
-        claimed = (FEATURE_DTYPES[meta.dtype], meta.views.num, meta.backbone.feature_dim)
-        if claimed != (features.dtype, features.shape[0], features.shape[2]):
-            raise ValueError(f"says {claimed}, the features are {features.dtype} {features.shape}")
-    except (UserError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise CacheError(f"{path}: its metadata is not valid: {error!s:.200}; {RECREATE}") from None
+    meta = CacheMeta.from_dict(json.loads(text, parse_constant=_refuse))
+    if meta.to_json().encode() != text:
+        raise ValueError("not in canonical form")
+    for name, value in flatten(dataclasses.asdict(meta)).items():
+        if not f"{name}{value}".isprintable():
+            raise ValueError(f"{name!r:.80} cannot be printed")
     return meta
 
 

@@ -1,4 +1,8 @@
-"""Checks of settings, worded for the command line; `settings` rewords them for Python."""
+"""Checks of values that others give us: settings from Python, and records from parsed JSON.
+
+Both are dataclasses whose annotations say what each field may be. The command line is parsed by
+type already; numbers are also checked against their ranges here.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,21 @@ import math
 import numbers
 import operator
 import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from featcache.errors import UserError, one_of
 
 # Settings of type str that may be paths.
 NAMES_OR_PATHS = ("dataset", "inputs", "weights")
+
+Record = TypeVar("Record")
+Converter = Callable[[str, Any], Any]
+"""Takes a field's name, for messages, and its value; returns the value as the field's type."""
 
 
 def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
@@ -32,78 +43,171 @@ def check_positive(name: str, value: float | None) -> None:
         raise UserError(f"{_flag(name)} {value} is out of range: give a number above 0")
 
 
-def check_types(config: Any, *, exact: bool = False) -> None:
-    """Check that the fields of a frozen dataclass have their types; for callers from Python.
+def check_types(config: Any) -> None:
+    """Check the types of settings that were built in Python; convert what is close enough.
 
-    The command line has done so. Paths may be given as text and text as paths, lists for tuples,
-    whole numbers for floats. A leading ~ of a path becomes the home folder.
-
-    Args:
-        config: The dataclass.
-        exact: For records that are stored or came from a file, nested ones included: nothing is
-            converted, and text must be printable.
+    Text may stand for a path and a path for text, a list for a tuple, a whole number for a float,
+    and NumPy's numbers for Python's. A leading ~ in a path becomes the home folder.
 
     Raises:
-        UserError: A field has another type, or is none of the words that it may be.
+        UserError: A value has another type, or is not one of the field's choices.
     """
     kind: Any = type(config)
-    hints = hints_of(kind)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        fitted = _fitted(field.name, value, hints[field.name], exact)
-        if fitted is not value:
-            object.__setattr__(config, field.name, fitted)
+    for name, hint in hints_of(kind).items():
+        value = _converter(hint, False)(_flag(name), getattr(config, name))
+        if name in NAMES_OR_PATHS:  # of --flag=~/x the shell leaves ~ as it is
+            many = isinstance(value, tuple)
+            value = tuple(map(_at_home, value)) if many else value and _at_home(value)
+        object.__setattr__(config, name, value)
 
 
-hints_of = functools.cache(get_type_hints)
+def record_from_json(kind: type[Record], value: object, *, ignore_unknown: bool = False) -> Record:
+    """Build a dataclass from parsed JSON that may have been damaged or written by a stranger.
+
+    Every value must have its field's type, nested dataclasses included. Lists become tuples where
+    the field is a tuple, whole numbers become floats. Numbers must be finite, and text must be
+    printable. Ranges are for the dataclass's own `__post_init__` to check. This serves every file
+    that featcache reads: cache metadata, heads, reports and remembered facts.
+
+    Args:
+        kind: A dataclass. Field types: bool, int, float, str, Any, Literal, other dataclasses, and
+            lists, tuples, dicts and optional values of these.
+        value: What `json.loads` returned, or `dataclasses.asdict`.
+        ignore_unknown: Drop names that are not fields of `kind` instead of refusing them.
+
+    Raises:
+        ValueError: The first thing that is wrong, in one line that names the field.
+    """
+    record: Record = _record(kind, value, "", ignore_unknown)
+    return record
 
 
-def _fitted(name: str, value: Any, hint: Any, exact: bool) -> Any:
-    """The value as the type hint has it; with `exact` it must be so already."""
-    kind, options = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        (hint,) = (option for option in options if option is not NoneType)
-        return None if value is None else _fitted(name, value, hint, exact)
-    if kind is tuple and isinstance(value, tuple if exact else list | tuple):
-        return tuple(_fitted(name, each, options[0], exact) for each in value)
-    if kind is dict and isinstance(value, dict):
-        key_hint, value_hint = options
-        return {
-            _fitted(name, key, key_hint, exact): _fitted(name, each, value_hint, exact)
-            for key, each in value.items()
-        }
-    if dataclasses.is_dataclass(hint) and type(value) is hint:
-        check_types(value, exact=exact)
+def is_printable(text: str) -> bool:
+    """Whether text can be stored in a file and printed in a one-line message."""
+    # Python reads bytes that are not UTF-8 as lone surrogates.
+    return not re.search("[\\x00-\\x1f\\x7f\ud800-\udfff]", text)
+
+
+@functools.cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """A dataclass's fields and their types, annotations evaluated."""
+    return get_type_hints(kind)
+
+
+def _record(kind: Any, value: object, where: str, ignore_unknown: bool = False) -> Any:
+    named = f"{where}: " if where else ""
+    if not isinstance(value, dict):
+        raise UserError(f"{named}{value!r:.80} is not an object with named fields")
+    fields = dataclasses.fields(kind)
+    unknown = value.keys() - {field.name for field in fields}
+    if unknown and not ignore_unknown:
+        raise UserError(f"{named}unknown field {min(unknown)!r:.80}")
+    found = {}
+    for field in fields:
+        if field.name in value:
+            convert = _converter(hints_of(kind)[field.name], True)
+            inside = f"{where}.{field.name}" if where else field.name
+            found[field.name] = convert(inside, value[field.name])
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{named}no field {field.name!r}")
+    return kind(**found)
+
+
+@functools.cache
+def _converter(hint: Any, json: bool) -> Converter:
+    """What converts a value to a type hint, by the rules for JSON or those for Python."""
+    origin, args = get_origin(hint), get_args(hint)
+    inner = [_converter(arg, json) for arg in args if origin is not Literal and _is_type(arg)]
+    if origin in (Union, UnionType):
+        (option,) = inner
+        return lambda name, value: None if value is None else option(name, value)
+    if origin in (tuple, list):
+        fixed = len(args) if origin is tuple and args[-1] is not Ellipsis else None
+        return functools.partial(_sequence, origin, inner if fixed else repeat(inner[0]), fixed)
+    made: dict[Any, Converter] = {
+        Literal: functools.partial(_choice, args),
+        dict: functools.partial(_mapping, inner),
+        Any: lambda name, value: value,
+    }
+    if (origin or hint) in made:
+        return made[origin or hint]
+    if dataclasses.is_dataclass(hint):
+        return lambda name, value: _record(hint, value, name)
+    return functools.partial(_scalar, hint, *(_FROM_JSON if json else _FROM_PYTHON)[hint])
+
+
+def _is_type(argument: Any) -> bool:
+    return argument not in (NoneType, Ellipsis)
+
+
+def _choice(choices: tuple[Any, ...], name: str, value: Any) -> Any:
+    if value in choices:
         return value
-    return _fitted_scalar(name, value, hint, exact)
+    raise UserError(f"{name}: {one_of(value, choices, 'choice')}")
 
 
-def _fitted_scalar(name: str, value: Any, hint: Any, exact: bool) -> Any:
-    label = name if exact else _flag(name)
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        raise UserError(f"{label}: {one_of(value, get_args(hint), 'choice')}")
-    if exact:
-        # Surrogates can be written in JSON but not printed.
-        if type(value) is hint and (hint is not str or value.isprintable()):
-            return value
-    elif isinstance(value, _ACCEPTED.get(hint, ())) and isinstance(value, bool) == (hint is bool):
-        if hint is Path or name in NAMES_OR_PATHS:  # of --flag=~/x the shell leaves ~ as it is
-            value = os.path.expanduser(value)
-        return value if isinstance(value, hint) else _MADE_BY[hint](value)
-    raise UserError(f"{label}: {str(value)[:80]!r} is no {_WORDS.get(hint, 'list')}")
+def _sequence(
+    kind: type, each: Iterable[Converter], length: int | None, name: str, value: Any
+) -> Any:
+    if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
+        of_length = "" if length is None else f" of {length}"
+        raise UserError(f"{name}: {str(value)[:80]!r} is not a list{of_length}")
+    return kind(convert(name, item) for convert, item in zip(each, value, strict=False))
 
 
-_ACCEPTED: dict[Any, Any] = {
-    bool: bool,
-    int: numbers.Integral,
-    float: numbers.Real,
-    str: (str, os.PathLike),
-    Path: (str, os.PathLike),
+def _mapping(inner: Sequence[Converter], name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: {str(value)[:80]!r} is not an object with named fields")
+    key, item = inner
+    return {key(name, k): item(name, v) for k, v in value.items()}
+
+
+def _scalar(hint: Any, accepted: Any, make: Callable[[Any], Any], name: str, value: Any) -> Any:
+    if isinstance(value, accepted) and isinstance(value, bool) == (hint is bool):
+        try:
+            return make(value)
+        except (ValueError, OverflowError):
+            pass
+    raise UserError(f"{name}: {str(value)[:80]!r} is not {_WORDS[hint]}")
+
+
+def _at_home(path: str | os.PathLike[str]) -> str:
+    return os.path.expanduser(path)
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError
+    return float(number)
+
+
+def _printable(text: str) -> str:
+    if not is_printable(text):
+        raise ValueError
+    return text
+
+
+# For each type, the types that are accepted for it and what converts them.
+_FROM_PYTHON: dict[Any, tuple[Any, Callable[[Any], Any]]] = {
+    bool: (bool, bool),
+    int: (numbers.Integral, operator.index),
+    float: (numbers.Real, float),
+    str: ((str, os.PathLike), os.fspath),
+    Path: ((str, os.PathLike), lambda path: Path(_at_home(path))),
 }
-_MADE_BY: dict[Any, Any] = {int: operator.index, float: float, str: os.fspath, Path: Path}
-_WORDS = {bool: "True or False", int: "whole number", float: "number", str: "text", Path: "path"}
+_FROM_JSON: dict[Any, tuple[Any, Callable[[Any], Any]]] = {
+    bool: (bool, bool),
+    int: (int, int),
+    float: ((int, float), _finite),
+    str: (str, _printable),
+}
+_WORDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
 
 
 def _flag(name: str) -> str:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from featcache.config.checks import check_range
+from featcache.config.checks import check_range, record_from_json
 from featcache.errors import UserError
 
 Resize = Literal["squash", "crop"]
@@ -40,12 +40,6 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
         check_range("resize_px", self.resize_px, self.image_px, 2 * MAX_IMAGE_PX)
-        for name, allowed in (
-            ("resize", ("squash", "crop")),
-            ("interpolation", ("nearest", "bilinear", "bicubic")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"{name} {getattr(self, name)!r}: one of {', '.join(allowed)}")
         finite = all(map(math.isfinite, (*self.mean, *self.std)))
         if len(self.mean) != 3 or len(self.std) != 3 or not finite or min(self.std) <= 0:
             raise UserError(
@@ -60,10 +54,9 @@ class Preprocessing:
             UserError: A field is missing, unknown or out of range.
         """
         try:
-            lists = {key: tuple(float(x) for x in values[key]) for key in ("mean", "std")}
-            return cls(**{**values, **lists})
-        except (TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"not a preprocessing record: {values!r:.200}") from error
+            return record_from_json(cls, values)
+        except ValueError as error:
+            raise UserError(f"not a preprocessing record: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,16 +145,8 @@ class CacheMeta:
             UserError: A field is missing, unknown or out of range.
         """
         try:
-            parts = dict(values)
-            backbone = dict(parts.pop("backbone"))
-            prep = Preprocessing.from_dict(dict(backbone.pop("preprocessing")))
-            return cls(
-                backbone=BackboneInfo(preprocessing=prep, **backbone),
-                dataset=DatasetInfo(**parts.pop("dataset")),
-                views=Views(**parts.pop("views")),
-                **parts,
-            )
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            return record_from_json(cls, values)
+        except ValueError as error:
             raise UserError(f"not a cache's metadata: {error}") from error
 
     def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
