@@ -86,16 +86,18 @@ def fill(writer: CacheWriter, *, num_views: int = 1, dim: int = DIM, stop_after:
 @functools.cache
 def sound_bytes() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        return make_cache(Path(folder, "x.h5")).read_bytes()
+        return synthetic_cache(Path(folder, "x.h5")).read_bytes()
 
 
 def copy_cache(path: Path) -> Path:
-    """The cache that `make_cache(path)` makes, without doing it again."""
+    """The cache that `synthetic_cache(path)` makes, without doing it again."""
     path.write_bytes(sound_bytes())
     return path
 
 
-def make_cache(path: Path, rows: dict[str, int] = ROWS, *, num_views=1, dim=DIM, **meta) -> Path:
+def synthetic_cache(
+    path: Path, rows: dict[str, int] = ROWS, *, num_views=1, dim=DIM, **meta
+) -> Path:
     settings = make_meta(dim=dim, num_views=num_views, **meta)
     with open_writer(path, settings, CLASSES, make_splits(rows)) as writer:
         fill(writer, num_views=num_views, dim=dim)

@@ -22,7 +22,7 @@ from pathlib import Path
 import h5py  # noqa: F401 - here, so that no fork spends its time on it
 import numpy as np
 
-from cache_helpers import CLASSES, expected, make_cache, make_meta, make_splits
+from cache_helpers import CLASSES, expected, make_meta, make_splits, synthetic_cache
 from featcache.cache import (
     CacheWriter,
     FeatureCache,
@@ -56,7 +56,7 @@ KINDS: dict[str, Callable[[Path], CacheWriter]] = {
 
 @functools.cache
 def older_cache(folder: Path) -> bytes:
-    return make_cache(folder / "older.h5", ROWS, dim=DIM).read_bytes()
+    return synthetic_cache(folder / "older.h5", ROWS, dim=DIM).read_bytes()
 
 
 def prepare(kind: str, path: Path) -> None:

@@ -40,8 +40,6 @@ LATE = {
     "fusion.py",
     "gpu.py",
     "torch_cpu.py",
-    "skeleton.py",
-    "hdf5_view.py",
     "estimator.py",
     "graph.py",
 }

@@ -11,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
-from cache_helpers import CLASSES, expected, fill, make_cache, make_meta, make_splits
+from cache_helpers import CLASSES, expected, fill, make_meta, make_splits, synthetic_cache
 from conftest import REPO
 from featcache.cache import open_writer
-from featcache.cache.layout import RECORD_BYTES
+from featcache.cache.schema import RECORD_BYTES
 
 PAGE = REPO / "docs" / "format.md"
 
@@ -138,8 +138,8 @@ def test_example_of_the_page_runs(path, capsys):
 
 def test_float16_is_half_the_size_and_exact_here(tmp_path):
     large = {"train": 2000}
-    full = make_cache(tmp_path / "a.h5", large, dim=64)
-    half = make_cache(tmp_path / "b.h5", large, dim=64, dtype="float16")
+    full = synthetic_cache(tmp_path / "a.h5", large, dim=64)
+    half = synthetic_cache(tmp_path / "b.h5", large, dim=64, dtype="float16")
     saved = full.stat().st_size - half.stat().st_size
     assert abs(saved - 2000 * 64 * 2) <= 4096
     with h5py.File(half) as file:

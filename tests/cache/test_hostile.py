@@ -15,7 +15,7 @@ from conftest import TESTS
 from featcache.cache import (
     FeatureCache,
     FeatureDataset,
-    hdf5_view,
+    cross_check,
     info,
     prepare_repair,
     read_meta,
@@ -67,7 +67,7 @@ def test_verify_names_what_readers_need_not_care_about(name, tmp_path):
     cache = FeatureCache(path)
     cache.check()
     if name in ("garbage_header", "redirected_header"):
-        assert "seen by other HDF5 tools differently" in report.problems[0]
+        assert "other HDF5 tools see something different" in report.problems[0]
         good = FeatureCache(copy_cache(tmp_path / "good.h5"))
         assert (cache.split("train").X == good.split("train").X).all()
 
@@ -101,8 +101,8 @@ def test_hdf5_library_that_hangs_is_given_up(tmp_path, monkeypatch):
     sleeper = tmp_path / "python"
     sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
     sleeper.chmod(0o755)
-    monkeypatch.setattr(hdf5_view, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(hdf5_view.sys, "executable", str(sleeper))
+    monkeypatch.setattr(cross_check, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(cross_check.sys, "executable", str(sleeper))
     report = verify(path)
     assert report.ok
     assert report.not_checked == ["whether other HDF5 tools see the same (no answer in 0.2 s)"]
@@ -120,7 +120,7 @@ def test_a_library_that_cannot_be_asked_is_no_damage(tmp_path, monkeypatch, scri
     stub = tmp_path / "python"
     stub.write_text(f"#!/bin/sh\n{script}\n")
     stub.chmod(0o755)
-    monkeypatch.setattr(hdf5_view.sys, "executable", str(stub))
+    monkeypatch.setattr(cross_check.sys, "executable", str(stub))
     report = check(VerifyConfig(cache=path))
     assert report["exit_code"] == 0
     assert check_lines(report)[1:] == [
@@ -133,8 +133,8 @@ def test_a_library_that_computes_for_ever_is_stopped(tmp_path, monkeypatch):
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\nkill -XCPU $$\n")
     stub.chmod(0o755)
-    monkeypatch.setattr(hdf5_view.sys, "executable", str(stub))
-    assert "computes for more than 30 s on it" in verify(path).problems[0]
+    monkeypatch.setattr(cross_check.sys, "executable", str(stub))
+    assert "needs more than 30 s of CPU time for it" in verify(path).problems[0]
 
 
 def test_hdf5_library_that_crashes_is_reported(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_hdf5_library_that_crashes_is_reported(tmp_path, monkeypatch):
     crasher = tmp_path / "python"
     crasher.write_text("#!/bin/sh\nkill -SEGV $$\n")
     crasher.chmod(0o755)
-    monkeypatch.setattr(hdf5_view.sys, "executable", str(crasher))
+    monkeypatch.setattr(cross_check.sys, "executable", str(crasher))
     assert "cannot read it: status -11" in verify(path).problems[0]
 
 

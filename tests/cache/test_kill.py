@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_helpers import CLASSES, fill, make_cache, make_meta, make_splits
+from cache_helpers import CLASSES, fill, make_meta, make_splits, synthetic_cache
 from conftest import TESTS
 from featcache.cache import fileio, open_writer, part_path, verify, writer
 from featcache.cache.storage import CacheFile
@@ -102,7 +102,7 @@ def done_blocks(path: Path) -> dict[str, np.ndarray]:
 def test_power_cut_at_random_moments(num_cuts, tmp_path, monkeypatch):
     """Simulated: pages written since the last sync reach the disk or not, at random."""
     rows, dim = {"train": 1500, "test": 300}, 24
-    path, whole = tmp_path / "x.h5", make_cache(tmp_path / "w.h5", rows, dim=dim).read_bytes()
+    path, whole = tmp_path / "x.h5", synthetic_cache(tmp_path / "w.h5", rows, dim=dim).read_bytes()
     meta = make_meta(dim=dim)
     choose = random.Random(3)
     with monkeypatch.context() as watching:

@@ -17,7 +17,15 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
-from cache_helpers import CLASSES, copy_cache, expected, fill, make_cache, make_meta, make_splits
+from cache_helpers import (
+    CLASSES,
+    copy_cache,
+    expected,
+    fill,
+    make_meta,
+    make_splits,
+    synthetic_cache,
+)
 from featcache.cache import (
     FeatureCache,
     FeatureDataset,
@@ -140,7 +148,7 @@ def test_stream_gives_every_row_once_in_order(skipping, batch_rows):
 
 
 def test_stream_holds_one_batch_in_memory(tmp_path):
-    path = make_cache(tmp_path / "x.h5", {"train": 20_000}, dim=64)  # 5 MB
+    path = synthetic_cache(tmp_path / "x.h5", {"train": 20_000}, dim=64)  # 5 MB
     split = FeatureCache(path).split("train")
     tracemalloc.start()
     total = sum(len(X) for X, _ in split.iter_blocks(256))
@@ -192,7 +200,7 @@ def test_unfinished_cache_is_refused_and_described(path):
     with open_writer(path, make_meta(), CLASSES, make_splits()) as new:
         fill(new, stop_after=3)
     part = part_path(path)
-    with pytest.raises(CacheError, match="unfinished: run the same extract-features"):
+    with pytest.raises(CacheError, match="unfinished: rerun the same extract-features"):
         FeatureCache(part)
     os.rename(part, path)  # by hand, to cheat
     for read in (FeatureCache, read_meta):
@@ -290,7 +298,7 @@ def test_dataset_travels_as_a_path(path):
 
 def test_dataset_notices_that_the_file_was_replaced(path):
     dataset = pickle.dumps(FeatureDataset(path))
-    make_cache(path.with_name("y.h5"), fingerprint="ff" * 32).replace(path)
+    synthetic_cache(path.with_name("y.h5"), fingerprint="ff" * 32).replace(path)
     with pytest.raises(CacheError, match="was replaced while it was in use"):
         pickle.loads(dataset)[0]
 

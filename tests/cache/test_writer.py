@@ -22,11 +22,11 @@ from cache_helpers import (
     copy_cache,
     expected,
     fill,
-    make_cache,
     make_meta,
     make_split,
     make_splits,
     sound_bytes,
+    synthetic_cache,
 )
 from conftest import TESTS
 from featcache.cache import (
@@ -77,7 +77,7 @@ def test_pending_blocks_are_all_rows_once_in_order(path):
 
 
 def test_two_undisturbed_runs_make_the_same_bytes(tmp_path):
-    one, two = (make_cache(tmp_path / name, num_views=2) for name in ("a.h5", "b.h5"))
+    one, two = (synthetic_cache(tmp_path / name, num_views=2) for name in ("a.h5", "b.h5"))
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -156,14 +156,14 @@ def changed(splits: list[SplitRows], **changes) -> list[SplitRows]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"meta": make_meta(weights="imagenet")}, "backbone.weights: there 'random', wanted"),
-        ({"meta": make_meta(fingerprint="ef" * 32)}, "dataset.fingerprint: there 'cdcd"),
-        ({"meta": make_meta(dtype="float16")}, "dtype: there 'float32', wanted 'float16'"),
-        ({"classes": ["cat", "dog", "fox"]}, "other class_names;"),
-        ({"splits": changed(make_splits(), labels=np.zeros(150, int))}, "other train/labels;"),
+        ({"meta": make_meta(weights="imagenet")}, "backbone.weights: cached 'random', requested"),
+        ({"meta": make_meta(fingerprint="ef" * 32)}, "dataset.fingerprint: cached 'cdcd"),
+        ({"meta": make_meta(dtype="float16")}, "dtype: cached 'float32', requested 'float16'"),
+        ({"classes": ["cat", "dog", "fox"]}, "different class_names;"),
+        ({"splits": changed(make_splits(), labels=np.zeros(150, int))}, "different train/labels;"),
         ({"splits": changed(make_splits(), ids=[f"{i}" for i in range(150)])}, "train/ids;"),
         ({"splits": changed(make_splits(), content=np.zeros((150, 32), "u1"))}, "train/content;"),
-        ({"splits": make_splits(weights=True)}, "other test/weights, train/weights;"),
+        ({"splits": make_splits(weights=True)}, "different test/weights, train/weights;"),
         ({"splits": make_splits({"train": 151, "test": 70})}, "train/crc32|train/content"),
         ({"splits": make_splits({"train": 150})}, "test/features"),
     ],
@@ -241,7 +241,7 @@ def test_skipped_rows_are_zeros_whatever_was_computed(path):
     [
         ({"labels": np.full(150, 3)}, "label 3 of 'train/00000.png'"),
         ({"labels": np.full(150, -1)}, "label -1 of"),
-        ({"ids": ["same"] * 150}, "'same' is there twice"),
+        ({"ids": ["same"] * 150}, "'same' is a duplicate"),
         ({"ids": ["", *make_splits()[0].ids[1:]]}, "id in train '' cannot be stored"),
         ({"ids": ["a\0b", *make_splits()[0].ids[1:]]}, "without NUL"),
         ({"ids": ["x" * 4097, *make_splits()[0].ids[1:]]}, "1 to 4096 bytes"),
@@ -390,7 +390,7 @@ def test_a_file_system_without_locks_is_named_and_can_be_used(path, monkeypatch)
 
 
 def test_update_computes_only_the_new_images_and_equals_a_full_run(path, tmp_path):
-    make_cache(path, {"train": 150, "test": 70})
+    synthetic_cache(path, {"train": 150, "test": 70})
     grown = {"train": 200, "test": 70}
     meta = make_meta(fingerprint="ee" * 32)
     with begin(path, meta=meta, splits=make_splits(grown), reuse=FeatureCache(path)) as new:
@@ -412,7 +412,7 @@ def test_update_computes_only_the_new_images_and_equals_a_full_run(path, tmp_pat
 
 
 def test_update_follows_content_when_images_move_and_go(path):
-    make_cache(path, num_views=2)
+    synthetic_cache(path, num_views=2)
     train, test = make_splits()
     # Reversed, the first ten removed, and one moved over from test.
     ids = [*train.ids[:9:-1], "train/moved.png"]
@@ -444,7 +444,7 @@ def test_update_never_keeps_skipped_or_damaged_rows(path):
 
 def test_update_refuses_rows_made_with_other_settings(path):
     copy_cache(path)
-    with pytest.raises(CacheError, match=r"other settings.*backbone\.weights: there 'random'"):
+    with pytest.raises(CacheError, match=r"different settings.*backbone\.weights: cached 'random'"):
         begin(path, meta=make_meta(weights="imagenet"), reuse=FeatureCache(path))
     assert not part_path(path).exists()
     begin(path, force=True).close()  # the lock is free
@@ -586,15 +586,15 @@ def test_short_writes_are_continued(path, monkeypatch):
     whole = sound_bytes()
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
-    assert make_cache(path).read_bytes() == whole
+    assert synthetic_cache(path).read_bytes() == whole
 
 
 def test_disk_that_cannot_reserve_still_works(path, monkeypatch):
     whole = sound_bytes()
     monkeypatch.setattr(os, "posix_fallocate", fail_with(errno.EOPNOTSUPP))
-    assert make_cache(path).read_bytes() == whole
+    assert synthetic_cache(path).read_bytes() == whole
     monkeypatch.delattr(os, "posix_fallocate")
-    assert make_cache(path.with_name("y.h5")).read_bytes() == whole
+    assert synthetic_cache(path.with_name("y.h5")).read_bytes() == whole
 
 
 def test_no_room_is_said_before_anything_is_written(path, monkeypatch):
@@ -672,7 +672,7 @@ def test_full_disk_is_found_in_advance_then_the_run_goes_on(small_disk, monkeypa
             begin(path)
     assert {p.name for p in small_disk.iterdir()} == {"ballast", "x.h5.lock"}
     ballast.unlink()
-    make_cache(path)
+    synthetic_cache(path)
     assert verify(path).ok
 
 
@@ -696,7 +696,7 @@ def test_disk_that_fills_midway_keeps_what_was_written(small_disk, monkeypatch):
 
 
 def test_read_only_disk_is_one_line(small_disk):
-    make_cache(small_disk / "x.h5")
+    synthetic_cache(small_disk / "x.h5")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StorageError, match="Read-only file system"):
         begin(small_disk / "y.h5")

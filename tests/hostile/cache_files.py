@@ -17,15 +17,8 @@ import h5py
 import numpy as np
 
 from cache_helpers import copy_cache
-from featcache.cache.layout import (
-    DIGEST_BYTES,
-    MAGIC,
-    RECORD_BYTES,
-    Extent,
-    block_crc,
-    block_range,
-    complement,
-)
+from featcache.cache.layout import MAGIC, Extent, block_crc, complement
+from featcache.cache.schema import DIGEST_BYTES, RECORD_BYTES, block_range
 
 Maker = Callable[[Path], object]
 Record = dict[str, Any]
@@ -254,6 +247,8 @@ METAS: dict[str, Callable[[Record], object] | bytes] = {
     "meta_dtype_list": lambda m: m.update(dtype=["float32"]),
     "meta_name_a_list": lambda m: m["backbone"].update(backbone=["resnet18"]),
     "meta_escape_codes": lambda m: m["dataset"].update(name="\x1b[2Jowned"),
+    "meta_control_of_terminals": lambda m: m["dataset"].update(name="\x9b2Jowned"),
+    "meta_right_to_left": lambda m: m["versions"].update({"torch\u202e": "2.6"}),
     "meta_surrogate": lambda m: m["dataset"].update(name="\ud800"),
     "meta_mean_infinite": lambda m: m["backbone"]["preprocessing"].update(mean=[1e999, 0, 0]),
     "meta_versions_nested": lambda m: m.update(versions={"torch": {"a": 1}}),

@@ -1,15 +1,13 @@
-"""The feature cache: one HDF5 file that says what it holds and proves it. docs/format.md."""
+"""The feature cache: one HDF5 file with metadata and checksums for all it holds. docs/format.md."""
 
 from featcache.cache.cost import begin_cost, cost_of, finish_cost, seconds_of, spent_on
-from featcache.cache.dataset import FeatureDataset
 from featcache.cache.layout import MARKS
 from featcache.cache.lock import check_unlocked, lock_path, sole_writer
-from featcache.cache.plan import SplitRows
-from featcache.cache.reader import FeatureCache, FeatureSplit, read_meta
-from featcache.cache.repair import prepare_repair
-from featcache.cache.summary import begun_with, info
+from featcache.cache.reader import FeatureCache, FeatureDataset, FeatureSplit
+from featcache.cache.schema import SplitRows
+from featcache.cache.summary import begun_with, info, read_meta
 from featcache.cache.verifier import VerifyReport, verify
-from featcache.cache.writer import CacheWriter, open_writer, part_path
+from featcache.cache.writer import CacheWriter, open_writer, part_path, prepare_repair
 
 __all__ = [
     "MARKS",

@@ -1,8 +1,8 @@
-"""What a cache's features cost: a small JSON beside the cache, which itself has no clock in it.
+"""What a cache's features cost: a small JSON file beside the cache, which itself records no times.
 
 NAME.h5.json is written when NAME.h5 is finished and names its digest. While NAME.h5.part grows,
-NAME.h5.part.json says when the run began and what the runs before it took; the time of a run that
-was killed is read from the last write to the .part file.
+NAME.h5.part.json says when the run began and how long the runs before it took; the time of a run
+that was killed is taken from the last write to the .part file.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ MAX_SECONDS = 1e10
 
 
 def cost_path(cache: Path) -> Path:
-    """The record of a cache, finished or not."""
+    """Where the record of a cache, finished or not, is."""
     return cache.with_name(f"{cache.name}.json")
 
 
 def cost_of(cache: Path, digest: bytes) -> dict[str, Any] | None:
-    """What extract-features recorded of the cache with this digest; None where it did not."""
+    """What extract-features recorded for the cache with this digest; None if there is no record."""
     values = _read(cost_path(cache))
     return values if values and values.get("cache_digest") == digest.hex() else None
 
 
 def seconds_of(record: dict[str, Any] | None) -> float | None:
-    """The seconds of a record; None where they are not known."""
+    """The seconds of a record; None if not known."""
     return _seconds(record.get("seconds_total")) if record else None
 
 
 def spent_on(part: Path) -> float | None:
-    """Seconds that earlier runs spent on an unfinished cache; None where they are not known."""
+    """Seconds that earlier runs spent on an unfinished cache; None if not known."""
     values = _read(cost_path(part)) or {}
     before, begun_at = _seconds(values.get("seconds_before")), _seconds(values.get("begun_at"))
     if before is None or begun_at is None:
@@ -49,7 +49,7 @@ def spent_on(part: Path) -> float | None:
 
 
 def begin_cost(part: Path, seconds_before: float | None, seconds_now: float) -> None:
-    """Record that a run works on `part` and began `seconds_now` ago.
+    """Record that a run is working on `part` and began `seconds_now` ago.
 
     Raises:
         StorageError: The file system refused.
@@ -59,14 +59,17 @@ def begin_cost(part: Path, seconds_before: float | None, seconds_now: float) -> 
 
 
 def finish_cost(cache: Path, part: Path, record: dict[str, Any]) -> None:
-    """Write a finished cache's record; somebody else's file of that name stays as it is.
+    """Write a finished cache's record; any other file of that name is left as it is.
 
     Raises:
         StorageError: The file system refused.
     """
     path = cost_path(cache)
     if os.path.lexists(path) and "cache_digest" not in (_read(path) or {}):
-        say(f"{path} is not a record of extract-features: it stays, and the time is not recorded")
+        say(
+            f"{path} is not a record of extract-features: it is left as it is, "
+            "and the time is not recorded"
+        )
     else:
         write_json(path, record)
     cost_path(part).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Bytes at offsets: whole reads and writes, hashing, reserving room, syncing."""
+"""Bytes at offsets: whole reads and writes, hashing, reserving space, syncing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 from featcache.errors import CacheError, StorageError
 
 CHUNK_BYTES = 2**20
-_USERS_MAKING = {
+RESUME = "rerun the same extract-features command to resume"
+_USER_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG),
 }
-_NO_RESERVING = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
 @contextlib.contextmanager
@@ -32,7 +33,7 @@ def reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheError(f"no cache {path}: {_hint(path)}") from error
     except OSError as error:
-        if error.errno in _USERS_MAKING:
+        if error.errno in _USER_ERRORS:
             raise CacheError(f"cannot read {path}: {error.strerror}") from error
         reason = error.strerror or error
         raise StorageError(f"cannot read {path}: {reason}; try again when it is back") from error
@@ -40,15 +41,15 @@ def reading(path: Path) -> Iterator[None]:
 
 def _hint(path: Path) -> str:
     if not path.name.endswith(".part") and path.with_name(path.name + ".part").exists():
-        return "its extraction is unfinished; run the same extract-features command to go on"
+        return f"its extraction is unfinished; {RESUME}"
     return "give a file written by extract-features"
 
 
 def read_at(fd: int, num_bytes: int, offset: int) -> bytes:
-    """Read exactly so many bytes.
+    """Read exactly `num_bytes`.
 
     Raises:
-        OSError: The file ends before.
+        OSError: The file ends before that.
     """
     parts = []
     while num_bytes:
@@ -62,7 +63,7 @@ def read_at(fd: int, num_bytes: int, offset: int) -> bytes:
 
 
 def write_at(fd: int, data: Any, offset: int) -> None:
-    """Write all of a contiguous buffer; a call that writes a part is continued."""
+    """Write all of a contiguous buffer; short writes are continued."""
     view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(fd, view, offset)
@@ -80,19 +81,19 @@ def sha256_of(fd: int, ranges: Iterable[tuple[int, int]]) -> bytes:
 
 
 def reserve(fd: int, num_bytes: int) -> bool:
-    """Make room on the disk for a file of so many bytes, so that it cannot run out midway.
+    """Reserve disk space for a file of `num_bytes`, so that it cannot run out midway.
 
     Returns:
-        False where the file system cannot reserve; the file then has its size but not its room.
+        False where the file system cannot reserve; the file then has its size and no more.
 
     Raises:
-        OSError: There is not enough room.
+        OSError: There is not enough space.
     """
     if hasattr(os, "posix_fallocate"):  # not on macOS
         try:
             os.posix_fallocate(fd, 0, num_bytes)
         except OSError as error:
-            if error.errno not in _NO_RESERVING:
+            if error.errno not in _UNSUPPORTED:
                 raise
         else:
             return True
@@ -101,17 +102,17 @@ def reserve(fd: int, num_bytes: int) -> bool:
 
 
 def sync(fd: int) -> None:
-    """Have the data on the disk."""
+    """Force the data to the disk."""
     getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk, so that a rename survives a power cut."""
+    """Force the names in a folder to the disk, so that a rename survives a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in _NO_RESERVING:  # some file systems cannot sync a folder
+        if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
             raise
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""Where every byte of a cache lies: the layout record, its checks, and the block checksum.
+"""Where every byte of a cache lies: the layout record, written and checked, and block checksums.
 
 A cache is an ordinary HDF5 file of plain contiguous datasets. Its last 32 KiB are the dataset
 `layout`: a self-checked record of every dataset's place, type and shape, written once. Readers go
@@ -15,34 +15,22 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featcache.cache import schema
+from featcache.cache.schema import CacheSizes, Member, SplitSizes
+from featcache.errors import CacheError
+
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-FORMAT = "featcache"
-VERSION = 1
 MAGIC = b"featcache-layout"
 MARKS = re.compile(MAGIC + rb"|\bmeta_json\0")
 """A cache ends with the first; one that was cut short still has the second among its names."""
-RECORD_BYTES = 32768
-DIGEST_BYTES = 32
-BLOCK_ROWS = 64
-
-MAX_FILE_BYTES = 2**50
-MAX_ROWS = 2**33
-MAX_SPLITS = 16
-MAX_CLASSES = 1_000_000
-MAX_DIM = 2**20
-MAX_NUM_VIEWS = 256
-MAX_META_BYTES = 2**20
-MAX_TEXT_BYTES = 4096
 MAX_STRUCTURE_BYTES = 2**24
 
-ROOT = ("meta_json", "class_names", "digest", "layout")
-AGAIN = "run extract-features --force to make it again"
-STATIC = ("labels", "ids", "content", "weights")
-SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
+RECREATE = "run extract-features --force to recreate it"
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,11 @@ class Extent:
         """Offset of the first byte after it."""
         return self.offset + self.num_bytes
 
+    @property
+    def member(self) -> Member:
+        """What it is, wherever it lies."""
+        return Member(self.dtype, self.shape, fixed=self.sha256 is not None)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,13 +77,22 @@ class Layout:
         """Split names, in file order."""
         return [name.partition("/")[0] for name in self.extents if name.endswith("/features")]
 
+    def features(self, split: str) -> Extent:
+        """A split's features [V, N, D]."""
+        return self.extents[f"{split}/features"]
+
+    @property
+    def num_views(self) -> int:
+        """Views of each sample; the same in every split."""
+        return self.features(self.splits[0]).shape[0]
+
     def num_rows(self, split: str) -> int:
         """Rows of a split, skipped ones included."""
-        return self.extents[f"{split}/features"].shape[1]
+        return self.features(split).shape[1]
 
-    def num_blocks(self, split: str) -> int:
-        """Blocks of a split."""
-        return num_blocks(self.num_rows(split))
+    def weighted(self, split: str) -> bool:
+        """Whether a split has sample weights."""
+        return f"{split}/weights" in self.extents
 
     def gaps(self) -> Iterator[tuple[int, int]]:
         """Ranges (start, end) that belong to no dataset, in order."""
@@ -98,11 +100,7 @@ class Layout:
 
     def digested(self) -> Iterator[tuple[int, int]]:
         """Ranges (start, end) covered by the digest: all but the features and the digest."""
-        left_out = [
-            extent
-            for name, extent in self.extents.items()
-            if name == "digest" or name.endswith("/features")
-        ]
+        left_out = [self.extents["digest"], *map(self.features, self.splits)]
         return complement(left_out, self.file_bytes)
 
     def to_record(self) -> bytes:
@@ -113,28 +111,167 @@ class Layout:
             for name, e in self.extents.items()
         ]
         value = {
-            "format": FORMAT,
-            "block_rows": BLOCK_ROWS,
+            "format": schema.FORMAT,
+            "block_rows": schema.BLOCK_ROWS,
             "file_bytes": self.file_bytes,
             "structure_sha256": self.structure_sha256,
             "datasets": datasets,
         }
         text = json.dumps(value, separators=(",", ":")).encode()
-        head = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little")
-        room = RECORD_BYTES - DIGEST_BYTES
+        head = MAGIC + schema.VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little")
+        room = schema.RECORD_BYTES - schema.DIGEST_BYTES
         assert len(head) + len(text) <= room, "16 splits fit by measurement"
         body = (head + text).ljust(room, b"\0")
         return body + hashlib.sha256(body).digest()
 
 
-def num_blocks(num_rows: int) -> int:
-    """Blocks that hold so many rows."""
-    return -(-num_rows // BLOCK_ROWS)
+def parse_record(record: bytes, file_bytes: int, path: Path) -> Layout:
+    """Read and check a layout record as if a stranger had written it.
+
+    Args:
+        record: The last schema.RECORD_BYTES of the file.
+        file_bytes: The file's real size.
+        path: For messages.
+
+    Raises:
+        CacheError: The record is not one, is damaged, of another version, or claims something
+            that a cache cannot hold.
+    """
+    if record[: len(MAGIC)] != MAGIC:
+        raise CacheError(
+            f"{path} is not a featcache file, or its end is missing (no layout record in its last "
+            f"{schema.RECORD_BYTES} bytes): run extract-features again"
+        )
+    body, sha = record[: -schema.DIGEST_BYTES], record[-schema.DIGEST_BYTES :]
+    if hashlib.sha256(body).digest() != sha:
+        raise CacheError(f"{path} is damaged: its layout record fails its checksum; {RECREATE}")
+    version = int.from_bytes(record[16:20], "little")
+    if version != schema.VERSION:
+        raise CacheError(
+            f"{path} has format version {version}; this featcache reads version {schema.VERSION}: "
+            "install the matching featcache or run extract-features --force"
+        )
+    try:
+        return _layout_of(_record_json(body), file_bytes)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error)[:200] if isinstance(error, ValueError) else type(error).__name__
+        raise CacheError(
+            f"{path} is not a valid cache: layout record: {reason}; {RECREATE}"
+        ) from None
 
 
-def block_range(block: int, num_rows: int) -> range:
-    """Rows of block number `block` in a split of `num_rows` rows."""
-    return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, num_rows))
+def _record_json(body: bytes) -> Any:
+    length = int.from_bytes(body[20:24], "little")
+    text = body[24 : 24 + length]
+    if len(text) != length or any(body[24 + length :]):
+        raise ValueError("wrong length")
+    return json.loads(text)
+
+
+def _layout_of(value: Any, file_bytes: int) -> Layout:
+    """Check the parsed record against what a cache may hold (ValueError says what is wrong)."""
+    _keys(value, {"format", "block_rows", "file_bytes", "structure_sha256", "datasets"})
+    if value["format"] != schema.FORMAT or value["block_rows"] != schema.BLOCK_ROWS:
+        raise ValueError(f"format is not {schema.FORMAT} in blocks of {schema.BLOCK_ROWS} rows")
+    if value["file_bytes"] != file_bytes:
+        raise ValueError(f"made for {value['file_bytes']!r:.30} bytes, the file has {file_bytes}")
+    if not isinstance(value["datasets"], list):
+        raise ValueError("datasets is not a list")
+    extents: dict[str, Extent] = {}
+    for entry in value["datasets"]:
+        _keys(entry, {"name", "offset", "dtype", "shape"}, {"sha256"})
+        name = entry["name"]
+        if not isinstance(name, str) or name in extents:
+            raise ValueError(f"dataset name {name!r:.50} is a duplicate or not text")
+        extents[name] = _extent_of(entry)
+    layout = Layout(file_bytes, extents, _sha_of(value["structure_sha256"]))
+    _check_members(layout)
+    _check_places(layout)
+    return layout
+
+
+def _keys(value: Any, needed: set[str], optional: frozenset[str] | set[str] = frozenset()) -> None:
+    if not isinstance(value, dict) or not needed <= value.keys() <= needed | optional:
+        raise ValueError("wrong fields")
+
+
+def _sha_of(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError("a sha256 is not 64 hex digits")
+    return value
+
+
+def _extent_of(entry: dict[str, Any]) -> Extent:
+    offset, dtype, shape = entry["offset"], entry["dtype"], entry["shape"]
+    if not isinstance(dtype, str) or not re.fullmatch(
+        r"\|u1|<u4|<i8|<f2|<f4|\|S[1-9]\d{0,3}", dtype
+    ):
+        raise ValueError(f"dtype {dtype!r:.30}")
+    numbers = [offset, *shape] if isinstance(shape, list) and len(shape) <= 3 else [None]
+    # bool is an int in Python, hence the exact type.
+    if any(type(n) is not int or not 0 <= n <= schema.MAX_FILE_BYTES for n in numbers) or not shape:
+        raise ValueError(f"offset {offset!r:.30} or shape {shape!r:.60} out of range")
+    return Extent(
+        offset, dtype, tuple(shape), _sha_of(entry["sha256"]) if "sha256" in entry else None
+    )
+
+
+def _check_members(layout: Layout) -> None:
+    """Exactly the datasets of a cache, each with the type and shape that the others imply."""
+    extents = layout.extents
+    sizes = _sizes_of(layout)
+    sizes.check()
+    wanted = sizes.members()
+    if extents.keys() != wanted.keys():
+        raise ValueError(
+            f"datasets {sorted(extents.keys() ^ wanted.keys())!r:.150} unexpected or missing"
+        )
+    for name, member in wanted.items():
+        e = extents[name]
+        if e.member != member:
+            raise ValueError(f"{name} is {e.dtype} {e.shape}, not {member.dtype} {member.shape}")
+
+
+def _sizes_of(layout: Layout) -> CacheSizes:
+    """The numbers that the other datasets' types and shapes must agree with."""
+    splits = layout.splits[: schema.MAX_SPLITS + 1]
+    if not splits:
+        raise ValueError("no splits")
+    if any(len(layout.features(split).shape) != 3 for split in splits):
+        raise ValueError("features are not [V, N, D]")
+    views, _, dim = layout.features(splits[0]).shape
+    names = layout.extents["class_names"]
+    return CacheSizes(
+        meta_bytes=math.prod(layout.extents["meta_json"].shape),
+        num_classes=names.shape[0],
+        class_name_bytes=np.dtype(names.dtype).itemsize,
+        dtype=layout.features(splits[0]).dtype,
+        num_views=views,
+        dim=dim,
+        splits={
+            split: SplitSizes(
+                num_rows=layout.num_rows(split),
+                id_bytes=np.dtype(layout.extents[f"{split}/ids"].dtype).itemsize,
+                weighted=layout.weighted(split),
+            )
+            for split in splits
+        },
+    )
+
+
+def _check_places(layout: Layout) -> None:
+    """Every dataset inside the file, aligned, apart from the others; the record at the very end."""
+    at = len(HDF5_SIGNATURE)
+    for name, extent in sorted(layout.extents.items(), key=lambda item: item[1].offset):
+        if extent.offset < at or extent.end > layout.file_bytes:
+            raise ValueError(f"{name} at {extent.offset} overlaps another or leaves the file")
+        if extent.offset % 8:
+            raise ValueError(f"{name} at {extent.offset} is not aligned to 8 bytes")
+        at = extent.end
+    if layout.extents["layout"].end != layout.file_bytes:
+        raise ValueError("the layout record is not the end of the file")
+    if sum(end - start for start, end in layout.gaps()) > MAX_STRUCTURE_BYTES:
+        raise ValueError("too many bytes outside the datasets")
 
 
 def block_crc(split: str, block: int, views: Iterable[Any], row_status: Any) -> int:

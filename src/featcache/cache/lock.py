@@ -1,4 +1,4 @@
-"""One writer per output: a lock that says who holds it and that a dead process cannot keep."""
+"""One writer per output: a lock that names its holder and that ends with the process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import Any
 from featcache.errors import StorageError
 from featcache.files import read_regular, storage_errors
 
-# A lock of the fcntl kind does not keep out the process that holds it, so that is kept here. It is
-# chosen because forked children do not inherit it: an orphaned worker cannot keep it.
+# An fcntl lock does not keep out the process that holds it, hence this record of our own locks. It
+# is still the right kind: forked children do not inherit it, so an orphaned worker cannot keep it.
 _held: dict[tuple[int, int], str] = {}
 _guard = threading.Lock()
 
 NO_LOCK = "FEATCACHE_NO_LOCK"
-"""The environment variable that, set to 1, does without locks where the file system has none."""
+"""Environment variable: 1 allows writing without locks where the file system has none."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 MAX_BYTES = 4096
 
@@ -43,7 +43,7 @@ class Lock:
         self.path = path
         with _guard, storage_errors(path):
             if (holder := _held.get(_identity(path))) is not None:
-                # Told from memory: opening and closing the file would drop this process's lock.
+                # The answer is from memory: opening and closing the file would drop our own lock.
                 raise StorageError(_held_message(path, holder))
             self._fd = _open(path)
             try:
@@ -52,22 +52,22 @@ class Lock:
                 os.close(self._fd)
                 raise
             key = _identity(path)
-            _held[key] = self._say_who()
-            # Also when a writer was dropped without being closed.
+            _held[key] = self._write_holder()
+            # This also runs when a writer was dropped without being closed.
             self._drop = weakref.finalize(self, _drop, self._fd, key)
 
-    def _say_who(self) -> str:
+    def _write_holder(self) -> str:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        with contextlib.suppress(OSError):  # for the others' message only; the lock is held
+        with contextlib.suppress(OSError):  # it only serves other runs' messages; the lock is held
             before = os.pread(self._fd, MAX_BYTES, 0)
-            if not before or _parsed(before):  # nothing else is emptied, whatever has this name
+            if not before or _parsed(before):  # never empty a file that is not ours
                 os.ftruncate(self._fd, 0)
                 os.pwrite(self._fd, json.dumps(who).encode(), 0)
         return _holder(who)
 
     def release(self) -> None:
-        """Let others write; does nothing the second time."""
+        """Release the lock; does nothing the second time."""
         self._drop()
 
 
@@ -120,14 +120,14 @@ def _holder(who: Any) -> str:
 
 
 def _read_holder(path: Path) -> str:
-    """Who wrote the lock file, or "another process" where it cannot be read."""
+    """Who wrote the lock file; "another process" if it cannot be read."""
     with contextlib.suppress(OSError):
         return _parsed(read_regular(path, MAX_BYTES)) or "another process"
     return "another process"
 
 
 def _parsed(text: bytes) -> str | None:
-    """The holder that a lock file names; None where it is no lock file of ours."""
+    """The holder that a lock file names; None if it is not a lock file of ours."""
     try:
         return _holder(json.loads(text))
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -135,10 +135,10 @@ def _parsed(text: bytes) -> str | None:
 
 
 def check_unlocked(path: Path) -> None:
-    """Find out before any work that another run is writing an output.
+    """Check, before any work, that no other run is writing an output.
 
     Raises:
-        StorageError: It is; the message says which run.
+        StorageError: One is; the message says which.
     """
     if os.path.lexists(lock_path(path)):
         with locked(path) as lock:

@@ -3,73 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache import layout as form
-from featcache.cache.layout import block_range, num_blocks
-from featcache.cache.meta import parse_meta
-from featcache.cache.plan import SplitRows
+from featcache.cache.fileio import RESUME
+from featcache.cache.layout import RECREATE
+from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range, num_blocks
 from featcache.cache.storage import CacheFile, texts_of
-from featcache.config import CacheMeta
 from featcache.errors import CacheError
-
-
-def meta_of(file: CacheFile) -> CacheMeta:
-    """The metadata of an open file.
-
-    Raises:
-        CacheError: It is damaged or not valid.
-    """
-    features = file.layout.extents[f"{file.layout.splits[0]}/features"]
-    return parse_meta(file.fixed("meta_json").tobytes(), features, file.path)
-
-
-def check_finished(file: CacheFile) -> None:
-    """Check that every block is marked as written.
-
-    Raises:
-        CacheError: Some are not.
-    """
-    states = (file.array(f"{split}/state") for split in file.layout.splits)
-    if any((state != 1).any() for state in states):
-        raise CacheError(
-            f"{file.path} is unfinished: run the same extract-features command to go on"
-        )
-
-
-def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
-    """What a finished cache says about itself, without looking at its rows.
-
-    Returns:
-        The metadata and the class names.
-
-    Raises:
-        CacheError: It is not a finished cache, or is damaged.
-    """
-    file = CacheFile(Path(path))
-    check_finished(file)
-    return meta_of(file), texts_of(file.fixed("class_names"), file.path)
-
-
-def rows_of(file: CacheFile, split: str) -> SplitRows:
-    """The fixed datasets of one split; unchecked.
-
-    Raises:
-        CacheError: An id is not UTF-8.
-    """
-    weighted = f"{split}/weights" in file.layout.extents
-    return SplitRows(
-        name=split,
-        ids=texts_of(file.array(f"{split}/ids"), file.path),
-        labels=file.array(f"{split}/labels"),
-        content=file.array(f"{split}/content"),
-        weights=file.array(f"{split}/weights") if weighted else None,
-    )
 
 
 class FeatureCache:
@@ -96,18 +42,16 @@ class FeatureCache:
         self.path = Path(path)
         self._file = CacheFile(self.path)
         if self.path.name.endswith(".part") and not _unfinished:
-            raise CacheError(
-                f"{self.path} is unfinished: run the same extract-features command to go on"
-            )
-        check_finished(self._file)
+            raise CacheError(f"{self.path} is unfinished: {RESUME}")
+        self._file.check_finished()
         self.digest = self._file.array("digest").tobytes()
         if self.digest != self._file.digest():
             parts = ", ".join(self._file.damaged_parts()) or "marks or checksums"
             raise CacheError(
                 f"{self.path} is damaged ({parts}): run featcache verify {self.path} for details"
             )
-        self.meta = meta_of(self._file)
-        self.class_names = texts_of(self._file.array("class_names"), self.path)
+        self.meta = self._file.meta
+        self.class_names = self._file.class_names
         self._splits = {
             name: FeatureSplit(self._file, name, len(self.class_names))
             for name in self._file.layout.splits
@@ -143,7 +87,7 @@ class FeatureCache:
             CacheError: There is no such split.
         """
         self.split(name)
-        return rows_of(self._file, name)
+        return self._file.rows(name)
 
     @property
     def file(self) -> CacheFile:
@@ -181,17 +125,16 @@ class FeatureSplit:
 
     def __init__(self, file: CacheFile, name: str, num_classes: int, *, check: bool = True) -> None:
         self._file, self.name = file, name
-        self.num_views, self._num_rows, self.dim = file.layout.extents[f"{name}/features"].shape
+        self.num_views, self._num_rows, self.dim = file.layout.features(name).shape
         self._status = file.array(f"{name}/row_status")
         self.rows = np.flatnonzero(self._status == 0)
         labels = file.array(f"{name}/labels")
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise CacheError(f"{file.path}: a label of {name} is not a class; {form.AGAIN}")
+            raise CacheError(f"{file.path}: a label of {name} is not a class; {RECREATE}")
         self.y: npt.NDArray[np.int64] = labels[self.rows].astype(np.int64)
-        weighted = f"{name}/weights" in file.layout.extents
-        self.weights: npt.NDArray[np.float32] | None = (
-            file.array(f"{name}/weights")[self.rows].astype(np.float32) if weighted else None
-        )
+        self.weights: npt.NDArray[np.float32] | None = None
+        if file.layout.weighted(name):
+            self.weights = file.array(f"{name}/weights")[self.rows].astype(np.float32)
         self._checked = np.full(num_blocks(self._num_rows), not check)
 
     def __len__(self) -> int:
@@ -269,7 +212,7 @@ class FeatureSplit:
         Raises:
             CacheError: A block is damaged; it is named.
         """
-        self._check_blocks(np.arange(rows.start // form.BLOCK_ROWS, num_blocks(rows.stop)))
+        self._check_blocks(np.arange(rows.start // BLOCK_ROWS, num_blocks(rows.stop)))
 
     def _check_blocks(self, blocks: npt.NDArray[np.int64]) -> None:
         left = blocks[~self._checked[blocks]].tolist()
@@ -297,7 +240,7 @@ class FeatureSplit:
             CacheError: A block is damaged.
         """
         rows = self.rows[np.asarray(indices, np.int64)]
-        self._check_blocks(np.unique(rows // form.BLOCK_ROWS))
+        self._check_blocks(np.unique(rows // BLOCK_ROWS))
         features: npt.NDArray[Any] = self._mapped[view, rows]
         return features
 
@@ -307,7 +250,7 @@ class FeatureSplit:
         """Stream the split in order in bounded memory, checking as it goes.
 
         Args:
-            batch_rows: At most so many rows at a time.
+            batch_rows: The most rows at a time.
             view: Which view.
 
         Yields:
@@ -346,3 +289,56 @@ class FeatureSplit:
         if high - low < len(places):
             features = features[self.rows[low:high] - places.start]
         return slice(low, high), features
+
+
+class FeatureDataset:
+    """One split's rows as (features [D] float32, label).
+
+    Give it to a `DataLoader` with any number of workers, forked or spawned: it travels as a path
+    and opens the file anew in each process. Where the features fit into memory, plain arrays
+    (`X, y = FeatureCache(path).split("train")`) are much faster than any loader.
+
+    Args:
+        path: A finished cache.
+        split: For example "train".
+        view: Which cached view.
+
+    Raises:
+        CacheError: Not a cache, damaged, or without that split or view.
+    """
+
+    def __init__(self, path: Path | str, split: str = "train", *, view: int = 0) -> None:
+        self.path, self.split, self.view = Path(path).absolute(), split, view
+        self._digest: bytes | None = None
+        self._rows: FeatureSplit | None = None
+        self._pid = -1
+        self._open()
+
+    def _open(self) -> FeatureSplit:
+        if self._rows is None or self._pid != os.getpid():
+            cache = FeatureCache(self.path)
+            if self._digest not in (None, cache.digest):
+                raise CacheError(f"{self.path} was replaced while it was in use: start again")
+            self._digest = cache.digest
+            rows = cache.split(self.split)
+            if not 0 <= self.view < rows.num_views:
+                raise CacheError(
+                    f"{self.path} has no view {self.view}: it has {rows.num_views}, counted from 0"
+                )
+            self._rows, self._pid = rows, os.getpid()
+        return self._rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pid": -1, "_rows": None}
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], int]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[npt.NDArray[np.float32], int]]:
+        """Several rows at once, which is what a DataLoader asks for."""
+        split = self._open()
+        features = split.take(indices, self.view).astype(np.float32)
+        return list(zip(features, split.y[list(indices)].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Rows that need not be computed: those of an older cache whose samples have the same content."""
+"""Rows that need not be computed again: those of an unfinished cache, or of an older one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,37 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.layout import BLOCK_ROWS
-from featcache.cache.reader import meta_of
+from featcache.cache.create import CacheSpec
+from featcache.cache.schema import BLOCK_ROWS
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
 from featcache.errors import CacheError
 
 
+def check_same(file: CacheFile, spec: CacheSpec) -> None:
+    """Check that an unfinished file was begun for exactly this cache.
+
+    Raises:
+        CacheError: It was begun for a different one (the fields are named), or is damaged.
+    """
+    if damaged := file.damaged_parts():
+        raise CacheError(
+            f"{file.path} is damaged in {', '.join(damaged)}: give --force to start over"
+        )
+    different = f"{file.path} was begun with different"
+    advice = "run the earlier command to finish it, or give --force to start over"
+    if differences := file.meta.differences(spec.meta):
+        raise CacheError(f"{different} settings: {_describe(differences)}; {advice}")
+    here = {n: (e.dtype, e.shape, e.sha256) for n, e in file.layout.extents.items()}
+    wanted = {n: (m.dtype, m.shape, spec.sha256.get(n)) for n, m in spec.members.items()}
+    differ = sorted(n for n in here.keys() | wanted.keys() if here.get(n) != wanted.get(n))
+    if differ:
+        raise CacheError(f"{different} {', '.join(differ)}; {advice}")
+
+
 def setting_differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object, object]]:
     """Fields, as (name, cached, wanted), that can change a row of the same image."""
-    # Which images there are is told by each row's own content hash.
+    # Each row's own content hash says which image it stands for.
     return [d for d in cached.differences(wanted) if not d[0].startswith("dataset.")]
 
 
@@ -27,11 +48,11 @@ class RowSource:
     Blocks that fail their checksum and skipped samples are never found.
 
     Args:
-        files: Open caches, finished or not; an unsound one raises.
+        files: Open caches, finished or not; a damaged one raises.
         meta: What the wanted rows are made with.
 
     Raises:
-        CacheError: A file is damaged, or was made with other settings (the fields are named).
+        CacheError: A file is damaged, or was made with different settings (the fields are named).
     """
 
     def __init__(self, files: Sequence[CacheFile], meta: CacheMeta) -> None:
@@ -81,8 +102,7 @@ class RowSource:
         """Neighbouring rows [V, n, D] of one split of one file."""
         file, split = self._parts[part]
         wanted = range(int(rows[0]), int(rows[-1]) + 1)
-        views = range(file.layout.extents[f"{split}/features"].shape[0])
-        return np.stack([file.view_rows(split, view, wanted) for view in views])
+        return file.all_views(split, wanted)
 
 
 def _head(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
@@ -91,18 +111,18 @@ def _head(content: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
 
 
 def _check_usable(file: CacheFile, meta: CacheMeta) -> None:
-    if damaged := [name for name in file.damaged_parts() if name != "HDF5 structure"]:
+    if damaged := file.damaged_datasets():
         raise CacheError(
             f"{file.path} is damaged in {', '.join(damaged)}, so its rows cannot be kept: "
-            "give --force to extract afresh"
+            "give --force to extract everything again"
         )
-    if differences := setting_differences(meta_of(file), meta):
+    if differences := setting_differences(file.meta, meta):
         raise CacheError(
-            f"{file.path} was made with other settings, so its rows cannot be kept: "
-            f"{describe_differences(differences)}; give --force to extract afresh"
+            f"{file.path} was made with different settings, so its rows cannot be kept: "
+            f"{_describe(differences)}; give --force to extract everything again"
         )
 
 
-def describe_differences(differences: Sequence[tuple[str, object, object]]) -> str:
-    """For people: "name: there 1, wanted 2; …"."""
-    return "; ".join(f"{name}: there {old!r}, wanted {new!r}" for name, old, new in differences)
+def _describe(differences: Sequence[tuple[str, object, object]]) -> str:
+    """For messages: "name: cached 1, requested 2; …"."""
+    return "; ".join(f"{name}: cached {old!r}, requested {new!r}" for name, old, new in differences)

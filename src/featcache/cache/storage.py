@@ -1,8 +1,10 @@
-"""One open cache file, finished or not: its checked layout and its bytes, nothing yet believed."""
+"""One open cache file, finished or not: its layout is checked, what it holds only on request."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import math
 import mmap
 import os
@@ -13,16 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache import layout as form
-from featcache.cache.fileio import read_at, reading, sha256_of
-from featcache.cache.layout import Layout, block_crc, block_range
-from featcache.cache.record import parse_record
+from featcache.cache.fileio import RESUME, read_at, reading, sha256_of
+from featcache.cache.layout import RECREATE, Layout, block_crc, parse_record
+from featcache.cache.schema import FEATURE_DTYPES, RECORD_BYTES, SplitRows, block_range
+from featcache.config import CacheMeta, flatten
 from featcache.errors import CacheError
 from featcache.files import open_regular
 
+HDF5_STRUCTURE = "HDF5 structure"
+
 
 class CacheFile:
-    """An open file whose layout record is sound; what it holds is checked by asking.
+    """An open file whose layout record is sound; what it holds is checked only on request.
 
     Everything is read from the file opened here, even if another takes its name meanwhile.
 
@@ -39,7 +43,7 @@ class CacheFile:
             size = os.fstat(self.fd).st_size
             if not size:
                 raise CacheError(f"{path} is empty: run extract-features again")
-            tail = read_at(self.fd, min(size, form.RECORD_BYTES), max(0, size - form.RECORD_BYTES))
+            tail = read_at(self.fd, min(size, RECORD_BYTES), max(0, size - RECORD_BYTES))
         self.layout: Layout = parse_record(tail, size, path)
 
     def close(self) -> None:
@@ -71,6 +75,62 @@ class CacheFile:
             )
         return array
 
+    @property
+    def meta(self) -> CacheMeta:
+        """What the rows were made with.
+
+        Raises:
+            CacheError: It is damaged or not valid.
+        """
+        features = self.layout.features(self.layout.splits[0])
+        shape = (features.shape[0], features.shape[2], features.dtype)
+        try:
+            meta = parse_meta(self.fixed("meta_json").tobytes())
+            stated = (meta.views.num, meta.backbone.feature_dim, FEATURE_DTYPES[meta.dtype])
+            if stated != shape:
+                raise ValueError(f"it states views, dim, dtype {stated}, the features have {shape}")
+        except CacheError:
+            raise
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            raise CacheError(
+                f"{self.path}: its metadata is not valid: {error!s:.200}; {RECREATE}"
+            ) from None
+        return meta
+
+    @property
+    def class_names(self) -> list[str]:
+        """The C class names.
+
+        Raises:
+            CacheError: They are damaged or not UTF-8.
+        """
+        return texts_of(self.fixed("class_names"), self.path)
+
+    def rows(self, split: str) -> SplitRows:
+        """The fixed datasets of one split; unchecked.
+
+        Raises:
+            CacheError: An id is not UTF-8.
+        """
+        weighted = self.layout.weighted(split)
+        return SplitRows(
+            name=split,
+            ids=texts_of(self.array(f"{split}/ids"), self.path),
+            labels=self.array(f"{split}/labels"),
+            content=self.array(f"{split}/content"),
+            weights=self.array(f"{split}/weights") if weighted else None,
+        )
+
+    def check_finished(self) -> None:
+        """Check that every block is marked as written.
+
+        Raises:
+            CacheError: Some are not.
+        """
+        states = (self.array(f"{split}/state") for split in self.layout.splits)
+        if any((state != 1).any() for state in states):
+            raise CacheError(f"{self.path} is unfinished: {RESUME}")
+
     def map(self, name: str) -> npt.NDArray[Any]:
         """One dataset memory-mapped, read-only; unchecked.
 
@@ -89,7 +149,7 @@ class CacheFile:
         Raises:
             StorageError: The file system failed.
         """
-        extent = self.layout.extents[f"{split}/features"]
+        extent = self.layout.features(split)
         _, num_rows, dim = extent.shape
         row_bytes = dim * np.dtype(extent.dtype).itemsize
         at = extent.offset + (view * num_rows + rows.start) * row_bytes
@@ -97,10 +157,19 @@ class CacheFile:
             data = read_at(self.fd, len(rows) * row_bytes, at)
         return np.frombuffer(data, extent.dtype).reshape(len(rows), dim)
 
+    def all_views(self, split: str, rows: range) -> npt.NDArray[Any]:
+        """A copy of features [V, len(rows), D], in the file's dtype; unchecked.
+
+        Raises:
+            StorageError: The file system failed.
+        """
+        views = range(self.layout.num_views)
+        return np.stack([self.view_rows(split, view, rows) for view in views])
+
     def crc_of(self, split: str, block: int) -> int:
         """The checksum that the bytes of a block have now."""
         rows = block_range(block, self.layout.num_rows(split))
-        views = self.layout.extents[f"{split}/features"].shape[0]
+        views = self.layout.num_views
         status = self.layout.extents[f"{split}/row_status"].offset + rows.start
         with reading(self.path):
             row_status = read_at(self.fd, len(rows), status)
@@ -119,19 +188,26 @@ class CacheFile:
             return sha256_of(self.fd, self.layout.digested())
 
     def damaged_parts(self) -> list[str]:
-        """Names of the fixed datasets (and "HDF5 structure") whose bytes are not the first ones."""
+        """Names of the fixed datasets whose bytes have changed since they were written.
+
+        HDF5_STRUCTURE stands for the HDF5 library's own bytes.
+        """
         parts = {
             name: ([(extent.offset, extent.end)], extent.sha256)
             for name, extent in self.layout.extents.items()
             if extent.sha256
         }
-        parts["HDF5 structure"] = (list(self.layout.gaps()), self.layout.structure_sha256)
+        parts[HDF5_STRUCTURE] = (list(self.layout.gaps()), self.layout.structure_sha256)
         with reading(self.path):
             return [
                 name
                 for name, (ranges, sha) in parts.items()
                 if sha256_of(self.fd, ranges).hex() != sha
             ]
+
+    def damaged_datasets(self) -> list[str]:
+        """As `damaged_parts`, without the HDF5 library's own bytes: featcache can do without."""
+        return [name for name in self.damaged_parts() if name != HDF5_STRUCTURE]
 
 
 def texts_of(array: npt.NDArray[Any], path: Path) -> list[str]:
@@ -143,4 +219,23 @@ def texts_of(array: npt.NDArray[Any], path: Path) -> list[str]:
     try:
         return [text.decode() for text in array.tolist()]
     except UnicodeDecodeError:
-        raise CacheError(f"{path}: a name in it is not UTF-8; {form.AGAIN}") from None
+        raise CacheError(f"{path}: a name in it is not UTF-8; {RECREATE}") from None
+
+
+def parse_meta(text: bytes) -> CacheMeta:
+    """Rebuild metadata from the dataset meta_json as if a stranger had written it.
+
+    Raises:
+        ValueError: It is not a cache's metadata, is not canonical JSON, or cannot be printed.
+    """
+    meta = CacheMeta.from_dict(json.loads(text, parse_constant=_refuse))
+    if meta.to_json().encode() != text:
+        raise ValueError("not in canonical form")
+    for name, value in flatten(dataclasses.asdict(meta)).items():
+        if not f"{name}{value}".isprintable():
+            raise ValueError(f"{name!r:.80} cannot be printed")
+    return meta
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a value")

@@ -1,16 +1,16 @@
-"""`featcache info`: what a cache holds and where it came from."""
+"""What a cache says about itself, without a look at its features: settings, names, counts."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
-from featcache.cache.layout import VERSION
-from featcache.cache.reader import meta_of
+from featcache.cache.schema import VERSION
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.cache.writer import part_path
 from featcache.config import CacheMeta
@@ -19,8 +19,50 @@ from featcache.errors import CacheError
 MAX_SKIPPED = 1000
 
 
+class SplitInfo(TypedDict):
+    """What `info` says about one split.
+
+    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples.
+    """
+
+    num_samples: int
+    num_skipped: int
+    skipped: list[dict[str, Any]]
+    num_per_class: dict[str, int]
+    num_blocks: int
+    num_blocks_done: int
+    weighted: bool
+
+
+class CacheInfo(TypedDict):
+    """What `info` says about a cache; `meta` is a CacheMeta as a dict."""
+
+    path: str
+    format_version: int
+    file_bytes: int
+    finished: bool
+    digest: str
+    feature_dim: int
+    num_views: int
+    dtype: str
+    class_names: list[str]
+    splits: dict[str, SplitInfo]
+    meta: dict[str, Any]
+
+
+def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
+    """The metadata and the class names of a finished cache; rows are not looked at.
+
+    Raises:
+        CacheError: It is not a finished cache, or is damaged.
+    """
+    file = CacheFile(Path(path))
+    file.check_finished()
+    return file.meta, file.class_names
+
+
 def begun_with(path: Path) -> CacheMeta | None:
-    """What an unfinished cache's rows are made with; None where none is begun.
+    """The metadata of an unfinished cache; None if there is none.
 
     A damaged one counts as none here: `open_writer` refuses it and says why.
     """
@@ -30,26 +72,25 @@ def begun_with(path: Path) -> CacheMeta | None:
     try:
         file = CacheFile(part)
         try:
-            return meta_of(file)
+            return file.meta
         finally:
             file.close()
     except CacheError:
         return None
 
 
-def info(path: Path | str) -> dict[str, Any]:
-    """What a cache, finished or not, says about itself, for JSON.
+def info(path: Path | str) -> CacheInfo:
+    """What `featcache info` prints of a cache, finished or not, for JSON.
 
-    Features are not read, so not checked. At most MAX_SKIPPED skipped samples of a split are
-    listed; `num_skipped` counts them all.
+    Features are neither read nor checked.
 
     Raises:
         CacheError: Not a cache, or what it says about itself is damaged.
         StorageError: The file system failed.
     """
     file = CacheFile(Path(path))
-    meta = meta_of(file)
-    class_names = texts_of(file.fixed("class_names"), file.path)
+    meta = file.meta
+    class_names = file.class_names
     splits = {name: _describe(file, name, class_names) for name in file.layout.splits}
     done = all(split["num_blocks_done"] == split["num_blocks"] for split in splits.values())
     return {
@@ -67,7 +108,7 @@ def info(path: Path | str) -> dict[str, Any]:
     }
 
 
-def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, Any]:
+def _describe(file: CacheFile, split: str, class_names: list[str]) -> SplitInfo:
     status, state = file.array(f"{split}/row_status"), file.array(f"{split}/state")
     labels = file.fixed(f"{split}/labels").clip(0, len(class_names) - 1)
     bad = np.flatnonzero(status)
@@ -79,11 +120,11 @@ def _describe(file: CacheFile, split: str, class_names: list[str]) -> dict[str, 
         "num_per_class": dict(zip(class_names, counts.tolist(), strict=True)),
         "num_blocks": len(state),
         "num_blocks_done": int((state == 1).sum()),
-        "weighted": f"{split}/weights" in file.layout.extents,
+        "weighted": file.layout.weighted(split),
     }
 
 
-def _skipped(file: CacheFile, split: str, rows: Any) -> list[dict[str, Any]]:
+def _skipped(file: CacheFile, split: str, rows: npt.NDArray[np.intp]) -> list[dict[str, Any]]:
     if not len(rows):
         return []
     ids = texts_of(file.fixed(f"{split}/ids")[rows], file.path)

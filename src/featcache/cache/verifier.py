@@ -1,4 +1,4 @@
-"""`featcache verify`: every check there is, and which rows are damaged."""
+"""`featcache verify`: every check of a cache, and which rows are damaged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.fileio import read_at, reading
-from featcache.cache.hdf5_view import NotAsked, compare_view
-from featcache.cache.layout import HDF5_SIGNATURE, block_range
-from featcache.cache.reader import meta_of
-from featcache.cache.storage import CacheFile, texts_of
+from featcache.cache.cross_check import CrossCheckUnavailable, cross_check_hdf5
+from featcache.cache.fileio import RESUME, read_at, reading
+from featcache.cache.layout import HDF5_SIGNATURE
+from featcache.cache.schema import block_range
+from featcache.cache.storage import HDF5_STRUCTURE, CacheFile, texts_of
 from featcache.errors import CacheError
 from featcache.files import open_regular
 
@@ -28,7 +28,7 @@ class VerifyReport:
 
     Attributes:
         path: The file.
-        finished: Whether it is whole; a file that is being written is not, which is no damage.
+        finished: Whether it is whole; a file that is being written is not, but not damaged either.
         problems: What is wrong, one line each; empty for a sound file.
         not_checked: What could not be checked here, which says nothing about the file.
         damaged: Rows of each split (ranges, skipped samples counted) whose features are damaged.
@@ -70,14 +70,14 @@ def verify(path: Path | str, *, cross_check: bool = True) -> VerifyReport:
         cross_check: Also ask the HDF5 library, in a bounded process, whether it sees the same.
 
     Returns:
-        The report; a file that is no cache at all has its one problem there too.
+        The report; a file that is not a cache at all has that as its one problem.
 
     Raises:
         CacheError: There is no ordinary file of that name.
         StorageError: The file system failed.
     """
     report = VerifyReport(Path(path))
-    _os_check(report.path)
+    _check_readable(report.path)
     try:
         file = CacheFile(report.path)
     except CacheError as error:
@@ -89,22 +89,22 @@ def verify(path: Path | str, *, cross_check: bool = True) -> VerifyReport:
         _check_split(file, split, report)
     _check_finished(file, report)
     if cross_check:
-        _check_view(file, report)
+        _cross_check(file, report)
     return report
 
 
-def _check_view(file: CacheFile, report: VerifyReport) -> None:
+def _cross_check(file: CacheFile, report: VerifyReport) -> None:
     try:
-        if difference := compare_view(report.path, file.layout):
-            report.problems.append(f"seen by other HDF5 tools differently: {difference}")
-    except NotAsked as error:
+        if difference := cross_check_hdf5(report.path, file.layout):
+            report.problems.append(f"other HDF5 tools see something different: {difference}")
+    except CrossCheckUnavailable as error:
         report.not_checked.append(f"whether other HDF5 tools see the same ({error})")
 
 
 _STRUCTURE = "HDF5 structure is damaged: featcache can read the file, other HDF5 tools may not"
 
 
-def _os_check(path: Path) -> None:
+def _check_readable(path: Path) -> None:
     with reading(path):
         os.close(open_regular(path))
 
@@ -112,7 +112,7 @@ def _os_check(path: Path) -> None:
 def _check_fixed(file: CacheFile, report: VerifyReport) -> None:
     """Everything that was known before extraction."""
     damaged = file.damaged_parts()
-    names = [name for name in damaged if name != "HDF5 structure"]
+    names = [name for name in damaged if name != HDF5_STRUCTURE]
     report.problems += [f"{name} is damaged" for name in names]
     if len(names) < len(damaged):
         report.problems.append(_STRUCTURE)
@@ -120,10 +120,10 @@ def _check_fixed(file: CacheFile, report: VerifyReport) -> None:
         if read_at(file.fd, len(HDF5_SIGNATURE), 0) != HDF5_SIGNATURE and len(names) == len(
             damaged
         ):
-            report.problems.append("it is no HDF5 file: the signature is missing")
-    for check in (meta_of, _check_class_names):
+            report.problems.append("it is not an HDF5 file: the signature is missing")
+    for check in (lambda: file.meta, lambda: _check_class_names(file)):
         try:
-            check(file)
+            check()
         except CacheError as error:
             report.problems.append(str(error))
     for split in file.layout.splits:
@@ -134,7 +134,7 @@ def _check_fixed(file: CacheFile, report: VerifyReport) -> None:
 def _check_class_names(file: CacheFile) -> None:
     names = texts_of(file.array("class_names"), file.path)
     if len(set(names)) < len(names):
-        raise CacheError("a class name is there twice")
+        raise CacheError("duplicate class name")
 
 
 def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
@@ -143,14 +143,14 @@ def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
     num_classes = file.layout.extents["class_names"].shape[0]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
-        problems.append(f"{split}: {len(wrong)} labels are no class, first in row {wrong[0]}")
+        problems.append(f"{split}: {len(wrong)} labels are not a class, first in row {wrong[0]}")
     try:
         texts_of(ids, file.path)
     except CacheError as error:
         problems.append(f"{split}: {error}")
     if len(np.unique(ids)) < len(ids):
-        problems.append(f"{split}: an id is there twice")
-    if f"{split}/weights" in file.layout.extents:
+        problems.append(f"{split}: duplicate id")
+    if file.layout.weighted(split):
         weights = file.array(f"{split}/weights")
         if not (np.isfinite(weights) & (weights >= 0)).all():
             problems.append(f"{split}: a sample weight is negative or not finite")
@@ -158,7 +158,7 @@ def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
 
 
 def _check_split(file: CacheFile, split: str, report: VerifyReport) -> None:
-    """Every block that is marked as written: its checksum, and whether its features can be."""
+    """Check every block that is marked as written: its checksum and its features."""
     num_rows = file.layout.num_rows(split)
     state, crc = file.array(f"{split}/state"), file.array(f"{split}/crc32")
     status, ids = file.array(f"{split}/row_status"), file.array(f"{split}/ids")
@@ -189,7 +189,7 @@ def _impossible(
 ) -> str | None:
     """Features that the writer would not have written."""
     skipped = status[rows.start : rows.stop] != 0
-    for view in range(file.layout.extents[f"{split}/features"].shape[0]):
+    for view in range(file.layout.num_views):
         features = file.view_rows(split, view, rows)
         if not np.isfinite(features).all():
             return "have features that are not finite"
@@ -202,9 +202,6 @@ def _check_finished(file: CacheFile, report: VerifyReport) -> None:
     done, num = report.num_blocks_done, report.num_blocks
     report.finished = done == num and not report.path.name.endswith(".part")
     if not report.finished:
-        report.problems.append(
-            f"unfinished: {done} of {num} blocks are written; run the same extract-features "
-            "command to go on"
-        )
+        report.problems.append(f"unfinished: {done} of {num} blocks are written; {RESUME}")
     elif file.array("digest").tobytes() != file.digest() and not report.problems:
-        report.problems.append("a mark, a checksum or the digest is damaged: --repair makes it new")
+        report.problems.append("a mark, a checksum or the digest is damaged: --repair rewrites it")

@@ -1,4 +1,4 @@
-"""Writing a cache so that a kill at any moment loses at most one block and tells no lie.
+"""Writing a cache so that a kill at any moment loses at most one block and corrupts none.
 
 The file is laid out whole as NAME.h5.part; then every block is features, then checksum, then mark.
 A mark is believed only where the checksum fits, so the order in which a dying machine wrote its
@@ -17,14 +17,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache import layout as form
-from featcache.cache.create import create_part
+from featcache.cache.create import CacheSpec, check_contents, create_part
 from featcache.cache.fileio import sha256_of, sync, sync_folder, write_at
-from featcache.cache.layout import block_crc, block_range
+from featcache.cache.layout import RECREATE, block_crc
 from featcache.cache.lock import Lock, locked
-from featcache.cache.plan import Plan, SplitRows, make_plan
-from featcache.cache.reader import FeatureCache, meta_of
-from featcache.cache.reuse import RowSource, describe_differences, setting_differences
+from featcache.cache.reader import FeatureCache
+from featcache.cache.reuse import RowSource, check_same, setting_differences
+from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
 from featcache.errors import CacheError, StorageError, UserError
@@ -48,23 +47,23 @@ def open_writer(
     force: bool = False,
     reuse: FeatureCache | None = None,
 ) -> CacheWriter:
-    """Begin a cache, or go on with NAME.h5.part where it stopped.
+    """Begin a cache, or resume NAME.h5.part where it stopped.
 
     Args:
         path: The finished cache's path, NAME.h5.
         meta: What the rows are made with.
         class_names: C names; labels index them.
         splits: Every row of every split.
-        force: Start afresh, whatever is there; an existing NAME.h5 is replaced at the end.
+        force: Start over, whatever is there; an existing NAME.h5 is replaced at the end.
         reuse: Keep this older cache's rows of samples with the same content (usually the cache at
             `path`, which is replaced at the end); rows of an unfinished update are kept too.
 
     Raises:
         UserError: Something that a cache cannot hold, or no room on the disk.
-        CacheError: There is a finished cache, or an unfinished one of something else.
+        CacheError: There is a finished cache, or an unfinished one begun for a different one.
         StorageError: Another run is writing it, or the file system refused.
     """
-    plan = make_plan(meta, class_names, splits)
+    spec = check_contents(meta, class_names, splits)
     with locked(path) as lock:
         part = part_path(path)
         sources = [] if reuse is None else [reuse.file]
@@ -73,29 +72,81 @@ def open_writer(
                 part.unlink(missing_ok=True)
         elif path.exists() and reuse is None:
             raise CacheError(f"{path} exists: give --force to replace it, or another --output")
-        elif sources and (stale := _stale_part(part, plan)):
+        elif sources and (stale := _stale_part(part, spec)):
             sources.append(stale)
         source = RowSource(sources, meta)
         if len(sources) > 1:  # checked, and stays readable without its name
             with storage_errors(part):
                 part.unlink()
         if not os.path.lexists(part):
-            create_part(part, plan)
-        return CacheWriter(path, plan, lock, source)
+            create_part(part, spec)
+        return CacheWriter(path, spec, lock, source)
 
 
-def _stale_part(part: Path, plan: Plan) -> CacheFile | None:
+def _stale_part(part: Path, spec: CacheSpec) -> CacheFile | None:
     """The unfinished file if it was begun for other images with the same settings."""
     if not os.path.lexists(part):
         return None
     file = CacheFile(part)
     try:
-        check_same(file, plan)
+        check_same(file, spec)
     except CacheError:
-        if setting_differences(meta_of(file), plan.meta):
+        if setting_differences(file.meta, spec.meta):
             raise
         return file
     return None
+
+
+def prepare_repair(path: Path) -> CacheWriter:
+    """Begin a sound copy of a damaged cache, or resume one; `finish` puts it in its place.
+
+    Everything but features must be sound. The HDF5 library's own bytes are written anew.
+
+    Args:
+        path: A finished cache, NAME.h5. It stays as it is until the copy is whole.
+
+    Returns:
+        A writer whose `pending` blocks are the damaged ones.
+
+    Raises:
+        CacheError: Labels, ids or other rows' data are damaged too, so that nobody knows whose
+            features are whose; or an unfinished file of a different cache is in the way.
+        StorageError: Another run is writing it, or the file system refused.
+    """
+    file = CacheFile(path)
+    if damaged := file.damaged_datasets():
+        raise CacheError(
+            f"{path} cannot be repaired: {', '.join(damaged)} are damaged, not only features; "
+            f"{RECREATE}"
+        )
+    try:
+        rows = [file.rows(split) for split in file.layout.splits]
+        spec = check_contents(file.meta, file.class_names, rows)
+    except CacheError:
+        raise
+    except UserError as error:
+        raise CacheError(f"{path} is not a valid cache: {error}") from None
+    with locked(path) as lock:
+        part = part_path(path)
+        if not os.path.lexists(part):
+            create_part(part, spec)
+        writer = CacheWriter(path, spec, lock, RowSource([], spec.meta))
+        try:
+            _copy_good_blocks(file, writer)
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+
+def _copy_good_blocks(file: CacheFile, writer: CacheWriter) -> None:
+    for split in file.layout.splits:
+        good = file.good_blocks(split)
+        status = file.array(f"{split}/row_status")
+        for rows in writer.pending(split):
+            if good[rows.start // BLOCK_ROWS]:
+                features = file.all_views(split, rows)
+                writer.write_block(split, rows, features, status[rows.start : rows.stop])
 
 
 class CacheWriter:
@@ -109,12 +160,12 @@ class CacheWriter:
         num_reused: Other rows of each split that an older cache has and that need no computing.
     """
 
-    def __init__(self, path: Path, plan: Plan, lock: Lock, source: RowSource) -> None:
-        self.path, self._part, self._plan, self._lock = path, part_path(path), plan, lock
+    def __init__(self, path: Path, spec: CacheSpec, lock: Lock, source: RowSource) -> None:
+        self.path, self._part, self._spec, self._lock = path, part_path(path), spec, lock
         file = CacheFile(self._part)
         try:
             self.layout = file.layout
-            check_same(file, plan)
+            check_same(file, spec)
             self._done = {split: file.good_blocks(split) for split in self.layout.splits}
         finally:
             file.close()
@@ -139,10 +190,10 @@ class CacheWriter:
         return [block_range(int(b), num) for b in np.flatnonzero(~self._done[split])]
 
     def _find_reused(self, split: str, rows: range) -> npt.NDArray[np.int64]:
-        return self._source.find(self._plan.arrays[f"{split}/content"][rows.start : rows.stop])
+        return self._source.find(self._spec.arrays[f"{split}/content"][rows.start : rows.stop])
 
     def _copy_reused(self, split: str) -> int:
-        """Write the blocks of which every row is there; returns the rows found in all blocks."""
+        """Write the blocks whose every row was found; returns the rows found in all blocks."""
         found = 0
         for rows in self.pending(split) if len(self._source) else ():
             mask, features = self.reused_rows(split, rows)
@@ -161,9 +212,9 @@ class CacheWriter:
         """Rows that an older cache has.
 
         Returns:
-            Which rows, [n]; and features [V, n, D], float32, zeros where there is none.
+            Which rows, [n]; and features [V, n, D], float32, zeros for the others.
         """
-        num_views, _, dim = self.layout.extents[f"{split}/features"].shape
+        num_views, _, dim = self.layout.features(split).shape
         features = np.zeros((num_views, len(rows), dim), np.float32)
         places = self._find_reused(split, rows)
         found = places >= 0
@@ -190,9 +241,9 @@ class CacheWriter:
             UserError: A feature is not finite, or too large for the cache's dtype.
             StorageError: The file system refused; what was written before stays.
         """
-        block = rows.start // form.BLOCK_ROWS
+        block = rows.start // BLOCK_ROWS
         extents = self.layout.extents
-        whole = extents[f"{split}/features"]
+        whole = self.layout.features(split)
         assert rows == block_range(block, whole.shape[1]), "one whole block at a time"
         status = np.ascontiguousarray(row_status, np.uint8)
         assert features.shape == (whole.shape[0], len(rows), whole.shape[2])
@@ -217,13 +268,13 @@ class CacheWriter:
     ) -> npt.NDArray[Any]:
         """The block in the file's dtype, checked."""
         good = status == 0
-        dtype = self.layout.extents[f"{split}/features"].dtype
+        dtype = self.layout.features(split).dtype
         with np.errstate(over="ignore"):
             stored = np.where(good[None, :, None], features, 0).astype(dtype, order="C")
         finite = np.isfinite(stored).all(axis=(0, 2))
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
-            name = self._plan.arrays[f"{split}/ids"][rows.start + row].decode()
+            name = self._spec.arrays[f"{split}/ids"][rows.start + row].decode()
             if np.isfinite(features[:, row]).all():
                 raise UserError(
                     f"a feature of {name!r} ({split}) does not fit into float16: "
@@ -236,7 +287,7 @@ class CacheWriter:
         return stored
 
     def _sync_sometimes(self) -> None:
-        """Bound what a power cut can undo."""
+        """Limit what a power cut can undo."""
         self._unsynced += 1
         if self._unsynced >= SYNC_BLOCKS or time.monotonic() - self._synced_at > SYNC_SECONDS:
             sync(self._fd)
@@ -249,8 +300,8 @@ class CacheWriter:
             The path of the finished cache.
 
         Raises:
-            StorageError: The file system refused or the disk did not keep what was written; run
-                again and only what was lost is computed.
+            StorageError: The file system refused, or the disk did not keep what was written: rerun,
+                and only what was lost is computed.
         """
         assert not any(self.pending(split) for split in self.layout.splits), "blocks are missing"
         with storage_errors(self._part):
@@ -272,7 +323,7 @@ class CacheWriter:
         return self.path
 
     def close(self) -> None:
-        """Have what was written on the disk and let others write; does nothing the second time."""
+        """Force what was written to the disk and release the lock; does nothing the second time."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
@@ -295,24 +346,3 @@ class CacheWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def check_same(file: CacheFile, plan: Plan) -> None:
-    """Check that an unfinished file was begun for exactly this plan.
-
-    Raises:
-        CacheError: It was begun for something else (the fields are named), or is damaged.
-    """
-    name = f"{file.path} was begun with other"
-    fresh = "run the earlier command to finish it, or give --force to start afresh"
-    if damaged := file.damaged_parts():
-        raise CacheError(
-            f"{file.path} is damaged in {', '.join(damaged)}: give --force to start afresh"
-        )
-    if differences := meta_of(file).differences(plan.meta):
-        raise CacheError(f"{name} settings: {describe_differences(differences)}; {fresh}")
-    here = {n: (e.dtype, e.shape, e.sha256) for n, e in file.layout.extents.items()}
-    there = {n: (e.dtype, e.shape, e.sha256) for n, e in plan.members.items()}
-    differ = sorted(n for n in here.keys() | there.keys() if here.get(n) != there.get(n))
-    if differ:
-        raise CacheError(f"{name} {', '.join(differ)}; {fresh}")

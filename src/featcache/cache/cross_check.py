@@ -1,8 +1,9 @@
-"""What the HDF5 library sees in a file, asked in a process of its own with a limit on everything.
+"""Whether the HDF5 library sees the same in a file, run in a child process with tight limits.
 
-Readers never need this; `verify` uses it to make sure that other HDF5 tools will find the same
-datasets at the same places. The library can crash or loop for ever on a damaged file, so it runs in
-a child process with bounded memory and time, and with its plug-ins off.
+Readers never need this; `verify` uses it to make sure that other HDF5 tools find the same datasets
+at the same places. The library can crash or loop forever on a damaged file, so it runs in a child
+process with limited memory and time, and with its plug-ins off. This file is also the program that
+the child runs, so it imports nothing of featcache.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ MAX_SECONDS = 300
 _NO_LIBRARY = 3
 
 
-class NotAsked(Exception):  # noqa: N818
-    """The HDF5 library could not be asked, which says nothing about the file."""
+class CrossCheckUnavailable(Exception):  # noqa: N818
+    """The HDF5 library could not be run, which says nothing about the file."""
 
 
-def compare_view(path: Path, layout: Layout) -> str | None:
+def cross_check_hdf5(path: Path, layout: Layout) -> str | None:
     """Ask the HDF5 library where the datasets are.
 
     Returns:
-        None if it agrees with the layout record, else what is different.
+        None if it agrees with the layout record, else what differs.
 
     Raises:
-        NotAsked: The child process did not start, took too long or had too little memory.
+        CrossCheckUnavailable: The child process did not start, took too long, or ran out of memory.
     """
     wanted = {
         name: [extent.offset, extent.dtype, list(extent.shape)]
@@ -60,24 +61,24 @@ def compare_view(path: Path, layout: Layout) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise NotAsked(f"no answer in {MAX_SECONDS} s") from None
+        raise CrossCheckUnavailable(f"no answer in {MAX_SECONDS} s") from None
     except OSError as error:
-        raise NotAsked(f"{error.strerror or error}") from error
+        raise CrossCheckUnavailable(f"{error.strerror or error}") from error
     lines = child.stderr.strip().splitlines() or [f"status {child.returncode}"]
     if child.returncode in (_NO_LIBRARY, -signal.SIGKILL):  # the latter when memory runs out
-        raise NotAsked(f"{lines[-1]:.200}")
+        raise CrossCheckUnavailable(f"{lines[-1]:.200}")
     if child.returncode == -signal.SIGXCPU:
-        return f"the HDF5 library computes for more than {MAX_CPU_SECONDS} s on it"
+        return f"the HDF5 library needs more than {MAX_CPU_SECONDS} s of CPU time for it"
     if child.returncode:
         return f"the HDF5 library cannot read it: {lines[-1]:.200}"
     return child.stdout.strip() or None
 
 
-def look(path: str, wanted: dict[str, list[Any]]) -> str:
+def differences(path: str, wanted: dict[str, list[Any]]) -> str:
     """Compare the file's HDF5 objects with `wanted`; runs in the child.
 
     Returns:
-        What is different, or nothing.
+        The first difference, or an empty text.
     """
     import h5py
 
@@ -123,7 +124,7 @@ def _limit_memory() -> None:
 
 
 def _limit_processor() -> None:
-    """Bound what is computed from now on; the parent bounds the time in all."""
+    """Limit the CPU time from now on; the parent limits the total time."""
     import resource
 
     seconds = math.ceil(time.process_time()) + MAX_CPU_SECONDS
@@ -140,4 +141,4 @@ if __name__ == "__main__":
         sys.stderr.write(f"h5py cannot be loaded: {error}\n")
         sys.exit(_NO_LIBRARY)
     _limit_processor()
-    sys.stdout.write(look(sys.argv[1], json.load(sys.stdin)))
+    sys.stdout.write(differences(sys.argv[1], json.load(sys.stdin)))
