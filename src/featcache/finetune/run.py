@@ -28,7 +28,7 @@ from featcache.finetune.checkpoint import (
     save_checkpoint,
 )
 from featcache.finetune.loop import Scores, score, train_epoch
-from featcache.finetune.probe import fit_probe, init_from_file
+from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import Run, check_files, prepare
 from featcache.results import Predictions, RunReport, config_json
 from featcache.results.metrics import wilson_interval
@@ -143,7 +143,7 @@ def _finished(run: Run) -> RunReport | None:
 
 def _initialise_head(run: Run) -> None:
     if run.init_head is not None:
-        init_from_file(run.parts, run.init_head, run.info, run.dataset.class_names)
+        set_head(run.parts.head, run.init_head.weight, run.init_head.bias)
     elif run.plan.probe:
         num_classes = len(run.dataset.class_names)
         run.probe = fit_probe(run.parts, run.train, run.prep, run.machine, num_classes)
