@@ -19,14 +19,14 @@ from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
 from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
-from featcache.finetune import finetune, summary_lines
+from featcache.finetune import finetune, finetune_report, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
 from featcache.finetune.images import Images, hold_out
 from featcache.finetune.loop import _with_lone_merged
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import make_plan, rate_factor
 from featcache.results import RunReport
-from featcache.tensor_files import read_card, read_tensors
+from featcache.tensor_files import model_card, read_tensor_file
 from pictures import SIDE, make_pets
 
 
@@ -52,7 +52,7 @@ def settings(dataset: Path, tmp_path: Path, **changes: object) -> FinetuneConfig
 
 
 def weights_of(report: dict) -> dict[str, torch.Tensor]:
-    return read_tensors(Path(report["model"]))
+    return read_tensor_file(Path(report["model"])).tensors()
 
 
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -104,7 +104,7 @@ class TestReport:
 
     def test_the_model_file_says_what_it_is(self, full: tuple[FinetuneConfig, dict]) -> None:
         config, report = full
-        card = read_card(config.output)
+        card = model_card(read_tensor_file(config.output))
         assert card.backbone == "resnet18"
         assert card.class_names == ["cat", "dog", "eel"]
         assert card.preprocessing.image_px == SIDE
@@ -259,6 +259,7 @@ class TestHit:
         again = finetune(config)
         assert (report["hit"], again["hit"]) == (False, True)
         assert {**again, "hit": False} == report
+        assert finetune_report(config).to_json() == again
         assert "already trained, nothing to do" in run_module.summary_lines(again)[0]
 
     @pytest.mark.parametrize("what", ["model", "report", "settings", "no_resume"])
@@ -544,7 +545,7 @@ class TestStart:
     def test_another_file_is_no_head(
         self, full: tuple[FinetuneConfig, dict], pets: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(UserError, match="is no linear head"):
+        with pytest.raises(UserError, match="is not a head file: give one that train-head wrote"):
             finetune(settings(pets, tmp_path, init_head=full[0].output))
         with pytest.raises(UserError, match=r"none\.safetensors: there is no such file"):
             finetune(settings(pets, tmp_path, init_head=tmp_path / "none.safetensors"))

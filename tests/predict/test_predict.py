@@ -36,7 +36,7 @@ from featcache.predict.classifier import Prediction
 from featcache.predict.formats import MARKS, prediction_writer
 from featcache.predict.inputs import find_pictures
 from featcache.predict.load import load_trained
-from featcache.tensor_files import read_tensors
+from featcache.tensor_files import read_tensor_file
 from trained_helpers import (
     PREP,
     knn_head,
@@ -160,7 +160,7 @@ class TestSamePath:
     def test_a_model_scores_as_its_network(self, root: Path) -> None:
         file = make_model(root / "model.safetensors")
         network = build_classifier(BackboneConfig(weights="random"), 3, 0).eval()
-        network.load_state_dict(read_tensors(file))
+        network.load_state_dict(read_tensor_file(file).tensors())
         pictures = [picture(n) for n in (3, 700)]
         pixels = np.stack([to_pixels(p, PREP) for p in pictures])
         with torch.inference_mode():
@@ -712,7 +712,7 @@ class TestForeignFiles:
     def test_other_kinds_of_file(self, cache: FeatureCache, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is a cache, not a classifier: type train-head"):
             load_trained(cache.path)
-        with pytest.raises(UserError, match="not a safetensors file"):
+        with pytest.raises(UserError, match="it is a folder; check the path"):
             load_trained(tmp_path)
         save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
         with pytest.raises(UserError, match="neither a head nor a fine-tuned model"):

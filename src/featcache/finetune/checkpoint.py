@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone.checkpoint import State
 from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
 from featcache.finetune.parts import Parts
 from featcache.results import RunReport
-from featcache.tensor_files import read_metadata, read_safetensors, write_safetensors
+from featcache.tensor_files import State, read_tensor_file, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +107,13 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
-        metadata, tensors = read_safetensors(path)
+        file = read_tensor_file(path)
+        metadata = file.metadata
         if metadata.get("format") != FORMAT or metadata.get("key") != key:
             return None
         counters = json.loads(metadata["progress"])
         counters["best_score"] = tuple(counters["best_score"])
-        groups = _grouped(tensors)
+        groups = _grouped(file.tensors())
         load_moving(parts, groups["model"])
         _load_optimizer(optimizer, groups["optimizer"])
         return Progress(**{**counters, "best": groups["best"]})
@@ -164,7 +164,7 @@ def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        metadata = read_metadata(path)
+        metadata = read_tensor_file(path).metadata
         if "settings" not in metadata:  # of version 0.1.0
             return {"key": metadata["key"]}
         return dict(json.loads(metadata["settings"]))

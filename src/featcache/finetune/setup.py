@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone import WeightsFile, build_classifier, identify, read_weights
+from featcache.backbone import build_classifier, identify
 from featcache.cache import check_unlocked
 from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
@@ -21,10 +21,13 @@ from featcache.finetune.images import Images, hold_out, read_images
 from featcache.finetune.loop import Machine
 from featcache.finetune.parts import Parts
 from featcache.finetune.plan import Plan, make_plan
+from featcache.finetune.probe import head_to_start_from
+from featcache.heads import LinearHead
 from featcache.results import report_marks
 from featcache.results.metrics import checked_weights
 from featcache.runtime import num_cores, numeric_versions, pick_device, say
 from featcache.tensor_files import MARKS as MODEL_MARKS
+from featcache.tensor_files import TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +51,7 @@ class Run:
     train: Images
     test: Images
     held: Images | None
-    init_head: WeightsFile | None
+    init_head: LinearHead | None
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
@@ -74,14 +77,15 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
     """
     plan = make_plan(config)
-    init_head = _check_given(config)
+    head_file = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
     if (weights := dataset.splits["train"].weights) is not None:
         checked_weights(weights, "train")
+    names = dataset.class_names
+    init_head = head_to_start_from(head_file, info, names) if head_file else None
     machine = choose_machine(config)
-    num_classes = len(dataset.class_names)
-    network = build_classifier(config, num_classes, config.seed, info.weights_sha256)
+    network = build_classifier(config, len(names), config.seed, info.weights_sha256)
     parts = Parts(network, plan)
     check_input(parts.model, info, config)
     _place(parts.model, machine)
@@ -92,7 +96,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     if plan.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
     _check_batches(parts, len(train))
-    decisive = _decisive(plan, info, dataset, machine, images, init_head)
+    decisive = _decisive(plan, info, dataset, machine, images, head_file)
     return Run(
         config=config,
         plan=plan,
@@ -113,16 +117,14 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     )
 
 
-def _check_given(config: FinetuneConfig) -> WeightsFile | None:
-    """Check the files that the settings name; returns the head to start from, if any."""
-    if config.init_head is not None and not config.init_head.is_file():
-        raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+def _check_given(config: FinetuneConfig) -> TensorFile | None:
+    """Check the files that the settings name; returns that of the head to start from, if any."""
     if config.output is not None:
         if config.output.suffix != ".safetensors":
             raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
         check_unlocked(config.output)
         check_files(config, config.output)
-    return read_weights(config.init_head) if config.init_head else None
+    return read_tensor_file(config.init_head) if config.init_head else None
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
@@ -219,7 +221,7 @@ def _decisive(
     dataset: ImageDataset,
     machine: Machine,
     images: dict[str, Images],
-    init_head: WeightsFile | None,
+    head_file: TensorFile | None,
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
@@ -230,7 +232,7 @@ def _decisive(
         "backbone": dataclasses.asdict(info),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
-        "init_head": init_head.sha256 if init_head else None,
+        "init_head": head_file.sha256 if head_file else None,
         "device": machine.device,
         "versions": numeric_versions(),
     }
