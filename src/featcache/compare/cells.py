@@ -19,7 +19,7 @@ from featcache.compare.plan import Ints, Spec, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data import ImageDataset
 from featcache.errors import UserError
-from featcache.finetune import finetune
+from featcache.finetune import finetune_report
 from featcache.finetune.plan import make_plan
 from featcache.heads import train_head
 from featcache.results import RunReport, cell_of, config_json
@@ -187,8 +187,7 @@ def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunR
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in bench.dataset.splits.items()}
     dataset = dataclasses.replace(bench.dataset, splits=splits)
-    finetune(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
-    report = RunReport.load(model.with_suffix(".json"))
+    report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     kept = {name: value for name, value in report.more.items() if name != "model"}
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
