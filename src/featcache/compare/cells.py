@@ -22,7 +22,7 @@ from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.plan import make_plan
 from featcache.heads import train_head_report
-from featcache.results import RunReport, cell_of, config_json
+from featcache.results import CurveRun, RunReport, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -63,7 +63,7 @@ def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
         report = RunReport.load(path)
         cell = report.more["cell"]
         right = cell["key"] == spec.key
-        cell_of(report)
+        CurveRun.from_report(report)
         pace_of(report)
     except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # damaged, or of another version: it is made anew
