@@ -114,7 +114,8 @@ def _execute(run: Run, start: float) -> RunReport:
     assert run.parts.frozen_sha256() == frozen, "a frozen part of the network moved"
     report = _report(run, progress, scores, num_resumed)
     _write_model(run, report)
-    written = {"hit": False, "key": run_key(run.decisive), "model_sha256": file_sha256(run.output)}
+    key = run_key(run.decisive)
+    written = {"hit": False, "key": key, "model_sha256": file_sha256(run.output), "run": key[:16]}
     report = dataclasses.replace(report, more=report.more | written)
     report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
     report.save(run.output.with_suffix(".json"))

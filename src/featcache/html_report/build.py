@@ -13,12 +13,12 @@ from featcache.html_report.modes import Mode, make_modes, mode_advice, ranked
 from featcache.html_report.provenance import dataset_text, provenance_blocks
 from featcache.html_report.read import Found
 from featcache.results import (
-    Point,
-    Side,
-    cell_of,
+    CURVE_HEADER,
+    CurvePoint,
+    CurveRun,
+    ModeScores,
     curve_advice,
     curve_cells,
-    curve_header,
     curve_points,
 )
 from featcache.results.plots import Line, as_svg, draw, lines_of, seconds_tick, sign
@@ -61,7 +61,7 @@ def build_page(found: Found, config: ReportConfig) -> tuple[Page, list[str]]:
     return Page(title=title, subtitle=_subtitle(modes, found), sections=sections), advice
 
 
-Curve = tuple[str, list[Point], list[str], list[str]]
+Curve = tuple[str, list[CurvePoint], list[str], list[str]]
 
 
 def learning_curves(found: Found) -> list[Curve]:
@@ -80,7 +80,7 @@ def learning_curves(found: Found) -> list[Curve]:
     finished = {comparison.path.parent / "runs" for comparison in found.comparisons}
     open_ = [(p, r) for p, r in found.runs if "cell" in r.more and p.parent not in finished]
     for folder in sorted({path.parent for path, _ in open_}):
-        points = curve_points(cell_of(r) for p, r in open_ if p.parent == folder)
+        points = curve_points(CurveRun.from_report(r) for p, r in open_ if p.parent == folder)
         note = "This comparison is not finished: run the same compare command to resume it."
         title = f"Learning curve so far: {folder.parent.name}"
         curves.append((title, points, curve_advice(points), [note]))
@@ -88,7 +88,7 @@ def learning_curves(found: Found) -> list[Curve]:
 
 
 def _curve_section(
-    title: str, points: Sequence[Point], remarks: Sequence[str], salt: str
+    title: str, points: Sequence[CurvePoint], remarks: Sequence[str], salt: str
 ) -> Section:
     text = (
         "Both modes learn from the same images and are scored on the same test images. The p value "
@@ -101,7 +101,7 @@ def _curve_section(
     return Section(title=title, blocks=[*chart, Words(lines=[text]), *notes(*remarks)])
 
 
-def _curve_chart(points: Sequence[Point], salt: str) -> Chart:
+def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart:
     """The learning curve with intervals, and a dot per draw of train images."""
     sides = {
         "cached head": (0, 0.985, [(p.num_train, p.cached) for p in points]),
@@ -111,7 +111,7 @@ def _curve_chart(points: Sequence[Point], salt: str) -> Chart:
         _curve_line(name, style, shift, [(x, side) for x, side in values if side is not None])
         for name, (style, shift, values) in sides.items()
     ]
-    table = Table(caption="Learning curve", header=curve_header(), rows=curve_cells(points))
+    table = Table(caption="Learning curve", header=CURVE_HEADER, rows=curve_cells(points))
     return _chart(
         [line for line in lines if line.points],
         caption="Test accuracy at growing numbers of train images: mean over draws of train images "
@@ -125,7 +125,9 @@ def _curve_chart(points: Sequence[Point], salt: str) -> Chart:
     )
 
 
-def _curve_line(name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]) -> Line:
+def _curve_line(
+    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+) -> Line:
     dots = [
         (float(x), top1)
         for x, side in values

@@ -12,7 +12,7 @@ from typing import Any
 
 from featcache.errors import UserError
 from featcache.files import read_regular
-from featcache.results import Point, Row, RunReport, cell_of, points_from_json
+from featcache.results import CurvePoint, CurveRun, Row, RunReport, curve_from_json
 from featcache.results.runs import MAX_BYTES
 
 MAX_FILES = 5000
@@ -28,7 +28,7 @@ class Comparison:
     """What `compare` wrote."""
 
     path: Path
-    points: list[Point]
+    points: list[CurvePoint]
     values: dict[str, Any]
 
 
@@ -149,7 +149,7 @@ def _sort_in(found: Found, file: Path, values: dict[str, Any]) -> None:
     command = values.get("command")
     try:
         if command == "compare":
-            points = points_from_json(values["points"])
+            points = curve_from_json(values["points"])
             _check_texts(values, "advice", "notes")
             found.comparisons.append(Comparison(path=file, points=points, values=values))
         elif command in TRAINING:
@@ -266,8 +266,8 @@ def check_run(report: RunReport) -> None:
     _check_predictions(report)
     _check_extraction(report.more.get("extraction"))
     if "cell" in report.more:
-        _seconds(cell_of(report).cost_seconds)
-        _seconds(cell_of(report).trial_seconds)
+        _seconds(CurveRun.from_report(report).cost_seconds)
+        _seconds(CurveRun.from_report(report).trial_seconds)
 
 
 def _check_extraction(value: Any) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -52,7 +53,8 @@ class RunReport:
     """What one training run measured, under which settings, on which data.
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
-    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`.
+    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
+    as is the run's id under "run" (missing from reports of 0.1.0).
     """
 
     command: str
@@ -158,6 +160,7 @@ class Row:
     `baseline_top1` is the accuracy of always answering the most frequent class of the test images,
     `balanced_top1` the mode's mean recall over classes; None where the predictions are not known.
     `imbalanced` tells whether classes differ so much in size that the two have to be read together.
+    `run` is the id of the run that was measured.
     """
 
     mode: str
@@ -177,6 +180,7 @@ class Row:
     baseline_top1: float | None = None
     balanced_top1: float | None = None
     imbalanced: bool = False
+    run: str | None = None
 
     @property
     def later_seconds(self) -> float:
@@ -219,6 +223,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,
         balanced_top1=run.test.balanced() if run.test else None,
         imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
+        run=run.more.get("run"),
     )
 
 
@@ -238,3 +243,45 @@ def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float]
         if epoch.get("test_top1") is not None:  # an epoch may go without a score
             points.append((elapsed, float(epoch["test_top1"])))
     return tuple(points)
+
+
+def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
+    """After how many repetitions a one-time cost has paid for itself.
+
+    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
+
+    Args:
+        one_time_s: Seconds of extraction.
+        cached_s: Seconds of one epoch (or trial) on the cache.
+        uncached_s: Seconds of one epoch (or trial) without it.
+
+    Returns:
+        That number, at least 1; None when a repetition on the cache saves nothing.
+    """
+    saved = uncached_s - cached_s
+    if not saved > 0:
+        return None
+    return max(1, math.ceil(one_time_s / saved))
+
+
+def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """How many times as fast a head on the cache is as each mode with the network in the loop.
+
+    The head is the first that trains in epochs, as the others do.
+
+    Returns:
+        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
+        "next_run" (the cache being there); empty without such a head.
+    """
+    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
+    if cached is None:
+        return {}
+    return {
+        row.mode: {
+            "total": row.seconds_total / cached.seconds_total,
+            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
+            "next_run": row.seconds_total / cached.later_seconds,
+        }
+        for row in rows
+        if row.approach != "cached"
+    }
