@@ -52,7 +52,8 @@ class RunReport:
     """What one training run measured, under which settings, on which data.
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
-    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`.
+    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
+    as is the run's id under "run" (missing from reports of 0.1.0).
     """
 
     command: str
@@ -158,6 +159,7 @@ class Row:
     `baseline_top1` is the accuracy of always answering the most frequent class of the test images,
     `balanced_top1` the mode's mean recall over classes; None where the predictions are not known.
     `imbalanced` tells whether classes differ so much in size that the two have to be read together.
+    `run` is the id of the run that was measured.
     """
 
     mode: str
@@ -177,6 +179,7 @@ class Row:
     baseline_top1: float | None = None
     balanced_top1: float | None = None
     imbalanced: bool = False
+    run: str | None = None
 
     @property
     def later_seconds(self) -> float:
@@ -219,6 +222,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,
         balanced_top1=run.test.balanced() if run.test else None,
         imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
+        run=run.more.get("run"),
     )
 
 
