@@ -25,6 +25,7 @@ from featcache import cli
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.html_report import summary_lines, write_report
+from featcache.html_report.compared_runs import compared_runs
 from featcache.html_report.mistakes import confidently_wrong, confused_pairs
 from featcache.html_report.page import make_page
 from featcache.html_report.provenance import command_line
@@ -373,12 +374,41 @@ def benchmark_json(folder: Path) -> Path:
 
 
 def test_a_benchmark_takes_predictions_from_the_reports_beside_it(tmp_path: Path) -> None:
+    """Written by 0.1.0, whose runs have no ids: rows and reports are matched by their figures."""
     page, _, result = report(tmp_path, benchmark_json(tmp_path / "bench"))
     assert result["advice"] == ["Faster: the cached head."]
     assert page.cells.count("head only (cached features)") >= 2
     assert page.count("table", **{"class": "matrix"}) == 2  # and no third and fourth mode
     assert "python scripts/benchmark.py pets" in page.text
     assert page.text.count("5.700 s") + page.cells.count("5.7 s") == 1
+
+
+def test_a_benchmark_finds_its_runs_by_their_ids(tmp_path: Path) -> None:
+    folder = benchmark_json(tmp_path / "bench")
+    values = json.loads((folder / "benchmark.json").read_text())
+    for row, run in zip(values["rows"], ("a1", "b2"), strict=True):
+        row["run"] = run
+        row["seconds_total"] += 1  # figures no longer agree
+    (folder / "benchmark.json").write_text(json.dumps(values))
+    head_report(more={**head_report().more, "run": "a1"}).save(folder / "cached-head.json")
+    tune_report(more={**tune_report().more, "run": "c3"}).save(folder / "finetune-0.001.json")
+    compared = compared_runs(read_report_files([folder]))
+    assert [(run.name, run.report and run.report.more["run"]) for run in compared] == [
+        ("head only (cached features)", "a1"),
+        ("full fine-tune (lr 0.001)", None),
+        ("full fine-tune (notebook, lr 0.0001)", "c3"),
+    ]
+    assert [run.source.name for run in compared] == [
+        "benchmark.json",
+        "benchmark.json",
+        "finetune-0.001.json",
+    ]
+
+
+def test_an_error_names_the_field(tmp_path: Path) -> None:
+    head_report(test_interval=(0.5, 1.5)).save(tmp_path / "h.json")
+    with pytest.raises(UserError, match=r"\(test_interval: 1\.5 is not a number from 0 to 1\)"):
+        report(tmp_path, tmp_path / "h.json")
 
 
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
