@@ -18,20 +18,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import featcache.html_report.build as build_module
-import featcache.html_report.read as read_module
+import featcache.html_report.page as page_module
+import featcache.html_report.report_files as report_files_module
 from curve_helpers import pair
 from featcache import cli
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.html_report import summary_lines, write_report
-from featcache.html_report.build import build_page
-from featcache.html_report.details import confidently_wrong, confused_pairs
+from featcache.html_report.compared_runs import compared_runs
+from featcache.html_report.mistakes import confidently_wrong, confused_pairs
+from featcache.html_report.page import make_page
 from featcache.html_report.provenance import command_line
-from featcache.html_report.read import read_runs
 from featcache.html_report.render import plain, to_html, to_markdown
+from featcache.html_report.report_files import read_report_files
 from featcache.results import config_json, curve_advice, curve_points, curve_to_json
-from featcache.results.plots import log_ticks
+from featcache.results.plots import Svg, log_ticks
 from page_helpers import (
     HEAD,
     IDS,
@@ -147,7 +148,7 @@ def test_extraction_comes_from_the_head_itself(tmp_path: Path) -> None:
     row = page.cells[page.cells.index("1,539") :][:6]
     assert row == ["1,539", "0.800 [0.49, 0.94]", "no epochs", "5.5 s", "6.0 s", "15×"]
     assert result["advice"][0].startswith("Faster: the cached head, 6.0 s with its extraction")
-    commands = page.text[page.text.index("The commands that made") :].split("\n")
+    commands = page.text[page.text.index("Commands that reproduce these numbers") :].split("\n")
     assert "extract-features pets --weights bundled --image-px 64" in commands
 
 
@@ -179,7 +180,7 @@ def test_the_best_of_each_kind_comes_first_and_equal_ones_are_folded(tmp_path: P
     assert titles[1] == plain("full fine-tune (notebook, lr 0.0001), b6")
     assert titles[2] == plain("full fine-tune (notebook, lr 0.0001), b5")
     assert len(titles) == 6
-    same = "The same predictions: head only (cached features), logistic, a3; "
+    same = "Identical predictions: head only (cached features), logistic, a3; "
     assert f"{same}head only (cached features), logistic, a0." in page.text
     assert "the most accurate of each kind" in page.text
 
@@ -194,8 +195,8 @@ def test_lines_of_a_chart_differ_in_colour_and_marker(tmp_path: Path) -> None:
     signs = re.findall(r'<svg class="sign".*?</svg>', html, flags=re.DOTALL)
     assert len(signs) == 8
     assert len({re.search(r"var\(--s\d\)", sign)[0] for sign in signs}) == 8
-    assert len({re.search(r'<path id="\w+" d="([^"]*)"', sign)[1] for sign in signs}) == 8
-    assert "Drawn are the first 8 of 9 modes" in page.text
+    assert len({re.search(r'<path d="([^"]*Z)"', sign)[1] for sign in signs}) == 8
+    assert "The chart shows the first 8 of 9 modes" in page.text
     assert len(re.findall(r"full fine-tune \(notebook, lr 0.0001\), t0", html)) >= 2
 
 
@@ -316,7 +317,7 @@ def test_learning_curve_with_its_modes(tmp_path: Path) -> None:
     folder = comparison_json(tmp_path / "cmp")
     page, markdown, result = report(tmp_path, folder)
     assert result["advice"][1].startswith("The curves cross between 5 per class and all 2,000")
-    assert result["sections"][:2] == ["In short", "Learning curve"]
+    assert result["sections"][:2] == ["Summary", "Learning curve"]
     assert "Mind the gap." in page.text
     assert "0.900 [0.871, 0.923]" in page.cells
     assert plain("0.900 [0.871, 0.923]") in markdown
@@ -346,7 +347,7 @@ def test_a_comparison_names_no_files_elsewhere(tmp_path: Path) -> None:
 def test_an_unfinished_comparison_is_put_together(tmp_path: Path) -> None:
     page, _, result = report(tmp_path, comparison_json(tmp_path / "cmp", finished=False))
     assert "Learning curve so far: cmp" in result["sections"]
-    assert "not finished" in page.text
+    assert "This comparison is unfinished: rerun the same compare command" in page.text
 
 
 def benchmark_json(folder: Path) -> Path:
@@ -373,12 +374,41 @@ def benchmark_json(folder: Path) -> Path:
 
 
 def test_a_benchmark_takes_predictions_from_the_reports_beside_it(tmp_path: Path) -> None:
+    """Written by 0.1.0, whose runs have no ids: rows and reports are matched by their figures."""
     page, _, result = report(tmp_path, benchmark_json(tmp_path / "bench"))
     assert result["advice"] == ["Faster: the cached head."]
     assert page.cells.count("head only (cached features)") >= 2
     assert page.count("table", **{"class": "matrix"}) == 2  # and no third and fourth mode
     assert "python scripts/benchmark.py pets" in page.text
     assert page.text.count("5.700 s") + page.cells.count("5.7 s") == 1
+
+
+def test_a_benchmark_finds_its_runs_by_their_ids(tmp_path: Path) -> None:
+    folder = benchmark_json(tmp_path / "bench")
+    values = json.loads((folder / "benchmark.json").read_text())
+    for row, run in zip(values["rows"], ("a1", "b2"), strict=True):
+        row["run"] = run
+        row["seconds_total"] += 1  # figures no longer agree
+    (folder / "benchmark.json").write_text(json.dumps(values))
+    head_report(more={**head_report().more, "run": "a1"}).save(folder / "cached-head.json")
+    tune_report(more={**tune_report().more, "run": "c3"}).save(folder / "finetune-0.001.json")
+    compared = compared_runs(read_report_files([folder]))
+    assert [(run.name, run.report and run.report.more["run"]) for run in compared] == [
+        ("head only (cached features)", "a1"),
+        ("full fine-tune (lr 0.001)", None),
+        ("full fine-tune (notebook, lr 0.0001)", "c3"),
+    ]
+    assert [run.source.name for run in compared] == [
+        "benchmark.json",
+        "benchmark.json",
+        "finetune-0.001.json",
+    ]
+
+
+def test_an_error_names_the_field(tmp_path: Path) -> None:
+    head_report(test_interval=(0.5, 1.5)).save(tmp_path / "h.json")
+    with pytest.raises(UserError, match=r"\(test_interval: 1\.5 is not a number from 0 to 1\)"):
+        report(tmp_path, tmp_path / "h.json")
 
 
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
@@ -397,8 +427,8 @@ def test_many_classes_and_perfect_runs(tmp_path: Path) -> None:
     right = predictions([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
     tune_report(class_names=names, test=right).save(folder / "right.json")
     page, _, _ = report(tmp_path, folder)
-    assert "too large to show" in page.text
-    assert "No test image was classified wrongly." in page.text
+    assert "The confusion matrix of 60 classes is too large to show here." in page.text
+    assert "Every test image was classified correctly." in page.text
 
 
 def test_runs_without_predictions_have_no_details(tmp_path: Path) -> None:
@@ -440,14 +470,16 @@ def test_pictures_of_confidently_wrong_images(tmp_path: Path, pets: Path) -> Non
     greys = [int(np.asarray(picture).mean()) for picture in pictures]
     assert greys == pytest.approx([150, 75, 225], abs=3)
     assert all(picture.size == (112, 67) for picture in pictures)
-    assert "Test image test/dog/6.png: dog, taken for cat" in {a.get("alt") for _, a in page.tags}
-    assert plain("cat (0.74); truly dog; test/dog/6.png") in markdown
+    assert "Test image test/dog/6.png: dog, predicted as cat" in {
+        a.get("alt") for _, a in page.tags
+    }
+    assert plain("cat (0.74); true: dog; test/dog/6.png") in markdown
 
 
 def test_without_the_dataset_a_sentence_names_them(tmp_path: Path) -> None:
     page, _, _ = report(tmp_path, save_pair(tmp_path / "runs"))
-    assert "Confidently wrong: test/dog/6.png (dog, taken for cat, 0.74)" in page.text
-    assert "Give --dataset" in page.text
+    assert "Most confident mistakes: test/dog/6.png (dog, predicted as cat, 0.74);" in page.text
+    assert "Add --dataset to see the images." in page.text
 
 
 def test_another_dataset_is_refused(tmp_path: Path, pets: Path) -> None:
@@ -511,7 +543,7 @@ def test_missing_empty_and_huge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no report of a training run in .*empty"):
         report(tmp_path, tmp_path / "empty")
-    monkeypatch.setattr(read_module, "MAX_BYTES", 10)
+    monkeypatch.setattr(report_files_module, "MAX_BYTES", 10)
     assert "it has more than 10 bytes" in refused(tmp_path, '{"command": "finetune"}')
 
 
@@ -549,7 +581,7 @@ KINDS = ["head", "tune", "cell", "compare", "benchmark"]
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, which takes half a second; test_report.py draws the extremes."""
-    monkeypatch.setattr(build_module, "as_svg", lambda make, salt: ("0 0 1 1", ""))
+    monkeypatch.setattr(page_module, "as_svg", lambda make, salt: Svg("0 0 1 1", ""))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -594,7 +626,7 @@ def try_junk(tmp_path: Path, kind: str, most: int) -> None:
             file = tmp_path / "in" / "given.json"
             file.write_text(json.dumps(changed))
             try:
-                page, _ = build_page(read_runs([file]), ReportConfig(runs=(file,)))
+                page = make_page(read_report_files([file]), ReportConfig(runs=(file,)))
                 Outline(to_html(page))
                 to_markdown(page, "r.html")
             except UserError as error:

@@ -1,16 +1,17 @@
-"""Where every number on the page comes from."""
+"""Where every number on the page comes from, down to the command that made it."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from featcache import config as settings
-from featcache.html_report.doc import Block, Table, Words
-from featcache.html_report.modes import Mode
-from featcache.html_report.read import Found
+from featcache.html_report.compared_runs import ComparedRun
+from featcache.html_report.report_files import ReportFiles
+from featcache.results import RunReport
 
 CLASSES: dict[str, tuple[str, type[Any], str]] = {
     "extract-features": ("extract-features", settings.ExtractConfig, "dataset"),
@@ -22,67 +23,60 @@ CLASSES: dict[str, tuple[str, type[Any], str]] = {
 HIDDEN = ("json", "verbose")
 
 
-def provenance_blocks(modes: Sequence[Mode], found: Found) -> list[Block]:
-    """A table of files, data, weights and machine, and the commands that made them."""
-    blocks: list[Block] = []
-    rows = [[mode.name, str(mode.source), *_facts(mode)] for mode in modes]
-    if rows:
-        header = ["mode", "file", "dataset", "network and weights", "scored on", "chosen on"]
-        caption = "Where the modes' figures come from"
-        blocks.append(Table(caption=caption, header=header, rows=rows, num_text=len(header)))
-    machines = _machines(modes, found)
-    if machines:
-        blocks.append(
-            Table(
-                caption="Machines",
-                header=["processor", "cores", "device", "platform", "versions"],
-                rows=machines,
-                num_text=5,
-            )
-        )
-    text = "The commands that made these figures, from their recorded settings:"
-    blocks.append(Words(lines=[text]))
-    blocks.append(Words(lines=_commands(modes, found) or ["(not recorded)"], style="code"))
-    return blocks
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Rows of text for each run and for each machine, and the commands that made them."""
+
+    runs: list[list[str]]
+    machines: list[list[str]]
+    commands: list[str]
 
 
-def _facts(mode: Mode) -> list[str]:
-    report = mode.report
+def provenance_of(compared: Sequence[ComparedRun], files: ReportFiles) -> Provenance:
+    """Files, data, weights, machines and commands."""
+    return Provenance(
+        runs=[[run.name, str(run.source), *_facts(run.report)] for run in compared],
+        machines=_machines(compared, files),
+        commands=_commands(compared, files),
+    )
+
+
+def _facts(report: RunReport | None) -> list[str]:
     if report is None:
         return ["–"] * 4
     return [
         dataset_text(report.provenance),
-        network_text(report.provenance),
+        backbone_text(report.provenance),
         report.scored_on,
         report.chosen_on,
     ]
 
 
-def _table(values: dict[str, Any], name: str) -> dict[str, Any]:
+def _inner(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object within another; empty if it is missing or not an object."""
     inner = values.get(name)
     return inner if isinstance(inner, dict) else {}
 
 
 def dataset_text(provenance: dict[str, Any]) -> str:
     """For example "cifar10-2500, fingerprint 3fa0c2b1d9e4"."""
-    dataset = _table(provenance, "dataset")
+    dataset = _inner(provenance, "dataset")
     return f"{dataset.get('name', '?')}, fingerprint {str(dataset.get('fingerprint', '?'))[:12]}"
 
 
-def network_text(provenance: dict[str, Any]) -> str:
+def backbone_text(provenance: dict[str, Any]) -> str:
     """For example "resnet18, bundled (sha256 1f0c…), 64 px squash"."""
-    network = _table(provenance, "backbone")
-    prep = _table(network, "preprocessing")
-    digest = str(network.get("weights_sha256", "?"))[:12]
-    name, weights = network.get("backbone", "?"), network.get("weights", "?")
-    side, resize = prep.get("image_px", "?"), prep.get("resize", "")
+    backbone = _inner(provenance, "backbone")
+    preprocessing = _inner(backbone, "preprocessing")
+    digest = str(backbone.get("weights_sha256", "?"))[:12]
+    name, weights = backbone.get("backbone", "?"), backbone.get("weights", "?")
+    side, resize = preprocessing.get("image_px", "?"), preprocessing.get("resize", "")
     return f"{name}, {weights} (sha256 {digest}…), {side} px {resize}"
 
 
-def _machines(modes: Sequence[Mode], found: Found) -> list[list[str]]:
-    known = [mode.report.environment for mode in modes if mode.report]
-    tables = [c.values for c in found.comparisons] + [b.values for b in found.benchmarks]
-    known += [_table(values, "environment") for values in tables]
+def _machines(compared: Sequence[ComparedRun], files: ReportFiles) -> list[list[str]]:
+    known = [run.report.environment for run in compared if run.report]
+    known += [summary.environment for summary in files.summaries]
     rows = []
     for environment in known:
         versions = ", ".join(
@@ -90,27 +84,21 @@ def _machines(modes: Sequence[Mode], found: Found) -> list[list[str]]:
             for name in ("featcache", "python", "torch", "torchvision")
             if name in environment
         )
-        row = [
-            str(environment.get("processor", "?")),
-            str(environment.get("num_cores", "?")),
-            str(environment.get("device", "cpu")),
-            str(environment.get("platform", "?")),
-            versions,
-        ]
+        defaults = {"processor": "?", "num_cores": "?", "device": "cpu", "platform": "?"}
+        row = [*(str(environment.get(name, d)) for name, d in defaults.items()), versions]
         if environment and row not in rows:
             rows.append(row)
     return rows
 
 
-def _commands(modes: Sequence[Mode], found: Found) -> list[str]:
-    lines = [str(bench.values["typed"]) for bench in found.benchmarks if "typed" in bench.values]
-    for comparison in found.comparisons:
-        lines.append(command_line("compare", _table(comparison.values, "config")))
-    sources = {bench.path for bench in found.benchmarks}
-    for mode in modes:
-        report = mode.report
-        if report is not None and "cell" not in report.more and mode.source not in sources:
-            extraction = _table(_table(report.more, "extraction"), "config")
+def _commands(compared: Sequence[ComparedRun], files: ReportFiles) -> list[str]:
+    lines = [benchmark.typed for benchmark in files.benchmarks if benchmark.typed]
+    lines += [command_line("compare", comparison.config) for comparison in files.comparisons]
+    benchmarks = {benchmark.path for benchmark in files.benchmarks}
+    for run in compared:
+        report = run.report
+        if report is not None and "cell" not in report.more and run.source not in benchmarks:
+            extraction = _inner(_inner(report.more, "extraction"), "config")
             if extraction:
                 lines.append(command_line("extract-features", extraction))
             lines.append(command_line(report.command, report.config))

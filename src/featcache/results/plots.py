@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
 from featcache.results.runs import Approach, Row
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colour, marker and dashes: told apart with every common colour blindness, and without colours.
-STYLES = (
+STYLES: tuple[tuple[str, str, str | tuple[float, tuple[float, ...]]], ...] = (
     ("#d55e00", "o", "-"),
     ("#0072b2", "s", (0, (5, 2))),
     ("#009e73", "^", (0, (1.5, 1.5))),
@@ -30,13 +30,15 @@ STYLES = (
     ("#6f4fb5", "<", (0, (3, 1, 1, 1))),
     ("#1c1f24", "X", (0, (3, 3))),
 )
-FAVOURITES: dict[Approach, int] = {"cached": 0, "loop": 1, "finetune": 2}
+FIRST_STYLES: dict[Approach, int] = {"cached": 0, "loop": 1, "finetune": 2}
 """The style of the first line of each kind."""
 INK, SOFT, RULE, GROUND = "#222222", "#59606b", "#d8dce2", "#ffffff"
 VARIABLES = {
     **{color: f"var(--s{number})" for number, (color, _, _) in enumerate(STYLES)},
     **{INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", GROUND: "var(--ground)"},
 }
+MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 50}
+"""Around the axes, in px of an SVG: room for ticks and labels. Measuring them takes longer."""
 SHORTEST_S = 1e-4
 PIXELS_PER_INCH = 72
 """Lengths in points are then pixels of an SVG."""
@@ -68,7 +70,7 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     """
     drawn = [row for row in rows if row.points][: len(STYLES)]
     firsts = {row.approach: i for i, row in reversed(list(enumerate(drawn)))}
-    taken = {i: FAVOURITES[approach] for approach, i in firsts.items()}
+    taken = {i: FIRST_STYLES[approach] for approach, i in firsts.items()}
     free = iter(style for style in range(len(STYLES)) if style not in taken.values())
     return [
         Line(
@@ -109,8 +111,13 @@ def draw(
     figure = Figure(
         figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
         dpi=PIXELS_PER_INCH,
-        layout="constrained",
         facecolor="none",
+    )
+    figure.subplots_adjust(
+        left=MARGINS["left"] / size[0],
+        right=1 - MARGINS["right"] / size[0],
+        bottom=MARGINS["bottom"] / size[1],
+        top=1 - MARGINS["top"] / size[1],
     )
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -194,18 +201,27 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks[:: math.ceil(len(ticks) / most)]
 
 
-def sign(style: int) -> Figure:
-    """A line's colour, dashes and marker, as a legend shows them."""
-    from matplotlib.figure import Figure
+def legend_svg(style: int) -> Svg:
+    """A line's color, dashes and marker, as a legend shows them."""
+    from matplotlib.markers import MarkerStyle
+    from matplotlib.transforms import Affine2D
 
-    figure = Figure(figsize=(0.5, 0.2), dpi=PIXELS_PER_INCH, facecolor="none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.set(xlim=(0, 2), ylim=(-1, 1))
-    color, marker, dashes = STYLES[style]
-    axes.plot([0, 2], [0, 0], color=color, ls=dashes, lw=2.2)
-    axes.plot([1], [0], color=color, marker=marker, ms=8, mec=GROUND, mew=1)
-    return figure
+    _, marker, dashes = STYLES[style]
+    shape = MarkerStyle(marker)
+    place = Affine2D().scale(8, -8).translate(18, 7)
+    path = shape.get_path().transformed(shape.get_transform() + place)
+    letters = {path.MOVETO: "M", path.LINETO: "L", path.CURVE4: "C", path.CLOSEPOLY: "Z"}
+    outline = "".join(
+        letters[code] + ("" if code == path.CLOSEPOLY else " ".join(f"{x:.2f}" for x in ends))
+        for ends, code in path.iter_segments()
+    )
+    gaps = "" if isinstance(dashes, str) else " ".join(f"{2.2 * part:g}" for part in dashes[1])
+    color = f"var(--s{style})"
+    return Svg(
+        "0 0 36 14",
+        f'<path d="M0 7H36" stroke="{color}" stroke-width="2.2" stroke-dasharray="{gaps}"/>'
+        f'<path d="{outline}" fill="{color}" stroke="var(--ground)"/>',
+    )
 
 
 @contextmanager
@@ -218,15 +234,19 @@ def plain_style(salt: str = "") -> Iterator[None]:
         yield
 
 
-def as_svg(make: Callable[[], Figure], salt: str) -> tuple[str, str]:
-    """A drawing to put into an HTML page, coloured by the page's CSS variables.
+class Svg(NamedTuple):
+    """What an svg element needs: its viewBox and its content."""
+
+    view: str
+    body: str
+
+
+def as_svg(make: Callable[[], Figure], salt: str) -> Svg:
+    """A drawing to put into an HTML page, colored by the page's CSS variables.
 
     Args:
         make: Draws it.
-        salt: Another one for each drawing of a page, so that no id is there twice.
-
-    Returns:
-        The viewBox, and what belongs into the svg element.
+        salt: A different one for each drawing of a page, so that ids are unique.
     """
     buffer = io.StringIO()
     with plain_style(salt):
@@ -239,7 +259,7 @@ def as_svg(make: Callable[[], Figure], salt: str) -> tuple[str, str]:
     body = re.sub(r'(<g) id="[^"]*"', r"\1", body).replace("xlink:href", "href")
     body = re.sub(r' font-family: [^;"]*;| transform="rotate\(-0 [^"]*"', "", body)
     colors = re.compile("|".join(VARIABLES), re.IGNORECASE)
-    return view[1], colors.sub(lambda match: VARIABLES[match[0].lower()], body).strip()
+    return Svg(view[1], colors.sub(lambda match: VARIABLES[match[0].lower()], body).strip())
 
 
 def _summary(line: Line) -> str:
@@ -263,6 +283,7 @@ def plot_accuracy_against_seconds(rows: Sequence[Row], path: Path, title: str = 
     picture = io.BytesIO()
     with plain_style():
         figure = draw(lines, (720, 450), label, seconds_tick)
+        figure.set_layout_engine("constrained")
         axes = figure.axes[0]
         handles = [line for line in axes.lines if line.get_zorder() == 3]
         names = [_summary(line) for line in lines]

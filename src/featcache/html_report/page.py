@@ -1,0 +1,291 @@
+"""From what was read to the page's sections; the templates hold their words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from featcache.config import ReportConfig
+from featcache.html_report.compared_runs import (
+    ComparedRun,
+    compared_advice,
+    compared_runs,
+    ranked,
+)
+from featcache.html_report.mistakes import (
+    group_by_predictions,
+    load_test_split,
+    mistakes_of,
+    recall_table,
+)
+from featcache.html_report.provenance import dataset_text, provenance_of
+from featcache.html_report.report_files import ReportFiles
+from featcache.results import (
+    CURVE_HEADER,
+    CurvePoint,
+    CurveRun,
+    ModeScores,
+    Row,
+    curve_advice,
+    curve_cells,
+    curve_points,
+)
+from featcache.results.plots import (
+    Line,
+    Svg,
+    as_svg,
+    draw,
+    legend_svg,
+    lines_of,
+    seconds_tick,
+)
+from featcache.results.tables import HEADER, seconds_text, table_cells
+
+SIZES = {"wide": (760, 400), "narrow": (360, 330)}
+MAX_DETAILED = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading, and what the macro `layout` of templates/sections.jinja shows below it."""
+
+    title: str
+    layout: str
+    values: Mapping[str, object]
+    level: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The whole page; its advice is the first section too, if there is any."""
+
+    title: str
+    subtitle: str
+    advice: list[str]
+    sections: list[Section]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A comparison's learning curve; `unfinished` if its runs were put together here."""
+
+    title: str
+    points: list[CurvePoint]
+    advice: list[str]
+    notes: list[str] = field(default_factory=list)
+    unfinished: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A chart drawn for wide and for narrow screens, its legend, its numbers as a table."""
+
+    lines: Sequence[Line]
+    legend: Sequence[tuple[Svg, str]]
+    drawings: dict[str, Svg]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def make_page(files: ReportFiles, config: ReportConfig) -> Page:
+    """Decide what the page shows.
+
+    Raises:
+        UserError: The dataset named for images is not that of the runs.
+    """
+    compared = compared_runs(files)
+    curves = learning_curves(files)
+    advice = [line for curve in curves for line in curve.advice]
+    if not curves:
+        advice = compared_advice(compared, files)
+    sections = []
+    if advice:
+        sections.append(Section(title="Summary", layout="summary", values={"advice": advice}))
+    for number, curve in enumerate(curves):
+        chart = _curve_chart(curve.points, salt=f"curve-{number}") if curve.points else None
+        values = {"curve": curve, "chart": chart}
+        sections.append(Section(title=curve.title, layout="learning_curve", values=values))
+    sections += _comparison_sections(compared, files, has_curve=bool(curves))
+    sections += _mistakes_sections(ranked(compared), config)
+    provenance = {"provenance": provenance_of(compared, files)}
+    title = "Where the numbers come from"
+    sections.append(Section(title=title, layout="provenance", values=provenance))
+    return Page(
+        title=config.title or f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning",
+        subtitle=_subtitle(compared, files),
+        advice=advice,
+        sections=sections,
+    )
+
+
+def learning_curves(files: ReportFiles) -> list[Curve]:
+    """The learning curve of every comparison.
+
+    Runs of a comparison that has not written its own report yet are put together here.
+    """
+    several = len(files.comparisons) > 1
+    curves = [
+        Curve(
+            title="Learning curve" + (f": {comparison.path.parent.name}" if several else ""),
+            points=comparison.points,
+            advice=comparison.advice,
+            notes=comparison.notes,
+        )
+        for comparison in files.comparisons
+    ]
+    finished = {comparison.path.parent / "runs" for comparison in files.comparisons}
+    runs = [r for r in files.runs if "cell" in r.report.more and r.path.parent not in finished]
+    for folder in sorted({run.path.parent for run in runs}):
+        points = curve_points(
+            CurveRun.from_report(run.report) for run in runs if run.path.parent == folder
+        )
+        title = f"Learning curve so far: {folder.parent.name}"
+        advice = curve_advice(points)
+        curves.append(Curve(title=title, points=points, advice=advice, unfinished=True))
+    return curves
+
+
+def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart:
+    """The learning curve with intervals, and a dot per draw of train images."""
+    heads = [(point.num_train, point.cached) for point in points if point.cached]
+    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
+    lines = [
+        _curve_line("cached head", 0, 0.985, heads),
+        _curve_line("full fine-tune", 2, 1.015, tunes),
+    ]
+    return _chart(
+        [line for line in lines if line.points],
+        header=CURVE_HEADER,
+        rows=curve_cells(points),
+        x_label="training images (log scale)",
+        x_text=lambda number: f"{number:,.0f}",
+        salt=salt,
+    )
+
+
+def _curve_line(
+    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+) -> Line:
+    return Line(
+        name=name,
+        style=style,
+        points=[(float(x), side.top1) for x, side in values],
+        bars=[side.interval for _, side in values],
+        dots=[
+            (float(x), top1)
+            for x, side in values
+            if len(side.top1_by_seed) > 1
+            for top1 in side.top1_by_seed.values()
+        ],
+        shift=shift,
+    )
+
+
+def _chart(
+    lines: Sequence[Line],
+    *,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    x_label: str,
+    x_text: Callable[[float], str],
+    salt: str,
+) -> Chart:
+    """Draw lines for both kinds of screens."""
+    return Chart(
+        lines=lines,
+        legend=[(legend_svg(line.style), line.name) for line in lines],
+        drawings={
+            screen: as_svg(partial(draw, lines, size, x_label, x_text), f"{salt}-{screen}")
+            for screen, size in SIZES.items()
+        },
+        header=header,
+        rows=rows,
+    )
+
+
+def _comparison_sections(
+    compared: Sequence[ComparedRun], files: ReportFiles, *, has_curve: bool
+) -> list[Section]:
+    """The table of all runs, and their accuracy over time if any run has points."""
+    if not compared:
+        return []
+    table = {
+        "header": HEADER,
+        "rows": table_cells([run.row for run in compared]),
+        "has_curve": has_curve,
+        "extraction_known": all(run.row.extraction_known for run in compared),
+        "notes": [note for benchmark in files.benchmarks for note in benchmark.notes],
+    }
+    sections = [Section(title="Side-by-side comparison", layout="comparison", values=table)]
+    rows = [run.row for run in ranked(compared) if run.row.extraction_known]
+    lines = lines_of(rows)
+    if lines:
+        values = {
+            "chart": _seconds_chart(rows, lines),
+            "best": max(lines, key=lambda line: line.points[-1][1]),
+            "num_rows": len(rows),
+            "num_left_out": len(compared) - len(rows),
+        }
+        sections.append(Section(title="Accuracy over time", layout="seconds", values=values))
+    return sections
+
+
+def _seconds_chart(rows: Sequence[Row], lines: Sequence[Line]) -> Chart:
+    cells = [
+        [row.mode, str(number), seconds_text(seconds), f"{top1:.3f}"]
+        for row in rows
+        for number, (seconds, top1) in enumerate(row.points, start=1)
+    ]
+    return _chart(
+        lines,
+        header=["mode", "point", "seconds", "test accuracy"],
+        rows=cells,
+        x_label="seconds (log scale)",
+        x_text=seconds_tick,
+        salt="seconds",
+    )
+
+
+def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) -> list[Section]:
+    """Recall by class, then confusions and wrong images of the first few runs."""
+    split = load_test_split(config, compared)
+    groups = group_by_predictions(compared)
+    if not groups:
+        return []
+    shown, left = groups[:MAX_DETAILED], groups[MAX_DETAILED:]
+    header, rows = recall_table([group[0] for group in shown])
+    names = [group[0].name for group in left[:20]]
+    recall = {"header": header, "rows": rows}
+    return [
+        Section(title="Recall by class", layout="recall", values=recall),
+        Section(title="Mistakes", layout="left_out", values={"shown": len(shown), "left": names}),
+        *(
+            Section(
+                title=group[0].name,
+                layout="mistakes",
+                values={"mistakes": mistakes_of(group, split), "has_images": split is not None},
+                level=3,
+            )
+            for group in shown
+        ),
+    ]
+
+
+def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
+    names = [summary.dataset for summary in files.summaries]
+    for run in compared:
+        dataset = run.report.provenance.get("dataset") if run.report else None
+        if isinstance(dataset, dict):
+            names.append(str(dataset.get("name", "")))
+    names = list(dict.fromkeys(name[:80] for name in names if name))
+    return ", ".join(names[:3]) or "featcache"
+
+
+def _subtitle(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
+    report = next((run.report for run in compared if run.report), None)
+    parts = [f"{files.num_files} report file{'s' if files.num_files != 1 else ''}"]
+    if report is not None:
+        parts.append(f"{int(report.more['num_test']):,} test images")
+        parts.append(dataset_text(report.provenance))
+    return " · ".join(parts)
