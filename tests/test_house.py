@@ -11,6 +11,7 @@ import pytest
 
 import featcache
 from conftest import REPO
+from featcache import cli
 
 SRC = REPO / "src" / "featcache"
 MAX_FUNCTION_LINES = 40
@@ -107,6 +108,8 @@ def test_public_names_exist_and_load_late() -> None:
     for name in featcache.__all__:
         assert callable(getattr(featcache, name))
         assert name not in {room_of(path) for path in modules()}
+        public = getattr(featcache, name)
+        assert getattr(cli, name, public) is public, f"cli has another {name}"
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
