@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,13 @@ from conftest import REPO
 from featcache import cli
 
 SRC = REPO / "src" / "featcache"
+ARCHITECTURE = REPO / "docs" / "architecture.md"
 MAX_FUNCTION_LINES = 40
 MAX_MODULE_LINES = 400
 
-# A module may import from rows above its own, and from its own package.
+# The order of the rooms (the folders and top-level modules of src/featcache): a module may import
+# from its own room and from rooms in earlier rows. Rooms in one row do not import each other, so
+# each can be read and tested alone. docs/architecture.md shows this table and says what rooms own.
 ROWS = [
     {"errors"},
     {"config"},
@@ -102,6 +107,23 @@ def test_heavy_imports_are_late(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
         assert not {name.split(".")[0] for name in names} & HEAVY
+
+
+def test_the_architecture_page_lists_the_rooms_in_order() -> None:
+    table = re.findall(r"^\| (`.+?`) \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    listed = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    assert [row_of(name) for name in listed] == sorted(row_of(name) for name in listed)
+    assert sorted(listed) == sorted(room for row in ROWS for room in row)
+    assert {room_of(path) for path in modules()} == set(listed)
+
+
+def test_every_name_on_the_architecture_page_exists() -> None:
+    rooms = {room_of(path) for path in modules()}
+    names = re.findall(r"`(\w+(?:\.\w+)+)`", ARCHITECTURE.read_text())
+    ours = [name for name in names if name.split(".")[0] in rooms]
+    assert len(ours) > 20
+    for name in ours:
+        pydoc.resolve(f"featcache.{name}")  # raises ImportError
 
 
 def test_public_names_exist_and_load_late() -> None:
