@@ -1,4 +1,6 @@
-"""The rules of the house: imports point one way, functions fit a screen, start-up is light."""
+"""Rules for the whole package: imports point one way, functions and modules are short, imports of
+heavy packages are late.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import pydoc
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,9 @@ SRC = REPO / "src" / "featcache"
 ARCHITECTURE = REPO / "docs" / "architecture.md"
 MAX_FUNCTION_LINES = 40
 MAX_MODULE_LINES = 400
+MAX_ROOM_MODULES = 14
+# Rooms with more modules than that, until they are merged; no other room may join them.
+CROWDED = {"cache": 19, "data": 18, "heads": 29}
 
 # The order of the rooms (the folders and top-level modules of src/featcache): a module may import
 # from its own room and from rooms in earlier rows. Rooms in one row do not import each other, so
@@ -86,7 +92,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SRC)))
-def test_functions_fit_a_screen_and_modules_a_few(path: Path) -> None:
+def test_functions_and_modules_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_MODULE_LINES
     for node in ast.walk(ast.parse(text)):
@@ -94,6 +100,11 @@ def test_functions_fit_a_screen_and_modules_a_few(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def test_rooms_are_small_enough_to_know() -> None:
+    for room, num in Counter(path.parent.name for path in modules()).items():
+        assert num <= CROWDED.get(room, MAX_ROOM_MODULES), f"{room} has {num} modules: merge some"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SRC)))
