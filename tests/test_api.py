@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import featcache
 from conftest import REPO
 from data_helpers import make_folder
 from featcache import ExtractConfig, UserError, extract_features, write_report
-from featcache.runtime import bar_hidden
+from featcache.runtime import bar_hidden, environment
 
 SCRIPT = """
 from featcache import Classifier, ExtractConfig, FeatureCache, Prediction, extract_features
@@ -50,6 +52,20 @@ def test_type_checkers_see_every_public_name() -> None:
     homes = {node.names[0].asname: node.module for node in block.body}
     assert homes == {name: f"featcache.{home}" for name, home in featcache._HOMES.items()}
     assert sorted(homes) == featcache.__all__
+
+
+def test_help_lists_every_public_name_with_one_line() -> None:
+    lines = re.findall(r"^    (\w+)(?:\((\w+)\))? +\S", featcache.__doc__ or "", re.MULTILINE)
+    assert sorted(name for line in lines for name in line if name) == featcache.__all__
+
+
+def test_the_version_has_one_place_and_an_entry_in_the_changelog() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "featcache.__version__"}
+    versions = re.findall(r"^## \[(.+?)\]", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == featcache.__version__
+    assert environment()["featcache"] == featcache.__version__
 
 
 @pytest.mark.slow
@@ -115,7 +131,7 @@ def test_every_command_is_a_function(tmp_path: Path) -> None:
     config = featcache.PredictConfig(
         model=trained["head"], inputs=[tmp_path / "pets"], json=True, seed=42
     )
-    found = featcache.predict_pictures(config)["predictions"]
+    found = featcache.predict_images(config)["predictions"]
     assert len(found) == 20
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(png := io.BytesIO(), "png")
     assert featcache.Classifier.load(trained["head"]).predict(png.getvalue())[0].label in (

@@ -115,11 +115,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_foreseen_failures_have_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     from featcache.config import InfoConfig
 
-    def run(error: BaseException, *, goes_on: bool = False) -> int:
+    def run(error: BaseException, *, resumes: bool = False) -> int:
         def worker(config: InfoConfig) -> dict:
             raise error
 
-        return cli.run("prog", InfoConfig, worker, ["x"], goes_on=goes_on)
+        return cli.run("prog", InfoConfig, worker, ["x"], resumes=resumes)
 
     assert run(UserError("two\nlines")) == 2
     assert capsys.readouterr().err == "prog: two lines\n"
@@ -129,8 +129,10 @@ def test_foreseen_failures_have_their_exit_codes(capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert run(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "prog: interrupted; no file was left half-written\n"
-    assert run(KeyboardInterrupt(), goes_on=True) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert run(KeyboardInterrupt(), resumes=True) == 130
+    assert capsys.readouterr().err == (
+        "prog: interrupted; finished work is kept; rerun the same command to resume\n"
+    )
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         run(ZeroDivisionError())
 

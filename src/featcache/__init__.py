@@ -1,23 +1,49 @@
 """Run a frozen backbone once, cache its features, fit heads in milliseconds.
 
-Public names load their module on first use, so that importing the package costs nothing.
+Commands, each with a settings class (`help(featcache.ExtractConfig)` explains the fields):
+
+    extract_features(ExtractConfig)    cache the features of a dataset's images
+    train_head(TrainHeadConfig)        fit a head on a cache
+    finetune_network(FinetuneConfig)   train the whole network on the images
+    predict_images(PredictConfig)      classify files and folders
+    export_classifier(ExportConfig)    write backbone and head as ONNX or torch.export
+    compare_training(CompareConfig)    learning curve of cached head and fine-tuning, with advice
+    write_report(ReportConfig)         one HTML page from the reports of runs
+
+Building blocks:
+
+    FeatureCache            a cache file: splits, class names, metadata
+    FeatureDataset          a cache's split as a torch Dataset
+    FeatureHeadClassifier   a scikit-learn estimator for features
+    LinearHead              a fitted linear head: predict, predict_proba, score
+    Classifier              backbone and head together: images in, predictions out
+    Prediction              what a Classifier says about one image
+
+Errors (all of them are FeatcacheError; the message says what to do next):
+
+    FeatcacheError   base class
+    UserError        wrong input
+    CacheError       a UserError: not a cache, damaged, or made with different settings
+    StorageError     the file system refused or failed
+
+Public names load their module on first use, so importing the package is fast.
 """
 
 from __future__ import annotations
 
 import importlib
 
-# typing takes a third of the time before a command can answer Ctrl-C
+# Importing typing takes a third of the time until a command can handle Ctrl-C.
 TYPE_CHECKING = False
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.api import compare_training as compare_training
     from featcache.api import export_classifier as export_classifier
     from featcache.api import extract_features as extract_features
     from featcache.api import finetune_network as finetune_network
-    from featcache.api import predict_pictures as predict_pictures
+    from featcache.api import predict_images as predict_images
     from featcache.api import train_head as train_head
     from featcache.api import write_report as write_report
     from featcache.cache import FeatureCache as FeatureCache
@@ -34,11 +60,12 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.errors import StorageError as StorageError
     from featcache.errors import UserError as UserError
     from featcache.heads import LinearHead as LinearHead
+    from featcache.heads.estimator import FeatureHeadClassifier as FeatureHeadClassifier
     from featcache.predict import Classifier as Classifier
     from featcache.predict import Prediction as Prediction
 
-# Public name: the module it lives in. Functions are not called like their packages, because
-# importing a package's module binds the package's name here.
+# Public names and their modules. No public name equals a module's: importing featcache.NAME would
+# replace it.
 _HOMES = {
     "CacheError": "errors",
     "Classifier": "predict",
@@ -48,6 +75,7 @@ _HOMES = {
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
     "FeatureDataset": "cache",
+    "FeatureHeadClassifier": "heads.estimator",
     "FinetuneConfig": "config",
     "LinearHead": "heads",
     "PredictConfig": "config",
@@ -60,14 +88,14 @@ _HOMES = {
     "export_classifier": "api",
     "extract_features": "api",
     "finetune_network": "api",
-    "predict_pictures": "api",
+    "predict_images": "api",
     "train_head": "api",
     "write_report": "api",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # with __getattr__, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _HOMES:

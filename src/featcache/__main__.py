@@ -1,7 +1,7 @@
-"""Where the console scripts start; `python -m featcache` is the `featcache` command.
+"""Entry points of the console scripts; `python -m featcache` is the `featcache` command.
 
-Little is imported before `_start`, so that an early Ctrl-C and a platform without file locks end in
-one line too.
+Imports happen inside `_start`, so that Ctrl-C during imports, and a platform without file locks,
+end in one line.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 
-def _start(name: str) -> int:
-    """Import and run one of the functions of `featcache.cli`."""
+def _start(command: str = "") -> int:
+    """Run a command, or the one that the first word of the command line names."""
     try:
         import fcntl  # noqa: F401
 
         from featcache import cli
 
-        return int(getattr(cli, name)())
+        return cli.run_command(command) if command else cli.main()
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED
@@ -37,17 +37,17 @@ def _say(text: str) -> None:
 
 def main() -> int:
     """Console script `featcache`."""
-    return _start("main")
+    return _start()
 
 
 def extract_features() -> int:
     """Console script `extract-features`."""
-    return _start("extract_features")
+    return _start("extract-features")
 
 
 def train_head() -> int:
     """Console script `train-head`."""
-    return _start("train_head")
+    return _start("train-head")
 
 
 def finetune() -> int:

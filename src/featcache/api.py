@@ -1,4 +1,4 @@
-"""The commands as functions: for callers from Python and, with a summary, for notebooks."""
+"""The commands as Python functions; in a notebook they also print the command's summary."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def extract_features(config: ExtractConfig) -> Report:
         The command's JSON report; `report["cache"]` is the file, for `FeatureCache`.
 
     Raises:
-        UserError: Wrong input, an unreadable picture under `on_error="fail"`, or a cache that
-            holds something else.
-        StorageError: The disk is full or the cache is being written by another process.
+        UserError: Wrong input, an unreadable image with `on_error="fail"`, or an existing cache
+            that was made with different settings.
+        StorageError: The disk is full, or another process is writing the cache.
     """
     return _run("extract-features", config)
 
@@ -41,8 +41,8 @@ def train_head(config: TrainHeadConfig) -> Report:
         The command's JSON report; `report["head"]` is the file, for `Classifier.load`.
 
     Raises:
-        UserError: Wrong input, or settings that do not fit each other.
-        CacheError: Not a finished cache, or a damaged one.
+        UserError: Wrong input, or settings that contradict each other.
+        CacheError: The cache is unfinished, damaged, or not a cache.
         StorageError: The head cannot be written.
     """
     return _run("train-head", config)
@@ -61,15 +61,15 @@ def finetune_network(config: FinetuneConfig) -> Report:
     return _run("finetune", config)
 
 
-def predict_pictures(config: PredictConfig) -> Report:
-    """Classify files and folders as the command does; `Classifier` takes pictures in memory.
+def predict_images(config: PredictConfig) -> Report:
+    """Classify image files and folders; for images in memory use `Classifier`.
 
     Returns:
-        The command's JSON report; with `json=True`, all predictions are in it.
+        The command's JSON report; with `json=True` it includes all predictions.
 
     Raises:
-        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
-        CacheError: The backbone's weights are not those that the head was trained on.
+        UserError: Wrong input, or an unreadable image with `on_error="fail"`.
+        CacheError: The head was trained on features of other weights.
         StorageError: The output cannot be written.
     """
     return _run("predict", config)
@@ -82,8 +82,8 @@ def export_classifier(config: ExportConfig) -> Report:
         The command's JSON report.
 
     Raises:
-        UserError: Wrong input, or a package that is not installed.
-        FeatcacheError: The exported file gives other outputs; it is not kept.
+        UserError: Wrong input, or a missing package.
+        FeatcacheError: The exported file computes different outputs; it was deleted.
         StorageError: The file cannot be written.
     """
     return _run("export", config)
@@ -103,20 +103,20 @@ def compare_training(config: CompareConfig) -> Report:
 
 
 def write_report(config: ReportConfig) -> Report:
-    """Make one HTML page, and the same in Markdown, from the reports of runs.
+    """Write one HTML page, and a Markdown file, from the reports of runs.
 
     Returns:
         The command's JSON report.
 
     Raises:
-        UserError: There is no report of a run to be read.
+        UserError: No report of a run was found.
         StorageError: The page cannot be written.
     """
     return _run("report", config)
 
 
 def _run(name: str, config: Any) -> Report:
-    """Do a command's work; in a notebook, show the summary that the command prints."""
+    """Run a command's worker; in a notebook, print the summary too."""
     command = COMMANDS[name]
     with python_errors(type(config)):
         report: Report = from_home(command.worker)(config)

@@ -1,9 +1,10 @@
-"""The commands: parse, call the worker, print; the workers are imported only when they run."""
+"""The command line: parse, run the worker, print. Workers are imported only when they run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -28,16 +29,16 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: its settings class, and where its worker and its summary live.
+    """One command: its settings class, and where to import its worker and summary from.
 
-    `goes_on` says that the same command takes an interrupted run up again.
+    `resumes`: whether the same command, typed again, resumes an interrupted run.
     """
 
     config: str
     worker: str
     summary: str
     help: str
-    goes_on: bool = False
+    resumes: bool = False
 
 
 COMMANDS = {
@@ -46,7 +47,7 @@ COMMANDS = {
         worker="extract:extract",
         summary="extract:summary_lines",
         help="run the frozen backbone once and cache its features",
-        goes_on=True,
+        resumes=True,
     ),
     "train-head": Command(
         config="TrainHeadConfig",
@@ -59,13 +60,13 @@ COMMANDS = {
         worker="finetune:finetune",
         summary="finetune:summary_lines",
         help="train the whole network on the images, for comparison",
-        goes_on=True,
+        resumes=True,
     ),
     "info": Command(
         config="InfoConfig",
         worker="extract:inspect",
         summary="extract:inspect_lines",
-        help="show what a cache holds and where it came from",
+        help="show what a cache contains and how it was made",
     ),
     "verify": Command(
         config="VerifyConfig",
@@ -77,7 +78,7 @@ COMMANDS = {
         config="PredictConfig",
         worker="predict:predict",
         summary="predict:summary_lines",
-        help="classify pictures with a trained head or model",
+        help="classify images with a trained head or model",
     ),
     "export": Command(
         config="ExportConfig",
@@ -90,7 +91,7 @@ COMMANDS = {
         worker="compare:compare",
         summary="compare:summary_lines",
         help="learning curve: cached head against fine-tuning, and which to pick",
-        goes_on=True,
+        resumes=True,
     ),
     "report": Command(
         config="ReportConfig",
@@ -102,11 +103,11 @@ COMMANDS = {
 
 
 def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> Config:
-    """Read the command line into a config; `--help` prints and leaves.
+    """Parse the command line into a config; `--help` prints the help and exits.
 
     Raises:
-        UserError: The line does not parse or a value is out of range, said in one line.
-        StorageError: Standard output takes no help.
+        UserError: The line does not parse, or a value is out of range.
+        StorageError: The help cannot be written to standard output.
     """
     import tyro
 
@@ -117,31 +118,31 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
         tyro.conf.PositionalMetavarFromFieldName,
         tyro.conf.FlagCreatePairsOff,
     )
-    # tyro colors what it prints where stdout is a terminal, its complaints on stderr too.
-    text, complaint = io.StringIO(), io.StringIO()
+    # Caught, because tyro colors its messages on stderr too when stdout is a terminal.
+    text, message = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(message):
             return tyro.cli(config_class, prog=prog, args=words, config=markers)
     except SystemExit as stop:
         if not stop.code:
             write_stdout(text.getvalue())
             raise
-        raise UserError(_one_line(complaint.getvalue(), prog)) from None
+        raise UserError(_one_line(message.getvalue(), prog)) from None
 
 
 def _one_line(boxed: str, prog: str) -> str:
-    """Boil tyro's message down to its first part and the flags it suggests."""
+    """Shorten tyro's message to its first part and the flags it suggests."""
     rows = [row.strip() for row in boxed.splitlines()]
     text: list[str] = []
     for row in rows[1:]:  # the first row is a title
         if row.startswith(("For full helptext", "Argument helptext")):
             break
-        if row.strip("-"):  # not a rule
+        if row.strip("-"):  # not a horizontal line
             text.append(row)
-    # For a value that fits none of a flag's types, tyro goes on to list every attempt.
+    # For a value of the wrong type, tyro lists every type that it tried.
     sentence = " ".join(text).split(" Got errors:")[0].rstrip(".")
     if sentence.startswith("Error parsing ") and "Config: " in sentence:
-        return sentence.split("Config: ", 1)[1]  # one of our own checks, a whole sentence already
+        return sentence.split("Config: ", 1)[1]  # from one of our own checks: complete
     return f"{sentence}; type {prog} --help for every flag"
 
 
@@ -152,22 +153,23 @@ def run(
     argv: Sequence[str] | None = None,
     summary: Callable[[Report], list[str]] | None = None,
     *,
-    goes_on: bool = False,
+    resumes: bool = False,
 ) -> int:
-    """Parse, work, report; every foreseen failure ends in one line on stderr.
+    """Parse the command line, do the work, print the report; errors become one line on stderr.
 
     Args:
         prog: The command's name in messages.
-        config_class: The dataclass that the flags are made from.
-        worker: Does the work and returns the JSON-able report.
-        argv: Words of the command line; the process's own when None.
-        summary: Makes the human text of the report.
-        goes_on: Whether the same command takes an interrupted run up again.
+        config_class: The dataclass whose fields are the flags.
+        worker: Does the work and returns the JSON report.
+        argv: The command line; None means `sys.argv`.
+        summary: Turns the report into lines for people.
+        resumes: Whether the same command, typed again, resumes an interrupted run.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted.
     """
-    return _ended(prog, lambda: _work(prog, config_class, worker, argv, summary), goes_on=goes_on)
+    work = functools.partial(_work, prog, config_class, worker, argv, summary)
+    return _exit_code(prog, work, resumes=resumes)
 
 
 def _work(
@@ -177,8 +179,8 @@ def _work(
     argv: Sequence[str] | None,
     summary: Callable[[Report], list[str]] | None,
 ) -> int:
-    # Threads that spin at every barrier cost a busy machine four times the work, and more threads
-    # than the quota only wait; both have to be said before torch is imported.
+    # Both only take effect before torch is imported. Threads that spin at barriers slow a busy
+    # machine down four times; threads beyond the CPU quota only wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if cpu_quota() < math.inf:
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
@@ -192,20 +194,20 @@ def _work(
     return int(report.get("exit_code", 0))
 
 
-def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
-    """The exit code of `work`; every foreseen failure is said in one line."""
+def _exit_code(prog: str, work: Callable[[], int], *, resumes: bool = False) -> int:
+    """The exit code of `work`; expected failures are reported in one line."""
     open_closed_streams()
     try:
         with interrupts_first():
             return work()
     except KeyboardInterrupt:
-        kept = "what was finished is kept, and the same command goes on"
-        say(f"{prog}: interrupted; {kept if goes_on else 'no file was left half-written'}")
+        kept = "finished work is kept; rerun the same command to resume"
+        say(f"{prog}: interrupted; {kept if resumes else 'no file was left half-written'}")
         return EXIT_INTERRUPTED
     except FeatcacheError as error:
         say(f"{prog}: {_single(error)}")
         return error.exit_code
-    except BrokenPipeError:  # the reader of our output left; nothing is wrong with the work
+    except BrokenPipeError:  # the reader of our output is gone: no error of the command
         return EXIT_FAILED
     except Exception as error:
         if short := _out_of_memory(error):
@@ -219,7 +221,7 @@ def _ended(prog: str, work: Callable[[], int], *, goes_on: bool = False) -> int:
         drop_unwritten()
 
 
-# What libraries say when memory runs out that do not raise MemoryError, the dynamic loader first.
+# Messages of libraries that run out of memory without raising MemoryError.
 NO_MEMORY = (
     "failed to map segment",
     "cannot allocate memory",
@@ -232,15 +234,15 @@ NO_MEMORY = (
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to say of an error that a lack of memory made; nothing of others."""
+    """A message if the error means a lack of memory, else an empty string."""
     import resource
 
     disguised = isinstance(error, OSError | ImportError | RuntimeError)
-    said = str(error).lower()
-    if isinstance(error, MemoryError) or (disguised and any(w in said for w in NO_MEMORY)):
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or (disguised and any(words in text for words in NO_MEMORY)):
         return "out of memory; free some, raise the limit of ulimit -v where one is set"
     limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-    if limited and isinstance(error, ImportError | RuntimeError):  # libraries name other causes
+    if limited and isinstance(error, ImportError | RuntimeError):  # in disguise
         return f"{_single(error)[:200]}; memory is limited: raise the limit of ulimit -v"
     return ""
 
@@ -250,7 +252,7 @@ def _single(error: Exception) -> str:
 
 
 def from_home(home: str) -> Callable[[Any], Any]:
-    """A function named as module:function, imported only when it is called."""
+    """The function that `home` names as module:function, imported when it is called."""
     module, name = home.split(":")
 
     def call(argument: Any) -> Any:
@@ -260,7 +262,7 @@ def from_home(home: str) -> Callable[[Any], Any]:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
-    """Run one of `COMMANDS`; its worker is imported after the command line has been read."""
+    """Run one of `COMMANDS` as a console script."""
     command = COMMANDS[name]
     return run(
         prog or name,
@@ -268,23 +270,8 @@ def run_command(name: str, argv: Sequence[str] | None = None, *, prog: str | Non
         from_home(command.worker),
         argv,
         from_home(command.summary),
-        goes_on=command.goes_on,
+        resumes=command.resumes,
     )
-
-
-def extract_features(argv: Sequence[str] | None = None) -> int:
-    """Console script `extract-features`."""
-    return run_command("extract-features", argv)
-
-
-def train_head(argv: Sequence[str] | None = None) -> int:
-    """Console script `train-head`."""
-    return run_command("train-head", argv)
-
-
-def finetune(argv: Sequence[str] | None = None) -> int:
-    """Console script `finetune`."""
-    return run_command("finetune", argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return run_command(words[0], words[1:], prog=f"featcache {words[0]}")
-    return _ended("featcache", lambda: _without_command(words))
+    return _exit_code("featcache", lambda: _without_command(words))
 
 
 def _without_command(words: list[str]) -> int:

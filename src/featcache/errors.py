@@ -1,9 +1,9 @@
-"""What can go wrong, and how a command ends when it does.
+"""The errors that a command reports in one line, and text for their messages.
 
-FeatcacheError            exit code 1: not the user's making (disk, permission, a held lock)
-├── StorageError          exit code 1: a file system refused or failed
+FeatcacheError            exit code 1: base class
+├── StorageError          exit code 1: the file system refused or failed, or a lock is held
 └── UserError             exit code 2: the input is wrong (also a ValueError)
-    └── CacheError        exit code 2: a file is not a cache, is damaged, stale or too new
+    └── CacheError        exit code 2: not a cache, damaged, too new, or of different settings
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class UserError(FeatcacheError, ValueError):
 
 
 class CacheError(UserError):
-    """A file is not featcache's, is damaged, is of another version, or holds something else."""
+    """A file is not featcache's, is damaged, of another version, or made with other settings."""
 
 
 def one_of(given: object, choices: Iterable[str], what: str) -> str:
-    """Say in one sentence that `given` is none of `choices`, naming near matches.
+    """A sentence that says that `given` is not among `choices`, with near matches.
 
     Args:
         given: What the user typed.
@@ -46,8 +46,8 @@ def one_of(given: object, choices: Iterable[str], what: str) -> str:
         what: The kind of thing, for example "backbone".
 
     Returns:
-        For example: "no backbone 'resnet81'; did you mean resnet18, resnet101?"; without a near
-        match, or when there are few choices, all of them are listed.
+        For example: "no backbone 'resnet81'; did you mean resnet18, resnet101?". All choices are
+        listed if there is no near match or there are few of them.
     """
     known = sorted(choices)
     near = difflib.get_close_matches(str(given).lower(), known, n=3, cutoff=0.6)
@@ -60,9 +60,9 @@ def one_of(given: object, choices: Iterable[str], what: str) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` with every character that would move the cursor or hide others written as an escape.
+    """`text` with unprintable characters escaped, so that it cannot control a terminal.
 
-    For text that others chose (file names, class names, what files say) on its way to a terminal.
+    For text from outside: file names, class names, contents of files.
     """
     if text.isprintable():
         return text
@@ -70,7 +70,7 @@ def visible(text: str) -> str:
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """The first `most` names with commas, and whether there are more."""
+    """The first `most` names, separated by commas; an ellipsis stands for the rest."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 

@@ -1,8 +1,8 @@
-"""Remembers facts about files, such as their sha256, for as long as the files do not change.
+"""Facts about files, such as their sha256, remembered while the files do not change.
 
-A memo is a convenience: lost, damaged or unwritable, it costs time and never changes an answer.
-The file is two lines of JSON: a header with the sha256 of the second line, and the entries,
-each key with the digest of its stamp and its value.
+A memo only saves time: if it is lost, damaged or unwritable, results stay the same. Its file is two
+lines of JSON: a header with the sha256 of the second line, and the entries (key, digest of the
+stamp, value).
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ from featcache.files import open_regular, read_regular, write_atomically
 MAX_BYTES = 256 * 2**20
 MAX_FILES = 32
 SETTLE_S = 2.0
-"""Clocks of file systems tick as coarsely as this: a younger file could change unseen."""
+"""The coarsest clock of a file system: a younger file could change without a new timestamp."""
 
 _PREFIX = ".featcache-memo-"
 _FORMAT = {"format": "featcache-memo", "version": 1}
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
-    """What changes whenever a file's content does: size, times in ns, inode and device."""
+    """Values that change when the content does: size, times in ns, inode and device."""
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return (status.st_size, *times, status.st_ino, status.st_dev)
 
 
 def is_settled(status: os.stat_result, now_s: float) -> bool:
-    """Whether the file's last change is old enough for its stamp to prove anything.
+    """Whether the file's last change is old enough for its stamp to be trusted.
 
-    A second write within one tick of the file system's clock leaves the stamp as it was, so a file
-    changed just now, or in what the clock calls the future, must be read again next time.
+    A second write within one tick of the file system's clock does not change the stamp. So a file
+    that changed just now, or in the future by its clock, must be read again next time.
     """
     return max(status.st_mtime, status.st_ctime) < now_s - SETTLE_S
 
 
 class Memo:
-    """A bounded dictionary in `cache_dir`, each value valid for one stamp only.
+    """A bounded dictionary on disk; each value is valid for one stamp only.
 
     Args:
-        cache_dir: Where the file lies.
-        name: Which of several memos; each is one file and is read as a whole.
+        cache_dir: The folder of the memo's file.
+        name: Names the file. Each file is read as a whole.
     """
 
     def __init__(self, cache_dir: Path, name: str = "files") -> None:
@@ -63,7 +63,7 @@ class Memo:
         self._new: dict[str, list[Any]] = {}
 
     def get(self, key: str, stamp: Sequence[int]) -> Any | None:
-        """The value put for `key`, or None if there is none or the stamp is another."""
+        """The value of `key`, or None if there is none or the stamp differs."""
         with self._lock:
             if self._entries is None:
                 self._entries = _read(self.path)
@@ -73,14 +73,14 @@ class Memo:
         return entry[1]
 
     def put(self, key: str, stamp: Sequence[int], value: Any) -> None:
-        """Remember `value`, which must be what JSON can hold, for `key` with this stamp."""
+        """Remember `value`, which must be JSON, for `key` with this stamp."""
         with self._lock:
             self._new[key] = [_digest(stamp), value]
 
     def save(self) -> None:
-        """Write what is new, and let go of the rest until it is asked for again.
+        """Write new entries and free the memory of the others until the next `get`.
 
-        A folder that cannot be written is left alone.
+        If the folder cannot be written, nothing is saved.
         """
         with self._lock:
             if not self._new:
@@ -98,7 +98,7 @@ class Memo:
         _remove_oldest(self.path)
 
     def file_sha256(self, path: Path) -> str:
-        """The sha256 of a file's bytes as 64 hex digits, remembered while the file is unchanged.
+        """The sha256 of a file as 64 hex digits, remembered while the file is unchanged.
 
         Raises:
             OSError: The file cannot be read.
@@ -120,10 +120,10 @@ def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
     """One stamp for all files and folders at and below `paths`; links are followed.
 
     Returns:
-        None if there are no files, or one is too young.
+        None if there are no files, or one changed too recently.
 
     Raises:
-        OSError: A folder or file cannot be looked at, or a link leads nowhere or in a circle.
+        OSError: A folder or file cannot be inspected, or a link is broken or circular.
     """
     now_s = time.time()
     found = hashlib.sha256()
@@ -131,7 +131,7 @@ def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
     for top in map(os.fspath, paths):
         if not os.path.lexists(top):
             continue
-        for path, status in _walk(top, ()):
+        for path, status in _files_below(top, ()):
             stamp: tuple[int, ...] = ()
             if status is not None:
                 if not is_settled(status, now_s):
@@ -142,10 +142,10 @@ def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
     return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
 
 
-def _walk(
+def _files_below(
     path: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Files with their status, and folders with None, at and below a path, in a fixed order."""
+    """Files with their status, and folders with None, at and below a path, sorted."""
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):
         yield path, status
@@ -155,7 +155,7 @@ def _walk(
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
     yield path, None
     for name in sorted(os.listdir(path)):
-        yield from _walk(os.path.join(path, name), (*above, here))
+        yield from _files_below(os.path.join(path, name), (*above, here))
 
 
 def _digest(stamp: Sequence[int]) -> str:
@@ -163,7 +163,7 @@ def _digest(stamp: Sequence[int]) -> str:
 
 
 def _encode(entries: dict[str, list[Any]]) -> bytes:
-    """The file's bytes; the oldest entries go when they would not fit."""
+    """The file's bytes; the oldest entries are dropped if they would not fit."""
     while True:
         body = json.dumps(entries, separators=(",", ":")).encode()
         if len(body) <= MAX_BYTES or not entries:
@@ -173,7 +173,7 @@ def _encode(entries: dict[str, list[Any]]) -> bytes:
 
 
 def _read(path: Path) -> dict[str, list[Any]]:
-    """The entries of a memo file; none if it is missing, foreign, damaged or too large."""
+    """The entries of a memo file; empty if it is missing, not a memo, damaged or too large."""
     try:
         head, body = read_regular(path, MAX_BYTES + 4096).rstrip(b"\n").split(b"\n")
         header = json.loads(head)

@@ -1,6 +1,6 @@
-"""Reading and writing files: only ordinary ones are read, new ones appear whole or not at all.
+"""Safe reading and writing: only regular files are read, and writes are atomic.
 
-No file that featcache did not write is replaced.
+A file that featcache did not write is never replaced.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from pathlib import Path
 from featcache.errors import StorageError, UserError
 
 MARKS_BYTES = 16 << 20
-"""The marks of a file's kind lie within so many bytes of its start or end."""
+"""The marks of a file's kind are within this many bytes of its start or end."""
 ABANDONED_S = 24 * 3600.0
-"""A temporary that nobody touched for so long was left by a killed writer."""
+"""A temporary file that was not touched for this long was left by a killed writer."""
 
 
 def open_regular(path: Path | str) -> int:
-    """Open an ordinary file for reading: no pipe can block, no device is touched.
+    """Open a regular file for reading, without blocking on pipes or touching devices.
 
     Returns:
         A file descriptor.
 
     Raises:
-        OSError: It is a folder (EISDIR) or no ordinary file (EINVAL), or the file system refused.
+        OSError: It is a folder (EISDIR) or not a regular file (EINVAL), or the file system refused.
     """
-    # Before opening too: opening a device can do something.
+    # Checked before opening too, since opening a device can have effects.
     _check_regular(os.stat(path).st_mode, path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -53,10 +53,10 @@ def _check_regular(mode: int, path: Path | str) -> None:
 
 
 def read_regular(path: Path | str, max_bytes: int) -> bytes:
-    """All bytes of an ordinary file of bounded size.
+    """All bytes of a regular file of bounded size.
 
     Raises:
-        OSError: As `open_regular`; or it is larger than that (EFBIG).
+        OSError: As `open_regular`, or the file is larger than `max_bytes` (EFBIG).
     """
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(max_bytes + 1)
@@ -74,7 +74,7 @@ def check_outputs(
     Args:
         outputs: Every file that a command will replace, companions included, each with a pattern
             that finds the marks of its kind.
-        inputs: What the command reads; names of no file are passed over.
+        inputs: What the command reads; names that are not files are ignored.
 
     Raises:
         UserError: In one line, naming the file.
@@ -88,25 +88,25 @@ def check_outputs(
             )
         try:
             status = os.stat(path)
-        except OSError:  # nothing is there; or the write says why not
+        except OSError:  # it does not exist, or writing will report the error
             continue
         if any(_is_file(other, status) for other in inputs):
-            raise UserError(f"{path} would be replaced and is to be read: give another --output")
+            raise UserError(f"{path} is an input and would be replaced: give another --output")
         if not _is_ours(path, ours):
             raise UserError(
-                f"{path} is there already and is no file that this command writes: give another "
-                "--output, or move it away"
+                f"{path} exists and was not written by this command: give another --output, or "
+                "move it away"
             )
 
 
 def _is_file(path: Path | str, status: os.stat_result) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # a name of no file
+    with contextlib.suppress(OSError, ValueError):  # not the name of a file
         return os.path.samestat(status, os.stat(path))
     return False
 
 
 def _is_ours(path: Path, ours: re.Pattern[bytes]) -> bool:
-    """Whether a file has the marks of its kind; an empty one has nothing to lose."""
+    """Whether a file has the marks of its kind; an empty file may be replaced."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             start = file.read(MARKS_BYTES)
@@ -120,7 +120,7 @@ def _is_ours(path: Path, ours: re.Pattern[bytes]) -> bool:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError on `path` into a StorageError that says what to do."""
+    """Turn an OSError while writing `path` into a StorageError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -133,7 +133,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new.
+    """Write `data` atomically: `path` has its old content or all of the new.
 
     Raises:
         StorageError: The file system refused.
@@ -144,11 +144,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A draft of `path`, which takes its place when the block ends without an error.
+    """A temporary file that replaces `path` when the block ends without an error.
 
-    The draft lies beside `path` in a new folder with a random name that only this user may enter,
-    so it collides with no other process, container or thread, no link can be planted in its way,
-    and whatever a library leaves beside the draft goes with the folder.
+    It is in a new private folder beside `path` with a random name. So it cannot collide with other
+    processes, containers or threads, nobody can plant a link in its place, and whatever a library
+    leaves beside it is removed with the folder.
 
     Raises:
         OSError: The file system refused; `path` is as it was.
@@ -174,7 +174,7 @@ def _private_folder(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path, num_bytes: int = 0) -> None:
-    """Find out now, not after an hour's work, that `num_bytes` cannot be written to `path`.
+    """Check before the work starts that `num_bytes` can be written to `path`.
 
     Raises:
         StorageError: The folder cannot be written to, or has too little room.
@@ -185,20 +185,20 @@ def check_writable(path: Path, num_bytes: int = 0) -> None:
 
 
 def temporaries_of(path: Path) -> list[Path]:
-    """What writers of `path` are writing now, or left when they were killed."""
-    # Digits alone are of version 0.1.0; anything else is of a longer name.
+    """Temporary files and folders of writers of `path`, running or killed."""
+    # Version 0.1.0 used a process id. Any other suffix belongs to a file with a longer name.
     name = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{16}}|[0-9]+)\.tmp")
     found = path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
     return [left for left in found if name.fullmatch(left.name)]
 
 
 def remove_temporaries(path: Path, older_s: float = 0.0) -> None:
-    """Remove what killed writers of `path` left.
+    """Remove temporary files and folders that killed writers of `path` left.
 
     Args:
-        path: What they were writing.
-        older_s: Leave alone what was touched in so many seconds. 0 is for callers that hold the
-            lock on `path`: nobody else is writing it.
+        path: The file that they were writing.
+        older_s: Keep what was touched in the last `older_s` seconds. 0 is for callers that hold
+            the lock on `path`, so that nobody else is writing it.
     """
     for left in temporaries_of(path):
         with contextlib.suppress(OSError):
@@ -208,7 +208,7 @@ def remove_temporaries(path: Path, older_s: float = 0.0) -> None:
                 continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
-            else:  # of version 0.1.0
+            else:  # from version 0.1.0
                 left.unlink()
 
 

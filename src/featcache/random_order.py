@@ -1,9 +1,8 @@
-"""The randomness of the notebook's recipe, one definition for cached and uncached training.
+"""Initial weights and the order of rows, shared by cached and uncached training.
 
 A head trained on cached features and one trained with the frozen network in the loop must end with
-the same weights. So both draw their initial weights, the order of the rows and the mirrored rows
-from here. Every draw depends on its arguments alone: not on the library that trains, the batch
-size, or how much was drawn before.
+the same weights, so both take their random numbers from here. Every draw depends only on its
+arguments: not on the training library, the batch size, or earlier draws.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-# One stream of random numbers per purpose, so that no two draws are correlated.
+# One stream of random numbers per purpose, so that draws are independent.
 _INIT, _ORDER, _FLIP, _VIEW = range(4)
 
 
@@ -23,7 +22,7 @@ def init_linear(
     Args:
         feature_dim: Width D of the features.
         num_classes: Number C of outputs.
-        seed: Any two calls with equal arguments return equal weights.
+        seed: The run's seed.
 
     Returns:
         Weight [C, D] and bias [C], float32, uniform within plus and minus 1/sqrt(D).
@@ -50,7 +49,7 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def flip_mask(num_rows: int, seed: int, epoch: int) -> NDArray[np.bool_]:
-    """Which rows an epoch sees mirrored, each with probability one half.
+    """Which rows are mirrored in an epoch, each with probability one half.
 
     Args:
         num_rows: Number N of train rows.
@@ -64,7 +63,7 @@ def flip_mask(num_rows: int, seed: int, epoch: int) -> NDArray[np.bool_]:
 
 
 def epoch_views(num_rows: int, num_views: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Which cached view of every row an epoch sees.
+    """Which cached view of every row is used in an epoch.
 
     With two views this is `flip_mask`: view 0 plain, view 1 mirrored.
 

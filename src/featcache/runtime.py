@@ -1,4 +1,7 @@
-"""Seeds, device, threads, stage timing, versions, and lines and bars for people."""
+"""The machine and the process: cores, devices, threads, seeds, versions, interrupts, timers.
+
+Also the two ways to show something to people while work runs: `say` and `progress`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from featcache import __version__
 from featcache.errors import visible
 
-NUMERIC_LIBRARIES = ("featcache", "torch", "torchvision", "pillow")
+NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
+FEATURES_VERSION = "0.1"
+"""The version of featcache that last changed a feature. Raise it when the same image gets other
+features than before: every existing cache is then refused and has to be extracted again."""
+LATE_BAR_S = 2.0
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -47,7 +55,7 @@ class StageTimer:
 
 
 def num_cores() -> int:
-    """Processors that this process may use: its affinity and a container's CPU quota count."""
+    """Number of processors that this process may use, by its affinity and a container's quota."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
@@ -56,9 +64,10 @@ def num_cores() -> int:
 
 
 def cpu_quota(group: Path = Path("/proc/self/cgroup"), root: Path = CGROUP_ROOT) -> float:
-    """Processors' worth of time that control groups (version 2) grant; infinity without a limit.
+    """The CPU quota of this process's control group (version 2) and of every group above it.
 
-    The limit of every group above counts too.
+    Returns:
+        In processors; infinity if there is no limit.
     """
     quota = math.inf
     with contextlib.suppress(OSError, ValueError, StopIteration):
@@ -85,14 +94,15 @@ def version_of(distribution: str) -> str:
 
 
 def numeric_versions() -> dict[str, str]:
-    """Versions, as major.minor, of the libraries that can change a feature."""
-    return {name: ".".join(version_of(name).split(".")[:2]) for name in NUMERIC_LIBRARIES}
+    """Versions, as major.minor, of what can change a feature: the libraries and our own code."""
+    versions = {name: ".".join(version_of(name).split(".")[:2]) for name in NUMERIC_LIBRARIES}
+    return {"featcache": FEATURES_VERSION, **versions}
 
 
 def recorded_engine(package: str) -> str:
-    """What a cache records of an engine: its package, with the version unless that is torch's.
+    """How a cache records an engine: the package and its version, for example openvino-2025.3.
 
-    torch is among `numeric_versions` already; an absent package has no version.
+    torch has no version here because `numeric_versions` records it.
     """
     version = ".".join(version_of(package).split(".")[:2])
     return package if package == "torch" or version == "absent" else f"{package}-{version}"
@@ -106,6 +116,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor_name(),
         "num_cores": num_cores(),
+        "featcache": __version__,
         **{name: version_of(name) for name in libraries},
     }
 
@@ -132,9 +143,9 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Undo an engine's choice of torch's threads, which belongs to the whole process.
+    """Restore torch's thread count, which is global to the process, when the block ends.
 
-    Where several threads overlap here, all go back to what the first of them found.
+    If blocks of several threads overlap, the count that the first of them found is restored.
     """
     import torch
 
@@ -153,9 +164,9 @@ _kept: list[int] = []
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of a short block.
+    """Delay Ctrl-C until the end of a short block.
 
-    For libraries that call back into Python: an interrupt there comes out as an error of theirs.
+    Some libraries that call back into Python turn an interrupt there into an error of their own.
     """
     elsewhere = threading.current_thread() is not threading.main_thread()
     if elsewhere or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -173,7 +184,7 @@ def interrupts_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts_first() -> Iterator[None]:
-    """Raise KeyboardInterrupt for whatever error a Ctrl-C became in C code, imports among it."""
+    """Raise KeyboardInterrupt where C code (an import, say) turned Ctrl-C into another error."""
     came: list[int] = []
 
     def note(number: int, frame: types.FrameType | None) -> None:
@@ -196,7 +207,7 @@ def interrupts_first() -> Iterator[None]:
 
 
 def pick_device(name: str) -> str:
-    """Resolve auto, cpu, cuda or mps to a device that is there.
+    """Resolve auto, cpu, cuda or mps to an available device.
 
     Raises:
         UserError: The device asked for is not available.
@@ -218,10 +229,10 @@ def pick_device(name: str) -> str:
 
 
 def import_torchvision(part: str) -> Any:
-    """Import a part of torchvision (models, datasets) without torch's compiler.
+    """Import a part of torchvision (models, datasets) without importing torch's compiler.
 
-    One of its detectors asks the compiler for one function when it is imported, which takes as long
-    as importing torch itself; here that function finds the compiler when it is called.
+    One of torchvision's detectors imports a function from the compiler, which takes as long as
+    importing torch itself. A stand-in here imports the compiler when that function is called.
     """
     with _IMPORTING:
         _import_without_compiler()
@@ -234,7 +245,7 @@ _IMPORTING = threading.Lock()
 def _import_without_compiler() -> None:
     compiler = "torch._dynamo"
     if compiler not in sys.modules and "torchvision" not in sys.modules:
-        import torch  # noqa: F401  (the compiler is a part of it, so it has to be there first)
+        import torch  # noqa: F401  (the parent package has to be imported first)
 
         late = types.ModuleType(f"{compiler}.utils")
         late.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
@@ -248,7 +259,7 @@ def _import_without_compiler() -> None:
 
 
 def load_optimizers() -> None:
-    """Have torch load its compiler, as it does for the first optimizer, before a clock runs."""
+    """Make torch import its compiler, as the first optimizer does, before anything is timed."""
     import torch
 
     torch.optim.SGD([torch.zeros(1)])
@@ -266,30 +277,32 @@ def in_notebook() -> bool:
 
 
 def bar_hidden() -> bool | None:
-    """For tqdm's `disable`: bars are for terminals, which tqdm finds for None, and notebooks."""
+    """Tqdm's `disable`: False shows the bar in notebooks; None lets tqdm look for a terminal."""
     return False if in_notebook() else None
 
 
 def say(text: str) -> None:
-    """One line for people, on stderr, whatever characters others put into it.
+    """Print one line for people on stderr, with control characters escaped.
 
-    Work does not stop for want of a reader: a closed or full stderr loses the line.
+    A closed or full stderr loses the line and does not stop the work.
     """
-    if sys.stderr is not None:  # print would take stdout
+    if sys.stderr is not None:  # print would fall back to stdout
         with contextlib.suppress(OSError):
             print(visible(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def progress(total: int, title: str = "", **options: Any) -> Any:
-    """A bar that counts images, for terminals and notebooks; `options` are those of tqdm."""
+def progress(total: int | None, title: str = "", *, late: bool = False, **options: Any) -> Any:
+    """A progress bar for terminals and notebooks.
+
+    Args:
+        total: The number of steps, None where it is unknown.
+        title: Shown before the bar.
+        late: Show the bar only after two seconds, and remove it at the end.
+        options: Passed to tqdm, for example `unit`, which is "img" (images) by default.
+    """
     from tqdm import tqdm
 
-    options = {"disable": bar_hidden(), **options}
-    return tqdm(total=total, desc=visible(title), unit="img", **options)
-
-
-def late_bar(title: str, unit: str, total: int | None = None) -> Any:
-    """A progress bar on a terminal for what may be long: it shows after two seconds, and goes."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=title, unit=unit, delay=2, leave=False, disable=None)
+    if late:
+        options = {"delay": LATE_BAR_S, "leave": False, **options}
+    options = {"disable": bar_hidden(), "unit": "img", **options}
+    return tqdm(total=total, desc=visible(title), **options)

@@ -1,4 +1,4 @@
-"""Standard streams as a command finds them: closed, full, or without a reader."""
+"""Standard streams that are closed, full, or have no reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from featcache.errors import StorageError
 
 @contextlib.contextmanager
 def stdout_errors() -> Iterator[None]:
-    """Turn an OSError of standard output into a StorageError; one without a reader stays as it is.
+    """Turn an OSError of standard output into a StorageError; BrokenPipeError stays as it is.
 
     Raises:
         StorageError: Standard output is closed or full.
@@ -26,7 +26,7 @@ def stdout_errors() -> Iterator[None]:
 
 
 def write_stdout(text: str) -> None:
-    """Write to stdout, now.
+    """Write to stdout and flush it.
 
     Raises:
         StorageError: Standard output is closed or full.
@@ -37,20 +37,21 @@ def write_stdout(text: str) -> None:
 
 
 def open_closed_streams() -> None:
-    """Put a file where a standard stream is closed, so that no file of ours gets its number.
+    """Open the null device for each closed standard stream.
 
-    To read standard input or to write to standard output then fails; stderr takes everything.
+    Otherwise the next file we open would get the stream's descriptor. Reading stdin and writing
+    stdout still fail; stderr discards everything.
     """
     modes = {"stdin": os.O_WRONLY, "stdout": os.O_RDONLY, "stderr": os.O_RDWR}
     for name, mode in modes.items():
         if getattr(sys, name) is None:
-            fd = os.open(os.devnull, mode)  # the lowest number that is free
+            fd = os.open(os.devnull, mode)  # the lowest free descriptor
             os.set_inheritable(fd, True)
             setattr(sys, name, os.fdopen(fd, "r" if name == "stdin" else "w", closefd=False))
 
 
 def drop_unwritten() -> None:
-    """Keep the interpreter from writing at its end what could not be written before."""
+    """Discard output that cannot be written, or the interpreter would fail at its exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

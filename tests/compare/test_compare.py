@@ -240,7 +240,7 @@ def test_strangers_in_the_comparisons_folder(
 ) -> None:
     config = dataclasses.replace(done[0], output=tmp_path)
     (tmp_path / "settings.json").write_text('{"editor": "mine"}')
-    with pytest.raises(UserError, match=r"settings\.json is there already and is no file that"):
+    with pytest.raises(UserError, match=r"settings\.json exists and was not written by"):
         compare(config)
 
 

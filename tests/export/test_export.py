@@ -204,7 +204,7 @@ class TestRefusals:
     ) -> None:
         config = self.settings(head_file, tmp_path)
         config.output.write_text("the stranger's")
-        with pytest.raises(UserError, match=r"x\.pt2 is there already and is no file that this"):
+        with pytest.raises(UserError, match=r"x\.pt2 exists and was not written by this"):
             export(config)
         older = "featcache_version: the older one"
         config.output.write_text(older)

@@ -219,7 +219,7 @@ def test_force_replaces_neither_strangers_nor_links(folder: Path, tmp_path: Path
         with h5py.File(stranger, "w") as file:
             file["measurements"] = [1.0]
         before = stranger.read_bytes()
-        with pytest.raises(UserError, match=f"{stranger.name} is there already and is no file"):
+        with pytest.raises(UserError, match=f"{stranger.name} exists and was not written"):
             ex.extract(config)
         assert stranger.read_bytes() == before
         stranger.unlink()

@@ -381,14 +381,14 @@ class TestResume:
         model = tmp_path / "model.safetensors"
         shutil.copy(full[0].output, model)
         config = settings(pets, tmp_path, weights=str(model))
-        with pytest.raises(UserError, match=r"model\.safetensors would be replaced and is to be"):
+        with pytest.raises(UserError, match=r"model\.safetensors is an input and would be"):
             finetune(config)
         model.rename(tmp_path / "w.safetensors")
         config = dataclasses.replace(config, weights="random")
         for name in ("model.safetensors", "model.json", "model.checkpoint.safetensors"):
             stranger = tmp_path / name
             stranger.write_text('{"mine": 1}')
-            with pytest.raises(UserError, match=f"{name} is there already and is no file that"):
+            with pytest.raises(UserError, match=f"{name} exists and was not written by"):
                 finetune(config)
             assert stranger.read_text() == '{"mine": 1}'
             stranger.unlink()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import TESTS
-from featcache import FeatureCache, cli
+from featcache import FeatureCache, cli, runtime
 from featcache.cache import verify
 from featcache.heads import load_head
 
@@ -26,6 +26,34 @@ def test_a_cache_of_0_1_0_is_sound_and_has_its_rows() -> None:
     assert X.dtype == np.float16
     assert np.bincount(y).tolist() == [4] * 10
     assert len(cache.split("test").y) == 20
+
+
+def test_a_cache_of_0_1_0_is_a_hit_with_the_rows_of_todays_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = FeatureCache(shutil.copy(FILES / "digits.h5", tmp_path / "old.h5"))
+    libraries = old.meta.versions  # a hit needs the libraries that made the cache
+    monkeypatch.setattr(runtime, "version_of", lambda name: libraries.get(name, "1.0"))
+    ask = ["extract-features", "digits", "--weights", "bundled", "--dtype", "float16"]
+    ask += [
+        "--num-train",
+        "40",
+        "--num-test",
+        "20",
+        "--cache-dir",
+        str(tmp_path),
+        "--json",
+        "--output",
+    ]
+    assert cli.main([*ask, str(old.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["hit"]
+    assert cli.main([*ask, str(tmp_path / "new.h5")]) == 0
+    assert not json.loads(capsys.readouterr().out)["hit"]
+    new = FeatureCache(tmp_path / "new.h5")
+    for split in ("train", "test"):
+        assert new.split(split).y.tolist() == old.split(split).y.tolist()
+        # Other versions of torch round differently, by less than this.
+        np.testing.assert_allclose(new.split(split).X, old.split(split).X, atol=0.01)
 
 
 @pytest.mark.parametrize("solver", ["logistic", "ridge", "knn", "adam"])

@@ -63,7 +63,7 @@ def test_what_strangers_wrote_beside_the_head_is_not_replaced(cache, tmp_path):
     output = tmp_path / "model.safetensors"
     for name in ("model.json", "model.safetensors"):
         (tmp_path / name).write_text('{"architectures": ["mine"]}')
-        with pytest.raises(UserError, match=f"{name} is there already and is no file that this"):
+        with pytest.raises(UserError, match=f"{name} exists and was not written by this"):
             run(cache, output=output)
         assert (tmp_path / name).read_text() == '{"architectures": ["mine"]}'
         (tmp_path / name).unlink()

@@ -492,14 +492,14 @@ def test_only_pages_are_replaced(tmp_path: Path) -> None:
     runs, readme = save_pair(tmp_path / "runs"), tmp_path / "README.md"
     readme.write_text("# Mine\n")
     config = ReportConfig(runs=(runs,), output=tmp_path / "README.html", cache_dir=tmp_path / "c")
-    with pytest.raises(UserError, match=r"README\.md is there already and is no file that this"):
+    with pytest.raises(UserError, match=r"README\.md exists and was not written by this"):
         write_report(config)
     assert sorted(os.listdir(tmp_path)) == ["README.md", "runs"]
     readme.unlink()
     for _ in range(2):
         write_report(config)
     config.output.write_text("<html>mine</html>")
-    with pytest.raises(UserError, match=r"README\.html is there already"):
+    with pytest.raises(UserError, match=r"README\.html exists and was not written"):
         write_report(config)
 
 

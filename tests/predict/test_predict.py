@@ -450,7 +450,7 @@ class TestCommand:
         before = picture.read_bytes()
         code, _, err = run(capsys, "head", picture, "--output", picture)
         assert code == 2
-        assert "would be replaced and is to be read" in err
+        assert "is an input and would be replaced" in err
         assert picture.read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ class TestCommand:
         output.write_text(text)
         code, _, err = run(capsys, "head", root / "pets" / "test", "--output", output)
         assert code == 2
-        assert f"{name} is there already and is no file that this command writes" in err
+        assert f"{name} exists and was not written by this command" in err
         assert output.read_text() == text
 
     @pytest.mark.parametrize("output", ["/dev/null", "/dev/stdout"])

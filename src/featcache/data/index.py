@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from featcache import __version__
 from featcache.config import DataConfig
 from featcache.config.checks import record_from_json
 from featcache.data.dataset import ImageDataset, ImageSplit
@@ -63,7 +64,7 @@ def _key(config: DataConfig, name: str) -> str:
     """Everything but the files that decides what the dataset is."""
     counts = [config.num_train, config.num_test, config.test_fraction, config.seed]
     root = os.path.abspath(config.data_root)
-    versions = [version_of("torchvision"), version_of("pillow"), version_of("featcache")]
+    versions = [version_of("torchvision"), version_of("pillow"), __version__]
     return json.dumps([name, root, *counts, *versions])
 
 

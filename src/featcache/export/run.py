@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featcache import __version__
 from featcache.config import ExportConfig
 from featcache.errors import FeatcacheError, UserError
 from featcache.export.formats import (
@@ -32,7 +33,7 @@ from featcache.export.formats import (
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
 from featcache.predict import Trained, load_trained, provenance_json
 from featcache.results import config_json
-from featcache.runtime import environment, version_of
+from featcache.runtime import environment
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +118,7 @@ def describe(trained: Trained, config: ExportConfig) -> dict[str, Any]:
         what = "the same scaled to 0 to 1, minus mean, divided by std, per channel"
         taken = {"name": "images", "dtype": "float32", "shape": ["batch", 3, side, side]}
     return {
-        "featcache_version": version_of("featcache"),
+        "featcache_version": __version__,
         "class_names": trained.class_names,
         "preprocessing": dataclasses.asdict(trained.preprocessing),
         "input": {**taken, "what": what},

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from featcache.config import TrainHeadConfig
 from featcache.heads.rows import Ints, Rows
 from featcache.heads.solver import Answer, NotConverged, Prepared, Settings, Solver
-from featcache.runtime import late_bar
+from featcache.runtime import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ def walk(
         NotConverged: Not even the first candidate did.
     """
     tried: list[Settings] = []
-    bar = late_bar("choosing settings", " tried", sum(map(len, series)))
+    bar = progress(sum(map(len, series)), "choosing settings", unit=" tried", late=True)
     for candidates in series:
         prepared = prepare(candidates)
         best, worse = (-1.0, 0.0), 0

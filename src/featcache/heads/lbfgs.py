@@ -15,7 +15,7 @@ import numpy as np
 
 from featcache.heads.precondition import Spectrum, Start
 from featcache.heads.softmax_loss import Doubles, SoftmaxLoss
-from featcache.runtime import late_bar
+from featcache.runtime import progress
 
 MEMORY = 30
 MAX_ITERATIONS = 3000
@@ -167,7 +167,7 @@ def _descend(
         start.measure(curvature)
     start.fit(memory.last(), compare=True)
     best, stalled, values = _Best(point, value, np.inf), 0, [value]
-    steps = late_bar("logistic", " steps")
+    steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
         direction = memory.direction(gradient, start)
         decrement = float(np.vdot(gradient, direction))
