@@ -100,7 +100,7 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
     split.subset(rows).record(cache.rows("train").content[rows])
     meta, timer = cache.meta, StageTimer()
-    backbone = load_backbone(config, config.seed, meta.backbone.weights_sha256)
+    backbone = load_backbone(config, config.seed, meta.backbone)
     device = pick_device(config.device)
     with torch_threads_kept():
         engine = choose_engine(config, backbone, meta.backbone.preprocessing, device, len(rows))

@@ -13,6 +13,7 @@ from featcache.config.records import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MAX_IMAGE_PX,
+    Pool,
     Preprocessing,
     Resize,
     Views,
@@ -110,6 +111,11 @@ class BackboneConfig:
         check_types(self)
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
 
+    @property
+    def stage_pool(self) -> Pool | None:
+        """How the outputs of the network's stages are pooled; None for the last layer alone."""
+        return None
+
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
         """The weights' own preprocessing with this command's overrides applied."""
         changes: dict[str, Any] = {}
@@ -130,7 +136,23 @@ class BackboneConfig:
 
 
 @settings
-class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
+class StageConfig(BackboneConfig):
+    """Which outputs of the network are its features."""
+
+    layers: Literal["last", "stages"] = "last"
+    """last (what enters the classification head), or stages (also the pooled output of every stage,
+    from the same forward pass, the last layer's columns last)."""
+    pool: Pool = "avg+std"
+    """How a stage's output becomes columns: each channel's mean, or mean and standard deviation."""
+
+    @property
+    def stage_pool(self) -> Pool | None:
+        """See `BackboneConfig.stage_pool`."""
+        return self.pool if self.layers == "stages" else None
+
+
+@settings
+class ExtractConfig(OutputConfig, StageConfig, DataConfig):
     """Run the frozen backbone once over every split and cache its features in one HDF5 file.
 
     Asked again for the same, it says so and does no work; a killed run goes on where it was.
@@ -139,8 +161,11 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     views: str = "none"
     """none, flip (also cache the mirrored view), or N (cache N seeded random-resized-crop-and-flip
     views); view 0 is always the plain image."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """How features are stored."""
+    batchnorm: Literal["frozen", "adapt"] = "frozen"
+    """adapt estimates BatchNorm statistics again, on train images without their labels, before
+    features are computed; the network is frozen from then on."""
+    dtype: Optional[Literal["float32", "float16"]] = None
+    """How features are stored: float32, or float16 with --layers stages, unless given."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures what is installed."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -169,6 +194,11 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
+
+    @property
+    def stored_dtype(self) -> Literal["float32", "float16"]:
+        """What `dtype` means when it is not given."""
+        return self.dtype or ("float32" if self.layers == "last" else "float16")
 
 
 @settings

@@ -120,7 +120,7 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     dataset = describe(settings)
     _check_same(meta, class_names, settings, dataset)
     prep = meta.backbone.preprocessing
-    backbone = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)
+    backbone = load_backbone(settings, settings.seed, meta.backbone)
     train = dataset.splits.get("train")
     with torch_threads_kept():
         engine = choose_engine(settings, backbone, prep, device_of(settings), 0, train)
@@ -169,6 +169,8 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         cache_dir=config.cache.parent,
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
+        layers="last" if meta.backbone.stages is None else "stages",
+        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
         views=views,
         dtype=meta.dtype,
         engine="torch" if meta.engine == "torch" else "openvino",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -24,7 +23,7 @@ def wanted_meta(config: ExtractConfig, dataset: ImageDataset, info: BackboneInfo
         backbone=info,
         dataset=dataset.info(config),
         views=Views.parse(config.views, config.seed),
-        dtype=config.dtype,
+        dtype=config.stored_dtype,
         precision=config.precision,
         engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
         versions=numeric_versions(),
@@ -37,7 +36,7 @@ def settings_tag(meta: CacheMeta) -> str:
     Files that changed therefore meet the cache made from their old contents, and are refused by
     name instead of silently filling another file.
     """
-    asked = flatten(dataclasses.asdict(meta))
+    asked = flatten(meta.to_dict())
     for name in ("dataset.name", "dataset.fingerprint", "backbone.weights_sha256", "engine"):
         del asked[name]
     asked = {k: v for k, v in asked.items() if not k.startswith("versions.")}

@@ -36,6 +36,7 @@ from featcache.cache import (
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, copies_lines, describe, find_copies
 from featcache.errors import CacheError
+from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.extract.request import (
     cache_path,
     check_skipped,
@@ -86,6 +87,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = describe(config)
+    config = with_adapted_batchnorm(config, dataset)
     info = identify(config, config.seed, config.cache_dir)
     wanted = wanted_meta(config, dataset, info)
     path = cache_path(config, wanted)
@@ -143,7 +145,7 @@ def _run(
     from featcache.engine import choose_engine, device_of
 
     timer = StageTimer()
-    backbone = load_backbone(config, config.seed, wanted.backbone.weights_sha256)
+    backbone = load_backbone(config, config.seed, wanted.backbone)
     before = state_sha256(backbone)
     old = FeatureCache(path) if config.update and path.exists() else None
     begun = None if config.force else begun_with(path)
