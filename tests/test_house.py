@@ -50,6 +50,7 @@ HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "open
 # Modules that exist to be imported late: their callers import them inside functions.
 LATE = {
     "fusion.py",
+    "stages.py",
     "gpu.py",
     "torch_cpu.py",
     "estimator.py",

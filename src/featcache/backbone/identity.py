@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from featcache.backbone.load import loaded_network
+from featcache.backbone.load import frozen_features, loaded_network
 from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
 from featcache.backbone.weights import (
     NAMED_WEIGHTS,
@@ -18,7 +18,7 @@ from featcache.backbone.weights import (
     own_preprocessing,
     weights_of,
 )
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
+from featcache.config import BackboneConfig, BackboneInfo, Preprocessing, StageColumns
 from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of
@@ -37,6 +37,8 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     # Random weights depend on the seed and on how this torch draws.
     drawn = f"{seed}:{version_of('torch')}:{version_of('torchvision')}"
     key = f"backbone:{config.backbone}:{spec}:{drawn if spec == 'random' else ''}"
+    if config.stage_pool is not None:
+        key += f":{config.stage_pool}"
     known = _remembered(memo := Memo(cache_dir), key)
     if known is None:
         now_s = time.time()
@@ -47,12 +49,13 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
             memo.put(key, stamp_of(file.status) if file else (), known)
             memo.save()
     own = Preprocessing.from_dict(known["preprocessing"])
-    return BackboneInfo(
-        backbone=config.backbone,
-        weights=Path(spec).name if is_file else spec,
-        weights_sha256=known["weights_sha256"],
-        feature_dim=known["feature_dim"],
-        preprocessing=config.preprocessing(own),
+    return BackboneInfo.from_dict(
+        {
+            **known,
+            "backbone": config.backbone,
+            "weights": Path(spec).name if is_file else spec,
+            "preprocessing": dataclasses.asdict(config.preprocessing(own)),
+        }
     )
 
 
@@ -62,11 +65,23 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> di
         model = loaded_network(config, seed, None)
     else:
         model = build_network(config.backbone, seed=None)
+    own = own_preprocessing(config, file)
+    stages = None if config.stage_pool is None else _stages(config, own)
     return {
         "weights_sha256": file.sha256 if file else state_sha256(model),
-        "feature_dim": feature_dim_of(head_of(model)[1]),
-        "preprocessing": dataclasses.asdict(own_preprocessing(config, file)),
+        "feature_dim": sum(stages.widths) if stages else feature_dim_of(head_of(model)[1]),
+        "preprocessing": dataclasses.asdict(own),
+        "stages": dataclasses.asdict(stages) if stages else None,
     }
+
+
+def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
+    """The columns of a network's stages, which do not depend on its weights."""
+    from featcache.backbone.stages import stage_columns
+
+    assert config.stage_pool is not None
+    network = frozen_features(build_network(config.backbone, seed=0))
+    return stage_columns(network, config.preprocessing(own).image_px, config.stage_pool)
 
 
 def _is_still(file: WeightsFile) -> bool:

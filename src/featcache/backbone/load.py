@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
 from featcache.backbone.weights import WeightsFile, load_matching, weights_of
-from featcache.config import BackboneConfig
+from featcache.config import BackboneConfig, BackboneInfo, StageColumns
 from featcache.errors import UserError
 from featcache.random_order import init_linear
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load_backbone(config: BackboneConfig, seed: int, sha256: str | None = None) -> nn.Module:
+def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None = None) -> nn.Module:
     """Load the frozen network without its head, on the CPU, in eval mode.
 
     Args:
         config: Which backbone and weights.
         seed: Draws `random` weights.
-        sha256: What `identify` found the weights to be; others are refused.
+        info: What `identify` found: other weights are refused, and its stages are features too.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
@@ -29,15 +29,21 @@ def load_backbone(config: BackboneConfig, seed: int, sha256: str | None = None) 
     Raises:
         UserError: Unknown backbone, or weights that cannot be had, do not fit, or have changed.
     """
-    return without_head(_identified(config, seed, sha256))
+    network = _identified(config, seed, info.weights_sha256 if info else None)
+    return frozen_features(network, info.stages if info else None)
 
 
-def without_head(model: nn.Module) -> nn.Module:
-    """Take the head off a network and freeze the rest."""
+def frozen_features(model: nn.Module, stages: StageColumns | None = None) -> nn.Module:
+    """Take the head off a network, freeze the rest, and add the columns of its stages."""
     from torch import nn
 
     model.set_submodule(head_of(model)[0], nn.Identity())
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if stages is None:
+        return model
+    from featcache.backbone.stages import StageFeatures
+
+    return StageFeatures(model, stages.names).eval()
 
 
 def build_classifier(

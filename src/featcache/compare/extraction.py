@@ -100,7 +100,7 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
     split.subset(rows).record(cache.rows("train").content[rows])
     views, prep = cache.meta.views, cache.meta.backbone.preprocessing
-    network = load_backbone(config, config.seed, cache.meta.backbone.weights_sha256)
+    network = load_backbone(config, config.seed, cache.meta.backbone)
     with torch_threads_kept():
         engine = choose_engine(EngineSettings.of(config), network, prep, num_images=len(rows))
         start = time.perf_counter()

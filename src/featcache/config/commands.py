@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Literal, Optional
 
 from featcache.config.checks import check_positive, check_range, check_types
-from featcache.config.options import BackboneConfig, DataConfig, ImagePathsConfig, OutputConfig
+from featcache.config.options import (
+    BackboneConfig,
+    DataConfig,
+    FeatureConfig,
+    ImagePathsConfig,
+    OutputConfig,
+)
 from featcache.config.records import Views
 from featcache.config.settings import settings
 from featcache.errors import UserError
@@ -18,7 +24,7 @@ CACHE_SUFFIXES = (".h5", ".hdf5")
 
 
 @settings
-class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
+class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     """Run the frozen backbone once over every split and cache its features in one HDF5 file.
 
     Rerun the same command to resume an interrupted run; if the cache is complete, it does no work.
@@ -27,8 +33,8 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
     views: str = "none"
     """Versions of each image to cache besides view 0, the plain image: none, flip (its mirror
     image), or a number N (N random crops, resized and flipped at random; seeded)."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """The type that features are stored as."""
+    dtype: Optional[Literal["float32", "float16"]] = None
+    """The type that features are stored as. By default float32, or float16 with --layers stages."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -57,6 +63,11 @@ class ExtractConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
+
+    @property
+    def stored_dtype(self) -> Literal["float32", "float16"]:
+        """What `dtype` means when it is not given."""
+        return self.dtype or ("float32" if self.layers == "last" else "float16")
 
 
 @settings

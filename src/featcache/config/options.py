@@ -12,6 +12,7 @@ from featcache.config.records import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MAX_IMAGE_PX,
+    Pool,
     Preprocessing,
     Resize,
 )
@@ -106,6 +107,11 @@ class BackboneConfig:
         check_types(self)
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
 
+    @property
+    def stage_pool(self) -> Pool | None:
+        """How the outputs of the network's stages are pooled; None for the last layer alone."""
+        return None
+
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
         """The weights' own preprocessing with this command's overrides applied."""
         changes: dict[str, Any] = {}
@@ -123,3 +129,23 @@ class BackboneConfig:
         # squash ignores resize_px; one fixed value lets caches of equal features compare equal.
         same = prep.image_px if prep.resize == "squash" else prep.resize_px
         return dataclasses.replace(prep, resize_px=same)
+
+
+@settings
+class FeatureConfig(BackboneConfig):
+    """Which outputs of which network are the features."""
+
+    layers: Literal["last", "stages"] = "last"
+    """Outputs of the network to cache: last (the input of its classification head), or stages (also
+    the pooled output of every stage, from the same forward pass; the last layer comes last)."""
+    pool: Pool = "avg+std"
+    """With --layers stages, how a stage's output becomes columns: each channel's mean over space,
+    or its mean and standard deviation."""
+    batchnorm: Literal["frozen", "adapt"] = "frozen"
+    """adapt: estimate BatchNorm statistics again on train images, without their labels, before
+    features are computed. The network is frozen from then on."""
+
+    @property
+    def stage_pool(self) -> Pool | None:
+        """See `BackboneConfig.stage_pool`."""
+        return self.pool if self.layers == "stages" else None

@@ -13,6 +13,7 @@ from featcache.errors import UserError
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Pool = Literal["avg", "avg+std"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,10 +61,36 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageColumns:
+    """Which columns of the features come from which stage of the network.
+
+    Attributes:
+        pool: What a stage's output over space becomes: each channel's mean, or mean and deviation.
+        names: Groups of columns in order, such as "layer1.mean"; the last one is "last".
+        widths: Number of columns of each group.
+    """
+
+    pool: Pool
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.names or self.names[-1] != "last" or len(self.names) != len(self.widths):
+            raise UserError(f"columns {self.names!r:.80} of {self.widths!r:.80}")
+
+    def group(self, name: str) -> slice:
+        """Where a group's columns lie."""
+        place = self.names.index(name)
+        start = sum(self.widths[:place])
+        return slice(start, start + self.widths[place])
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
     """Which frozen network made the features.
 
-    `weights_sha256` is that of the weights file; for `random` weights, of the tensors.
+    `weights_sha256` is that of the weights file; for `random` weights, of the tensors. `stages` is
+    None where the features are the last layer's alone.
     """
 
     backbone: str
@@ -71,6 +98,19 @@ class BackboneInfo:
     weights_sha256: str
     feature_dim: int
     preprocessing: Preprocessing
+    stages: StageColumns | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from `dataclasses.asdict` output that went through JSON.
+
+        Raises:
+            UserError: A field is missing, unknown or out of range.
+        """
+        try:
+            return record_from_json(cls, values)
+        except ValueError as error:
+            raise UserError(f"not a backbone's record: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +175,14 @@ class CacheMeta:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces, ASCII."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; `stages` is there only where the features have stages, as in version 0.1.0."""
+        values = dataclasses.asdict(self)
+        if self.backbone.stages is None:
+            del values["backbone"]["stages"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -168,7 +168,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     from featcache.engine import EngineSettings, choose_engine
 
     config, dataset, wanted = request.config, request.dataset, request.meta
-    network = load_backbone(config, config.seed, wanted.backbone.weights_sha256)
+    network = load_backbone(config, config.seed, wanted.backbone)
     before = state_sha256(network)
     num_images = earlier.num_missing(dataset) * wanted.views.num
     with run.timer("choose_engine"):

@@ -118,7 +118,7 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     settings = _settings_of(config, meta)
     dataset = load_dataset(settings)
     _check_same(meta, class_names, settings, dataset)
-    network = load_backbone(settings, settings.seed, meta.backbone.weights_sha256)
+    network = load_backbone(settings, settings.seed, meta.backbone)
     with torch_threads_kept():
         engine = choose_engine(
             EngineSettings.of(settings),
@@ -160,6 +160,8 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         cache_dir=config.cache.parent,
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
+        layers="last" if meta.backbone.stages is None else "stages",
+        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
         views=views,
         dtype=meta.dtype,
         engine="torch" if meta.engine == "torch" else "openvino",

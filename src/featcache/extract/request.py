@@ -13,6 +13,7 @@ from featcache.cache import FeatureCache, info, read_meta
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError
+from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.runtime import numeric_versions, recorded_engine
 
 # These do not change the rows: a dataset may be renamed or moved.
@@ -43,11 +44,12 @@ class Request:
             UserError: There is no such dataset or weights.
         """
         dataset = load_dataset(config)
+        config = with_adapted_batchnorm(config, dataset)
         meta = CacheMeta(
             backbone=identify(config, config.seed, config.cache_dir),
             dataset=dataset.info(config),
             views=Views.parse(config.views, config.seed),
-            dtype=config.dtype,
+            dtype=config.stored_dtype,
             precision=config.precision,
             engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
             versions=numeric_versions(),
@@ -61,7 +63,7 @@ def settings_tag(meta: CacheMeta) -> str:
     When files change, the name therefore stays and the run is refused with the reason, instead of
     silently filling another cache.
     """
-    asked = flatten(dataclasses.asdict(meta))
+    asked = flatten(meta.to_dict())
     for name in ("dataset.name", "dataset.fingerprint", "backbone.weights_sha256", "engine"):
         del asked[name]
     asked = {k: v for k, v in asked.items() if not k.startswith("versions.")}

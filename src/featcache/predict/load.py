@@ -20,7 +20,7 @@ from featcache.backbone import (
     state_sha256,
     weights_of,
 )
-from featcache.backbone.load import loaded_network, without_head
+from featcache.backbone.load import frozen_features, loaded_network
 from featcache.backbone.weights import NAMED_WEIGHTS, WeightsFile
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, UserError, one_of
@@ -125,9 +125,7 @@ def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> Tra
 def _backbone_of(head: Head, path: Path) -> BackboneInfo:
     """The backbone that a head's provenance names."""
     try:
-        values = dict(head.provenance["backbone"])
-        prep = Preprocessing.from_dict(dict(values.pop("preprocessing")))
-        info = BackboneInfo(preprocessing=prep, **values)
+        info = BackboneInfo.from_dict(head.provenance["backbone"])
         for name in ("backbone", "weights", "weights_sha256"):
             if not isinstance(getattr(info, name), str):
                 raise TypeError(f"{name} is no text")
@@ -158,12 +156,12 @@ def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) 
         what = f"the random weights that --seed {seed} draws here"
         _check_hash(info, path, what, state_sha256(network), "give extract-features' --seed")
     dim = feature_dim_of(head_of(network)[1])
-    if dim != info.feature_dim:
+    wanted = info.stages.widths[-1] if info.stages else info.feature_dim
+    if dim != wanted:
         raise CacheError(
-            f"{path} is for {info.feature_dim} features, {info.backbone} gives {dim}: run "
-            "train-head again"
+            f"{path} is for {wanted} features, {info.backbone} gives {dim}: run train-head again"
         )
-    return without_head(network)
+    return frozen_features(network, info.stages)
 
 
 def _find_weights(info: BackboneInfo, path: Path) -> str:
