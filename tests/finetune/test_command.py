@@ -128,6 +128,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(
     assert sorted(path.name for path in killed.iterdir() if path.is_file()) == [
         "model.json",
         "model.safetensors",
+        "model.safetensors.lock",
     ]
     ends = [read_tensor_file(where / "model.safetensors") for where in (killed, whole)]
     assert model_card(ends[0]) == model_card(ends[1])  # scores among it
