@@ -95,7 +95,7 @@ def test_bad_pictures_raise_or_are_left_out(
 
 MESSAGE = (
     r"^train/cat/003\.png in split train: not a picture; repair or remove it, or leave such "
-    r"pictures out with --on-error skip$"
+    r"images out with --on-error skip$"
 )
 
 

@@ -176,7 +176,7 @@ def test_more_than_there_is(tmp_path: Path, split: str, there: int) -> None:
 def test_a_sample_of_one_class_is_refused(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "pets")
     said = message(config(root, tmp_path, num_train=1))
-    assert said.startswith("the 1 train images of pets that --num-train leaves are of one class")
+    assert said.startswith("the 1 train images of pets that --num-train keeps are all of one class")
 
 
 def test_lost_classes_are_told(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_lost_classes_are_told(tmp_path: Path) -> None:
     for split in ("train", "test"):
         make_tree(root / split, {"cat": 20, "dog": 20, "eel": 1})
     dataset = load_dataset(config(root, tmp_path, num_train=4))
-    assert dataset.notes == ("the 4 train images hold 2 of 3 classes: see --num-train",)
+    assert dataset.notes == ("the 4 train images have 2 of 3 classes: see --num-train",)
 
 
 def test_one_long_path_that_widens_all_is_named(
@@ -195,8 +195,9 @@ def test_one_long_path_that_widens_all_is_named(
     assert load_dataset(config(root, tmp_path)).notes == ()
     (root / "train" / "cat" / ("a" * 200 + ".png")).write_bytes(encoded(picture(9)))
     assert load_dataset(config(root, tmp_path)).notes == (
-        "the paths of the train images take 0 MB in the cache, because each is stored as long as "
-        f"the longest (214 bytes: train/cat/{'a' * 50}…): shorten that path, or remove the image",
+        "the paths of the train images take 0 MB in the cache, because each takes the space "
+        f"of the longest (214 bytes: train/cat/{'a' * 50}…): shorten that path, or remove the "
+        "image",
     )
 
 

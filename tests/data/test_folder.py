@@ -150,7 +150,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     root = tmp_path / "pets"
     root.mkdir()
     assert message(root, tmp_path) == (
-        f"{root} has no class folders: put pictures into {root}/<class>/"
+        f"{root} has no class folders: put images into {root}/<class>/"
     )
     (root / "a.txt").write_text("x")
     assert "has no class folders (only files of other kinds (.txt 1x))" in message(root, tmp_path)
@@ -163,8 +163,8 @@ def test_folders_without_a_picture(tmp_path: Path) -> None:
         (root / name / "x.mov").write_bytes(b"x")
     said = message(root, tmp_path, test_fraction=0.2)
     assert said.startswith(
-        f"no picture in the class folders of {root}, only files of other kinds (.mov 2x); "
-        "file names that count end in .avif, .bmp, .gif,"
+        f"no image in the class folders of {root}, only files of other kinds (.mov 2x); "
+        "image files end in .avif, .bmp, .gif,"
     )
     assert ".jpg" in said
     assert ".webp" in said
@@ -176,12 +176,12 @@ def test_pictures_outside_class_folders(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         (root / name).write_bytes(encoded(picture(0)))
     assert message(root, tmp_path) == (
-        f"{root} has pictures outside class folders (2, such as a.png): move them into "
+        f"{root} has images outside class folders (2, such as a.png): move them into "
         f"{root}/<class>/"
     )
     split = make_folder(tmp_path / "split")
     (split / "train" / "z.png").write_bytes(encoded(picture(0)))
-    assert f"{split}/train has pictures outside class folders (1, such as z.png)" in message(
+    assert f"{split}/train has images outside class folders (1, such as z.png)" in message(
         split, tmp_path
     )
 
@@ -189,14 +189,14 @@ def test_pictures_outside_class_folders(tmp_path: Path) -> None:
 def test_one_class_only(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "pets", {"cat": 3})
     said = message(root, tmp_path, test_fraction=0.2)
-    assert said == f"{root} has one class folder only, 'cat': a classifier needs two or more"
+    assert said == f"{root} has only one class folder, 'cat': a classifier needs at least two"
 
 
 def test_the_share_has_to_be_said(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "pets", {"cat": 3, "dog": 3})
     assert message(root, tmp_path) == (
-        f"{root} is one tree of 2 class folders without train/ and test/: say which share to set "
-        "aside for testing, for example --test-fraction 0.2"
+        f"{root} is one tree of 2 class folders without train/ and test/: say which fraction to "
+        "set aside for testing, for example --test-fraction 0.2"
     )
 
 
@@ -241,7 +241,7 @@ def test_an_empty_class_folder(tmp_path: Path) -> None:
     (root / "train" / "eel").mkdir()
     (root / "test" / "eel").mkdir()
     assert message(root, tmp_path) == (
-        f"no picture in class folder {root}/train/eel: add some or remove the folder"
+        f"no image in class folder {root}/train/eel: add some or remove the folder"
     )
     make_tree(root / "train", {"eel": 1})
     assert load_dataset(config(root, tmp_path)).class_names == ["cat", "dog", "eel"]
@@ -251,7 +251,7 @@ def test_an_empty_class_folder_in_a_single_tree(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "pets", {"cat": 5, "dog": 5})
     (root / "eel").mkdir()
     said = message(root, tmp_path, test_fraction=0.2)
-    assert said == f"no picture in class folder {root}/eel: add some or remove the folder"
+    assert said == f"no image in class folder {root}/eel: add some or remove the folder"
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b"new\nline.png", b"\x7f.png"])
@@ -344,7 +344,7 @@ def test_the_cache_folder_beside_and_in_train(tmp_path: Path) -> None:
 
 def test_a_cache_folder_that_is_a_class(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "things", {"cache": 2, "coin": 2})
-    with pytest.raises(UserError, match="where featcache keeps its own files, but has pictures"):
+    with pytest.raises(UserError, match="where featcache keeps its own files, but has images"):
         load_dataset(DataConfig(dataset=str(root), cache_dir=root / "cache", test_fraction=0.5))
     assert load_dataset(config(root, tmp_path, test_fraction=0.5)).class_names == ["cache", "coin"]
     (root / "coin" / "features.h5").write_bytes(b"x")  # a file of ours makes no class vanish
@@ -368,7 +368,7 @@ def test_a_test_folder_without_labels(tmp_path: Path) -> None:
     (root / "test").mkdir()
     (root / "test" / "1.png").write_bytes(encoded(picture(0)))
     assert message(root, tmp_path) == (
-        f"{root}/test has pictures (1, such as 1.png) but no class folders, so nothing can be "
+        f"{root}/test has images (1, such as 1.png) but no class folders, so nothing can be "
         f"scored on it: give {root}/train itself with --test-fraction 0.2, or move them into "
         f"{root}/test/<class>/"
     )
@@ -391,7 +391,7 @@ def test_names_that_cannot_be_told_are_skipped_when_asked(tmp_path: Path, name: 
     dataset = load_dataset(config(root, tmp_path, on_error="skip"))
     assert dataset.splits["train"].ids == ["train/cat/000.png", "train/dog/000.png"]
     assert dataset.notes == (
-        "left out for names that are too long, not UTF-8, or have control characters: 1 "
+        "left out because their names are too long, not UTF-8, or have control characters: 1 "
         f"({full!r})",
     )
 

@@ -105,7 +105,7 @@ def test_an_image_root(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "lists", [*GOOD, "../x.png,cat,train"])
     assert message(file, tmp_path, image_root=folder) == (
         f"list.csv, line 6: ../x.png leaves --image-root; paths must stay in {folder}/: give the "
-        "pictures' folder with --image-root, or add --allow-outside"
+        "images' folder with --image-root, or add --allow-outside"
     )
     assert message(file, tmp_path, image_root=folder / "absent") == (
         f"--image-root {folder}/absent is not a folder that can be read; check it"
@@ -126,7 +126,8 @@ def test_paths_outside_when_asked_for(folder: Path, tmp_path: Path) -> None:
     assert train.ids[:2] == ["../else/c/001.png", f"{tmp_path}/else/c/000.png"]
     assert number_in(np.asarray(test.load(2))) == 72
     write(folder, [*lines, f"{folder}/img/b/000.png,dog,train"])
-    assert "000.png was given in line 4 already" in message(file, tmp_path, allow_outside=True)
+    said = message(file, tmp_path, allow_outside=True)
+    assert "duplicate path DIR/img/b/000.png, first in line 4" in said
 
 
 def test_rows_with_unusable_paths_can_be_skipped(folder: Path, tmp_path: Path) -> None:
@@ -134,8 +135,8 @@ def test_rows_with_unusable_paths_can_be_skipped(folder: Path, tmp_path: Path) -
     dataset = load_dataset(config(write(folder, lines), tmp_path, on_error="skip"))
     assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
     assert dataset.notes == (
-        "left out for names that are too long, not UTF-8, or have control characters: 2 (line 7, "
-        "line 8)",
+        "left out because their names are too long, not UTF-8, or have control characters: 2 "
+        "(line 7, line 8)",
     )
 
 
@@ -178,7 +179,7 @@ WRONG = {
     "empty file": (b"", "list.csv, line 1: no column 'path' and 'label'; the first line is '', "),
     "no path": (["label,split", "a,b"], "list.csv, line 1: no column 'path'; the first line is "),
     "semicolons": (["path;label", "a;b"], "no column 'path' and 'label'; the first line is 'path;"),
-    "column twice": (["path,label,label"], "list.csv, line 1: column 'label' is there twice"),
+    "column twice": (["path,label,label"], "list.csv, line 1: duplicate column 'label'; keep one"),
     "header only": (["path,label"], "list.csv has a header but no rows: add lines of path,label"),
     "too few fields": ([*GOOD, "img/a/002.png"], "list.csv, line 6: fields: 1, in the header: 3"),
     "too many fields": ([*GOOD, "a,b,train,c"], "list.csv, line 6: fields: 4, in the header: 3"),
@@ -197,9 +198,12 @@ WRONG = {
     "outside": ([*GOOD, "../x.png,cat,train"], "line 6: ../x.png leaves the manifest's folder"),
     "outside and back": ([*GOOD, "img/../../x,cat,train"], "line 6: img/../../x leaves the"),
     "itself": ([*GOOD, ".,cat,train"], "line 6: . leaves the manifest's folder; paths must stay"),
-    "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: img/a/000.png was given in line 2 already"),
-    "twice in disguise": ([*GOOD, "./img/b/../a/000.png,dog,test"], "line 6: ./img/b/../a/000.png"),
-    "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: one label only among the train rows, 'c"),
+    "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: duplicate path img/a/000.png, first in line 2"),
+    "twice in disguise": (
+        [*GOOD, "./img/b/../a/000.png,dog,test"],
+        "line 6: duplicate path ./img/b/../a/000.png, first in line 2",
+    ),
+    "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: the train rows have only one label, 'c"),
     "class in another case": (
         [*GOOD, "img/a/002.png,Cat,test"],
         "label 'Cat' has no train row ('Cat' and 'cat' (they differ only in case or spaces)); add",
@@ -263,7 +267,7 @@ def test_a_share_is_said_if_and_only_if_it_is_needed(folder: Path, tmp_path: Pat
     assert said == "list.csv has a column split of its own: leave out --test-fraction"
     lines = [",".join(line.split(",")[:2]) for line in GOOD]
     said = message(write(folder, lines), tmp_path)
-    assert "say which share to set aside for testing, for example --test-fraction 0.2" in said
+    assert "say which fraction to set aside for testing, for example --test-fraction 0.2" in said
 
 
 def test_links_must_stay_inside_too(folder: Path, tmp_path: Path) -> None:

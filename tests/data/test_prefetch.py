@@ -250,7 +250,7 @@ def test_a_picture_that_cannot_be_read_any_more_ends_the_run(tmp_path: Path) -> 
     assert len(split.content) == 8
     file = root / "train" / "cat" / "001.png"
     file.unlink()
-    message = rf"{file} could be read before and cannot be now \(missing\): see to it, then run the"
+    message = rf"{file} could be read before and cannot be read now \(missing\): fix that, then run"
     with pytest.raises(UserError, match=message):
         list(iterate_pixels(split, range(8), PREP, workers=2))
 
@@ -295,7 +295,8 @@ def test_a_shortage_of_memory_ends_the_run(
         raise MemoryError
 
     monkeypatch.setattr(prefetch, "view_pixels", refuse)
-    with pytest.raises(FeatcacheError, match="p/0000 in split train: no memory to decode it; free"):
+    message = "p/0000 in split train: not enough memory to decode it; free"
+    with pytest.raises(FeatcacheError, match=message):
         list(iterate_pixels(split, range(NUM), PREP, workers=workers))
 
 

@@ -66,7 +66,7 @@ def test_the_first_ones_are_taken(tmp_path: Path) -> None:
     assert dataset.splits["train"].ids == [f"train/{n:06d}" for n in range(7)]
     assert dataset.splits["test"].labels.tolist() == [0, 1, 2]
     assert dataset.info(settings).seed == 0
-    assert dataset.notes == ("the 7 train images hold 7 of 10 classes: see --num-train",)
+    assert dataset.notes == ("the 7 train images have 7 of 10 classes: see --num-train",)
     with pytest.raises(UserError, match="--num-test 11: fashionmnist has 10 test images"):
         load_dataset(config("fashionmnist", tmp_path, num_test=11))
     with pytest.raises(UserError, match="of one class: give a larger number"):
@@ -166,7 +166,7 @@ def test_dtd_has_three_splits(tmp_path: Path) -> None:
     assert list(dataset.splits) == ["train", "test", "val"]
     assert number_in(np.asarray(dataset.splits["val"].load(1))) == 4
     (base / "labels" / "test1.txt").write_text("banded/002.png\n")
-    with pytest.raises(UserError, match="the splits of this dataset have other classes each"):
+    with pytest.raises(UserError, match="the splits of this dataset have different classes"):
         load_dataset(config("dtd", tmp_path))
 
 
