@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from featcache.config import DataConfig
+from featcache.data import ImageDataset
 
 
 def picture(number: int, side: int = 16) -> Image.Image:
@@ -51,3 +53,15 @@ def make_folder(root: Path, train: int = 4, test: int = 2) -> Path:
 def config(dataset: object, tmp_path: Path, **settings: object) -> DataConfig:
     places = {"data_root": tmp_path / "data", "cache_dir": tmp_path / "cache"}
     return DataConfig(dataset=str(dataset), **(places | settings))  # type: ignore[arg-type]
+
+
+class Load(Protocol):
+    """Loads a dataset; further settings are those of DataConfig."""
+
+    def __call__(self, dataset: object, **settings: object) -> ImageDataset: ...
+
+
+class Message(Protocol):
+    """The one line that refuses a dataset; further settings are those of DataConfig."""
+
+    def __call__(self, dataset: object, **settings: object) -> str: ...

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_helpers import config, encoded, make_tree, number_in, picture
+from data_helpers import Load, encoded, make_tree, number_in, picture
 from featcache.config import Preprocessing
 from featcache.data import (
     BadImage,
     ImageSplit,
     decode_split,
     iterate_batches,
-    load_dataset,
 )
 from featcache.errors import UserError
 
@@ -22,11 +21,11 @@ PREP = Preprocessing(image_px=8, resize="squash", resize_px=8)
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> ImageSplit:
+def split(tmp_path: Path, load: Load) -> ImageSplit:
     root = tmp_path / "pets"
     make_tree(root / "train", {"cat": 20, "dog": 17})
     make_tree(root / "test", {"cat": 1, "dog": 1})
-    return load_dataset(config(root, tmp_path)).splits["train"]
+    return load(root).splits["train"]
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -95,7 +94,7 @@ def test_bad_pictures_raise_or_are_left_out(
 
 MESSAGE = (
     r"^train/cat/003\.png in split train: not a picture; repair or remove it, or leave such "
-    r"pictures out with --on-error skip$"
+    r"images out with --on-error skip$"
 )
 
 
@@ -108,12 +107,12 @@ def test_abandoning_a_pass_leaves_no_thread(split: ImageSplit) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
 
 
-def test_jpeg_pictures_too(tmp_path: Path) -> None:
+def test_jpeg_pictures_too(tmp_path: Path, load: Load) -> None:
     for name in ("train/a/1", "train/b/1", "test/a/1", "test/b/1"):
         file = tmp_path / "jpegs" / f"{name}.JPG"
         file.parent.mkdir(parents=True)
         file.write_bytes(encoded(picture(3), "JPEG"))
-    dataset = load_dataset(config(tmp_path / "jpegs", tmp_path))
+    dataset = load(tmp_path / "jpegs")
     ((pixels, labels, rows),) = iterate_batches(
         dataset.splits["train"], np.array([1, 0]), 4, PREP, workers=2
     )

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import REPO
-from data_helpers import config, encoded, make_folder, make_tree, picture
-from featcache import file_hashes as memo_module
-from featcache.config import DataConfig
+from data_helpers import Load, Message, config, encoded, make_folder, make_tree, picture
 from featcache.data import (
     ImageDataset,
     copies_lines,
@@ -28,28 +25,13 @@ from featcache.data import (
 )
 from featcache.data import dataset as dataset_module
 from featcache.data.dataset import short_name
-from featcache.errors import UserError
 
 
-def message(settings: DataConfig) -> str:
-    with pytest.raises(UserError) as caught:
-        load_dataset(settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten seconds on: files written by the test are settled."""
-    now = time.time
-    monkeypatch.setattr(memo_module.time, "time", lambda: now() + 10)
-
-
-def test_digits_are_scikit_learns(tmp_path: Path) -> None:
+def test_digits_are_scikit_learns(load: Load) -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    dataset = load_dataset(config("digits", tmp_path))
+    dataset = load("digits")
     assert dataset.class_names == list("0123456789")
     assert {name: len(split) for name, split in dataset.splits.items()} == {
         "train": 1438,
@@ -68,17 +50,15 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
     assert (abs(share - 0.2) < 0.006).all()
 
 
-def test_digits_where_their_table_has_moved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = load_dataset(config("digits", tmp_path)).fingerprint
+def test_digits_where_their_table_has_moved(monkeypatch: pytest.MonkeyPatch, load: Load) -> None:
+    wanted = load("digits").fingerprint
     monkeypatch.setattr("featcache.data.datasets.importlib.util.find_spec", lambda _: None)
-    assert load_dataset(config("digits", tmp_path)).fingerprint == wanted
+    assert load("digits").fingerprint == wanted
 
 
-def test_digits_fingerprint_is_fixed(tmp_path: Path) -> None:
+def test_digits_fingerprint_is_fixed(load: Load) -> None:
     """A change here makes every cache of digits stale: bump versions knowingly."""
-    dataset = load_dataset(config("digits", tmp_path))
+    dataset = load("digits")
     assert dataset.fingerprint == FINGERPRINT
 
 
@@ -86,65 +66,65 @@ FINGERPRINT = "054de6d830cfb6a060116b315a36d1982fde728636c34d6a32a8ee8b1127c1d5"
 
 
 @pytest.mark.parametrize("name", ["digits", "Digits", " DIGITS "])
-def test_names_in_any_case(name: str, tmp_path: Path) -> None:
-    assert load_dataset(config(name, tmp_path)).kind == "digits"
+def test_names_in_any_case(name: str, load: Load) -> None:
+    assert load(name).kind == "digits"
 
 
-def test_a_known_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_name_wins_over_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
+) -> None:
     make_folder(tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
-    assert load_dataset(config("digits", tmp_path)).kind == "digits"
-    assert load_dataset(config("digits", tmp_path)).notes == (
+    assert load("digits").kind == "digits"
+    assert load("digits").notes == (
         "using scikit-learn's digits, not the folder ./digits: type ./digits for the folder",
     )
-    assert load_dataset(config("Digits", tmp_path)).notes == ()
-    assert load_dataset(config("./digits", tmp_path)).kind == "folder"
-    assert load_dataset(config("./digits", tmp_path)).notes == ()
-    assert load_dataset(config("digits/", tmp_path)).kind == "folder"
+    assert load("Digits").notes == ()
+    assert load("./digits").kind == "folder"
+    assert load("./digits").notes == ()
+    assert load("digits/").kind == "folder"
 
 
-def test_a_folder_by_a_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_by_a_bare_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
+) -> None:
     make_folder(tmp_path / "pets")
     monkeypatch.chdir(tmp_path)
-    assert load_dataset(config("pets", tmp_path)).name == "pets"
+    assert load("pets").name == "pets"
     monkeypatch.chdir(tmp_path / "pets")
-    assert load_dataset(config(".", tmp_path)).name == "pets"
+    assert load(".").name == "pets"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_dataset(config("~/pets", tmp_path)).name == "pets"
+    assert load("~/pets").name == "pets"
 
 
-def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Message) -> None:
     monkeypatch.chdir(tmp_path)
-    said = message(config("cifar11", tmp_path))
+    said = message("cifar11")
     assert said.startswith(
         "no folder or CSV file 'cifar11' is here, and no dataset 'cifar11'; did you mean cifar10, "
     )
-    assert "svhn" in message(config("nothing-like-it", tmp_path))
-    assert message(config("pics/absent", tmp_path)).startswith("no folder or file 'pics/absent'")
-    assert message(config("absent.csv", tmp_path)).startswith("no folder or file 'absent.csv'")
+    assert "svhn" in message("nothing-like-it")
+    assert message("pics/absent").startswith("no folder or file 'pics/absent'")
+    assert message("absent.csv").startswith("no folder or file 'absent.csv'")
     (tmp_path / "x.txt").write_text("x")
-    assert "x.txt is a file but not a manifest: give a .csv file" in message(
-        config("x.txt", tmp_path)
-    )
+    assert "x.txt is a file but not a manifest: give a .csv file" in message("x.txt")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800", "\n", "a\nb", "-", "😀"])
-def test_odd_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Message
+) -> None:
     monkeypatch.chdir(tmp_path)
-    try:
-        settings = config(name, tmp_path)
-    except UserError:
-        return
-    message(settings)
+    message(name)
 
 
-def test_subsets_are_stratified_and_seeded(tmp_path: Path) -> None:
+def test_subsets_are_stratified_and_seeded(tmp_path: Path, load: Load) -> None:
     root = tmp_path / "pets"
     make_tree(root / "train", {"cat": 30, "dog": 10})
     make_tree(root / "test", {"cat": 4, "dog": 4})
     make_tree(root / "val", {"cat": 4, "dog": 4})
-    whole = load_dataset(config(root, tmp_path))
-    part = load_dataset(config(root, tmp_path, num_train=20, num_test=2))
+    whole = load(root)
+    part = load(root, num_train=20, num_test=2)
     train = part.splits["train"]
     assert np.bincount(train.labels).tolist() == [15, 5]
     assert np.bincount(part.splits["test"].labels).tolist() == [1, 1]
@@ -152,8 +132,8 @@ def test_subsets_are_stratified_and_seeded(tmp_path: Path) -> None:
     assert train.ids == sorted(train.ids)
     rows = [whole.splits["train"].ids.index(sample_id) for sample_id in train.ids]
     np.testing.assert_array_equal(train.content, whole.splits["train"].content[rows])
-    same = load_dataset(config(root, tmp_path, num_train=20, num_test=2))
-    other = load_dataset(config(root, tmp_path, num_train=20, num_test=2, seed=1))
+    same = load(root, num_train=20, num_test=2)
+    other = load(root, num_train=20, num_test=2, seed=1)
     assert same.fingerprint == part.fingerprint != other.fingerprint
     settings = config(root, tmp_path, num_train=20, num_test=2)
     info = part.info(settings)
@@ -162,85 +142,80 @@ def test_subsets_are_stratified_and_seeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("split", "there"), [("train", 8), ("test", 4)])
-def test_more_than_there_is(tmp_path: Path, split: str, there: int) -> None:
-    root = make_folder(tmp_path / "pets")
-    assert message(config(root, tmp_path, **{f"num_{split}": 9})) == (
+def test_more_than_there_is(
+    pets: Path, split: str, there: int, message: Message, load: Load
+) -> None:
+    assert message(pets, **{f"num_{split}": 9}) == (
         f"--num-{split} 9: pets has {there} {split} images; give at most that, or leave "
         f"--num-{split} out"
     )
-    assert (
-        len(load_dataset(config(root, tmp_path, **{f"num_{split}": there})).splits[split]) == there
-    )
+    assert len(load(pets, **{f"num_{split}": there}).splits[split]) == there
 
 
-def test_a_sample_of_one_class_is_refused(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    said = message(config(root, tmp_path, num_train=1))
-    assert said.startswith("the 1 train images of pets that --num-train leaves are of one class")
+def test_a_sample_of_one_class_is_refused(pets: Path, message: Message) -> None:
+    said = message(pets, num_train=1)
+    assert said.startswith("the 1 train images of pets that --num-train keeps are all of one class")
 
 
-def test_lost_classes_are_told(tmp_path: Path) -> None:
+def test_lost_classes_are_told(tmp_path: Path, load: Load) -> None:
     root = tmp_path / "pets"
     for split in ("train", "test"):
         make_tree(root / split, {"cat": 20, "dog": 20, "eel": 1})
-    dataset = load_dataset(config(root, tmp_path, num_train=4))
-    assert dataset.notes == ("the 4 train images hold 2 of 3 classes: see --num-train",)
+    dataset = load(root, num_train=4)
+    assert dataset.notes == ("the 4 train images have 2 of 3 classes: see --num-train",)
 
 
 def test_one_long_path_that_widens_all_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     root = make_folder(tmp_path / "pets", train=20)
     monkeypatch.setattr(datasets, "WIDE_BYTES", 2000)
-    assert load_dataset(config(root, tmp_path)).notes == ()
+    assert load(root).notes == ()
     (root / "train" / "cat" / ("a" * 200 + ".png")).write_bytes(encoded(picture(9)))
-    assert load_dataset(config(root, tmp_path)).notes == (
-        "the paths of the train images take 0 MB in the cache, because each is stored as long as "
-        f"the longest (214 bytes: train/cat/{'a' * 50}…): shorten that path, or remove the image",
+    assert load(root).notes == (
+        "the paths of the train images take 0 MB in the cache, because each takes the space "
+        f"of the longest (214 bytes: train/cat/{'a' * 50}…): shorten that path, or remove the "
+        "image",
     )
 
 
 def test_what_cannot_be_read_is_not_called_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Message
 ) -> None:
     def denied(path: object) -> object:
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(datasets.os, "stat", denied)
-    assert message(config("/secret/pets", tmp_path)) == (
+    assert message("/secret/pets") == (
         "'/secret/pets' cannot be a dataset: Permission denied; make it readable, or give another "
         "one"
     )
     monkeypatch.undo()
     os.mkfifo(tmp_path / "list.csv")
-    assert "list.csv is neither a folder nor a file" in message(
-        config(tmp_path / "list.csv", tmp_path)
-    )
+    assert "list.csv is neither a folder nor a file" in message(tmp_path / "list.csv")
 
 
 def fingerprint(root: Path, tmp_path: Path) -> str:
     return load_dataset(config(root, tmp_path)).fingerprint
 
 
-def test_the_fingerprint_ignores_place_and_times(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    before = fingerprint(root, tmp_path)
-    for path in root.rglob("*.png"):
+def test_the_fingerprint_ignores_place_and_times(tmp_path: Path, pets: Path) -> None:
+    before = fingerprint(pets, tmp_path)
+    for path in pets.rglob("*.png"):
         os.utime(path, (1, 1))
-    assert fingerprint(root, tmp_path) == before
-    shutil.copytree(root, tmp_path / "else" / "copy")
+    assert fingerprint(pets, tmp_path) == before
+    shutil.copytree(pets, tmp_path / "else" / "copy")
     assert fingerprint(tmp_path / "else" / "copy", tmp_path) == before
-    root.rename(tmp_path / "moved")
+    pets.rename(tmp_path / "moved")
     assert fingerprint(tmp_path / "moved", tmp_path) == before
 
 
-def test_the_fingerprint_sees_every_change(tmp_path: Path, later: None) -> None:
-    root = make_folder(tmp_path / "pets")
-    cat, dog = root / "train" / "cat", root / "train" / "dog"
-    seen = [fingerprint(root, tmp_path)]
+def test_the_fingerprint_sees_every_change(tmp_path: Path, later: None, pets: Path) -> None:
+    cat, dog = pets / "train" / "cat", pets / "train" / "dog"
+    seen = [fingerprint(pets, tmp_path)]
 
     def note() -> None:
-        seen.append(fingerprint(root, tmp_path))
+        seen.append(fingerprint(pets, tmp_path))
 
     (cat / "000.png").write_bytes(encoded(picture(500)))
     note()
@@ -256,7 +231,7 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path, later: None) -> None:
     (cat / "000.png").unlink()
     note()
     for split in ("train", "test"):
-        (root / split / "dog").rename(root / split / "hound")
+        (pets / split / "dog").rename(pets / split / "hound")
     note()
     assert len(set(seen)) == len(seen) == 8
 
@@ -275,8 +250,8 @@ def test_the_fingerprint_sees_weights_and_bounds(tmp_path: Path) -> None:
     assert len({plain, ones, twos}) == 3
 
 
-def test_ids_cannot_run_into_each_other(tmp_path: Path) -> None:
-    dataset = load_dataset(config("digits", tmp_path, num_train=20, num_test=5))
+def test_ids_cannot_run_into_each_other(load: Load) -> None:
+    dataset = load("digits", num_train=20, num_test=5)
 
     def renamed(ids: list[str]) -> str:
         train = dataset.splits["train"]
@@ -290,28 +265,27 @@ def test_ids_cannot_run_into_each_other(tmp_path: Path) -> None:
 
 
 def test_hashes_are_remembered_between_runs(
-    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch, pets: Path
 ) -> None:
-    root = make_folder(tmp_path / "pets")
-    before = fingerprint(root, tmp_path)
+    before = fingerprint(pets, tmp_path)
     read: list[str] = []
     real = sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path: read.append(path) or real(path))
-    assert fingerprint(root, tmp_path) == before
+    assert fingerprint(pets, tmp_path) == before
     assert read == []
-    changed = root / "test" / "dog" / "001.png"
+    changed = pets / "test" / "dog" / "001.png"
     times = (changed.stat().st_atime_ns, changed.stat().st_mtime_ns)
     data = bytearray(changed.read_bytes())
     data[-1] ^= 1
     changed.write_bytes(data)
     os.utime(changed, ns=times)
-    assert fingerprint(root, tmp_path) != before
+    assert fingerprint(pets, tmp_path) != before
     assert read == [str(changed)]
 
 
-def test_contents_can_be_counted_as_they_are_hashed(tmp_path: Path) -> None:
+def test_contents_can_be_counted_as_they_are_hashed(tmp_path: Path, load: Load) -> None:
     root = make_folder(tmp_path / "pets", train=40)
-    split = load_dataset(config(root, tmp_path)).splits["train"]
+    split = load(root).splits["train"]
     counts: list[int] = []
     content = split.hash_contents(counts.append)
     assert counts == [32, 32, 16]
@@ -337,13 +311,14 @@ assert not heavy, heavy
 """
 
 
-def test_no_heavy_import_for_digits_folders_and_manifests(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    (root / "l.csv").write_text(
+def test_no_heavy_import_for_digits_folders_and_manifests(
+    tmp_path: Path, load: Load, pets: Path
+) -> None:
+    (pets / "l.csv").write_text(
         "path,label,split\ntrain/cat/000.png,a,train\ntrain/dog/000.png,b,train\n"
         "test/cat/000.png,a,test\n"
     )
-    names = ["digits", str(root), str(root / "l.csv")]
+    names = ["digits", str(pets), str(pets / "l.csv")]
     result = subprocess.run(
         [sys.executable, "-c", LIGHT, str(tmp_path / "cache"), *names],
         capture_output=True,
@@ -351,15 +326,15 @@ def test_no_heavy_import_for_digits_folders_and_manifests(tmp_path: Path) -> Non
         check=False,
     )
     assert result.stderr == ""
-    wanted = [load_dataset(config(name, tmp_path)).fingerprint for name in names]
+    wanted = [load(name).fingerprint for name in names]
     assert result.stdout.split() == wanted
 
 
-def test_cifar10_sample_of_the_project(tmp_path: Path) -> None:
+def test_cifar10_sample_of_the_project(load: Load) -> None:
     root = REPO.parent / "shared" / "data" / "cifar10-2500"
     if not root.is_dir():
         pytest.skip(f"{root} is not here")
-    dataset: ImageDataset = load_dataset(config(root, tmp_path))
+    dataset: ImageDataset = load(root)
     assert len(dataset.splits["train"]) == 2000
     assert len(dataset.splits["test"]) == 500
     assert len(dataset.class_names) == 10
@@ -422,11 +397,11 @@ def test_copies_are_found_across_splits_and_labels(tmp_path: Path) -> None:
     ]
 
 
-def test_copies_stay_on_one_side_of_a_share(tmp_path: Path) -> None:
+def test_copies_stay_on_one_side_of_a_share(tmp_path: Path, load: Load) -> None:
     root = make_tree(tmp_path / "pets", {"cat": 20, "dog": 20})
     for file in sorted(root.rglob("*.png")):
         shutil.copy(file, file.with_name(f"{file.stem} (1).png"))
-    dataset = load_dataset(config(root, tmp_path, test_fraction=0.25))
+    dataset = load(root, test_fraction=0.25)
     assert np.bincount(dataset.splits["test"].labels).tolist() == [10, 10]
     found = find_copies(dataset).report()
     assert (found["num_copies"], found["across_splits"]) == (40, [])

@@ -377,8 +377,8 @@ def test_threads_share_the_memory_for_decoding(monkeypatch: pytest.MonkeyPatch) 
     data = encoded(Image.new("RGB", (100, 100)))
     monkeypatch.setattr(images, "MAX_PICTURE_BYTES", 250_000)
     monkeypatch.setattr(images, "_CORE_BYTES", 0)
-    room = images._Room()  # for two of 120,000 bytes each
-    monkeypatch.setattr(images, "_ROOM", room)
+    room = images._MemoryBudget()  # for two of 120,000 bytes each
+    monkeypatch.setattr(images, "_BUDGET", room)
     inside, most, lock = 0, 0, threading.Lock()
 
     def work(_: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_helpers import config, make_tree, number_in
+from data_helpers import Load, Message, config, make_tree, number_in
 from featcache.data import BadImage, load_dataset
 from featcache.errors import UserError
 
@@ -33,15 +33,16 @@ def write(folder: Path, lines: list[str] | bytes) -> Path:
     return file
 
 
-def message(file: Path, tmp_path: Path, **settings: object) -> str:
-    with pytest.raises(UserError) as caught:
-        load_dataset(config(file, tmp_path, **settings))
-    assert "\n" not in str(caught.value)
-    return str(caught.value).replace(str(file), "list.csv").replace(str(file.parent), "DIR")
+@pytest.fixture
+def message(message: Message) -> Message:
+    """The message with the manifest's path as list.csv, and its folder as DIR."""
+    return lambda file, **settings: (
+        message(file, **settings).replace(str(file), "list.csv").replace(str(file.parent), "DIR")
+    )
 
 
-def test_with_splits(folder: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(config(write(folder, GOOD), tmp_path))
+def test_with_splits(folder: Path, tmp_path: Path, load: Load) -> None:
+    dataset = load(write(folder, GOOD))
     assert (dataset.name, dataset.kind, dataset.class_names) == ("list", "manifest", ["cat", "dog"])
     train, test = dataset.splits["train"], dataset.splits["test"]
     assert train.ids == ["img/a/000.png", "img/b/000.png"]
@@ -51,9 +52,9 @@ def test_with_splits(folder: Path, tmp_path: Path) -> None:
     assert dataset.info(config(folder, tmp_path)).seed == 0
 
 
-def test_rows_are_sorted_whatever_the_files_order(folder: Path, tmp_path: Path) -> None:
-    one = load_dataset(config(write(folder, GOOD), tmp_path))
-    two = load_dataset(config(write(folder, [GOOD[0], *GOOD[:0:-1]]), tmp_path))
+def test_rows_are_sorted_whatever_the_files_order(folder: Path, load: Load) -> None:
+    one = load(write(folder, GOOD))
+    two = load(write(folder, [GOOD[0], *GOOD[:0:-1]]))
     assert one.splits["train"].ids == two.splits["train"].ids
     assert one.fingerprint == two.fingerprint
 
@@ -72,90 +73,93 @@ def test_rows_are_sorted_whatever_the_files_order(folder: Path, tmp_path: Path) 
         "\n".join(",".join(reversed(line.split(","))) for line in GOOD),
     ],
 )
-def test_forms_that_mean_the_same(folder: Path, tmp_path: Path, data: str) -> None:
-    dataset = load_dataset(config(write(folder, data.encode()), tmp_path))
+def test_forms_that_mean_the_same(folder: Path, data: str, load: Load) -> None:
+    dataset = load(write(folder, data.encode()))
     assert dataset.class_names == ["cat", "dog"]
     assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "Validation"])
-def test_val_may_be_called_as_folders_call_it(folder: Path, tmp_path: Path, name: str) -> None:
+def test_val_may_be_called_as_folders_call_it(folder: Path, name: str, load: Load) -> None:
     file = write(folder, [*GOOD, f"img/a/002.png,cat,{name}"])
-    assert list(load_dataset(config(file, tmp_path)).splits) == ["train", "test", "val"]
+    assert list(load(file).splits) == ["train", "test", "val"]
     file = write(folder, [line.replace(",test", f",{name}") for line in GOOD])
-    assert list(load_dataset(config(file, tmp_path)).splits) == ["train", "test"]
+    assert list(load(file).splits) == ["train", "test"]
 
 
-def test_classes_that_look_alike_are_named(folder: Path, tmp_path: Path) -> None:
+def test_classes_that_look_alike_are_named(folder: Path, load: Load) -> None:
     lines = [GOOD[0], "img/a/000.png,1,train", "img/a/001.png,1.0,train"]
     lines += ["img/b/000.png,Dog,train", "img/b/001.png,dog,train", "img/b/002.png,dog,test"]
-    assert load_dataset(config(write(folder, lines), tmp_path)).notes == (
+    assert load(write(folder, lines)).notes == (
         "classes that may be the same: 'Dog' and 'dog' (they differ only in case or spaces); "
         "'1' and '1.0' (the same number)",
     )
 
 
-def test_an_image_root(folder: Path, tmp_path: Path) -> None:
+def test_an_image_root(folder: Path, tmp_path: Path, load: Load, message: Message) -> None:
     (tmp_path / "lists").mkdir()
     file = write(tmp_path / "lists", GOOD)
-    assert "list.csv, line 2: img/a/000.png: No such file" in message(file, tmp_path)
-    dataset = load_dataset(config(file, tmp_path, image_root=folder))
-    assert dataset.fingerprint == load_dataset(config(write(folder, GOOD), tmp_path)).fingerprint
+    assert "list.csv, line 2: img/a/000.png: No such file" in message(file)
+    dataset = load(file, image_root=folder)
+    assert dataset.fingerprint == load(write(folder, GOOD)).fingerprint
     assert number_in(np.asarray(dataset.splits["test"].load(1))) == 4
     write(tmp_path / "lists", [*GOOD, "../x.png,cat,train"])
-    assert message(file, tmp_path, image_root=folder) == (
+    assert message(file, image_root=folder) == (
         f"list.csv, line 6: ../x.png leaves --image-root; paths must stay in {folder}/: give the "
-        "pictures' folder with --image-root, or add --allow-outside"
+        "images' folder with --image-root, or add --allow-outside"
     )
-    assert message(file, tmp_path, image_root=folder / "absent") == (
+    assert message(file, image_root=folder / "absent") == (
         f"--image-root {folder}/absent is not a folder that can be read; check it"
     )
     for name in (folder / "img", "digits"):
-        said = message(Path(name), tmp_path, image_root=folder, test_fraction=0.2)
+        said = message(Path(name), image_root=folder, test_fraction=0.2)
         assert "--image-root is for CSV manifests, not for " in said
 
 
-def test_paths_outside_when_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_paths_outside_when_asked_for(
+    folder: Path, tmp_path: Path, load: Load, message: Message
+) -> None:
     make_tree(tmp_path / "else", {"c": 3}, first=70)
     (folder / "linked").symlink_to(tmp_path / "else")
     lines = [*GOOD, f"{tmp_path}/else/c/000.png,cat,train", "../else/c/001.png,cat,train"]
     file = write(folder, [*lines, "linked/c/002.png,cat,test"])
-    dataset = load_dataset(config(file, tmp_path, allow_outside=True))
+    dataset = load(file, allow_outside=True)
     train, test = dataset.splits["train"], dataset.splits["test"]
     assert [number_in(np.asarray(train.load(row))) for row in (0, 1)] == [71, 70]
     assert train.ids[:2] == ["../else/c/001.png", f"{tmp_path}/else/c/000.png"]
     assert number_in(np.asarray(test.load(2))) == 72
     write(folder, [*lines, f"{folder}/img/b/000.png,dog,train"])
-    assert "000.png was given in line 4 already" in message(file, tmp_path, allow_outside=True)
+    said = message(file, allow_outside=True)
+    assert "duplicate path DIR/img/b/000.png, first in line 4" in said
 
 
-def test_rows_with_unusable_paths_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+def test_rows_with_unusable_paths_can_be_skipped(folder: Path, load: Load) -> None:
     lines = [*GOOD, '"a', 'b.png",cat,train', "é" * 2100 + ".png,cat,train"]
-    dataset = load_dataset(config(write(folder, lines), tmp_path, on_error="skip"))
+    dataset = load(write(folder, lines), on_error="skip")
     assert dataset.splits["train"].ids == ["img/a/000.png", "img/b/000.png"]
     assert dataset.notes == (
-        "left out for names that are too long, not UTF-8, or have control characters: 2 (line 7, "
-        "line 8)",
+        "left out because their names are too long, not UTF-8, or have control characters: 2 "
+        "(line 7, line 8)",
     )
 
 
-def test_a_file_in_the_other_unicode_form_is_named(folder: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_other_unicode_form_is_named(folder: Path, message: Message) -> None:
     (folder / "cafe\u0301.png").touch()
-    said = message(write(folder, [*GOOD, "caf\u00e9.png,cat,train"]), tmp_path)
+    said = message(write(folder, [*GOOD, "caf\u00e9.png,cat,train"]))
     assert "No such file or directory (the file's name is in Unicode form NFD, the manifest" in said
 
 
-def test_a_share_for_testing(folder: Path, tmp_path: Path) -> None:
+def test_a_share_for_testing(folder: Path, tmp_path: Path, load: Load) -> None:
     lines = ["path,label", *(f"img/{c}/00{n}.png,{c}" for c in "ab" for n in range(3))]
-    dataset = load_dataset(config(write(folder, lines), tmp_path, test_fraction=0.34))
+    dataset = load(write(folder, lines), test_fraction=0.34)
     assert dataset.splits["test"].labels.tolist() == [0, 1]
     assert dataset.info(config(folder, tmp_path, seed=42)).seed == 42
 
 
-def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, tmp_path: Path) -> None:
+def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, load: Load) -> None:
     lines = [GOOD[0] + ",weight,camera"]
     lines += [f"{line.replace(',test', ',val')},{n}.5,x" for n, line in enumerate(GOOD[1:])]
-    dataset = load_dataset(config(write(folder, lines), tmp_path))
+    dataset = load(write(folder, lines))
     assert list(dataset.splits) == ["train", "test"]
     weights = dataset.splits["train"].weights
     assert weights is not None
@@ -163,13 +167,13 @@ def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, tmp_path: P
     assert dataset.notes == ("ignored columns of the manifest: 'camera'",)
 
 
-def test_all_three_splits(folder: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(config(write(folder, [*GOOD, "img/a/002.png,cat,val"]), tmp_path))
+def test_all_three_splits(folder: Path, load: Load) -> None:
+    dataset = load(write(folder, [*GOOD, "img/a/002.png,cat,val"]))
     assert list(dataset.splits) == ["train", "test", "val"]
 
 
-def test_a_class_without_test_rows_is_fine(folder: Path, tmp_path: Path) -> None:
-    dataset = load_dataset(config(write(folder, GOOD[:-1]), tmp_path))
+def test_a_class_without_test_rows_is_fine(folder: Path, load: Load) -> None:
+    dataset = load(write(folder, GOOD[:-1]))
     assert dataset.class_names == ["cat", "dog"]
     assert dataset.splits["test"].labels.tolist() == [0]
 
@@ -178,7 +182,7 @@ WRONG = {
     "empty file": (b"", "list.csv, line 1: no column 'path' and 'label'; the first line is '', "),
     "no path": (["label,split", "a,b"], "list.csv, line 1: no column 'path'; the first line is "),
     "semicolons": (["path;label", "a;b"], "no column 'path' and 'label'; the first line is 'path;"),
-    "column twice": (["path,label,label"], "list.csv, line 1: column 'label' is there twice"),
+    "column twice": (["path,label,label"], "list.csv, line 1: duplicate column 'label'; keep one"),
     "header only": (["path,label"], "list.csv has a header but no rows: add lines of path,label"),
     "too few fields": ([*GOOD, "img/a/002.png"], "list.csv, line 6: fields: 1, in the header: 3"),
     "too many fields": ([*GOOD, "a,b,train,c"], "list.csv, line 6: fields: 4, in the header: 3"),
@@ -197,9 +201,12 @@ WRONG = {
     "outside": ([*GOOD, "../x.png,cat,train"], "line 6: ../x.png leaves the manifest's folder"),
     "outside and back": ([*GOOD, "img/../../x,cat,train"], "line 6: img/../../x leaves the"),
     "itself": ([*GOOD, ".,cat,train"], "line 6: . leaves the manifest's folder; paths must stay"),
-    "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: img/a/000.png was given in line 2 already"),
-    "twice in disguise": ([*GOOD, "./img/b/../a/000.png,dog,test"], "line 6: ./img/b/../a/000.png"),
-    "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: one label only among the train rows, 'c"),
+    "twice": ([*GOOD, GOOD[1]], "list.csv, line 6: duplicate path img/a/000.png, first in line 2"),
+    "twice in disguise": (
+        [*GOOD, "./img/b/../a/000.png,dog,test"],
+        "line 6: duplicate path ./img/b/../a/000.png, first in line 2",
+    ),
+    "one class": ([GOOD[0], GOOD[1], GOOD[2]], "list.csv: the train rows have only one label, 'c"),
     "class in another case": (
         [*GOOD, "img/a/002.png,Cat,test"],
         "label 'Cat' has no train row ('Cat' and 'cat' (they differ only in case or spaces)); add",
@@ -246,54 +253,58 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_with_its_line(case: str, folder: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_with_its_line(case: str, folder: Path, message: Message) -> None:
     lines, said = WRONG[case]
-    assert said in message(write(folder, lines), tmp_path)
+    assert said in message(write(folder, lines))
 
 
 @pytest.mark.parametrize("weight", ["", "x", "nan", "inf", "-1", "1e39", "1_0x"])
-def test_weights_are_numbers(weight: str, folder: Path, tmp_path: Path) -> None:
+def test_weights_are_numbers(weight: str, folder: Path, message: Message) -> None:
     lines = [GOOD[0] + ",weight", *(f"{line},{weight}" for line in GOOD[1:])]
-    said = message(write(folder, lines), tmp_path)
+    said = message(write(folder, lines))
     assert said == f"list.csv, line 2: weight {weight!r}; give a number of 0 or more"
 
 
-def test_a_share_is_said_if_and_only_if_it_is_needed(folder: Path, tmp_path: Path) -> None:
-    said = message(write(folder, GOOD), tmp_path, test_fraction=0.2)
+def test_a_share_is_said_if_and_only_if_it_is_needed(folder: Path, message: Message) -> None:
+    said = message(write(folder, GOOD), test_fraction=0.2)
     assert said == "list.csv has a column split of its own: leave out --test-fraction"
     lines = [",".join(line.split(",")[:2]) for line in GOOD]
-    said = message(write(folder, lines), tmp_path)
-    assert "say which share to set aside for testing, for example --test-fraction 0.2" in said
+    said = message(write(folder, lines))
+    assert "say which fraction to set aside for testing, for example --test-fraction 0.2" in said
 
 
-def test_links_must_stay_inside_too(folder: Path, tmp_path: Path) -> None:
+def test_links_must_stay_inside_too(
+    folder: Path, tmp_path: Path, load: Load, message: Message
+) -> None:
     make_tree(tmp_path / "secret", {"a": 1})
     (folder / "link.png").symlink_to(tmp_path / "secret" / "a" / "000.png")
     (folder / "dir").symlink_to(tmp_path / "secret")
     (folder / "fine.png").symlink_to(folder / "img" / "a" / "002.png")
     for path in ("link.png", "dir/a/000.png"):
-        said = message(write(folder, [*GOOD, f"{path},cat,train"]), tmp_path)
+        said = message(write(folder, [*GOOD, f"{path},cat,train"]))
         assert said.startswith(f"list.csv, line 6: {path} leaves the manifest's folder")
-    dataset = load_dataset(config(write(folder, [*GOOD, "fine.png,cat,train"]), tmp_path))
+    dataset = load(write(folder, [*GOOD, "fine.png,cat,train"]))
     assert number_in(np.asarray(dataset.splits["train"].load(0))) == 2
 
 
-def test_a_folder_whose_name_starts_alike_is_outside(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_starts_alike_is_outside(
+    folder: Path, tmp_path: Path, message: Message
+) -> None:
     make_tree(tmp_path / "set2", {"a": 1})
     (folder / "link.png").symlink_to(tmp_path / "set2" / "a" / "000.png")
-    assert "leaves" in message(write(folder, [*GOOD, "link.png,cat,train"]), tmp_path)
+    assert "leaves" in message(write(folder, [*GOOD, "link.png,cat,train"]))
 
 
-def test_a_manifest_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_reached_through_a_link(folder: Path, tmp_path: Path, load: Load) -> None:
     write(folder, GOOD)
     (tmp_path / "other").symlink_to(folder)
-    dataset = load_dataset(config(tmp_path / "other" / "list.csv", tmp_path))
+    dataset = load(tmp_path / "other" / "list.csv")
     assert number_in(np.asarray(dataset.splits["train"].load(1))) == 3
 
 
-def test_missing_files_can_be_skipped(folder: Path, tmp_path: Path) -> None:
+def test_missing_files_can_be_skipped(folder: Path, load: Load) -> None:
     file = write(folder, [*GOOD, "img/a/009.png,cat,train"])
-    split = load_dataset(config(file, tmp_path, on_error="skip")).splits["train"]
+    split = load(file, on_error="skip").splits["train"]
     assert split.ids[1] == "img/a/009.png"
     assert split.content[1].tolist() == [0] * 31 + [6]
     with pytest.raises(BadImage, match="missing"):
@@ -301,10 +312,10 @@ def test_missing_files_can_be_skipped(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_is_far_too_large(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, message: Message
 ) -> None:
     monkeypatch.setattr("featcache.data.manifest.MAX_BYTES", 50)
-    assert "is larger than 50 bytes" in message(write(folder, GOOD), tmp_path)
+    assert "is larger than 50 bytes" in message(write(folder, GOOD))
 
 
 def fuzz(folder: Path, tmp_path: Path, rng: random.Random, cases: int) -> int:

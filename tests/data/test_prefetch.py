@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_helpers import config, encoded, make_folder, number_in, picture
+from data_helpers import Load, encoded, make_folder, number_in, picture
 from featcache import file_hashes
 from featcache.config import Preprocessing, Views
-from featcache.data import BadImage, ImageSplit, iterate_pixels, load_dataset, prefetch, sources
+from featcache.data import BadImage, ImageSplit, iterate_pixels, prefetch, sources
 from featcache.data.prefetch import run_ahead
 from featcache.data.sources import ArraySource, FileSource
 from featcache.errors import FeatcacheError, UserError
@@ -77,7 +77,7 @@ def test_random_views_do_not_depend_on_workers_or_order(split: ImageSplit) -> No
         np.testing.assert_array_equal(by_workers[0][index], by_workers[1][index])
 
 
-def test_random_views_go_with_the_picture_not_with_its_row(tmp_path: Path) -> None:
+def test_random_views_go_with_the_picture_not_with_its_row() -> None:
     pictures = [picture(number, 32) for number in range(4)]
     labels = np.zeros(4, np.int64)
     there = ImageSplit("a", list("abcd"), labels, ArraySource(pictures.__getitem__))
@@ -192,11 +192,10 @@ def test_ctrl_c_ends_the_process(tmp_path: Path) -> None:
     assert (child.returncode, errors) == (130, "")
 
 
-def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    split = load_dataset(config(root, tmp_path)).splits["train"]
+def test_a_file_that_changes_during_the_run_is_noticed(pets: Path, load: Load) -> None:
+    split = load(pets).splits["train"]
     assert len(split.content) == 8
-    file = root / "train" / "cat" / "001.png"
+    file = pets / "train" / "cat" / "001.png"
     data = file.read_bytes()
     file.write_bytes(data)  # touched, same bytes
     assert len(list(iterate_pixels(split, range(8), PREP, workers=2))) == 8
@@ -205,12 +204,11 @@ def test_a_file_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
         list(iterate_pixels(split, range(8), PREP, workers=2))
 
 
-def test_a_picture_that_turns_up_after_hashing_is_noticed(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    file = root / "train" / "cat" / "001.png"
+def test_a_picture_that_turns_up_after_hashing_is_noticed(pets: Path, load: Load) -> None:
+    file = pets / "train" / "cat" / "001.png"
     data = file.read_bytes()
     file.write_bytes(b"")
-    split = load_dataset(config(root, tmp_path)).splits["train"]
+    split = load(pets).splits["train"]
     assert split.content[1].tolist() == [0] * 31 + [2]
     file.write_bytes(data)
     with pytest.raises(UserError, match="changed during the run"):
@@ -218,10 +216,10 @@ def test_a_picture_that_turns_up_after_hashing_is_noticed(tmp_path: Path) -> Non
 
 
 def test_a_file_written_between_stamp_and_read_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     """Its times and size say nothing: the bytes that were read are compared."""
-    split = load_dataset(config(make_folder(tmp_path / "pets"), tmp_path)).splits["train"]
+    split = load(make_folder(tmp_path / "pets")).splits["train"]
     assert len(split.content) == 8
     real = sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path: (b"other bytes", real(path)[1]))
@@ -229,11 +227,10 @@ def test_a_file_written_between_stamp_and_read_is_noticed(
         split.load(1)
 
 
-def test_the_first_read_is_the_one_that_is_recorded(tmp_path: Path) -> None:
+def test_the_first_read_is_the_one_that_is_recorded(pets: Path, load: Load) -> None:
     """Training decodes before it hashes: the fingerprint is that of what was decoded."""
-    root = make_folder(tmp_path / "pets")
-    split = load_dataset(config(root, tmp_path)).splits["train"]
-    file = root / "train" / "cat" / "001.png"
+    split = load(pets).splits["train"]
+    file = pets / "train" / "cat" / "001.png"
     data = file.read_bytes()
     part = split.subset(np.array([1, 2]))
     assert split.read(1) == data
@@ -244,45 +241,42 @@ def test_the_first_read_is_the_one_that_is_recorded(tmp_path: Path) -> None:
             one()
 
 
-def test_a_picture_that_cannot_be_read_any_more_ends_the_run(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "pets")
-    split = load_dataset(config(root, tmp_path, on_error="skip")).splits["train"]
+def test_a_picture_that_cannot_be_read_any_more_ends_the_run(pets: Path, load: Load) -> None:
+    split = load(pets, on_error="skip").splits["train"]
     assert len(split.content) == 8
-    file = root / "train" / "cat" / "001.png"
+    file = pets / "train" / "cat" / "001.png"
     file.unlink()
-    message = rf"{file} could be read before and cannot be now \(missing\): see to it, then run the"
+    message = rf"{file} could be read before and cannot be read now \(missing\): fix that, then run"
     with pytest.raises(UserError, match=message):
         list(iterate_pixels(split, range(8), PREP, workers=2))
 
 
 @pytest.mark.parametrize("use", [lambda split: split.content, lambda split: split.load(0)])
 def test_a_folder_that_is_gone_is_not_a_folder_of_missing_pictures(
-    tmp_path: Path, use: Callable[[ImageSplit], object]
+    tmp_path: Path, use: Callable[[ImageSplit], object], load: Load, pets: Path
 ) -> None:
-    root = make_folder(tmp_path / "pets")
-    split = load_dataset(config(root, tmp_path, on_error="skip")).splits["train"]
-    root.rename(tmp_path / "away")
-    with pytest.raises(UserError, match=rf"the folder {root}/ is gone: once it is back, run the"):
+    split = load(pets, on_error="skip").splits["train"]
+    pets.rename(tmp_path / "away")
+    with pytest.raises(UserError, match=rf"the folder {pets}/ is gone: once it is back, run the"):
         use(split)
 
 
 def test_a_remembered_hash_that_is_wrong_is_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pets: Path, monkeypatch: pytest.MonkeyPatch, load: Load
 ) -> None:
     """On a file system that leaves the times as they were, the next run hashes again."""
     later = time.time() + 10
     monkeypatch.setattr(file_hashes.time, "time", lambda: later)
-    root = make_folder(tmp_path / "pets")
-    split = load_dataset(config(root, tmp_path)).splits["train"]
+    split = load(pets).splits["train"]
     before = split.content
-    stamp = file_hashes.stamp_of((root / "train" / "cat" / "001.png").stat())
-    (root / "train" / "cat" / "001.png").write_bytes(encoded(picture(77)))
+    stamp = file_hashes.stamp_of((pets / "train" / "cat" / "001.png").stat())
+    (pets / "train" / "cat" / "001.png").write_bytes(encoded(picture(77)))
     monkeypatch.setattr(sources, "stamp_of", lambda status: stamp)
-    again = load_dataset(config(root, tmp_path)).splits["train"]
+    again = load(pets).splits["train"]
     assert (again.content[1] == before[1]).all()
     with pytest.raises(UserError, match="changed during the run"):
         again.load(1)
-    third = load_dataset(config(root, tmp_path)).splits["train"]
+    third = load(pets).splits["train"]
     assert (third.content[1] != before[1]).any()
     third.load(1)
 
@@ -295,7 +289,8 @@ def test_a_shortage_of_memory_ends_the_run(
         raise MemoryError
 
     monkeypatch.setattr(prefetch, "view_pixels", refuse)
-    with pytest.raises(FeatcacheError, match="p/0000 in split train: no memory to decode it; free"):
+    message = "p/0000 in split train: not enough memory to decode it; free"
+    with pytest.raises(FeatcacheError, match=message):
         list(iterate_pixels(split, range(NUM), PREP, workers=workers))
 
 

@@ -102,7 +102,7 @@ def test_every_class_keeps_a_train_sample(counts: list[int], part: float, seed: 
 
 
 def test_too_few_to_set_aside() -> None:
-    with pytest.raises(UserError, match="2 images are too few to set aside a test part"):
+    with pytest.raises(UserError, match="2 images are too few for a test split"):
         split_off_test(split_with([1, 1]), 0.5, 0)
 
 

@@ -417,7 +417,7 @@ def test_a_passing_failure_is_not_recorded(
     config = settings(copy, tmp_path, on_error="skip")
     with monkeypatch.context() as patched:
         patched.setattr(featcache.engine, "choose_engine", away)
-        with pytest.raises(UserError, match="could be read before and cannot be now"):
+        with pytest.raises(UserError, match="could be read before and cannot be read now"):
             ex.extract(config)
     (tmp_path / "away").rename(copy / "train")
     report = ex.extract(config)

@@ -1,4 +1,4 @@
-"""What a dataset is: ordered, labelled samples with a content hash each, loaded one by one."""
+"""Datasets: splits of ordered, labeled images, each with a content hash, loaded one by one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ImageSplit:
 
     Attributes:
         name: train, test or val.
-        ids: What each sample is called; unique, sorted unless the dataset has an order of its own.
+        ids: Unique names of the samples; sorted, unless the dataset has an order of its own.
         labels: int64 [N], indexes into the dataset's class names.
         weights: float32 [N], or None where no weights were given.
     """
@@ -70,21 +70,21 @@ class ImageSplit:
         return f"ImageSplit({self.name!r}, {len(self)} samples)"
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The undecoded picture of row `index`, for `decoded`; it has the sha256 in `content`.
+        """The undecoded image of row `index`, for `decoded`; its sha256 is the one in `content`.
 
         Raises:
             BadImage: It cannot be read.
-            UserError: It is not what was read or hashed before.
+            UserError: It changed since it was read or hashed.
         """
         return self._source.read(int(self._positions[index]))
 
     @staticmethod
     @contextmanager
     def decoded(raw: bytes | Image.Image) -> Iterator[Image.Image]:
-        """What `read` gave, as an upright RGB picture; its memory counts until the block ends.
+        """Decode what `read` returned to upright RGB; its memory counts until the block ends.
 
         Raises:
-            BadImage: It is not a picture, is damaged or too large.
+            BadImage: It is not an image, is damaged or too large.
         """
         if isinstance(raw, bytes):
             with decoded(raw) as image:
@@ -93,10 +93,10 @@ class ImageSplit:
             yield to_rgb(raw)
 
     def load(self, index: int) -> Image.Image:
-        """The picture of row `index`: RGB, 8 bits, upright as its EXIF says, alpha over white.
+        """The image of row `index`: 8-bit RGB, rotated as its EXIF says, alpha blended over white.
 
         Raises:
-            BadImage: It cannot be used; the reason says why.
+            BadImage: It cannot be used, with the reason.
         """
         with self.decoded(self.read(index)) as image:
             return image
@@ -105,13 +105,13 @@ class ImageSplit:
     def content(self) -> UInt8:
         """uint8 [N, 32]: the sha256 of every sample, computed in threads on first use.
 
-        Of a file it is that of the bytes, of a picture in memory that of mode, size and pixels.
-        A file that cannot be read has 31 zero bytes and its reason's code.
+        Files are hashed by their bytes, images in memory by mode, size and pixels. A file that
+        cannot be read has 31 zero bytes and the code of the reason.
         """
         return self.hash_contents()
 
     def hash_contents(self, on_done: Callable[[int], None] | None = None) -> UInt8:
-        """Like `content`; calls `on_done` with the number of samples just hashed, now and then."""
+        """Like `content`; calls `on_done` with the number of samples hashed since its last call."""
         with self._lock:
             if self._content is None:
                 hashes = np.empty((len(self), 32), dtype=np.uint8)
@@ -140,10 +140,10 @@ class ImageSplit:
         )
 
     def record(self, content: UInt8) -> None:
-        """Demand from now on that the samples have these hashes, uint8 [N, 32].
+        """Require from now on that the samples have these hashes, uint8 [N, 32].
 
         Raises:
-            UserError: One was read or hashed already and has another.
+            UserError: One was already read or hashed and has a different hash.
         """
         assert content.shape == (len(self), 32)
         for position, digest in zip(self._positions, content, strict=True):
@@ -169,13 +169,13 @@ class ImageDataset:
     """A named set of splits.
 
     Attributes:
-        name: Short, fit for a file name.
+        name: Short enough for a file name.
         kind: digits, torchvision, folder or manifest.
         splits: train and test, and val where the dataset has all three.
         class_names: By label.
-        drawn: Whether the seed had a part in choosing the samples.
-        test_fraction: The share set aside for testing, if any was.
-        notes: What a person should know, such as ignored files; one line each.
+        drawn: Whether the seed helped to choose the samples.
+        test_fraction: The fraction set aside for testing, if any.
+        notes: Remarks for the user, such as ignored files; one line each.
     """
 
     name: str
@@ -190,7 +190,7 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """sha256, as hex, of class names and every split's ids, labels, weights and contents.
 
-        Independent of where the files lie and of their modification times.
+        Independent of the files' location and modification times.
         """
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for name in sorted(self.splits):
@@ -205,7 +205,7 @@ class ImageDataset:
         return digest.hexdigest()
 
     def info(self, config: DataConfig) -> DatasetInfo:
-        """What a cache records; the seed is 0 unless it chose the samples."""
+        """What a cache records of the dataset; the seed is 0 unless it helped to choose samples."""
         return DatasetInfo(
             name=self.name,
             kind=self.kind,
@@ -218,6 +218,6 @@ class ImageDataset:
 
 
 def short_name(text: str) -> str:
-    """`text` as part of a file name: lower case letters, digits, dots, dashes, underscores."""
+    """`text` for use in a file name: lowercase letters, digits, dots, dashes, underscores."""
     clean = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
     return clean[:60] or "dataset"

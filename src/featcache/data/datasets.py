@@ -92,12 +92,12 @@ def _shadow_notes(config: DataConfig, name: str | None) -> tuple[str, ...]:
 
 
 def load_digits(config: DataConfig) -> ImageDataset:
-    """The digits, a stratified and seeded part of them set aside for testing."""
+    """scikit-learn's digits, 1,797 gray 8x8 images; the test split is stratified and seeded."""
     values, labels = _read_digits()
     pixels = np.rint(values * (255.0 / DIGITS_WHITE)).astype(np.uint8).reshape(-1, 8, 8)
-    pictures = [Image.fromarray(picture) for picture in pixels]
-    ids = [f"digits/{number:05d}" for number in range(len(pictures))]
-    every = ImageSplit("all", ids, labels, ArraySource(pictures.__getitem__))
+    images = [Image.fromarray(image) for image in pixels]
+    ids = [f"digits/{number:05d}" for number in range(len(images))]
+    every = ImageSplit("all", ids, labels, ArraySource(images.__getitem__))
     fraction = config.test_fraction or DIGITS_TEST_FRACTION
     splits = split_off_test(every, fraction, config.seed)
     names = [str(digit) for digit in range(10)]
@@ -107,8 +107,8 @@ def load_digits(config: DataConfig) -> ImageDataset:
 def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Values 0 to 16, float64 [N, 64], and labels, int64 [N].
 
-    scikit-learn ships them as one compressed table. Reading that takes a fiftieth of the time that
-    importing scikit-learn does; where the table has moved, scikit-learn is asked.
+    scikit-learn ships them as one compressed table. Reading it takes a fiftieth of the time that
+    importing scikit-learn takes; if the table has moved, scikit-learn loads it.
     """
     spec = importlib.util.find_spec("sklearn")
     home = Path(spec.origin).parent if spec and spec.origin else Path()
@@ -124,7 +124,7 @@ def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
 
 
 def _memo(config: DataConfig, root: Path) -> Memo:
-    """File hashes of one dataset; an own memo each, since a memo is read as a whole."""
+    """File hashes of one dataset; each has its own memo, because a memo is read as a whole."""
     place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
     return Memo(config.cache_dir, f"files-{place[:16]}")
 
@@ -153,10 +153,10 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
 
 
 def _mode_of(text: str, path: Path) -> int | None:
-    """The mode of what lies at `path`; None if nothing does.
+    """The file mode of `path`; None if it does not exist.
 
     Raises:
-        UserError: That cannot be found out.
+        UserError: The path cannot be accessed.
     """
     try:
         return os.stat(path).st_mode
@@ -170,7 +170,7 @@ def _mode_of(text: str, path: Path) -> int | None:
 
 
 def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
-    """Apply num_train and num_test."""
+    """Apply `num_train` and `num_test`, and add notes on what is left."""
     wanted = {"train": config.num_train, "test": config.num_test}
     splits = dict(dataset.splits)
     for name, total in wanted.items():
@@ -203,12 +203,12 @@ def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
 
 
 def _has_own_order(dataset: ImageDataset) -> bool:
-    """Whether "the first ones" are the dataset's and not an accident of our sorting."""
+    """Whether the dataset has an order of its own, so that its first images mean something."""
     return dataset.kind == "torchvision" and not dataset.drawn
 
 
 def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ...]:
-    """Name classes that look alike, and say when the first train images leave classes out.
+    """Name classes that look alike, and say if the first train images lack some classes.
 
     Raises:
         UserError: They are all of one class.
@@ -218,21 +218,21 @@ def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ..
     there, kept = (len(np.unique(s.labels)) for s in (dataset.splits["train"], train))
     if kept < 2:
         raise UserError(
-            f"the {len(train)} train images of {dataset.name} that --num-train leaves are of one "
-            "class: give a larger number, or leave --num-train out"
+            f"the {len(train)} train images of {dataset.name} that --num-train keeps are all "
+            "of one class: give a larger number, or leave --num-train out"
         )
     if kept == there:
         return alike
     return (
         *alike,
-        f"the {len(train)} train images hold {kept} of {there} classes: see --num-train",
+        f"the {len(train)} train images have {kept} of {there} classes: see --num-train",
     )
 
 
 def _notes_on_width(splits: dict[str, ImageSplit]) -> tuple[str, ...]:
-    """Name the image whose path makes those of all others long: a cache stores them at one width.
+    """Name an image whose long path makes the cache large: it stores all paths at one width.
 
-    That is worth a note where the padding takes more than WIDE_BYTES and most of the space.
+    Only if the padding takes more than WIDE_BYTES and most of the space.
     """
     notes = []
     for split in splits.values():
@@ -242,7 +242,7 @@ def _notes_on_width(splits: dict[str, ImageSplit]) -> tuple[str, ...]:
             longest = split.ids[sizes.index(width)]
             notes.append(
                 f"the paths of the {split.name} images take {len(sizes) * width / 1e6:.0f} MB in "
-                f"the cache, because each is stored as long as the longest ({width} bytes: "
+                f"the cache, because each takes the space of the longest ({width} bytes: "
                 f"{longest:.60}…): shorten that path, or remove the image"
             )
     return tuple(notes)

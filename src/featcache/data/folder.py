@@ -1,4 +1,4 @@
-"""Class-folder trees: train/<class>/*.jpg beside test/<class>/*.jpg, or one such tree."""
+"""Folders of class folders: train/<class>/*.jpg and test/<class>/*.jpg, or only <class>/*.jpg."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from featcache.data.listing import (
     Listing,
     alike_text,
     is_folder,
-    is_picture,
+    is_image_file,
     left_out_note,
     look_alikes,
 )
@@ -32,9 +32,9 @@ _ACCEPTED = ", ".join(EXTENSIONS)
 
 @dataclass
 class _Tree:
-    """What one class-folder tree holds: ids relative to the dataset's folder, by class.
+    """The images of one tree of class folders: ids relative to the dataset's folder, by class.
 
-    `loose` are pictures outside class folders.
+    `loose` are images outside class folders.
     """
 
     top: Path
@@ -48,10 +48,10 @@ class _Tree:
 
 
 def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
-    """Read a folder with train/ and test/ (or val/), or one class-folder tree.
+    """Read a folder with train/ and test/ (or val/), or one tree of class folders.
 
     Raises:
-        UserError: It is not such a folder; the message says what is wrong and what to do.
+        UserError: It is not such a folder; the message says why and what to do.
     """
 
     def new_listing() -> Listing:
@@ -65,14 +65,14 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
         trees = {split: _read_tree(root, top, new_listing()) for split, top in tops.items()}
         return _load_split_tree(root, trees, memo, beside)
     if not beside or config.test_fraction is None:
-        # With other folders and a share, train/ may well be a class: of vehicles, say.
+        # Beside other folders and with --test-fraction, train/ may be a class, say of vehicles.
         _refuse_half_split(root, tops)
     tree = _read_tree(root, root, new_listing())
     _check_train(tree)
     if config.test_fraction is None:
         raise UserError(
             f"{root} is one tree of {len(tree.by_class)} class folders without train/ and test/: "
-            "say which share to set aside for testing, for example --test-fraction 0.2"
+            "say which fraction to set aside for testing, for example --test-fraction 0.2"
         )
     every = _split_of("all", tree, root, sorted(tree.by_class), memo)
     splits = split_off_test(every, config.test_fraction, config.seed)
@@ -88,7 +88,7 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
 
 
 def _own_folders(config: DataConfig) -> frozenset[str]:
-    """Resolved paths of the folders that hold our caches and downloaded datasets."""
+    """Resolved paths of the folders with our caches and downloaded datasets."""
     own = [config.cache_dir]
     places = (place for known in TORCHVISION_SETS.values() for place in known.places)
     if any((config.data_root / place).exists() for place in places):
@@ -117,7 +117,7 @@ def _load_split_tree(
 
 
 def _split_tops(root: Path, listing: Listing) -> tuple[dict[str, Path], list[str]]:
-    """The folders that hold train, test and val, whatever their case, and the other folders."""
+    """The folders of train, test and val, in any case, and the names of other folders."""
     tops: dict[str, Path] = {}
     beside: list[str] = []
     for entry in listing.entries(root, classes=True):
@@ -153,12 +153,12 @@ def _read_tree(root: Path, top: Path, listing: Listing) -> _Tree:
     prefix = "" if top == root else f"{top.name}/"
     for entry in listing.entries(top, classes=True):
         if is_folder(entry):
-            found = sorted(listing.pictures(entry.path, f"{prefix}{entry.name}/"))
+            found = sorted(listing.images(entry.path, f"{prefix}{entry.name}/"))
             if not found and listing.has_only_ours(entry.path):
                 listing.ours.append(entry.name)
             else:
                 tree.by_class[entry.name] = found
-        elif is_picture(entry.name):
+        elif is_image_file(entry.name):
             tree.loose.append(entry.name)
         else:
             listing.ignore(entry.name)
@@ -168,20 +168,19 @@ def _read_tree(root: Path, top: Path, listing: Listing) -> _Tree:
 def _check_tree(tree: _Tree) -> None:
     if tree.loose:
         raise UserError(
-            f"{tree.top} has pictures outside class folders ({len(tree.loose)}, such as "
+            f"{tree.top} has images outside class folders ({len(tree.loose)}, such as "
             f"{tree.loose[0]}): move them into {tree.top}/<class>/"
         )
     names, ignored = sorted(tree.by_class), tree.listing.ignored
     if not names:
         seen = f" (only {_counted(ignored)})" if ignored else ""
         raise UserError(
-            f"{tree.top} has no class folders{seen}: put pictures into {tree.top}/<class>/"
+            f"{tree.top} has no class folders{seen}: put images into {tree.top}/<class>/"
         )
     if tree.num_images == 0:
         seen = f", only {_counted(ignored)}" if ignored else ""
         raise UserError(
-            f"no picture in the class folders of {tree.top}{seen}; file names that count end in "
-            f"{_ACCEPTED}"
+            f"no image in the class folders of {tree.top}{seen}; image files end in {_ACCEPTED}"
         )
 
 
@@ -189,13 +188,13 @@ def _check_train(tree: _Tree) -> None:
     _check_tree(tree)
     if len(tree.by_class) == 1:
         raise UserError(
-            f"{tree.top} has one class folder only, {next(iter(tree.by_class))!r}: a classifier "
-            "needs two or more"
+            f"{tree.top} has only one class folder, {next(iter(tree.by_class))!r}: a classifier "
+            "needs at least two"
         )
     empty = [name for name, ids in sorted(tree.by_class.items()) if not ids]
     if empty:
         raise UserError(
-            f"no picture in class folder {tree.top / empty[0]}{_and_more(empty)}: add some or "
+            f"no image in class folder {tree.top / empty[0]}{_and_more(empty)}: add some or "
             "remove the folder"
         )
 
@@ -203,7 +202,7 @@ def _check_train(tree: _Tree) -> None:
 def _refuse_unlabelled(train: _Tree, tree: _Tree) -> None:
     if tree.loose and not tree.by_class:
         raise UserError(
-            f"{tree.top} has pictures ({len(tree.loose)}, such as {tree.loose[0]}) but no class "
+            f"{tree.top} has images ({len(tree.loose)}, such as {tree.loose[0]}) but no class "
             f"folders, so nothing can be scored on it: give {train.top} itself with "
             f"--test-fraction 0.2, or move them into {tree.top}/<class>/"
         )
@@ -214,12 +213,12 @@ def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
         train.top: sorted(train.by_class.keys() - other.by_class.keys()),
         other.top: sorted(other.by_class.keys() - train.by_class.keys()),
     }
-    told = [
+    lacking = [
         f"only {top.name}/ has {', '.join(map(repr, names[:5]))}{_and_more(names, 5)}"
         for top, names in only.items()
         if names
     ]
-    if told:
+    if lacking:
         pairs = look_alikes([name for names in only.values() for name in names])
         alike = f" ({alike_text(pairs)})" if pairs else ""
         other_way = (
@@ -228,7 +227,7 @@ def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
             else f", or give {train.top} itself with --test-fraction 0.2"
         )
         raise UserError(
-            f"the class folders of {train.top} and {other.top.name}/ differ: {'; '.join(told)}"
+            f"the class folders of {train.top} and {other.top.name}/ differ: {'; '.join(lacking)}"
             f"{alike}; make them the same{other_way}"
         )
 
@@ -244,8 +243,8 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
 
 def _counted(ignored: Counter[str]) -> str:
     kinds = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    told = ", ".join(f"{suffix} {count}x" for suffix, count in kinds[:3])
-    return f"files of other kinds ({told}{', ...' if len(kinds) > 3 else ''})"
+    shown = ", ".join(f"{suffix} {count}x" for suffix, count in kinds[:3])
+    return f"files of other kinds ({shown}{', ...' if len(kinds) > 3 else ''})"
 
 
 def _and_more(names: list[str], shown: int = 1) -> str:

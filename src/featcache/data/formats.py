@@ -1,4 +1,4 @@
-"""Which format a picture's bytes are in, and Pillow's reader for it."""
+"""Recognizing an image's format, and opening it with Pillow's reader for that format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-# Pillow's name of a format, what people call it, and how its files begin.
+# Pillow's name of a format, the common name, and how its files begin.
 _FORMATS = tuple(
     (name, called, re.compile(start, re.DOTALL))
     for name, called, start in (
@@ -41,39 +41,39 @@ DECODE_ERRORS = (
     *(KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError, NotImplementedError),
     *(AssertionError, RuntimeError),
 )
-"""What Pillow's decoders let through on damaged input, found by fuzzing."""
+"""What Pillow's decoders raise on damaged input, found by fuzzing."""
 
 
 class _Jpeg(JpegImagePlugin.JpegImageFile):
-    """A JPEG whose EXIF Pillow does not parse: it is slow, and warns when damaged."""
+    """A JPEG whose EXIF Pillow does not parse, which is slow and warns of damage."""
 
     def _read_dpi_from_exif(self) -> None:
         return
 
 
 class _Tiff(TiffImagePlugin.TiffImageFile):
-    """A TIFF that Pillow does not turn upright: it parses, and warns of, all EXIF for that."""
+    """A TIFF that Pillow does not rotate upright, for which it would parse all EXIF and warn."""
 
     def _open(self) -> None:
         super()._open()
         with contextlib.suppress(*DECODE_ERRORS):
-            self.getexif()  # while the file is at hand, and warnings are off
+            self.getexif()  # while the file is open and warnings are off
 
     def load_end(self) -> None:
-        self._size = self.im.size  # of the picture as stored; Pillow gives that after turning
+        self._size = self.im.size  # of the image as stored; Pillow's is after rotation
 
 
 _OWN = {"JPEG": _Jpeg, "TIFF": _Tiff}
 
 
 class Format(NamedTuple):
-    """A picture format: Pillow's name for it, and what people call it."""
+    """An image format: Pillow's name for it and the common name."""
 
     name: str
     called: str
 
     def is_readable(self) -> bool:
-        """Whether Pillow has a reader for it here."""
+        """Whether Pillow has a reader for it on this machine."""
         if self.name not in Image.OPEN:
             with quiet():
                 Image.init()
@@ -83,23 +83,23 @@ class Format(NamedTuple):
         return self.name in Image.OPEN
 
     def remedy(self) -> str:
-        """What to do where it is not."""
+        """What to do if it has none."""
         install = "python -m pip install pillow-heif, or " if self.name == "HEIF" else ""
         return f"{install}convert it to JPEG or PNG"
 
 
 def format_of(data: bytes) -> Format | None:
-    """The format by the first bytes; None for anything that is not a picture."""
+    """The format, found from the first bytes; None for anything that is not an image."""
     head = data[:_HEAD_BYTES]
     return next((Format(n, called) for n, called, start in _FORMATS if start.match(head)), None)
 
 
-# One thread at a time may change the warning filters: they belong to the process.
+# Warning filters belong to the process, so only one thread at a time may change them.
 _WARNING_LOCK = threading.Lock()
 
 
 def _forget_threads() -> None:
-    """In a forked child: the thread that held the lock is not there to free it."""
+    """In a forked child the thread that held the lock does not exist to release it."""
     global _WARNING_LOCK  # noqa: PLW0603
     _WARNING_LOCK = threading.Lock()
 
@@ -116,9 +116,9 @@ def quiet() -> Iterator[None]:
 
 
 def open_header(name: str, data: bytes) -> ImageFile.ImageFile:
-    """Parse the header; pixels are not decoded yet, but WebP's canvases are laid out.
+    """Parse the header; no pixels are decoded yet, but WebP's canvases are allocated.
 
-    Not by Image.open: it swallows what is wrong with a header.
+    Not by Image.open, which hides what is wrong with a header.
     """
     lean = _without_bulk(data) if name == "PNG" else data
     with quiet() if name not in ("JPEG", "BMP", "PPM") else contextlib.nullcontext():
@@ -126,7 +126,7 @@ def open_header(name: str, data: bytes) -> ImageFile.ImageFile:
 
 
 def _without_bulk(data: bytes) -> bytes:
-    """A PNG without the profiles and texts that unpack to more than Pillow takes."""
+    """A PNG without the profiles and texts that unpack to more than Pillow accepts."""
     stream, kept, place = PngImagePlugin.PngStream(io.BytesIO()), 8, 8
     parts = []
     while place + 12 <= len(data):
@@ -145,7 +145,7 @@ def _without_bulk(data: bytes) -> bytes:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the canvas that a WebP's first chunk asks for."""
+    """Width and height of a WebP's canvas, from its first chunk."""
     kind = data[12:16]
     if kind == b"VP8X":
         wide, high = data[24:27], data[27:30]

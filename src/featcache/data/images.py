@@ -1,4 +1,4 @@
-"""Reading one picture: bytes to RGB, whatever the format and mode, or a reason why not."""
+"""Decoding one image: bytes of any format and mode to RGB, or the reason why that failed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ REASONS: dict[int, str] = {
     6: "missing",
     7: "other",
 }
-"""Why a picture could not be used, by the code that a cache stores; 0 is a good row."""
+"""Why an image could not be used, by the code that a cache stores; 0 is a good row."""
 
 TRUNCATED, EMPTY, NOT_A_PICTURE, TOO_LARGE, UNREADABLE, MISSING, OTHER = REASONS
 
 MAX_PIXELS = 2**27
-"""Larger pictures are refused before they are decoded: 134 million pixels."""
+"""Images with more pixels (134 million) are refused before they are decoded."""
 MAX_PICTURE_BYTES = 12 * MAX_PIXELS
-"""Pictures that take more memory to decode are refused before they are: 1.6 GB."""
+"""Images that would take more memory to decode (1.6 GB) are refused before they are decoded."""
 MAX_FILE_BYTES = 2**29
 _CORE_BYTES = 2**28
 _MANY_PIXELS = 2**24
 
-# Bytes per pixel while a picture is decoded and turned, measured and rounded up: Pillow keeps RGB
-# in four bytes, and the animation decoder of WebP two canvases besides. Other formats: by mode.
+# Bytes per pixel while an image is decoded and rotated, measured and rounded up: Pillow keeps RGB
+# in four bytes, and its WebP decoder two more canvases. For other formats the mode decides.
 _FORMAT_BYTES = {"WEBP": 24, "AVIF": 24, "HEIF": 24, "JXL": 24, "JPEG2000": 32}
 _MODE_BYTES = {"LA": 14, "F": 14, "I": 14}
 _OTHER_MODE_BYTES = 12
@@ -46,7 +46,7 @@ EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-"""File names that count as pictures, in any case; the content decides the format."""
+"""Suffixes of image files, in any case; the content decides the format."""
 
 _TURNED_BY = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 _TRANSPOSE = {
@@ -61,7 +61,7 @@ _TRANSPOSE = {
 
 
 class BadImage(Exception):  # noqa: N818
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Attributes:
         code: A key of REASONS.
@@ -104,14 +104,14 @@ def read_file(path: str) -> tuple[bytes, os.stat_result]:
     return data, status
 
 
-class _Room:
-    """Memory that threads share: whoever needs more than is free waits for the others."""
+class _MemoryBudget:
+    """Memory that threads share: one that needs more than is free waits for the others."""
 
     def __init__(self) -> None:
-        self.empty()
+        self.reset()
 
-    def empty(self) -> None:
-        """Forget who held what: in a forked child those threads are not there to free it."""
+    def reset(self) -> None:
+        """Reset: in a forked child the threads that held memory do not exist to free it."""
         self._free = max(MAX_PICTURE_BYTES, num_cores() * _CORE_BYTES)
         self._changed = threading.Condition()
 
@@ -128,24 +128,24 @@ class _Room:
                 self._changed.notify_all()
 
 
-_ROOM = _Room()
-os.register_at_fork(after_in_child=_ROOM.empty)
+_BUDGET = _MemoryBudget()
+os.register_at_fork(after_in_child=_BUDGET.reset)
 
 
 @contextlib.contextmanager
 def decoded(data: bytes) -> Iterator[Image.Image]:
-    """Decode a picture of any accepted format to RGB, upright as its EXIF or XMP says.
+    """Decode an image of any accepted format to RGB, upright as its EXIF or XMP says.
 
-    Alpha is laid over white. 16-bit grey is scaled to 8 bits. Of several frames the first counts.
-    All threads together decode at most 1.6 GB, or 268 MB per core where that is more: a picture
-    counts until the block ends.
+    Alpha is blended over white, 16-bit gray is scaled to 8 bits, and of several frames the first
+    is used. All threads together hold at most 1.6 GB of images, or 268 MB per core if that is
+    more; an image counts until the block ends.
 
     Raises:
-        BadImage: The bytes are not a picture, are damaged, or are too large.
+        BadImage: The bytes are not an image, are damaged, or are too large.
     """
     name = _readable_format(data)
     with _errors_named():
-        # The first thing that Pillow does with WebP is to lay out whole canvases.
+        # Opening a WebP makes Pillow allocate whole canvases, so its size is read first.
         header = None if name == "WEBP" else open_header(name, data)
         size, mode = (webp_size(data), "RGBA") if header is None else (header.size, header.mode)
     per_pixel = _FORMAT_BYTES.get(name) or _MODE_BYTES.get(mode, _OTHER_MODE_BYTES)
@@ -153,7 +153,7 @@ def decoded(data: bytes) -> Iterator[Image.Image]:
     if size[0] * size[1] > MAX_PIXELS or num_bytes > MAX_PICTURE_BYTES:
         most = min(MAX_PIXELS, MAX_PICTURE_BYTES // per_pixel)
         raise BadImage(TOO_LARGE, f"{size[0]}x{size[1]} px, at most {most} in all")
-    with _ROOM.held(num_bytes):
+    with _BUDGET.held(num_bytes):
         with _errors_named():
             image = _loaded(header or open_header(name, data), data)
         header = None
@@ -171,14 +171,14 @@ def _readable_format(data: bytes) -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """What `decoded` gives, to keep. Raises BadImage."""
+    """Like `decoded`, for an image to keep. Raises BadImage."""
     with decoded(data) as image:
         return image
 
 
 def _loaded(image: Image.Image, data: bytes) -> Image.Image:
     _refuse_missing_strips(image)
-    # Pillow warns of large tiles, and of oddities behind an animated PNG's pixels.
+    # Pillow warns about large tiles, and about odd chunks after the pixels of an animated PNG.
     noisy = image.width * image.height > _MANY_PIXELS or (data[:1] == b"\x89" and b"acTL" in data)
     with quiet() if noisy else contextlib.nullcontext():
         image.load()
@@ -186,7 +186,7 @@ def _loaded(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def decode_opened(image: Image.Image) -> Image.Image:
-    """The picture that `decode` would give, of one that the caller opened or made with Pillow.
+    """Like `decode`, for an image that the caller opened or made with Pillow.
 
     Raises:
         BadImage: It is damaged, too large, or has no pixels.
@@ -195,7 +195,7 @@ def decode_opened(image: Image.Image) -> Image.Image:
         code = TOO_LARGE if image.width * image.height else OTHER
         raise BadImage(code, f"{image.width}x{image.height} px, at most {MAX_PIXELS} in all")
     with _errors_named():
-        # One at a time: the caller may give one picture twice, and loading it is not thread-safe.
+        # One at a time: the caller may give one image twice, and loading it is not thread-safe.
         with quiet():
             image.load()
         return _upright_rgb(image)
@@ -211,7 +211,7 @@ def _errors_named() -> Iterator[None]:
 
 
 def _refuse_missing_strips(image: Image.Image) -> None:
-    """Refuse a TIFF whose strips or tiles do not reach its last row; Pillow leaves the rest black.
+    """Refuse a TIFF whose strips or tiles end before its last row; Pillow leaves the rest black.
 
     Raises:
         BadImage: Some rows are not in the file.
@@ -233,7 +233,10 @@ def _reason_of(error: BaseException) -> BadImage:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture, and turn it as its EXIF or XMP says, where they can be read."""
+    """Convert a loaded image to RGB and rotate it as its EXIF or XMP says, if they can be read.
+
+    Not by ImageOps.exif_transpose: it also rewrites the EXIF, and fails where that is damaged.
+    """
     rgb, how = to_rgb(image), None
     if image.info.keys() & _TURNED_BY or isinstance(image, TiffImagePlugin.TiffImageFile):
         with contextlib.suppress(*DECODE_ERRORS), quiet():
@@ -242,7 +245,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded picture of any mode to RGB; alpha is laid over white.
+    """Convert a loaded image of any mode to RGB; alpha is blended over white.
 
     Raises:
         BadImage: Its numbers have no agreed meaning as brightness.
@@ -263,15 +266,15 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _from_wide(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits.
+    """Convert gray of more than 8 bits to RGB.
 
     Integers count as 16 bits: 65535 is white. Floats count as 0 to 1 if none is larger, else as
-    0 to 255, else as 0 to 65535. Anything else is refused rather than guessed.
+    0 to 255, else as 0 to 65535. Other ranges are refused, because their meaning is a guess.
     """
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 65535:
-        raise BadImage(OTHER, f"grey values from {low:g} to {high:g}, wanted 0 to 65535")
+        raise BadImage(OTHER, f"gray values from {low:g} to {high:g}, expected 0 to 65535")
     white = 65535.0
     if image.mode == "F" and high <= 255:
         white = 1.0 if high <= 1 else 255.0
@@ -280,7 +283,7 @@ def _from_wide(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     grey = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _MANY_PIXELS // 16 // values.shape[1])
-    for top in range(0, len(values), rows):  # in strips: float64 takes eight times the memory
+    for top in range(0, len(values), rows):  # in strips, since float64 takes eight times the memory
         strip, out = values[top : top + rows], grey[top : top + rows]
         scaled = strip.astype(np.float64) * (255.0 / white)
         out[:] = np.rint(255.0 - scaled if inverted else scaled)

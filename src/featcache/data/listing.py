@@ -25,9 +25,9 @@ SPLIT_NAMES = {
     "validation": "val",
 }
 MAX_NAME_BYTES = 4096
-"""The longest sample id that a cache holds."""
+"""The longest sample id that a cache can store."""
 
-# Left by systems and tools; thumbnails lie in some of them.
+# Folders that operating systems and tools create; some contain thumbnails.
 _CLUTTER = {
     *("__macosx", "__pycache__", "@eadir", "@tmp", "#recycle", "@recycle", "#snapshot"),
     *("$recycle.bin", "lost+found", "system volume information"),
@@ -39,14 +39,14 @@ _OUR_FILES = re.compile(r"\.featcache-memo-.*|.*\.(h5|hdf5)(\.part|\.lock)?|.*\.
 
 @dataclass
 class Listing:
-    """How the folders of one dataset are listed, and what was left out.
+    """Lists the folders of one dataset, and keeps track of what was left out.
 
     Attributes:
         own_folders: Resolved paths of folders that featcache writes to.
-        skip_names: Leave out names that cannot be stored instead of refusing them.
-        ignored: Files of other kinds, by the end of their names.
-        ours: Folders of featcache's own files that were left out.
-        unusable: Paths that were left out for their names, as they may be printed.
+        skip_names: Whether to leave out files whose names cannot be stored, not refuse them.
+        ignored: Numbers of other files, by suffix.
+        ours: Names of folders with featcache's own files, which were left out.
+        unusable: Paths that were left out because of their names, in printable form.
     """
 
     own_folders: frozenset[str] = frozenset()
@@ -56,15 +56,15 @@ class Listing:
     unusable: list[str] = field(default_factory=list)
 
     def entries(self, folder: Path, *, classes: bool = False) -> list[os.DirEntry[str]]:
-        """What a folder holds, by name, without clutter and folders of our own.
+        """A folder's entries, sorted by name, without clutter and folders of our own.
 
         Args:
-            folder: What to list.
+            folder: The folder to list.
             classes: Whether its folders are classes.
 
         Raises:
             UserError: It cannot be listed, a name cannot be stored, or a folder that featcache
-                writes to has pictures.
+                writes to has images.
         """
         try:
             with os.scandir(folder) as found:
@@ -84,7 +84,7 @@ class Listing:
     def _has_usable_name(self, entry: os.DirEntry[str], classes: bool) -> bool:
         if is_printable(entry.name):
             return True
-        # A whole class is not left out for its name.
+        # A whole class is never left out because of its name.
         is_class = classes and is_folder(entry)
         if is_class or not self.skip_names:
             folder, name = os.path.split(entry.path)
@@ -99,31 +99,29 @@ class Listing:
     def _is_own(self, entry: os.DirEntry[str]) -> bool:
         if os.path.realpath(entry.path) not in self.own_folders:
             return False
-        if any(map(is_picture, os.listdir(entry.path))):
+        if any(map(is_image_file, os.listdir(entry.path))):
             raise UserError(
-                f"{entry.path} is where featcache keeps its own files, but has pictures: name "
-                "another folder with --cache-dir or --data-root, or move the pictures"
+                f"{entry.path} is where featcache keeps its own files, but has images: name "
+                "another folder with --cache-dir or --data-root, or move the images"
             )
         self.ours.append(entry.name)
         return True
 
     def has_only_ours(self, folder: str) -> bool:
-        """Whether a folder has caches or heads and no picture, as an older --cache-dir."""
+        """Whether a folder has caches or heads and no image, such as an earlier --cache-dir."""
         with contextlib.suppress(OSError):
             if any(map(_OUR_FILES.fullmatch, os.listdir(folder))):
                 twin = Listing(self.own_folders, skip_names=True)
-                return next(twin.pictures(folder, ""), None) is None
+                return next(twin.images(folder, ""), None) is None
         return False
 
-    def pictures(
+    def images(
         self, folder: str, prefix: str, above: tuple[tuple[int, int], ...] = ()
     ) -> Iterator[str]:
-        """Ids, each with `prefix`, of the pictures in a folder and below; links are followed.
-
-        A link to a folder that it lies in would go round for ever and is refused.
+        """Ids, each with `prefix`, of the images in a folder and below; links are followed.
 
         Raises:
-            UserError: That, or what `entries` raises.
+            UserError: A link leads back to a folder above it, or as `entries` raises.
         """
         found = self.entries(Path(folder))
         if not found:
@@ -133,18 +131,18 @@ class Listing:
         if here in above:
             raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
         if len(above) >= MAX_DEPTH:
-            raise UserError(f"{folder} lies more than {MAX_DEPTH} folders deep in its class folder")
+            raise UserError(f"{folder} is more than {MAX_DEPTH} folders deep in its class folder")
         for entry in found:
             name = prefix + entry.name
             if is_folder(entry):
-                yield from self.pictures(entry.path, f"{name}/", (*above, here))
-            elif not is_picture(entry.name):
+                yield from self.images(entry.path, f"{name}/", (*above, here))
+            elif not is_image_file(entry.name):
                 self.ignore(entry.name)
             elif self._is_short(name):
                 yield name
 
     def ignore(self, name: str) -> None:
-        """Count a file that is no picture; our own do not matter."""
+        """Count a file that is not an image, except for our own."""
         if not _OUR_FILES.fullmatch(name):
             self.ignored[suffix_of(name)] += 1
 
@@ -164,22 +162,22 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
     """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, for example; opening it will say so
+    except OSError:  # for example a link to itself; opening it reports the error
         return False
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name is a picture's."""
+def is_image_file(name: str) -> bool:
+    """Whether a file's name has the suffix of an image."""
     return suffix_of(name) in EXTENSIONS
 
 
 def suffix_of(name: str) -> str:
-    """The end of a file's name, such as .jpg, in lower case."""
+    """A file name's suffix in lower case, such as .jpg."""
     return os.path.splitext(name)[1].lower() or "no extension"
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is hidden, or a system's own, and so never data."""
+    """Whether a file or folder is hidden or belongs to the system, and so is never data."""
     return name.startswith(".") or name.lower() in _CLUTTER
 
 
@@ -207,7 +205,7 @@ _LIKENESSES: tuple[tuple[str, Callable[[str], object]], ...] = (
 
 
 def look_alikes(names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Pairs of names that people may mean as one, and what makes them alike, in words."""
+    """Pairs of names that may be meant to be the same, and what makes them alike, in words."""
     found: dict[tuple[str, str], str] = {}
     for how, key in _LIKENESSES:
         first: dict[object, str] = {}
@@ -220,13 +218,13 @@ def look_alikes(names: Iterable[str]) -> list[tuple[str, str, str]]:
 
 def alike_text(pairs: Sequence[tuple[str, str, str]]) -> str:
     """The first few such pairs as part of a sentence."""
-    told = "; ".join(f"{one!r} and {two!r} ({how})" for one, two, how in pairs[:_MAX_SHOWN])
-    return told + (f"; and {len(pairs) - _MAX_SHOWN} more" if len(pairs) > _MAX_SHOWN else "")
+    shown = "; ".join(f"{one!r} and {two!r} ({how})" for one, two, how in pairs[:_MAX_SHOWN])
+    return shown + (f"; and {len(pairs) - _MAX_SHOWN} more" if len(pairs) > _MAX_SHOWN else "")
 
 
 def left_out_note(places: Sequence[str]) -> str:
-    """Say which files were left out because a cache cannot hold their names."""
+    """Say which files were left out because a cache cannot store their names."""
     return (
-        f"left out for names that are too long, not UTF-8, or have control characters: "
+        f"left out because their names are too long, not UTF-8, or have control characters: "
         f"{len(places)} ({', '.join(places[:_MAX_SHOWN])}{', …' * (len(places) > _MAX_SHOWN)})"
     )

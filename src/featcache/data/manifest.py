@@ -48,8 +48,8 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     """Read a manifest.
 
     Paths start from the manifest's folder or --image-root and must stay in it, links resolved,
-    unless --allow-outside. A split column says train, test or val; val alone serves as test.
-    Without it --test-fraction sets a share aside.
+    unless --allow-outside is given. A split column says train, test or val; if there is no test,
+    val is used as test. Without that column --test-fraction sets a part aside.
 
     Raises:
         UserError: Something is wrong with it; the message names the line.
@@ -104,7 +104,7 @@ def _notes(header: list[str], left_out: list[str]) -> tuple[str, ...]:
 
 
 def _read_rows(config: DataConfig, file: Path) -> tuple[list[str], list[_Row], list[str]]:
-    """Header and rows, checked one by one, and lines left out for their paths."""
+    """Header, rows that were checked one by one, and lines left out because of their paths."""
     rows: list[_Row] = []
     left_out: list[str] = []
     try:
@@ -135,7 +135,7 @@ def _read_rows(config: DataConfig, file: Path) -> tuple[list[str], list[_Row], l
 
 
 def _wrong_name(path: str) -> str | None:
-    """Why a cache cannot hold a path, if so."""
+    """Why a cache cannot store a path; None if it can."""
     if not is_printable(path):
         return "has a line break or another control character"
     too_long = len(path.encode()) > MAX_NAME_BYTES
@@ -143,14 +143,14 @@ def _wrong_name(path: str) -> str | None:
 
 
 def _lines(file: Path, raw: Iterable[bytes]) -> Iterator[str]:
-    """The lines of a file, refusing what is not text."""
+    """The lines of a file; anything that is not text is refused."""
     for number, line in enumerate(raw, start=1):
         if b"\0" in line:
             raise UserError(
                 f"{file}, line {number}: has a NUL byte; save the file as text in UTF-8"
             )
         try:
-            # Spreadsheets put a byte order mark in front, which is not part of the header.
+            # Spreadsheets start the file with a byte order mark, which is not part of the header.
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(
@@ -168,7 +168,7 @@ def _header(file: Path, fields: list[str]) -> list[str]:
         )
     twice = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
     if twice:
-        raise UserError(f"{file}, line 1: column {twice[0]!r} is there twice; keep one")
+        raise UserError(f"{file}, line 1: duplicate column {twice[0]!r}; keep one")
     return header
 
 
@@ -183,7 +183,7 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
         raise UserError(f"{where}: a field has a line break or another control character")
     label, split = values["label"].strip(), values.get("split", "train").strip().lower()
     if not label:
-        raise UserError(f"{where}: the label is empty; give every picture one")
+        raise UserError(f"{where}: the label is empty; give every image a label")
     if "split" in header and split not in SPLIT_NAMES:
         raise UserError(f"{where}: split {values['split']!r:.80}; one of {', '.join(SPLIT_NAMES)}")
     weight = _weight(where, values["weight"]) if "weight" in header else 1.0
@@ -221,7 +221,7 @@ class _Base:
         self._resolved: dict[str, str] = {}
 
     def check(self, rows: list[_Row]) -> None:
-        """Refuse paths that repeat, leave the folder, or lead nowhere, as the settings say."""
+        """Refuse paths that repeat, leave the folder, or do not exist, as the settings say."""
         first: dict[str, int] = {}
         for row in rows:
             where = f"{self._file}, line {row.line}"
@@ -231,7 +231,7 @@ class _Base:
             earlier = first.setdefault(posixpath.normpath(full), row.line)
             if earlier != row.line:
                 raise UserError(
-                    f"{where}: {row.path} was given in line {earlier} already; keep one"
+                    f"{where}: duplicate path {row.path}, first in line {earlier}; keep one"
                 )
             if not self._anywhere:
                 self._check_inside(where, row.path)
@@ -244,14 +244,14 @@ class _Base:
                 f"{where}: {path} is an absolute path; give it relative to {self._given}/, or "
                 "add --allow-outside"
             )
-        if not self._holds(path):
+        if not self._contains(path):
             raise UserError(
                 f"{where}: {path} leaves {self._name}; paths must stay in {self._given}/: give the "
-                "pictures' folder with --image-root, or add --allow-outside"
+                "images' folder with --image-root, or add --allow-outside"
             )
 
-    def _holds(self, path: str) -> bool:
-        """Whether `path`, links resolved, is below this folder."""
+    def _contains(self, path: str) -> bool:
+        """Whether `path`, with links resolved, is below this folder."""
         head, tail = os.path.split(os.path.join(self.path, path))
         if head not in self._resolved:
             self._resolved[head] = os.path.realpath(head)
@@ -275,7 +275,7 @@ def _check_file(where: str, full: str, path: str) -> None:
 
 
 def _other_form(path: str) -> str:
-    """Say that a file is there under the other Unicode form of its name, if so."""
+    """Say if the file exists under the other Unicode form of its name."""
     for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
         twin = unicodedata.normalize(form, path)  # type: ignore[arg-type]
         if twin != path and os.path.lexists(twin):
@@ -287,7 +287,7 @@ def _check_splits(config: DataConfig, file: Path, header: list[str], split_names
     if "split" not in header:
         if config.test_fraction is None:
             raise UserError(
-                f"{file} has no column split: say which share to set aside for testing, for "
+                f"{file} has no column split: say which fraction to set aside for testing, for "
                 "example --test-fraction 0.2, or add the column with train and test"
             )
         return
@@ -297,15 +297,15 @@ def _check_splits(config: DataConfig, file: Path, header: list[str], split_names
         lacking = "train" if "train" not in split_names else "test"
         raise UserError(
             f"{file}: no row has split {lacking}; train and test are needed "
-            "(val serves where there is no test)"
+            "(val is used if there is no test)"
         )
 
 
 def _check_classes(file: Path, rows: list[_Row], class_names: list[str]) -> None:
     if len(class_names) < 2:
         raise UserError(
-            f"{file}: one label only among the train rows, {class_names[0]!r}: a classifier needs "
-            "two or more"
+            f"{file}: the train rows have only one label, {class_names[0]!r}: a classifier needs "
+            "at least two"
         )
     known = set(class_names)
     for row in sorted(rows, key=lambda row: row.line):

@@ -1,4 +1,4 @@
-"""A picture to the network's input: resize, crop, views, normalisation."""
+"""From an image to the network's input: resize, crop, views, normalization."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 AREA = (0.35, 1.0)
-"""Share of the picture that a random view shows."""
+"""Fraction of the image's area that a random view shows."""
 LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
-"""Its width over its height, before it is resized to a square."""
+"""Log of a random view's aspect ratio, before it is resized to a square."""
 CROP_TRIES = 10
 _BLOCK = 65536
 """Pixels that fit a processor core's cache as float32."""
 
 
 def to_pixels(image: Image.Image, prep: Preprocessing) -> UInt8:
-    """Resize and crop as torchvision's Resize and CenterCrop do with PIL pictures, bit for bit.
+    """Resize and crop as torchvision's Resize and CenterCrop do with PIL images, bit for bit.
 
     Args:
         image: RGB.
@@ -44,14 +44,14 @@ def to_pixels(image: Image.Image, prep: Preprocessing) -> UInt8:
         uint8 [H, W, 3] with H = W = prep.image_px; may be read-only.
 
     Raises:
-        BadImage: So long and thin that the resized picture would be too large.
+        BadImage: The image is so long and thin that it would be too large after the resize.
     """
     side = prep.image_px
     if prep.resize == "squash":
         return np.asarray(_resized(image, (side, side), prep))
     width, height = image.size
     short = prep.resize_px
-    # The longer side is cut off, not rounded, as torchvision does.
+    # The longer side is truncated, not rounded, as in torchvision.
     if width <= height:
         size = (short, int(short * height / width))
     else:
@@ -59,7 +59,7 @@ def to_pixels(image: Image.Image, prep: Preprocessing) -> UInt8:
     if size[0] * size[1] > MAX_PIXELS:
         raise BadImage(TOO_LARGE, f"{width}x{height} px, {size[0]}x{size[1]} px after the resize")
     image = _resized(image, size, prep)
-    # round() goes to the even number at one half, and so does torchvision.
+    # round() rounds half to even, as torchvision does.
     left, top = round((size[0] - side) / 2.0), round((size[1] - side) / 2.0)
     if (left, top, *size) != (0, 0, side, side):
         image = image.crop((left, top, left + side, top + side))
@@ -71,14 +71,14 @@ def _resized(image: Image.Image, size: tuple[int, int], prep: Preprocessing) -> 
 
 
 def view_pixels(image: Image.Image, prep: Preprocessing, views: Views, index: int) -> UInt8:
-    """All views of one picture.
+    """All views of one image.
 
     Args:
         image: RGB.
-        prep: Applied to view 0, the plain picture, and mirrored for `flip`; a random view is
+        prep: Applied to view 0, the plain image, and mirrored for `flip`; a random view is
             resized from its crop straight to the input size.
-        views: Which.
-        index: With `views.seed` and the view's number, decides every random choice.
+        views: Which versions.
+        index: Decides every random choice, with `views.seed` and the view's number.
 
     Returns:
         uint8 [V, H, W, 3] with V = views.num.
@@ -101,7 +101,7 @@ def view_pixels(image: Image.Image, prep: Preprocessing, views: Views, index: in
 
 
 def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A crop of random area, shape and place; the largest central one if none fits."""
+    """A crop of random area, aspect ratio and position; the largest central square if none fits."""
     width, height = size
     for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(*AREA)
@@ -120,7 +120,7 @@ def normalize(pixels: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
 
     Args:
         pixels: uint8 [N, H, W, 3], on any device.
-        prep: Whose mean and std count.
+        prep: Has the mean and standard deviation.
 
     Returns:
         float32 [N, 3, H, W] in channels-last memory, on the same device.
@@ -130,8 +130,8 @@ def normalize(pixels: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
     num, height, width, channels = pixels.shape
     means, stds = _repeated(prep.mean, prep.std, width, pixels.device)
     scaled = torch.empty((num, height, width * channels), device=pixels.device)
-    # Rows of W * 3 numbers, not of 3, so that the loops inside torch are long; and a few pictures
-    # at a time, so that all three steps find them in the processor's cache: five times faster.
+    # Rows of W * 3 numbers instead of 3 make torch's inner loops long, and with a few images at a
+    # time all three steps find them in the processor's cache: five times faster.
     rows = pixels.reshape(num, height, width * channels)
     block = max(1, _BLOCK // (height * width)) if pixels.device.type == "cpu" else max(1, num)
     for start in range(0, num, block):
@@ -144,7 +144,7 @@ def normalize(pixels: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
 def _repeated(
     mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of every number in a row of pixels; kept, for copying them stops a GPU."""
+    """Mean and std of every number in a row of pixels; cached, since copying them stalls a GPU."""
     import torch
 
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""From splits to pixels: decoded by threads ahead of their use, one by one or in batches."""
+"""From splits to pixels: threads decode ahead of use, one image at a time or in batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Pixels = UInt8 | BadImage
 OnBad = Callable[[int, BadImage], None]
 
 CHUNK = 8
-"""Images per task: a future costs as much as decoding a thumbnail."""
+"""Images per task, since a future costs as much as decoding a thumbnail."""
 PREFETCH_BYTES = 64 * 2**20
 PREFETCH_IMAGES = 256
 DECODED_BYTES = 1_500_000_000
@@ -36,11 +36,11 @@ DECODED_BYTES = 1_500_000_000
 
 @dataclass
 class Decoded:
-    """What one task made.
+    """The result of one task.
 
     Attributes:
         indices: Rows of the split.
-        pixels: Of each row uint8 [V, H, W, 3], or why there are none.
+        pixels: For each row uint8 [V, H, W, 3], or why there are none.
         read_s: Wall seconds spent reading files.
         decode_s: Processor seconds spent decoding.
         resize_s: Processor seconds spent on resizing and views.
@@ -53,7 +53,7 @@ class Decoded:
     resize_s: float = 0.0
 
     def add_to(self, timer: StageTimer) -> None:
-        """Book the seconds; they add up over threads, so they can exceed the wall clock."""
+        """Add the seconds to a timer; summed over threads, they can exceed the wall clock."""
         timer.seconds["read"] += self.read_s
         timer.seconds["decode"] += self.decode_s
         timer.seconds["resize"] += self.resize_s
@@ -64,10 +64,10 @@ def pixel_task(
 ) -> Callable[[Sequence[int], threading.Event], Decoded]:
     """Make the task that reads, decodes and resizes a few rows of a split, for `run_ahead`.
 
-    The choices of a random view follow from the picture's content, not from its row: the same
-    picture has the same views wherever it stands.
+    The random choices of a view depend on the image's content, not on its row: the same image has
+    the same views in every dataset.
     """
-    # Hash first and once: tasks of several threads would all wait for it.
+    # Hash once and up front, or the tasks of all threads would wait for it.
     keys = split.content[:, :8].copy().view(">u8")[:, 0] if views.kind == "random" else None
 
     def task(chunk: Sequence[int], stop: threading.Event) -> Decoded:
@@ -95,12 +95,12 @@ def iterate_pixels(
     """Decode and resize rows of a split, in the order given, none left out.
 
     Args:
-        split: What to read.
+        split: The images.
         indices: Rows.
-        prep: How.
-        views: Which versions of each picture; the plain one only unless given.
-        workers: Threads; 0 works in the calling thread.
-        prefetch: Images to be ahead of the caller, chosen by their size unless given.
+        prep: Resize and crop.
+        views: Which versions of each image; by default only the plain one.
+        workers: Threads; 0 decodes in the calling thread.
+        prefetch: How many images to decode ahead; by default chosen by their size.
         timer: Gets seconds of read, decode and resize, summed over threads, and of waiting.
 
     Yields:
@@ -133,16 +133,16 @@ def _one(
     except BadImage as bad:
         return bad
     except MemoryError as error:
-        # The machine's fault, not the picture's: it must not be left out for it.
+        # The machine is at fault, not the image, so the image must not be left out.
         raise FeatcacheError(
-            f"{split.ids[index]} in split {split.name}: no memory to decode it; free some or give "
-            "fewer --workers, then run the same command again"
+            f"{split.ids[index]} in split {split.name}: not enough memory to decode it; free "
+            "some or give fewer --workers, then run the same command again"
         ) from error
     return pixels
 
 
 def chunks(items: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Cut into lists of `size`, the last one shorter."""
+    """Cut into lists of `size`; the last one may be shorter."""
     rest = iter(items)
     while chunk := [int(item) for item in islice(rest, size)]:
         yield chunk
@@ -161,14 +161,14 @@ def run_ahead(
 ) -> Iterator[Result]:
     """Results of `task(item, stop)` in the order of items, computed up to `ahead` items early.
 
-    Closing the generator, or an exception in either side, cancels what has not begun, tells what
-    has through `stop`, and waits for it.
+    If the generator is closed or an exception is raised, tasks that have not begun are cancelled,
+    `stop` is set for those that have, and they are waited for.
 
     Args:
         task: Called from several threads; should return soon once `stop` is set.
         items: Taken as needed.
         workers: Threads; 0 calls the task when its result is asked for.
-        ahead: Items under way or done and not yet taken, at most.
+        ahead: The most items that may be in progress, or done and not yet taken.
         timer: Gets the seconds that the caller waited, as "wait".
     """
     stop = threading.Event()
@@ -197,8 +197,8 @@ class DecodedSplit:
 
     Attributes:
         split: Where they came from.
-        pixels: uint8 [N, H, W, 3]; zero where the picture is bad.
-        good: bool [N], whether the row has a picture.
+        pixels: uint8 [N, H, W, 3]; zero where the image is bad.
+        good: bool [N], whether the row has an image.
     """
 
     split: ImageSplit
@@ -225,11 +225,11 @@ def decode_split(
         prep: Resize and crop.
         workers: Threads.
         limit_bytes: The most memory to use.
-        on_bad: Called with row and reason of each bad picture; without it they raise.
+        on_bad: Called with row and reason of each bad image; without it a bad image raises.
         timer: Gets the seconds of each stage.
 
     Raises:
-        UserError: A picture is bad and `on_bad` is not given; names it.
+        UserError: An image is bad and `on_bad` is not given; names it.
     """
     shape = (len(split), prep.image_px, prep.image_px, 3)
     if np.prod(shape, dtype=np.int64) > limit_bytes:
@@ -264,15 +264,15 @@ def iterate_batches(
         prep: Resize and crop.
         workers: Threads that decode; 0 decodes in the calling thread.
         flip_mask: bool [M], which places of `order` are mirrored left to right.
-        on_bad: Called with row and reason of each bad picture, which is then left out of its batch
-            (a batch without any picture is left out); without it bad pictures raise.
+        on_bad: Called with row and reason of each bad image, which is then left out of its batch
+            (a batch without any image is left out); without it bad images raise.
         timer: Gets the seconds of each stage.
 
     Yields:
         Pixels uint8 [n, H, W, 3], labels int64 [n], rows int64 [n].
 
     Raises:
-        UserError: A picture is bad and `on_bad` is not given; names it.
+        UserError: An image is bad and `on_bad` is not given; names it.
     """
     order = np.asarray(order, dtype=np.int64)
     mask = np.zeros(len(order), np.bool_) if flip_mask is None else np.asarray(flip_mask, np.bool_)
@@ -321,8 +321,8 @@ def _is_good(view: Pixels, split: ImageSplit, index: int, on_bad: OnBad | None) 
 
 
 def bad_image_error(split: ImageSplit, index: int, bad: BadImage) -> UserError:
-    """What --on-error fail says about a bad picture."""
+    """What --on-error fail says about a bad image."""
     return UserError(
         f"{split.ids[index]} in split {split.name}: {bad}; repair or remove it, or leave such "
-        "pictures out with --on-error skip"
+        "images out with --on-error skip"
     )

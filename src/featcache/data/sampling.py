@@ -1,7 +1,7 @@
 """Choosing samples by seed and class, and finding images that occur more than once.
 
 Samples are ranked by a hash of seed and id, not by a random generator: the choice is the same on
-every machine and version, and hardly moves when a dataset grows.
+every machine and version, and changes little when a dataset grows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NO_IMAGE = bytes(31)
 
 
 def quotas(counts: Sequence[int], total: int) -> list[int]:
-    """Share `total` among classes in proportion to `counts`, by largest remainder.
+    """Divide `total` among classes in proportion to `counts`, by largest remainder.
 
-    Every share is within one of the exact proportion; the sum is `total`. Ties go to the class
-    that comes first.
+    Every quota is within one of the exact proportion, and their sum is `total`. Ties go to the
+    first class.
     """
     population = sum(counts)
     assert 0 <= total <= population
@@ -51,7 +51,7 @@ def stratified_rows(
         labels: Class of each sample, int64 [N].
         total: How many to choose, at most N.
         seed: Other seeds choose other samples.
-        purpose: Sets draws with the same seed apart.
+        purpose: Makes samples with the same seed independent.
 
     Returns:
         Row numbers, int64 [total], ascending.
@@ -61,36 +61,36 @@ def stratified_rows(
 
 
 def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
-    """Set a share of each class aside for testing, as `held_out_rows` does.
+    """Set a fraction of each class aside for testing, as `held_out_rows` does.
 
     Raises:
-        UserError: There would be nothing to test on.
+        UserError: There would be no test images.
     """
     wanted = min(max(1, round(len(every) * fraction)), len(every))
     test = held_out_rows(every, wanted, seed=seed, purpose="test")
     if len(test) == 0:
         raise UserError(
-            f"{len(every)} images are too few to set aside a test part: every class has to keep "
-            "one to train on, and identical images stay together; add images"
+            f"{len(every)} images are too few for a test split: every class must keep one to train "
+            "on, and identical images stay together; add images"
         )
     train = np.setdiff1d(np.arange(len(every)), test)
     return {"train": every.subset(train, name="train"), "test": every.subset(test, name="test")}
 
 
 def held_out_rows(split: ImageSplit, total: int, *, seed: int, purpose: str) -> Int64:
-    """Choose about `total` rows with each class in proportion; every class keeps a row.
+    """Choose about `total` rows with each class in proportion, leaving at least one of each class.
 
-    Identical images stay together: they are taken in the order of their lowest rank, as long as
-    that brings each of their classes closer to its share. The images are hashed for that.
+    Identical images stay together: groups are taken in the order of their lowest rank, as long as
+    that brings each of their classes closer to its quota. All images are hashed for this.
 
     Args:
         split: The images.
         total: How many to choose, at most N.
         seed: Other seeds choose other images.
-        purpose: Sets draws with the same seed apart.
+        purpose: Makes samples with the same seed independent.
 
     Returns:
-        Row numbers, int64 [M], ascending; without copies, M is `total` less what classes keep.
+        Row numbers, int64 [M], ascending; without duplicates, M is `total` less what classes keep.
     """
     counts = [int(n) for n in np.bincount(split.labels)]
     shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, total), counts, strict=True)]
@@ -128,10 +128,11 @@ def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
 
 
 def same_content(splits: Sequence[ImageSplit]) -> Int64:
-    """Number the images of all splits so that identical ones, and no others, have equal numbers.
+    """Number the images of all splits; identical images have equal numbers, others do not.
 
     Returns:
-        int64 [N], N the images of all splits in order. A file that could not be read equals none.
+        int64 [N] for the N images of all splits in order. A file that could not be read is equal
+        to no other.
     """
     data = b"".join(split.content.tobytes() for split in splits)
     numbers: dict[bytes | int, int] = {}
@@ -145,7 +146,7 @@ def same_content(splits: Sequence[ImageSplit]) -> Int64:
 
 @dataclass
 class Pairs:
-    """Images with an identical one elsewhere: how many, and the ids of the first few pairs."""
+    """Images that have a duplicate: how many, and the ids of the first few pairs."""
 
     num_images: int = 0
     examples: list[tuple[str, str]] = field(default_factory=list)
@@ -162,9 +163,9 @@ class Copies:
     """What `find_copies` found.
 
     Attributes:
-        num_copies: Images less different images, over all splits.
-        across: By (split, earlier split): images of the one that are also in the other.
-        two_labels: Images whose first copy has another label.
+        num_copies: Number of images less number of distinct images, over all splits.
+        across: By (split, earlier split): images of the first that are also in the second.
+        two_labels: Images whose first copy has a different label.
     """
 
     num_copies: int
@@ -172,7 +173,7 @@ class Copies:
     two_labels: Pairs
 
     def report(self) -> dict[str, Any]:
-        """The finding as JSON."""
+        """The findings as JSON."""
         across = [
             {"split": split, "also_in": other, **asdict(pairs)}
             for (split, other), pairs in self.across.items()
@@ -185,7 +186,7 @@ class Copies:
 
 
 def find_copies(dataset: ImageDataset) -> Copies:
-    """Look for identical images; each is compared with the first of its kind, train before val."""
+    """Look for identical images; each is paired with its first copy in train, val, test order."""
     splits = [dataset.splits[name] for name in ("train", "val", "test") if name in dataset.splits]
     first_of = same_content(splits)
     copies = np.flatnonzero(first_of != np.arange(len(first_of)))
@@ -208,12 +209,12 @@ def find_copies(dataset: ImageDataset) -> Copies:
 
 
 def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:
-    """What `Copies.report` says, for people.
+    """The findings of `Copies.report` as sentences.
 
     Args:
-        report: The finding as JSON.
-        sizes: Images of each split.
-        divided: Whether a share was set aside for testing.
+        report: The findings as JSON.
+        sizes: Number of images of each split.
+        divided: Whether a part was set aside for testing.
     """
     lines = []
     if report["num_copies"] and divided:

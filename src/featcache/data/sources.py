@@ -1,4 +1,4 @@
-"""Where pictures come from: files, or memory. What is read has the sha256 that is recorded."""
+"""Where images come from: files or memory. An image is checked against its recorded sha256."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _SHA256 = re.compile("[0-9a-f]{64}").fullmatch
 
 
 class Source(Protocol):
-    """Where the pictures of a split come from, by position in the source."""
+    """Reads the images of a split, by position in the source."""
 
     def read(self, position: int) -> Raw:
-        """The undecoded picture. Raises BadImage, and UserError if it is not the recorded one."""
+        """The undecoded image. Raises BadImage, and UserError if it changed."""
         ...
 
     def content(self, position: int) -> bytes:
-        """The sha256 of what the picture is: 31 zero bytes and a code if it cannot be read."""
+        """The sha256 of the image; 31 zero bytes and a code if it cannot be read."""
         ...
 
     def record(self, position: int, digest: bytes) -> None:
-        """Demand from now on that the picture has this sha256."""
+        """Require from now on that the image has this sha256."""
         ...
 
     def finish(self) -> None:
-        """Called after a pass over the contents."""
+        """Called after all contents were hashed."""
         ...
 
 
 class RecordedSource:
-    """Pictures that are read more than once, and are the same each time.
+    """Images that may be read more than once and must not change in between.
 
-    The first look at a picture, be it to hash it or to use it, records its sha256; whatever is
-    read later is compared with that. Features, labels and fingerprint thus belong to one content.
+    The first time an image is hashed or read, its sha256 is recorded; later reads are compared
+    with it. Features, labels and fingerprint thus belong to the same content.
     """
 
     def __init__(self) -> None:
@@ -56,26 +56,26 @@ class RecordedSource:
         self._is_known = np.zeros(0, dtype=np.bool_)
 
     def _read(self, position: int) -> tuple[Raw, bytes]:
-        """The picture and its sha256. Raises BadImage."""
+        """The image and its sha256. Raises BadImage."""
         raise NotImplementedError
 
     def _digest(self, position: int) -> bytes:
-        """The sha256 of a picture that is not recorded yet. Raises BadImage."""
+        """The sha256 of an image that is not recorded yet. Raises BadImage."""
         return self._read(position)[1]
 
     def _name(self, position: int) -> str:
-        """What messages call a picture."""
-        return f"picture {position}"
+        """The name of an image in messages."""
+        return f"image {position}"
 
     def _forget(self, position: int) -> None:
-        """Drop what earlier runs remember of a picture that is not as they said."""
+        """Delete the remembered hash of an image that has changed."""
 
     def read(self, position: int) -> Raw:
-        """The undecoded picture, whose sha256 is the recorded one.
+        """The undecoded image, whose sha256 is the recorded one.
 
         Raises:
-            BadImage: It cannot be read, and could not be before.
-            UserError: It is not the picture that was recorded any more.
+            BadImage: It cannot be read, now or when it was recorded.
+            UserError: It changed since it was recorded.
         """
         try:
             raw, digest = self._read(position)
@@ -86,7 +86,7 @@ class RecordedSource:
         return raw
 
     def content(self, position: int) -> bytes:
-        """The recorded sha256; that of the picture as it is now, if none is recorded."""
+        """The recorded sha256; if there is none, that of the image now, which is recorded."""
         known = self._recorded(position)
         if known is not None:
             return known
@@ -98,10 +98,10 @@ class RecordedSource:
         return digest
 
     def record(self, position: int, digest: bytes) -> None:
-        """Demand from now on that the picture has this sha256.
+        """Require from now on that the image has this sha256.
 
         Raises:
-            UserError: Another one is recorded.
+            UserError: A different one is recorded.
         """
         self._compare(position, digest)
 
@@ -111,7 +111,7 @@ class RecordedSource:
             return self._hashes[position].tobytes() if known else None
 
     def _compare(self, position: int, digest: bytes, bad: BadImage | None = None) -> None:
-        """Compare with what is recorded, or record it."""
+        """Compare with the recorded sha256, or record it."""
         with self._lock:
             if position >= len(self._is_known):
                 more = max(position + 1, 2 * len(self._is_known)) - len(self._is_known)
@@ -125,29 +125,29 @@ class RecordedSource:
         self._forget(position)
         if bad is not None:
             raise UserError(
-                f"{self._name(position)} could be read before and cannot be now ({bad}): see to "
-                "it, then run the same command again"
+                f"{self._name(position)} could be read before and cannot be read now ({bad}): fix "
+                "that, then run the same command again"
             )
         raise UserError(
             f"{self._name(position)} changed during the run: run the same command again"
         )
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """Nothing to save."""
 
 
 def _no_content(bad: BadImage) -> bytes:
-    """What stands for the sha256 of an empty or missing file: unlike any, and for each reason."""
+    """Stands for the sha256 of a file that cannot be read; different for each reason."""
     return bytes(31) + bytes([bad.code])
 
 
 class FileSource(RecordedSource):
-    """Pictures in files.
+    """Images in files.
 
     Args:
         paths: Absolute paths.
         memo: Keeps the files' hashes between runs.
-        folder: What has to be there; a file is missing only as long as it is.
+        folder: The dataset's folder; if it is gone, that is an error, not missing files.
     """
 
     def __init__(self, paths: Sequence[str], memo: Memo | None, folder: str | None = None) -> None:
@@ -186,7 +186,7 @@ class FileSource(RecordedSource):
 
     @staticmethod
     def _remember(memo: Memo, path: str, before: os.stat_result, now_s: float, sha256: str) -> None:
-        """Keep a hash for the next run, if the file was left alone while it was read."""
+        """Keep a hash for the next run, if the file did not change while it was read."""
         if is_settled(before, now_s):
             with contextlib.suppress(OSError):
                 if stamp_of(os.stat(path)) == stamp_of(before):
@@ -204,10 +204,10 @@ class FileSource(RecordedSource):
 
 
 class ArraySource(RecordedSource):
-    """Pictures that are in memory.
+    """Images in memory.
 
     Args:
-        get: Gives the picture at a position; called from several threads.
+        get: Returns the image at a position; called from several threads.
     """
 
     def __init__(self, get: Callable[[int], Image.Image]) -> None:
@@ -215,7 +215,7 @@ class ArraySource(RecordedSource):
         self._get = get
 
     def _read(self, position: int) -> tuple[Image.Image, bytes]:
-        """The picture, and the sha256 of mode, size and pixels."""
+        """The image, and the sha256 of mode, size and pixels."""
         image = self._get(position)
         digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
         digest.update(image.tobytes())

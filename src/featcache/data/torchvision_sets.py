@@ -29,12 +29,13 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """How to ask torchvision for one dataset.
+    """How torchvision loads one dataset.
 
     Attributes:
         factory: The class in torchvision.datasets.
-        splits: Arguments of each split; one split called "all" is divided by --test-fraction.
-        places: Files and folders under the data root that hold it.
+        splits: Arguments for each split; a single split "all" is divided by --test-fraction.
+        places: Its files and folders under the data root.
+        extra: Arguments for every split.
     """
 
     factory: str
@@ -76,7 +77,7 @@ TORCHVISION_SETS: dict[str, TorchvisionSet] = {
     "svhn": TorchvisionSet("SVHN", _by_name(), ("train_32x32.mat", "test_32x32.mat")),
     "usps": TorchvisionSet("USPS", _BY_FLAG, ("usps.bz2", "usps.t.bz2")),
 }
-"""By name in lower case without dashes and underscores."""
+"""By name, in lower case without dashes and underscores."""
 
 
 def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
@@ -106,16 +107,16 @@ def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
 
 
 def _open(config: DataConfig, name: str, spec: TorchvisionSet, arguments: dict[str, Any]) -> Any:
-    """Construct torchvision's dataset: from disk if it is there, else by download."""
+    """Construct torchvision's dataset: from disk if it is there, else by downloading it."""
     datasets = import_torchvision("datasets")
     factory = getattr(datasets, spec.factory)
     every = {"root": str(config.data_root), **spec.extra, **arguments}
     with contextlib.ExitStack() as stack:
-        # stdout belongs to --json, and some datasets print; NumPy warns of how CIFAR was pickled.
+        # stdout is for --json, and some datasets print; NumPy warns about how CIFAR was pickled.
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        # The many readers and downloaders raise anything.
+        # The many readers and downloaders may raise anything.
         with contextlib.suppress(Exception):
             return factory(**every, download=False)
         try:
@@ -131,7 +132,7 @@ def _open(config: DataConfig, name: str, spec: TorchvisionSet, arguments: dict[s
 
 
 def _labels(part: Any) -> Int64:
-    """Labels in the dataset's order, int64 [N]; read without decoding where that is possible."""
+    """Labels in the dataset's order, int64 [N]; read without decoding images if possible."""
     pairs = _pairs(part)
     if pairs is not None:
         return np.array([label for _, label in pairs], dtype=np.int64)
@@ -144,7 +145,7 @@ def _labels(part: Any) -> Int64:
 
 
 def _pairs(part: Any) -> list[tuple[str, int]] | None:
-    """(path, label) of every sample, of the datasets that keep such a list."""
+    """(path, label) of every sample; None for datasets that keep no such list."""
     for attribute in ("samples", "_samples"):
         values = getattr(part, attribute, None)
         if values and len(values) == len(part):
@@ -153,7 +154,7 @@ def _pairs(part: Any) -> list[tuple[str, int]] | None:
 
 
 def _paths(part: Any) -> list[str] | None:
-    """The file of every sample, of the datasets that keep files."""
+    """The file of every sample; None for datasets that do not keep images in files."""
     pairs = _pairs(part)
     if pairs is not None:
         return [path for path, _ in pairs]
@@ -165,17 +166,17 @@ def _paths(part: Any) -> list[str] | None:
 
 
 def _class_names(parts: dict[str, Any], labels: dict[str, Int64]) -> list[str]:
-    """Names by label; the label's number, with leading zeros, where the dataset has none.
+    """Names by label; if the dataset has none, the labels' numbers with leading zeros.
 
     Raises:
         UserError: The splits number their classes differently.
     """
     count = 1 + max(int(values.max()) for values in labels.values())
-    told = [[str(name) for name in getattr(p, "classes", None) or []] for p in parts.values()]
-    names = told[0]
-    if any(other != names for other in told):
+    names_of = [[str(name) for name in getattr(p, "classes", None) or []] for p in parts.values()]
+    names = names_of[0]
+    if any(other != names for other in names_of):
         raise UserError(
-            "the splits of this dataset have other classes each, so files must be missing: remove "
+            "the splits of this dataset have different classes, so files must be missing: remove "
             "its folder under --data-root and run again to download it"
         )
     if len(names) >= count and len(set(names)) == len(names):
@@ -198,13 +199,13 @@ def _split_of(name: str, part: Any, labels: Int64, memo: Memo) -> ImageSplit:
 
 def _picture_at(part: Any) -> Callable[[int], Image.Image]:
     def get(position: int) -> Image.Image:
-        picture = part[position][0]
-        assert isinstance(picture, Image.Image)
-        return picture
+        image = part[position][0]
+        assert isinstance(image, Image.Image)
+        return image
 
     return get
 
 
 def places_of(config: DataConfig, name: str) -> list[Path]:
-    """The files and folders that the dataset is kept in."""
+    """The files and folders of a dataset."""
     return [config.data_root / place for place in TORCHVISION_SETS[name].places]
