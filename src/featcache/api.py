@@ -28,7 +28,7 @@ def extract_features(config: ExtractConfig) -> Report:
 
     Raises:
         UserError: Wrong input, an unreadable picture under `on_error="fail"`, or a cache that
-            holds something else.
+            was made with different settings.
         StorageError: The disk is full or the cache is being written by another process.
     """
     return _run("extract-features", config)

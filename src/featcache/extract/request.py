@@ -210,17 +210,21 @@ def check_skipped(config: ExtractConfig, path: Path, advice: str) -> None:
 
 def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDataset) -> str:
     """Say which fields differ, and what to type."""
-    rows = [f"{name} is {_short(old)} there, wanted {_short(new)}" for name, old, new in unfit[:4]]
+    rows = [
+        f"{name} is {_short(old)} in the cache, {_short(new)} now" for name, old, new in unfit[:4]
+    ]
     if len(unfit) > len(rows):
         rows.append(f"and {len(unfit) - len(rows)} more fields")
     names = {name for name, _, _ in unfit}
     if "dataset.fingerprint" in names:
         rows.append(_dataset_changes(FeatureCache(path), dataset))
-    update = "--update to compute only what changed, " if names == {"dataset.fingerprint"} else ""
-    if update and read_meta(path)[0].precision == "int8":
-        update = "--update (possible with int8 while its calibration images stay the same), "
+    made, update = "with different settings", ""
+    if names == {"dataset.fingerprint"}:
+        made, update = "from different images", "--update to compute only what changed, "
+        if read_meta(path)[0].precision == "int8":
+            update = "--update (possible with int8 while its calibration images stay the same), "
     return (
-        f"{path} was made with different settings: {'; '.join(rows)}. Add {update}"
+        f"{path} was made {made}: {'; '.join(rows)}. Add {update}"
         "--force to replace it, or --output FILE to keep both"
     )
 
@@ -241,14 +245,16 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
             changes["changed"].append(key)
         elif old[key][0] != new[key][0]:
             changes["relabelled"].append(key)
-    said = [
+    texts = [
         f"{len(ids)} {what} ({', '.join(ids[:2])}{', …' if len(ids) > 2 else ''})"
         for what, ids in changes.items()
         if ids
     ]
     if cache.class_names != dataset.class_names:
-        said.append(f"class names {cache.class_names[:5]} there, {dataset.class_names[:5]} wanted")
-    return "images: " + (", ".join(said) or "their order differs")
+        texts.append(
+            f"class names {cache.class_names[:5]} in the cache, {dataset.class_names[:5]} now"
+        )
+    return "images: " + (", ".join(texts) or "their order differs")
 
 
 def _samples_of_cache(cache: FeatureCache) -> dict[str, tuple[str, bytes]]:
