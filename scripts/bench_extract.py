@@ -9,7 +9,7 @@
 The roofline measures, in turns so that a neighbour on the machine disturbs all alike: float32
 matrix products on every core, which bound a direct convolution; the bare network as a notebook
 runs it; the bare network in each form that extraction can run; and extract-features end to end
-from pictures in memory and from JPEG photographs that the script makes. The best round counts for
+from images in memory and from JPEG photographs that the script makes. The best round counts for
 each row. "Per CPU second" divides by processor time instead of wall time and multiplies by the
 cores: on a busy machine it still says what a quiet one would do.
 """
@@ -47,7 +47,7 @@ class BenchConfig(OutputConfig):
     """Measure extraction against the machine's bound, the notebook's loop, or its memory."""
 
     weights: str = "bundled"
-    """As in extract-features: what the numbers are does not change the speed."""
+    """As in extract-features; the values of the weights do not change the speed."""
     image_px: int = 224
     """Side of the network's input."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
@@ -57,7 +57,7 @@ class BenchConfig(OutputConfig):
     num_images: int = 400
     """Images of each end-to-end run."""
     rounds: int = 5
-    """How often everything is measured."""
+    """How many times everything is measured."""
     notebook: Path | None = None
     """Compare with the notebook's own loop on this folder (train/ and test/) instead."""
     memory: bool = False
@@ -65,7 +65,7 @@ class BenchConfig(OutputConfig):
     choices: bool = False
     """Compare what extraction chooses by itself with fixed engines and batch sizes instead."""
     folder: Path = Path("cache/bench-extract")
-    """Where pictures, caches and the JSON report go."""
+    """Where images, caches and the JSON report go."""
     docs: Path | None = None
     """Put the figures into this Markdown file, between its markers for them."""
 
@@ -87,7 +87,7 @@ class BenchConfig(OutputConfig):
 class Reading:
     """Images (or floating-point operations) per second, by the wall and by the processor.
 
-    A stretch whose processor time cannot be told from that of start-up has none.
+    `per_cpu_s` is None where the processor time cannot be separated from that of start-up.
     """
 
     per_s: float
@@ -169,7 +169,7 @@ def roofline(config: BenchConfig) -> dict[str, Any]:
 
 
 def compare_choices(config: BenchConfig) -> dict[str, Any]:
-    """Extract the same pictures as chosen by itself and with fixed choices, in turns.
+    """Extract the same images with automatic and with fixed choices, in turns.
 
     Start-up counts: converting a network or measuring engines has to pay for itself.
     """
@@ -183,7 +183,7 @@ def compare_choices(config: BenchConfig) -> dict[str, Any]:
         for batch in (8, 16)
     ]
     part = {"num_train": min(4 * config.num_images, 1400), "num_test": min(config.num_images, 350)}
-    runs = {"chosen": config.extract_config("digits", **part)}
+    runs = {"automatic": config.extract_config("digits", **part)}
     for options in fixed:
         name = f"{options['engine']} batch {options['batch_size']}"
         runs[name] = config.extract_config("digits", **part, **options)
@@ -195,15 +195,15 @@ def compare_choices(config: BenchConfig) -> dict[str, Any]:
             rates[name].append(images / (time.perf_counter() - start))
             say(f"round {number + 1}: {name}: {rates[name][-1]:.1f} images/s")
     best = {name: max(found) for name, found in rates.items()}
-    fastest = max((name for name in best if name != "chosen"), key=lambda name: best[name])
-    share = best["chosen"] / best[fastest]
+    fastest = max((name for name in best if name != "automatic"), key=lambda name: best[name])
+    share = best["automatic"] / best[fastest]
     return {
         "command": "bench-choices",
         "images_per_s": rates,
         "share_of_best_fixed": share,
         "summary": [
             *(f"{name:20}{rate:8.1f} images/s" for name, rate in best.items()),
-            f"chosen by itself: {share:.2f} of the best fixed choice ({fastest})",
+            f"automatic choice: {share:.2f} of the best fixed choice ({fastest})",
         ],
     }
 
@@ -227,7 +227,7 @@ def _row(
 
 
 def measures(config: BenchConfig, photographs: Path) -> tuple[float, dict[str, Measure]]:
-    """What is measured, by name, and the floating-point operations of one image."""
+    """The floating-point operations of one image, and what is measured, by name."""
     from featcache.backbone import load_backbone
     from featcache.data import load_dataset
 
@@ -373,7 +373,7 @@ def bare(config: BenchConfig, train: Any, engine: Any, precision: Any) -> Measur
 
 
 def end_to_end(settings: ExtractConfig) -> Measure:
-    """extract-features as a whole; its rate is without start-up, which is told beside it."""
+    """extract-features as a whole; the rate excludes start-up, which is reported separately."""
     from featcache.extract import extract
 
     def measure() -> Reading:
@@ -383,13 +383,13 @@ def end_to_end(settings: ExtractConfig) -> Measure:
         return Reading(
             per_s=images / seconds,
             per_cpu_s=None,
-            detail=_where_it_went(report, seconds, images),
+            detail=_time_shares(report, seconds, images),
         )
 
     return measure
 
 
-def _where_it_went(report: dict[str, Any], seconds: float, images: int) -> dict[str, Any]:
+def _time_shares(report: dict[str, Any], seconds: float, images: int) -> dict[str, Any]:
     """Shares of the threads' time by stage, and of the main thread's by write and waiting."""
     stages, threads = report["stage_seconds"], report["engine"]["threads"]
     shares = {name: stages.get(name, 0.0) / (threads * seconds) for name in STAGES}
@@ -416,7 +416,7 @@ def make_photographs(root: Path, num: int) -> Path:
 
 
 def photograph(seed: int) -> Any:
-    """A picture with detail at every scale, so that its file is as large as a photograph's."""
+    """An image with detail at every scale, so that its file is as large as a photograph's."""
     from PIL import Image
 
     rng = np.random.default_rng(abs(seed) * 2 + (seed < 0))
@@ -444,8 +444,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     for row in report["rows"]:
         if "thread_shares" in row:
             shares = {**row["thread_shares"], **row["main_thread_shares"]}
-            told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-            lines.append(f"{row['name']}: {told}; start-up after imports {row['start_up_s']:.1f} s")
+            text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            lines.append(f"{row['name']}: {text}; start-up after imports {row['start_up_s']:.1f} s")
     return lines
 
 

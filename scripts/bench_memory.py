@@ -23,7 +23,7 @@ MEGABYTE = 2**20
 
 
 def compare_memory(config: BenchConfig) -> dict[str, Any]:
-    """Extract both numbers of small pictures in turns, each in a process of its own."""
+    """Extract both numbers of small images in turns, each in a process of its own."""
     rounds: dict[int, list[int]] = {FEW: [], MANY: []}
     for _ in range(config.rounds):
         for num, found in rounds.items():
@@ -47,12 +47,12 @@ def compare_memory(config: BenchConfig) -> dict[str, Any]:
 
 
 def _peak_bytes(config: BenchConfig, num: int) -> int:
-    """Peak resident memory of extract-features on `num` pictures."""
-    folder = _pictures(config.folder / f"small-{num}", num)
+    """Peak resident memory of extract-features on `num` images."""
+    folder = _small_images(config.folder / f"small-{num}", num)
     words = ["-m", "featcache", "extract-features", str(folder), "--weights", config.weights]
     words += ["--image-px", str(SIDE_PX), "--engine", config.engine]
     words += ["--precision", config.precision, "--cache-dir", str(config.folder / "cache")]
-    say(f"extracting {num} pictures")
+    say(f"extracting {num} images")
     process = subprocess.Popen([sys.executable, *words, "--force"])  # noqa: S603
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -61,8 +61,8 @@ def _peak_bytes(config: BenchConfig, num: int) -> int:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _pictures(root: Path, num: int) -> Path:
-    """Write `num` different small pictures, a tenth of them for testing, unless they are there."""
+def _small_images(root: Path, num: int) -> Path:
+    """Write `num` different small images, a tenth of them for testing, unless they are there."""
     from PIL import Image
 
     for i in range(num):

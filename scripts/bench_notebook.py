@@ -34,12 +34,12 @@ class Variant:
     @property
     def name(self) -> str:
         """For the summary."""
-        views = "pictures and mirror images" if self.views == "flip" else "pictures only"
+        views = "images and mirror images" if self.views == "flip" else "images only"
         return f"featcache, {views}, {self.precision}"
 
 
 def variants() -> list[Variant]:
-    """What can be run here; the loop mirrors at random, which is what mirror images stand for."""
+    """What can be run here; mirror images correspond to the loop's random mirroring."""
     found = [Variant("flip", "float32"), Variant("none", "float32")]
     if is_installed("openvino", "nncf"):
         found += [Variant("flip", "int8"), Variant("none", "int8")]
@@ -81,7 +81,7 @@ def summarise(
     """How many times as fast each variant is, by medians; and lines that say so."""
     loop_wall = statistics.median(run["wall_s"] for run in loops)
     epoch = statistics.median(e["seconds"] for run in loops for e in run["epochs"])
-    # The loop's epochs include scoring the test pictures, so ours do.
+    # The loop's epochs include scoring the test images, so ours do too.
     lines = [
         f"notebook's loop: {loop_wall:.1f} s, one epoch {epoch:.1f} s, "
         f"test accuracy {loops[-1]['epochs'][-1]['test_top1']:.3f}"
@@ -107,7 +107,7 @@ def summarise(
 def _notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
     weights = BUNDLED_FILE if config.weights == "bundled" else config.weights
     loop = Path(__file__).with_name("notebook_loop.py")
-    # As a notebook runs it: featcache's commands let OpenMP's waiting threads sleep.
+    # As in a notebook: only featcache's own commands let OpenMP's waiting threads sleep.
     usual = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     report, wall = _timed([str(loop), str(folder), str(weights), str(EPOCHS)], usual)
     return {"wall_s": wall, **report}

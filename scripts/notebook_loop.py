@@ -2,7 +2,7 @@
 
     python scripts/notebook_loop.py FOLDER WEIGHTS.safetensors EPOCHS
 
-Plain torch and torchvision, nothing of featcache: a DataLoader over pictures in class folders, the
+Plain torch and torchvision, nothing of featcache: a DataLoader over images in class folders, the
 frozen ResNet18 in the loop, Adam on the new last layer, accuracy on test after every epoch. Prints
 one JSON object.
 """
@@ -46,7 +46,7 @@ def main(folder: str, weights: str, num_epochs: int) -> None:
 
     epochs = []
     for epoch in range(num_epochs):
-        begun = time.perf_counter()
+        epoch_start = time.perf_counter()
         model.train()
         for images, labels in train_batches:
             optimizer.zero_grad()
@@ -58,7 +58,7 @@ def main(folder: str, weights: str, num_epochs: int) -> None:
         with torch.no_grad():
             for images, labels in test_batches:
                 num_right += int((model(images).argmax(1) == labels).sum())
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - epoch_start
         epochs.append({"epoch": epoch + 1, "test_top1": num_right / len(test), "seconds": seconds})
     print(json.dumps({"epochs": epochs, "seconds_total": time.perf_counter() - start}))
 

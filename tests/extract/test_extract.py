@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from featcache.config import ExtractConfig, VerifyConfig
 from featcache.data import BadImage, load_dataset, normalize, to_pixels
 from featcache.engine import Engine, EngineSettings, relative_error
 from featcache.errors import CacheError, UserError
+
+Interrupt = Callable[[ExtractConfig, int], None]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_stale_caches_are_refused_then_updated(
     with pytest.raises(CacheError) as caught:
         ex.extract(settings(copy, tmp_path))
     message = str(caught.value)
-    assert "dataset.fingerprint" in message
+    assert f"{path} was made from different images: dataset.fingerprint is " in message
     assert "000.png" in message or "new.png" in message
     assert "--update" in message
     del mean_colour[:]
@@ -206,7 +209,8 @@ def test_an_explicit_output_refuses_other_settings(
 ) -> None:
     out = tmp_path / "mine.h5"
     ex.extract(settings(folder, tmp_path, output=out))
-    with pytest.raises(CacheError, match=r"preprocessing\.image_px is 32 there, wanted 48"):
+    px = r"was made with different settings: .*preprocessing\.image_px is 32 in the cache, 48 now"
+    with pytest.raises(CacheError, match=px):
         ex.extract(settings(folder, tmp_path, output=out, image_px=48))
     ex.extract(settings(folder, tmp_path, output=out, image_px=48, force=True))
     assert FeatureCache(out).meta.backbone.preprocessing.image_px == 48
@@ -303,27 +307,14 @@ def test_other_library_versions_are_named(
     ex.extract(settings(folder, tmp_path))
     newer = {**request.numeric_versions(), "pillow": "99.0"}
     monkeypatch.setattr(request, "numeric_versions", lambda: newer)
-    with pytest.raises(CacheError, match=r"versions\.pillow is .* there, wanted 99\.0"):
+    with pytest.raises(CacheError, match=r"versions\.pillow is .* in the cache, 99\.0 now"):
         ex.extract(settings(folder, tmp_path))
 
 
 def test_an_interrupted_run_resumes(
-    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, mean_colour: list[int], interrupt_after: Interrupt
 ) -> None:
-    from featcache.cache import CacheWriter
-
-    write, written = CacheWriter.write_block, []
-
-    def stop_at_third(self: CacheWriter, *args: object) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(args)
-        write(self, *args)
-
-    monkeypatch.setattr(CacheWriter, "write_block", stop_at_third)
-    with pytest.raises(KeyboardInterrupt):
-        ex.extract(settings(folder, tmp_path))
-    monkeypatch.setattr(CacheWriter, "write_block", write)
+    interrupt_after(settings(folder, tmp_path), 2)
     assert not list((tmp_path / "cache").glob("*.h5"))
     wrote_for_100_seconds(tmp_path / "cache")
     del mean_colour[:]
@@ -458,26 +449,13 @@ def test_update_tries_pictures_again_that_were_left_out(
 
 
 def test_an_unfinished_cache_that_leaves_pictures_out_advises_what_works(
-    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, mean_colour: list[int], interrupt_after: Interrupt
 ) -> None:
-    from featcache.cache import CacheWriter
-
     copy = shutil.copytree(folder, tmp_path / "pets")
     bad = copy / "train" / "cat" / "003.png"
     good = bad.read_bytes()
     bad.write_bytes(b"")
-    write, written = CacheWriter.write_block, []
-
-    def stop_at_second(self: CacheWriter, *args: object) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(args)
-        write(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(CacheWriter, "write_block", stop_at_second)
-        with pytest.raises(KeyboardInterrupt):
-            ex.extract(settings(copy, tmp_path, on_error="skip"))
+    interrupt_after(settings(copy, tmp_path, on_error="skip"), 1)
     with pytest.raises(UserError, match=r"leaves out 1 images.*repair or remove them and add --f"):
         ex.extract(settings(copy, tmp_path))
     bad.write_bytes(good)

@@ -55,7 +55,7 @@ def test_shares_of_time_add_up(script: ModuleType) -> None:
         "engine": {"threads": 2},
         "stage_seconds": {"read": 1.0, "decode": 4.0, "resize": 1.0, "network": 12.0, "wait": 9.0},
     }
-    told = script._where_it_went(report, seconds=10.0, images=100)
+    told = script._time_shares(report, seconds=10.0, images=100)
     assert told["thread_shares"] == {
         "read": 0.05,
         "decode": 0.2,

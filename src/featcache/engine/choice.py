@@ -127,28 +127,28 @@ def _cpu_engine(work: Workload, resumed: str | None) -> Engine:
         implementations.append(torch_implementation(work))
     seconds = autotune.expected_seconds(work, implementations[0])
     if seconds < autotune.LONG_JOB_S:
-        return _engine(work, implementations[0], work.batch_size, work.threads, {})
+        defaults = {"batch_size": work.batch_size, "threads": work.threads}
+        return _engine(work, autotune.Candidate(implementation=implementations[0], **defaults), {})
     if asked == "auto" and openvino_cpu.is_installed("openvino"):
         try:
             implementations.append(openvino_cpu.openvino_implementation(work)[0])
         except FeatcacheError as problem:
             say(f"running the network in torch: {problem}")
     best, timings = autotune.tune(work, implementations, seconds)
-    return _engine(work, best.implementation, best.batch_size, best.threads, timings)
+    return _engine(work, best, timings)
 
 
-def _engine(
-    work: Workload, chosen: Implementation, batch_size: int, threads: int, timings: dict[str, float]
-) -> Engine:
+def _engine(work: Workload, chosen: autotune.Candidate, timings: dict[str, float]) -> Engine:
+    workers = work.settings.workers
     return Engine(
-        name=chosen.name,
+        name=chosen.implementation.name,
         precision="float32",
         device="cpu",
-        batch_size=batch_size,
-        threads=threads,
-        workers=threads if work.settings.workers is None else work.settings.workers,
-        run=chosen.forward,
+        batch_size=chosen.batch_size,
+        threads=chosen.threads,
+        workers=chosen.threads if workers is None else workers,
+        run=chosen.implementation.forward,
         timings=timings,
-        max_error=chosen.max_error,
-        recorded=chosen.recorded,
+        max_error=chosen.implementation.max_error,
+        recorded=chosen.implementation.recorded,
     )

@@ -114,10 +114,10 @@ def _async_forward(
 
 def _clock() -> Callable[[], Callable[[], float]]:
     """Time calls that wait for the device themselves."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
 
     def stop() -> Callable[[], float]:
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         return lambda: seconds
 
     return stop
@@ -126,15 +126,15 @@ def _clock() -> Callable[[], Callable[[], float]]:
 def _cuda_clock() -> Callable[[], Callable[[], float]]:
     """Time work in the device's queue; the last call waits for its end."""
     new_event: Callable[..., Any] = torch.cuda.Event
-    begun, ended = (new_event(enable_timing=True) for _ in range(2))
-    begun.record()
+    started, ended = (new_event(enable_timing=True) for _ in range(2))
+    started.record()
 
     def stop() -> Callable[[], float]:
         ended.record()
 
         def wait() -> float:
             ended.synchronize()
-            seconds: float = begun.elapsed_time(ended) / 1000
+            seconds: float = started.elapsed_time(ended) / 1000
             return seconds
 
         return wait

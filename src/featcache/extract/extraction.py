@@ -22,16 +22,11 @@ from featcache.cache import (
     FeatureCache,
     SplitRows,
     begin_cost,
-    begun_with,
     check_unlocked,
-    cost_of,
     finish_cost,
-    info,
     open_writer,
     part_path,
     read_meta,
-    seconds_of,
-    spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig
 from featcache.data import (
@@ -42,8 +37,7 @@ from featcache.data import (
     copies_lines,
     find_copies,
 )
-from featcache.errors import CacheError
-from featcache.extract.request import Request, check_skipped, find_hit, left_out
+from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
 from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
@@ -79,53 +73,6 @@ class ExtractionRun:
     timer: StageTimer = dataclasses.field(default_factory=StageTimer)
     engine: Engine | None = None
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlierRows:
-    """What earlier runs left: an unfinished cache, and the finished one that `--update` replaces.
-
-    `engine` made these rows. `seconds` were spent on them, None if that is not known.
-    """
-
-    part: Path | None
-    cache: FeatureCache | None
-    engine: str | None
-    seconds: float | None
-
-    @classmethod
-    def find(cls, config: ExtractConfig, path: Path) -> EarlierRows:
-        """Look for rows that this run keeps."""
-        if config.force:
-            return cls(part=None, cache=None, engine=None, seconds=0.0)
-        begun = begun_with(path)
-        cache = FeatureCache(path) if config.update and path.exists() else None
-        seconds: float | None = 0.0
-        if part_path(path).exists():
-            seconds = spent_on(part_path(path))
-        elif cache is not None:
-            seconds = seconds_of(cost_of(path, cache.digest))
-        made_by = begun or (cache.meta if cache else None)
-        return cls(
-            part=part_path(path) if begun else None,
-            cache=cache,
-            engine=made_by.engine if made_by else None,
-            seconds=seconds,
-        )
-
-    def num_missing(self, dataset: ImageDataset) -> int:
-        """About how many images are still to be computed."""
-        num = total = sum(map(len, dataset.splits.values()))
-        if self.cache is not None:
-            known = np.concatenate([self.cache.split(n).content for n in self.cache.num_rows])
-            wanted = np.concatenate([split.content for split in dataset.splits.values()])
-            num = int(np.isin(wanted.view("S32"), known.view("S32"), invert=True).sum())
-        if self.part is not None:
-            with contextlib.suppress(CacheError):  # it may just have been finished elsewhere
-                splits = info(self.part)["splits"].values()
-                done = (s["num_samples"] * s["num_blocks_done"] // s["num_blocks"] for s in splits)
-                num = min(num, max(0, total - sum(done)))
-        return num
 
 
 def extract(config: ExtractConfig) -> dict[str, Any]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from featcache.backbone import identify
-from featcache.cache import FeatureCache, info, read_meta
+from featcache.cache import (
+    FeatureCache,
+    begun_with,
+    cost_of,
+    info,
+    part_path,
+    read_meta,
+    seconds_of,
+    spent_on,
+)
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError
@@ -124,6 +136,53 @@ def find_hit(request: Request) -> Path | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlierRows:
+    """What earlier runs left: an unfinished cache, and the finished one that `--update` replaces.
+
+    `engine` made these rows. `seconds` were spent on them, None if that is not known.
+    """
+
+    part: Path | None
+    cache: FeatureCache | None
+    engine: str | None
+    seconds: float | None
+
+    @classmethod
+    def find(cls, config: ExtractConfig, path: Path) -> Self:
+        """Look for rows that this run keeps."""
+        if config.force:
+            return cls(part=None, cache=None, engine=None, seconds=0.0)
+        begun = begun_with(path)
+        cache = FeatureCache(path) if config.update and path.exists() else None
+        seconds: float | None = 0.0
+        if part_path(path).exists():
+            seconds = spent_on(part_path(path))
+        elif cache is not None:
+            seconds = seconds_of(cost_of(path, cache.digest))
+        made_by = begun or (cache.meta if cache else None)
+        return cls(
+            part=part_path(path) if begun else None,
+            cache=cache,
+            engine=made_by.engine if made_by else None,
+            seconds=seconds,
+        )
+
+    def num_missing(self, dataset: ImageDataset) -> int:
+        """About how many images are still to be computed."""
+        num = total = sum(map(len, dataset.splits.values()))
+        if self.cache is not None:
+            known = np.concatenate([self.cache.split(n).content for n in self.cache.num_rows])
+            wanted = np.concatenate([split.content for split in dataset.splits.values()])
+            num = int(np.isin(wanted.view("S32"), known.view("S32"), invert=True).sum())
+        if self.part is not None:
+            with contextlib.suppress(CacheError):  # it may just have been finished elsewhere
+                splits = info(self.part)["splits"].values()
+                done = (s["num_samples"] * s["num_blocks_done"] // s["num_blocks"] for s in splits)
+                num = min(num, max(0, total - sum(done)))
+        return num
+
+
 def left_out(path: Path) -> list[dict[str, Any]]:
     """The images that a cache, finished or not, leaves out: id and code of each."""
     return [row for split in info(path)["splits"].values() for row in split["skipped"]]
@@ -153,17 +212,21 @@ def check_skipped(config: ExtractConfig, path: Path, advice: str) -> None:
 
 def _stale(path: Path, unfit: list[tuple[str, object, object]], dataset: ImageDataset) -> str:
     """Say which fields differ, and what to type."""
-    rows = [f"{name} is {_short(old)} there, wanted {_short(new)}" for name, old, new in unfit[:4]]
+    rows = [
+        f"{name} is {_short(old)} in the cache, {_short(new)} now" for name, old, new in unfit[:4]
+    ]
     if len(unfit) > len(rows):
         rows.append(f"and {len(unfit) - len(rows)} more fields")
     names = {name for name, _, _ in unfit}
     if "dataset.fingerprint" in names:
         rows.append(_dataset_changes(FeatureCache(path), dataset))
-    update = "--update to compute only what changed, " if names == {"dataset.fingerprint"} else ""
-    if update and read_meta(path)[0].precision == "int8":
-        update = "--update (possible with int8 while its calibration images stay the same), "
+    made, update = "with different settings", ""
+    if names == {"dataset.fingerprint"}:
+        made, update = "from different images", "--update to compute only what changed, "
+        if read_meta(path)[0].precision == "int8":
+            update = "--update (possible with int8 while its calibration images stay the same), "
     return (
-        f"{path} was made with different settings: {'; '.join(rows)}. Add {update}"
+        f"{path} was made {made}: {'; '.join(rows)}. Add {update}"
         "--force to replace it, or --output FILE to keep both"
     )
 
@@ -184,14 +247,16 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
             changes["changed"].append(key)
         elif old[key][0] != new[key][0]:
             changes["relabelled"].append(key)
-    said = [
+    texts = [
         f"{len(ids)} {what} ({', '.join(ids[:2])}{', …' if len(ids) > 2 else ''})"
         for what, ids in changes.items()
         if ids
     ]
     if cache.class_names != dataset.class_names:
-        said.append(f"class names {cache.class_names[:5]} there, {dataset.class_names[:5]} wanted")
-    return "images: " + (", ".join(said) or "their order differs")
+        texts.append(
+            f"class names {cache.class_names[:5]} in the cache, {dataset.class_names[:5]} now"
+        )
+    return "images: " + (", ".join(texts) or "their order differs")
 
 
 def _samples_of_cache(cache: FeatureCache) -> dict[str, tuple[str, bytes]]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_helpers import make_folder, number_in
 from featcache import extract as ex
-from featcache.cache import CacheWriter, FeatureCache, begun_with, part_path, read_meta
+from featcache.cache import FeatureCache, begun_with, part_path, read_meta
 from featcache.cache.lock import locked
 from featcache.config import ExtractConfig
 from featcache.data import load_dataset
@@ -21,6 +21,9 @@ from featcache.engine import Engine, int8, openvino_cpu
 from featcache.engine.inference import decode_shortfall
 from featcache.errors import CacheError, StorageError
 from featcache.extract.request import differences
+
+Interrupt = Callable[[ExtractConfig, int], None]
+Interrupted = Callable[[ExtractConfig, str], Path]
 
 needs_fast = pytest.mark.skipif(
     not openvino_cpu.is_installed("openvino", "nncf"), reason='needs pip install "featcache[fast]"'
@@ -64,7 +67,7 @@ def always(engine: Engine) -> Callable[..., Engine]:
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def resumed(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """Engines that `auto` had to keep; it does, or else takes torch."""
     import featcache.engine
 
@@ -78,46 +81,47 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     return kept
 
 
-def interrupt(config: ExtractConfig, engine: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Leave a .part begun by an engine; returns the path that the cache would have."""
+@pytest.fixture
+def interrupt(
+    interrupt_after: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[ExtractConfig, str], Path]:
+    """Leaves a .part started by an engine; returns the path that the cache would have."""
     import featcache.engine
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def run(config: ExtractConfig, engine: str) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(featcache.engine, "choose_engine", always(fake("x", recorded=engine)))
+            interrupt_after(config, 0)
+        (part,) = config.cache_dir.glob("*.part")
+        return part.with_suffix("")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(featcache.engine, "choose_engine", always(fake("x", recorded=engine)))
-        patch.setattr(CacheWriter, "write_block", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ex.extract(config)
-    (part,) = config.cache_dir.glob("*.part")
-    return part.with_suffix("")
+    return run
 
 
 def test_a_resumed_run_keeps_the_engine_of_its_rows(
-    folder: Path, tmp_path: Path, begun: list[str | None], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, resumed: list[str | None], interrupt: Interrupted
 ) -> None:
     config = settings(folder, tmp_path)
-    path = interrupt(config, "openvino-2026.4", monkeypatch)
+    path = interrupt(config, "openvino-2026.4")
     assert begun_with(path).engine == "openvino-2026.4"
     report = ex.extract(config)
-    assert begun == ["openvino-2026.4"]
+    assert resumed == ["openvino-2026.4"]
     assert read_meta(Path(report["cache"]))[0].engine == "openvino-2026.4"
     assert begun_with(path) is None
 
 
-def test_force_and_fresh_runs_begin_with_nothing(
-    folder: Path, tmp_path: Path, begun: list[str | None], monkeypatch: pytest.MonkeyPatch
+def test_force_and_fresh_runs_resume_nothing(
+    folder: Path, tmp_path: Path, resumed: list[str | None], interrupt: Interrupted
 ) -> None:
     config = settings(folder, tmp_path)
-    interrupt(config, "openvino-2026.4", monkeypatch)
+    interrupt(config, "openvino-2026.4")
     ex.extract(dataclasses.replace(config, force=True))
     ex.extract(settings(folder, tmp_path / "fresh"))
-    assert begun == [None, None]
+    assert resumed == [None, None]
 
 
 def test_update_keeps_the_engine_of_the_old_rows(
-    tmp_path: Path, begun: list[str | None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, resumed: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import featcache.engine
 
@@ -128,11 +132,11 @@ def test_update_keeps_the_engine_of_the_old_rows(
         ex.extract(settings(copy, tmp_path))
     (copy / "train" / "cat" / "000.png").unlink()
     ex.extract(settings(copy, tmp_path, update=True))
-    assert begun == ["openvino-2026.4"]
+    assert resumed == ["openvino-2026.4"]
 
 
 def test_only_what_is_missing_counts_as_work_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, interrupt_after: Interrupt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import featcache.engine
 
@@ -144,18 +148,8 @@ def test_only_what_is_missing_counts_as_work_ahead(
 
     monkeypatch.setattr(featcache.engine, "choose_engine", choose)
     copy = make_folder(tmp_path / "pets", train=40, test=2)  # two classes: a block and 16 rows
-    config, write, blocks = settings(copy, tmp_path, views="flip"), CacheWriter.write_block, []
-
-    def stop_after_one(*block: object) -> None:
-        if blocks:
-            raise KeyboardInterrupt
-        blocks.append(block)
-        write(*block)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "write_block", stop_after_one)
-        with pytest.raises(KeyboardInterrupt):
-            ex.extract(config)
+    config = settings(copy, tmp_path, views="flip")
+    interrupt_after(config, 1)
     ex.extract(config)
     (copy / "train" / "cat" / "000.png").unlink()
     ex.extract(dataclasses.replace(config, update=True))
@@ -167,16 +161,16 @@ def test_only_what_is_missing_counts_as_work_ahead(
 
 
 def test_a_cache_that_is_being_written_is_refused_before_any_work(
-    folder: Path, tmp_path: Path, begun: list[str | None]
+    folder: Path, tmp_path: Path, resumed: list[str | None]
 ) -> None:
     config = settings(folder, tmp_path, num_train=4, num_test=2, output=tmp_path / "x.h5")
     with locked(config.output) as lock:
         with pytest.raises(StorageError, match="being written"):
             ex.extract(config)
-        assert begun == []
+        assert resumed == []
         lock.release()
     ex.extract(config)
-    assert begun == [None]
+    assert resumed == [None]
 
 
 def test_torch_has_its_threads_back_afterwards(folder: Path, tmp_path: Path) -> None:
@@ -192,13 +186,13 @@ def test_torch_has_its_threads_back_afterwards(folder: Path, tmp_path: Path) -> 
 
 
 def test_rows_of_two_quantised_networks_never_mix(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, interrupt: Interrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Should calibration ever come out differently, the unfinished cache is refused by name."""
+    """If calibration ever gave another network, the unfinished cache would be refused."""
     import featcache.engine
 
     config = settings(folder, tmp_path, precision="int8")
-    interrupt(config, "openvino-2026.4+nncf-3.4:aaaa", monkeypatch)
+    interrupt(config, "openvino-2026.4+nncf-3.4:aaaa")
     chosen = always(fake("x", recorded="openvino-2026.4+nncf-3.4:bbbb"))
     monkeypatch.setattr(featcache.engine, "choose_engine", chosen)
     with pytest.raises(CacheError, match=r"engine.*aaaa.*bbbb.*--force"):
@@ -223,7 +217,7 @@ def test_rows_of_two_quantised_networks_never_mix(
 def test_which_engines_rows_fit_a_request(
     folder: Path,
     tmp_path: Path,
-    begun: list[str | None],
+    resumed: list[str | None],
     cached: str,
     wanted: str,
     fits: bool,
@@ -235,7 +229,7 @@ def test_which_engines_rows_fit_a_request(
 
 
 def test_precisions_have_caches_of_their_own(
-    folder: Path, tmp_path: Path, begun: list[str | None]
+    folder: Path, tmp_path: Path, resumed: list[str | None]
 ) -> None:
     files = {
         ex.extract(settings(folder, tmp_path, precision=p))["cache"] for p in ("float32", "int8")
@@ -245,7 +239,7 @@ def test_precisions_have_caches_of_their_own(
 
 
 def on_device(order: list[str]) -> Engine:
-    """A device that notes when batches are begun and fetched."""
+    """A device that records when batches are started and fetched."""
     count = iter(range(10**6))
 
     def start(pixels: np.ndarray) -> Callable[[], tuple[np.ndarray, float]]:
@@ -295,22 +289,11 @@ def test_slow_decoding_is_reported_with_the_workers_it_takes() -> None:
 
 @needs_fast
 def test_int8_goes_through_extraction_and_resumes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, interrupt_after: Interrupt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "NUM_CALIBRATION", 20)
     config = settings(folder, tmp_path, precision="int8")
-    write, written = CacheWriter.write_block, []
-
-    def stop_at_second(self: CacheWriter, *args: object) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(args)
-        write(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "write_block", stop_at_second)
-        with pytest.raises(KeyboardInterrupt):
-            ex.extract(config)
+    interrupt_after(config, 1)
     report = ex.extract(config)
     assert report["splits"]["train"]["num_resumed"] == 64
     engine = json.loads(json.dumps(report))["engine"]
