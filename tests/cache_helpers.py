@@ -1,4 +1,9 @@
-"""Small caches with rows that can be computed again from their place, shared by the cache tests."""
+"""Small synthetic caches, in milliseconds and without a network, for every test that needs one.
+
+`synthetic_cache(path)` writes one; `copy_cache(path)` is the default one, made once. `expected`
+computes any row again from its place. `begin`, `fill` and `leave_unfinished` write step by step;
+`flip_bit` damages. (A cache that extract-features made of images: trained_helpers.)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.cache import CacheWriter, SplitRows, open_writer
+from featcache.cache import CacheWriter, FeatureCache, SplitRows, open_writer, part_path
 from featcache.config import BackboneInfo, CacheMeta, DatasetInfo, Preprocessing, Views
 
 CLASSES = ["cat", "dog", "føx"]
@@ -83,22 +88,55 @@ def fill(writer: CacheWriter, *, num_views: int = 1, dim: int = DIM, stop_after:
     return written
 
 
+def synthetic_cache(
+    path: Path, rows: dict[str, int] = ROWS, *, num_views=1, dim=DIM, **meta
+) -> Path:
+    """A finished cache whose rows are `expected`; `meta` as for `make_meta`."""
+    settings = make_meta(dim=dim, num_views=num_views, **meta)
+    with open_writer(path, settings, CLASSES, make_splits(rows)) as writer:
+        fill(writer, num_views=num_views, dim=dim)
+        return writer.finish()
+
+
 @functools.cache
 def sound_bytes() -> bytes:
+    """The file that `synthetic_cache(path)` writes."""
     with tempfile.TemporaryDirectory() as folder:
         return synthetic_cache(Path(folder, "x.h5")).read_bytes()
 
 
 def copy_cache(path: Path) -> Path:
-    """The cache that `synthetic_cache(path)` makes, without doing it again."""
+    """As `synthetic_cache(path)`, in no time."""
     path.write_bytes(sound_bytes())
     return path
 
 
-def synthetic_cache(
-    path: Path, rows: dict[str, int] = ROWS, *, num_views=1, dim=DIM, **meta
-) -> Path:
-    settings = make_meta(dim=dim, num_views=num_views, **meta)
-    with open_writer(path, settings, CLASSES, make_splits(rows)) as writer:
-        fill(writer, num_views=num_views, dim=dim)
-        return writer.finish()
+def begin(path: Path, *, meta=None, classes=CLASSES, splits=None, **options) -> CacheWriter:
+    """A writer of the default synthetic cache, or of one with a part changed."""
+    return open_writer(path, meta or make_meta(), classes, splits or make_splits(), **options)
+
+
+def leave_unfinished(path: Path, blocks: int = 2, **options) -> Path:
+    """Write some blocks and stop; returns the unfinished file."""
+    with begin(path, **options) as half:
+        fill(half, stop_after=blocks)
+    return part_path(path)
+
+
+def flip_bit(path: Path, offset: int) -> None:
+    """Damage one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def features_offset(path: Path, split: str = "train", row: int = 0) -> int:
+    """Where a row's features lie in a finished float32 cache."""
+    cache = FeatureCache(path)
+    return cache.file.layout.features(split).offset + row * cache.split(split).dim * 4
+
+
+def assert_train(path: Path, num_rows: int) -> None:
+    """The train split holds the right features."""
+    wanted = expected("train", range(num_rows))[0]
+    assert np.array_equal(FeatureCache(path).split("train").X, wanted)

@@ -75,7 +75,7 @@ def prepare(kind: str, path: Path) -> None:
 
 
 def work(kind: str, path: Path, reports: int) -> None:
-    """One run to its end, telling through a pipe which blocks it has written."""
+    """One run to its end, reporting through a pipe which blocks it has written."""
     with KINDS[kind](path) as writer:
         for number, split in enumerate(writer.layout.splits):
             for rows in writer.pending(split):
@@ -103,11 +103,11 @@ def run(kind: str, path: Path, kill_after: float | None) -> tuple[bool, set[tupl
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read()
+        written = pipe.read()
     status = os.waitpid(pid, 0)[1]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit(f"a {kind} run failed")
-    return not os.WIFSIGNALED(status), set(zip(told[::2], told[1::2], strict=True))
+    return not os.WIFSIGNALED(status), set(zip(written[::2], written[1::2], strict=True))
 
 
 def blocks_done(path: Path) -> set[tuple[int, int]]:
@@ -136,9 +136,9 @@ def main() -> None:
         before = path.read_bytes() if path.exists() else None
         done, reported = False, set()
         while not done:
-            done, told = run(kind, path, moments.uniform(0, 1.1 * seconds))
+            done, written = run(kind, path, moments.uniform(0, 1.1 * seconds))
             counts["kills"] += not done
-            reported |= told
+            reported |= written
             if done or (path.exists() and path.read_bytes() == whole):
                 done = True
             elif part_path(path).exists():
