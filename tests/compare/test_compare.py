@@ -16,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-import featcache.compare.run as run_module
 from featcache import cli
-from featcache.compare import compare, summary_lines
-from featcache.compare.budget import Budget, tuning_pace
-from featcache.compare.cells import finetune_config
+from featcache.compare import compare, comparison, extraction, summary_lines
+from featcache.compare.budget import Budget, FinishedRun, finetune_pace
 from featcache.compare.extraction import _remembered
-from featcache.compare.plan import make_plan, nested_rows
+from featcache.compare.planned_runs import nested_rows, plan_runs
+from featcache.compare.training import finetune_config
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
@@ -112,7 +111,7 @@ def test_pictures_that_change_after_extraction_are_not_trained_on(
             shutil.copy(copy / "train" / "cat" / "00.png", tmp_path / "one.png")
             file.write_bytes((tmp_path / "one.png").read_bytes())
 
-    monkeypatch.setattr(run_module, "load_optimizers", overwrite)
+    monkeypatch.setattr(comparison, "load_optimizers", overwrite)
     with pytest.raises(UserError, match=r"\.png changed during the run: run the same command"):
         compare(settings(copy, tmp_path))
     assert not list((tmp_path / "out" / "runs").glob("finetune-*.json"))
@@ -158,7 +157,7 @@ def test_the_same_again_makes_no_run(
     done: tuple[CompareConfig, dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, report = done
-    monkeypatch.setattr(run_module, "do_run", None)
+    monkeypatch.setattr(comparison, "train_and_save", None)
     again = compare(config)
     assert again["points"] == report["points"]
     assert again["spent_seconds"] == pytest.approx(report["spent_seconds"])
@@ -173,13 +172,13 @@ def copied(done: tuple[CompareConfig, dict], tmp_path: Path) -> CompareConfig:
 def made(monkeypatch: pytest.MonkeyPatch, config: CompareConfig) -> list[str]:
     """Names of the runs that a start makes; fine-tunes are only pretended."""
     names: list[str] = []
-    real = run_module.do_run
+    real = comparison.train_and_save
 
-    def record(bench: object, spec: object) -> RunReport:
-        names.append(spec.name)
-        return real(bench, spec)
+    def record(setup: object, planned: object) -> FinishedRun:
+        names.append(planned.name)
+        return real(setup, planned)
 
-    monkeypatch.setattr(run_module, "do_run", record)
+    monkeypatch.setattr(comparison, "train_and_save", record)
     compare(config)
     return names
 
@@ -229,8 +228,8 @@ def test_two_comparisons_in_one_folder(
         refused.append(e)
         return shared_cache(*args)
 
-    shared_cache = run_module.shared_cache
-    monkeypatch.setattr(run_module, "shared_cache", second)
+    shared_cache = comparison.shared_cache
+    monkeypatch.setattr(comparison, "shared_cache", second)
     compare(config)
     assert len(refused) == 1
 
@@ -251,6 +250,31 @@ def test_a_device_as_extraction_json_is_passed_over(
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("zero.json", "pipe.json"):
         assert _remembered(tmp_path / name, "") is None
+
+
+def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
+    done: tuple[CompareConfig, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own machine and settings alone; otherwise a sample is measured."""
+    cache_dir = shutil.copytree(done[0].cache_dir, tmp_path / "cache")
+    config = dataclasses.replace(done[0], cache_dir=cache_dir)
+    [path] = cache_dir.glob("*.h5.json")
+    record = json.loads(path.read_text())
+    found = extraction.shared_cache(config, tmp_path)
+    assert found.how == "as recorded on this machine when the cache was made"
+    assert found.seconds_per_image == record["seconds_total"] / 50
+    monkeypatch.setattr(extraction, "_time_sample", lambda config, cache: (10, 2.0))
+    for changes in (
+        {"environment": {**record["environment"], "num_cores": -1}},
+        {"config": {**record["config"], "workers": 7}},
+        {"seconds_total": None},
+        {"config": None},
+    ):
+        (tmp_path / "extraction.json").unlink(missing_ok=True)
+        path.write_text(json.dumps({**record, **changes}))
+        found = extraction.shared_cache(config, tmp_path)
+        assert found.seconds_per_image == 0.2
+        assert found.how.startswith("measured on 10 images computed again, as no record")
 
 
 def test_no_time_leaves_out_all_but_a_first_run_of_each_mode(pets: Path, tmp_path: Path) -> None:
@@ -288,20 +312,17 @@ def pretend(
 ) -> tuple[list[str], dict]:
     """Compare where fine-tunes take the given seconds and heads one, whatever was measured."""
     names: list[str] = []
-    real = run_module.do_run
+    real = comparison.train_and_save
 
-    def quick(bench: object, spec: object) -> RunReport:
-        names.append(spec.name)
-        report = real(bench, spec)
-        spent = 1.0 if spec.mode == "cached" else seconds[spec.size]
-        report.more["cell"]["spent_seconds"] = spent
-        return report
+    def quick(setup: object, planned: object) -> FinishedRun:
+        names.append(planned.name)
+        return dataclasses.replace(real(setup, planned), spent_seconds=estimate(None, planned))
 
-    def estimate(bench: object, spec: object, budget: object) -> float:
-        return 1.0 if spec.mode == "cached" else seconds[spec.size]
+    def estimate(schedule: object, planned: object) -> float:
+        return 1.0 if planned.mode == "cached" else seconds[planned.size]
 
-    monkeypatch.setattr(run_module, "do_run", quick)
-    monkeypatch.setattr(run_module, "_estimate", estimate)
+    monkeypatch.setattr(comparison, "train_and_save", quick)
+    monkeypatch.setattr(comparison.Schedule, "estimate", estimate)
     return names, compare(config)
 
 
@@ -331,12 +352,12 @@ def test_what_does_not_fit_makes_room_for_the_largest_that_does(
 def test_all_sizes_come_before_second_draws(pets: Path, tmp_path: Path) -> None:
     config = settings(pets, tmp_path, sizes="2,5,10,500", num_seeds=2)
     labels = np.repeat([0, 1], 10)
-    plan = make_plan(config, [str(i) for i in range(20)], labels, {"cached": {}, "finetune": {}})
+    plan = plan_runs(config, [str(i) for i in range(20)], labels, {"cached": {}, "finetune": {}})
     # Ten and five hundred per class are both all there are.
     sizes = ["all", "all", "2", "2", "5", "5"]
-    assert [spec.size for spec in plan] == sizes * 2
-    assert [spec.draw for spec in plan] == [0] * 6 + [1] * 6
-    assert len({spec.key for spec in plan}) == 12
+    assert [planned.size for planned in plan] == sizes * 2
+    assert [planned.draw for planned in plan] == [0] * 6 + [1] * 6
+    assert len({planned.key for planned in plan}) == 12
 
 
 def test_small_sets_get_more_epochs(pets: Path, tmp_path: Path) -> None:
@@ -367,7 +388,7 @@ def test_budget_takes_a_run_apart() -> None:
     budget = Budget(100.0, num_test=100)
     assert budget.allows(budget.estimate("finetune", 10**9, 1))  # nothing is known yet
     # 0.1 s a pass; 1.5 s reading, 2 s scoring, 3 s that stay; the first epoch warmed up for 20 s.
-    budget.add(fake(50, [25.0, 5.0], spent=36.5))
+    budget.add("finetune", finetune_pace(fake(50, [25.0, 5.0], spent=36.5), 36.5), 36.5)
     assert budget.spent == 36.5
     assert budget.estimate("finetune", 50, 2) == pytest.approx(16.5)
     # 400 images for 3 epochs: 120 s; 5 s reading, 2 s scoring, 3 s.
@@ -380,12 +401,12 @@ def test_budget_takes_a_run_apart() -> None:
 def test_a_slow_start_does_not_multiply_the_estimate() -> None:
     """10,000 passes after a small run most of whose epochs shared the machine: 10 s, not 50."""
     small = fake(50, [0.25, 0.05, 0.25, 0.25], spent=4.3)
-    assert tuning_pace(small, 4.3).seconds(2000, 5, 100) == pytest.approx(10.0 + 23.0)
+    assert finetune_pace(small, 4.3).seconds(2000, 5, 100) == pytest.approx(10.0 + 23.0)
 
 
 def test_the_linear_probe_passes_over_every_train_image() -> None:
     without, with_probe = (
-        tuning_pace(fake(50, [5.0], spent=10.0, probe=probe), 10.0) for probe in ({}, {"C": 1.0})
+        finetune_pace(fake(50, [5.0], spent=10.0, probe=probe), 10.0) for probe in ({}, {"C": 1.0})
     )
     assert with_probe.per_train - without.per_train == pytest.approx(2.0 / 100)
     assert without.seconds(50, 1, 100) == with_probe.seconds(50, 1, 100) == pytest.approx(10.0)
@@ -393,8 +414,10 @@ def test_the_linear_probe_passes_over_every_train_image() -> None:
 
 def test_the_run_nearest_in_length_tells() -> None:
     budget = Budget(100.0, num_test=100)
-    budget.add(fake(50, [5.0], spent=8.5))
-    budget.add(fake(1000, [50.0], spent=63.0))  # larger batches are twice as fast
+    budget.add("finetune", finetune_pace(fake(50, [5.0], spent=8.5), 8.5))
+    budget.add(
+        "finetune", finetune_pace(fake(1000, [50.0], spent=63.0), 63.0)
+    )  # larger batches are twice as fast
     assert budget.estimate("finetune", 60, 1) == pytest.approx(6.0 + 0.6 + 1 + 2, abs=0.1)
     assert budget.estimate("finetune", 900, 1) == pytest.approx(45 + 9 + 1 + 2, abs=0.1)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Self
 
-from featcache.results import CurveMode, RunReport
+from featcache.errors import UserError
+from featcache.results import CurveMode, CurveRun, RunReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ def head_pace(report: RunReport, spent: float) -> Pace:
     return Pace(passes=num_train, per_pass=fitting / num_train, fixed=max(spent - fitting, 0.0))
 
 
-def tuning_pace(report: RunReport, spent: float) -> Pace:
+def finetune_pace(report: RunReport, spent: float) -> Pace:
     """Of a fine-tune; arguments as of `head_pace`.
 
     The fastest epoch counts: slower ones were the first, or shared the machine with other work.
@@ -65,15 +67,29 @@ def tuning_pace(report: RunReport, spent: float) -> Pace:
     )
 
 
-def pace_of(report: RunReport) -> Pace:
-    """Of a finished run of either mode.
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """A run of the comparison: its report, and what was read from it."""
 
-    Raises:
-        KeyError, TypeError, ValueError, ZeroDivisionError: The report is damaged.
-    """
-    cell = report.more["cell"]
-    pace = head_pace if cell["mode"] == "cached" else tuning_pace
-    return pace(report, float(cell["spent_seconds"]))
+    report: RunReport
+    curve_run: CurveRun
+    pace: Pace
+    spent_seconds: float
+
+    @classmethod
+    def from_report(cls, report: RunReport) -> Self:
+        """Read and check a report.
+
+        Raises:
+            UserError: It is not of a run of a comparison, or is damaged.
+        """
+        run = CurveRun.from_report(report)
+        pace = head_pace if run.mode == "cached" else finetune_pace
+        try:
+            spent = float(report.more["cell"]["spent_seconds"])
+            return cls(report=report, curve_run=run, pace=pace(report, spent), spent_seconds=spent)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"not a run of a comparison: {error}") from error
 
 
 @dataclass
@@ -85,14 +101,9 @@ class Budget:
     spent: float = 0.0
     _paces: dict[CurveMode, list[Pace]] = field(default_factory=dict)
 
-    def add(self, report: RunReport) -> None:
-        """Take note of a finished run, made now or at an earlier start."""
-        cell = report.more["cell"]
-        self.spent += float(cell["spent_seconds"])
-        self.learn(cell["mode"], pace_of(report))
-
-    def learn(self, mode: CurveMode, pace: Pace) -> None:
-        """Estimate from this pace too."""
+    def add(self, mode: CurveMode, pace: Pace, spent: float = 0.0) -> None:
+        """Count the seconds of a run, and base estimates on its pace."""
+        self.spent += spent
         self._paces.setdefault(mode, []).append(pace)
 
     def estimate(self, mode: CurveMode, num_train: int, num_epochs: int) -> float | None:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbone import load_backbone
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import CompareConfig, ExtractConfig
 from featcache.data import BadImage, bad_image_error, load_dataset
 from featcache.engine.inference import computed_rows
 from featcache.extract import extract
 from featcache.files import read_regular, write_json
+from featcache.results import config_json
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
 SAMPLE_IMAGES = 256
 """Enough for a steady rate, few enough not to be noticed."""
+SPEED_SETTINGS = ("device", "engine", "precision", "batch_size", "workers")
+"""Settings that change the time of an extraction, not its features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,8 @@ def extract_config(config: CompareConfig) -> ExtractConfig:
 def shared_cache(config: CompareConfig, output: Path) -> Extraction:
     """Extract every image once, or find that done, and know what it cost.
 
-    A cache that was there before tells nothing of its cost, so a sample is then computed again
-    and timed. What was found is kept in the comparison's folder.
+    The record beside the cache tells what it cost, if it is of this machine and these settings.
+    Otherwise a sample is computed again and timed. The result is saved in the comparison's folder.
 
     Raises:
         UserError: Wrong input.
@@ -74,14 +77,18 @@ def shared_cache(config: CompareConfig, output: Path) -> Extraction:
 
 
 def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache) -> Extraction:
+    """What an image took: by the record beside the cache, or by a sample computed again."""
     splits = report["splits"].values()
     num_images, resumed = (sum(s[k] for s in splits) for k in ("num_samples", "num_resumed"))
-    done, seconds = num_images - resumed, float(report["seconds_total"])
-    spent, how = seconds, "measured on all images that this comparison extracted"
-    if done < min(SAMPLE_IMAGES, num_images):
+    done, spent = num_images, float(report["seconds_total"])
+    seconds = _recorded_seconds(config, report, cache)
+    how = "measured on all images that this comparison extracted"
+    if seconds is None:
         done, seconds = _time_sample(config, cache)
         spent += seconds
-        how = f"measured on {done} images computed again, as the cache was there already"
+        how = f"measured on {done} images computed again, as no record tells what the cache took"
+    elif resumed:
+        how = "as recorded on this machine when the cache was made"
     return Extraction(
         cache=report["cache"],
         cache_digest=cache.digest.hex(),
@@ -92,11 +99,25 @@ def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
     )
 
 
+def _recorded_seconds(
+    config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
+) -> float | None:
+    """What the record beside the cache says, if this machine would take the same time."""
+    record = cost_of(cache.path, cache.digest) or {}
+    asked = config_json(config)
+    made_with = record.get("config")
+    same_settings = isinstance(made_with, dict) and all(
+        made_with.get(name) == asked[name] for name in SPEED_SETTINGS
+    )
+    same_machine = record.get("environment") == report["environment"]
+    return seconds_of(record) if same_settings and same_machine else None
+
+
 def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float]:
     """Compute features of some train images without keeping them; their number, and seconds."""
     from featcache.engine import EngineSettings, choose_engine
 
-    say(f"the cache was there already: computing up to {SAMPLE_IMAGES} images again to time them")
+    say(f"computing up to {SAMPLE_IMAGES} cached images again, to measure what extraction takes")
     split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
     split.subset(rows).record(cache.rows("train").content[rows])
     views, prep = cache.meta.views, cache.meta.backbone.preprocessing

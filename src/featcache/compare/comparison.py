@@ -14,34 +14,33 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from featcache.cache import sole_writer
-from featcache.compare.budget import Budget
-from featcache.compare.cells import (
-    Bench,
-    do_run,
+from featcache.compare.budget import Budget, FinishedRun
+from featcache.compare.extraction import extract_config, shared_cache
+from featcache.compare.planned_runs import PlannedRun, plan_runs
+from featcache.compare.training import (
+    ComparisonSetup,
     finetune_config,
     load_finished,
-    time_tuning,
+    time_finetuning,
+    train_and_save,
     warm_up,
 )
-from featcache.compare.extraction import extract_config, shared_cache
-from featcache.compare.plan import Spec, make_plan
 from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
-from featcache.finetune.plan import make_plan as make_tuning_plan
+from featcache.finetune.plan import make_plan as make_finetune_plan
 from featcache.heads.data import open_cache
-from featcache.heads.train import check_settings, provenance_of
+from featcache.heads.train import provenance_of
 from featcache.html_report.provenance import command_line
 from featcache.results import (
     CurveMode,
     CurvePoint,
-    CurveRun,
-    RunReport,
     config_json,
     crossing,
     curve_advice,
@@ -56,6 +55,7 @@ from featcache.results.tables import seconds_text
 from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
 MINUTE = 60.0
+MODES: tuple[CurveMode, ...] = get_args(CurveMode)
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -73,7 +73,6 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         StorageError: A file could not be written.
     """
     start = time.perf_counter()
-    check_settings(TrainHeadConfig(cache=Path("unused"), solver=config.solver))
     dataset = load_dataset(config)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
@@ -119,20 +118,19 @@ def _compare(
     config: CompareConfig, dataset: ImageDataset, output: Path, start: float
 ) -> dict[str, Any]:
     """Make and write the comparison in its folder, which nobody else writes."""
-    bench = prepare(config, dataset, output)
-    train = bench.dataset.splits["train"]
-    plan = make_plan(config, train.ids, train.labels, _decisive(bench))
+    setup = prepare(config, dataset, output)
+    train = setup.dataset.splits["train"]
+    planned = plan_runs(config, train.ids, train.labels, _decisive(setup))
     load_optimizers()  # or the first fine-tune alone would pay for it
-    done, left_out, spent = _run_all(bench, plan)
-    report = _report(bench, plan, done, left_out, spent)
+    report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
-    write_json(bench.output / "compare.json", report)
+    write_json(setup.output / "compare.json", report)
     with contextlib.suppress(OSError):
-        (bench.output / "work").rmdir()  # empty, unless a killed run may still go on from it
+        (setup.output / "work").rmdir()  # empty, unless a killed run may still go on from it
     return report
 
 
-def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Bench:
+def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> ComparisonSetup:
     """Extract or find the cache, and see which images both modes can use."""
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
@@ -143,7 +141,7 @@ def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Bench
         usable[name] = dataset.splits[name].subset(rows)
         # Both modes learn from the same pictures: those that the features were made from.
         usable[name].record(cache.rows(name).content[rows])
-    return Bench(
+    return ComparisonSetup(
         config=config,
         output=output,
         dataset=dataclasses.replace(dataset, splits=usable),
@@ -171,16 +169,16 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
     return asked
 
 
-def _decisive(bench: Bench) -> dict[CurveMode, dict[str, Any]]:
+def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
     """What decides a run's outcome besides its samples and seed."""
-    config = bench.config
-    provenance = provenance_of(bench.cache)
+    config = setup.config
+    provenance = provenance_of(setup.cache)
     same = {
         "backbone": provenance["backbone"],
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
-    tuning = dataclasses.asdict(make_tuning_plan(finetune_config(config, None, config.seed)))
+    tuning = dataclasses.asdict(make_finetune_plan(finetune_config(config, None, config.seed)))
     del tuning["seed"]
     return {
         "cached": {**same, "solver": config.solver},
@@ -188,98 +186,124 @@ def _decisive(bench: Bench) -> dict[CurveMode, dict[str, Any]]:
     }
 
 
-Done = dict[Spec, RunReport]
+@dataclass(frozen=True, kw_only=True)
+class SkippedRun:
+    """A run that the budget does not allow; `left_out` in the report."""
+
+    mode: CurveMode
+    size: str
+    num_train: int
+    draw: int
+    estimated_seconds: float | None
+    title: str
 
 
-def _run_all(bench: Bench, plan: list[Spec]) -> tuple[Done, list[dict[str, Any]], float]:
-    """Make or find every run that the budget allows; also what was left out, and seconds spent."""
-    num_test = len(bench.dataset.splits["test"])
-    budget = Budget(bench.config.budget * MINUTE, num_test, bench.extraction.spent_seconds)
-    done: Done = {}
-    for spec in plan:
-        report = load_finished(bench, spec)
-        if report is not None:
-            budget.add(report)
-            done[spec] = report
+@dataclass(kw_only=True)
+class Schedule:
+    """All runs in the order of their importance, those that are finished, and the budget."""
+
+    setup: ComparisonSetup
+    planned: list[PlannedRun]
+    budget: Budget
+    done: dict[PlannedRun, FinishedRun] = field(default_factory=dict)
+
+    def finish(self, planned: PlannedRun, run: FinishedRun) -> None:
+        """Note a finished run."""
+        self.done[planned] = run
+        self.budget.add(planned.mode, run.pace, run.spent_seconds)
+
+    def estimate(self, planned: PlannedRun) -> float | None:
+        """Seconds that a run will take; None if nothing is known yet."""
+        epochs = 1
+        if planned.mode == "finetune":
+            config = finetune_config(self.setup.config, len(planned.rows), planned.seed)
+            epochs = make_finetune_plan(config).epochs
+        return self.budget.estimate(planned.mode, len(planned.rows), epochs)
+
+    def next_run(self) -> PlannedRun | None:
+        """The most important run that the budget still allows.
+
+        Runs that were too long are reconsidered after every run, as estimates improve. Without one
+        size in both modes there is nothing to compare, so the smallest is run even if over budget.
+        """
+        pending = [planned for planned in self.planned if planned not in self.done]
+        for planned in pending:
+            if self.budget.allows(self.estimate(planned)):
+                return planned
+        finished = {mode: {(p.size, p.draw) for p in self.done if p.mode == mode} for mode in MODES}
+        if set.intersection(*finished.values()):
+            return None
+        return min(pending, key=lambda planned: (planned.draw, len(planned.rows)), default=None)
+
+    def finished(self) -> dict[PlannedRun, FinishedRun]:
+        """The finished runs, in the order of the plan."""
+        return {planned: self.done[planned] for planned in self.planned if planned in self.done}
+
+    def skipped(self) -> list[SkippedRun]:
+        """The runs that are not finished."""
+        return [
+            SkippedRun(
+                mode=planned.mode,
+                size=planned.size,
+                num_train=len(planned.rows),
+                draw=planned.draw,
+                estimated_seconds=self.estimate(planned),
+                title=planned.title,
+            )
+            for planned in self.planned
+            if planned not in self.done
+        ]
+
+
+def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
+    """Find or train every run that the budget allows."""
+    num_test = len(setup.dataset.splits["test"])
+    budget = Budget(setup.config.budget * MINUTE, num_test, setup.extraction.spent_seconds)
+    schedule = Schedule(setup=setup, planned=planned, budget=budget)
+    for one in planned:
+        run = load_finished(setup, one)
+        if run is not None:
+            schedule.finish(one, run)
+    done = schedule.done
     if done:
-        say(f"{len(done)} of {len(plan)} runs were there from an earlier start")
-    if len(done) < len(plan):
-        warm_up(bench, min(plan, key=lambda spec: len(spec.rows)))
-    if not any(spec.mode == "finetune" for spec in done):
-        budget.learn("finetune", time_tuning(bench))
-    while (chosen := _next(bench, plan, done, budget)) is not None:
-        estimate = _estimate(bench, chosen, budget)
+        say(f"{len(done)} of {len(planned)} runs were finished earlier")
+    if len(done) < len(planned):
+        warm_up(setup, min(planned, key=lambda one: len(one.rows)))
+    if not any(one.mode == "finetune" for one in done):
+        budget.add("finetune", time_finetuning(setup))
+    while (chosen := schedule.next_run()) is not None:
+        estimate = schedule.estimate(chosen)
         about = "" if estimate is None else f", about {seconds_text(estimate)}"
-        say(f"[{len(done) + 1}/{len(plan)}] {chosen.title}{about}")
-        done[chosen] = do_run(bench, chosen)
-        say(f"    test accuracy {done[chosen].test_top1:.3f}")
-        budget.add(done[chosen])
-    left_out = [_left_out(s, _estimate(bench, s, budget)) for s in plan if s not in done]
-    return {spec: done[spec] for spec in plan if spec in done}, left_out, budget.spent
+        say(f"[{len(done) + 1}/{len(planned)}] {chosen.title}{about}")
+        run = train_and_save(setup, chosen)
+        say(f"    test accuracy {run.report.test_top1:.3f}")
+        schedule.finish(chosen, run)
+    return schedule
 
 
-def _next(bench: Bench, plan: list[Spec], done: Done, budget: Budget) -> Spec | None:
-    """The most important run that the budget allows; None: there is none.
-
-    What was too long is looked at again after every run, as estimates get better. One size is made
-    in both modes in any case, the smallest if no other fits, since there is nothing to say without.
-    """
-    pending = [spec for spec in plan if spec not in done]
-    for spec in pending:
-        if budget.allows(_estimate(bench, spec, budget)):
-            return spec
-    made = {
-        mode: {(s.size, s.draw) for s in done if s.mode == mode} for mode in get_args(CurveMode)
-    }
-    if set.intersection(*made.values()):
-        return None
-    return min(pending, key=lambda spec: (spec.draw, len(spec.rows)), default=None)
-
-
-def _estimate(bench: Bench, spec: Spec, budget: Budget) -> float | None:
-    """Seconds of a run, as far as can be known."""
-    epochs = 1
-    if spec.mode == "finetune":
-        tuning = finetune_config(bench.config, len(spec.rows), spec.seed)
-        epochs = make_tuning_plan(tuning).epochs
-    return budget.estimate(spec.mode, len(spec.rows), epochs)
-
-
-def _left_out(spec: Spec, estimate: float | None) -> dict[str, Any]:
-    return {
-        "mode": spec.mode,
-        "size": spec.size,
-        "num_train": len(spec.rows),
-        "draw": spec.draw,
-        "estimated_seconds": estimate,
-        "title": spec.title,
-    }
-
-
-def _report(
-    bench: Bench, plan: list[Spec], done: Done, left_out: list[dict[str, Any]], spent: float
-) -> dict[str, Any]:
+def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
     """Everything that was found, as plain JSON values."""
-    config, num_test = bench.config, len(bench.dataset.splits["test"])
-    points = curve_points(CurveRun.from_report(report) for report in done.values())
+    config, num_test = setup.config, len(setup.dataset.splits["test"])
+    done, skipped, spent = schedule.finished(), schedule.skipped(), schedule.budget.spent
+    points = curve_points(run.curve_run for run in done.values())
     report = {
         "command": "compare",
-        "output": str(bench.output),
-        "dataset": bench.cache.meta.dataset.name,
+        "output": str(setup.output),
+        "dataset": setup.cache.meta.dataset.name,
         "points": curve_to_json(points),
         "crossing": dataclasses.asdict(crossing(points)),
         "advice": curve_advice(points),
-        "left_out": left_out,
-        "notes": _notes(bench, points, left_out, spent),
-        "runs": [f"runs/{spec.name}.json" for spec in done],
-        "num_planned": len(plan),
+        "left_out": [dataclasses.asdict(run) for run in skipped],
+        "notes": _notes(setup, points, skipped, spent),
+        "runs": [f"runs/{planned.name}.json" for planned in done],
+        "num_planned": len(schedule.planned),
         "spent_seconds": spent,
-        "extraction": dataclasses.asdict(bench.extraction),
+        "extraction": dataclasses.asdict(setup.extraction),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",
         "chosen_on": "a held-out part of each run's own train images",
         "config": config_json(config),
-        "provenance": provenance_of(bench.cache),
+        "provenance": provenance_of(setup.cache),
         "environment": environment(),
     }
     plain: dict[str, Any] = json.loads(json.dumps(report))
@@ -287,23 +311,22 @@ def _report(
 
 
 def _notes(
-    bench: Bench, points: list[CurvePoint], left_out: list[dict[str, Any]], spent: float
+    setup: ComparisonSetup, points: list[CurvePoint], skipped: list[SkippedRun], spent: float
 ) -> list[str]:
     """What a reader has to know to judge the figures."""
-    config, rate = bench.config, 1 / bench.extraction.seconds_per_image
-    notes = [f"Extraction runs at {rate:,.0f} images per second, {bench.extraction.how}."]
+    config, rate = setup.config, 1 / setup.extraction.seconds_per_image
+    notes = [f"Extraction runs at {rate:,.0f} images per second, {setup.extraction.how}."]
     draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
     if draws and min(draws) < 2:
         notes.append(
             "Sizes with one draw of train images do not show how much the draw matters; "
             "give a larger --budget or --num-seeds."
         )
-    if left_out:
-        first = left_out[0]
-        needed = spent + sum(float(run["estimated_seconds"] or 0.0) for run in left_out)
-        others = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    if skipped:
+        needed = spent + sum(run.estimated_seconds or 0.0 for run in skipped)
+        others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         notes.append(
-            f"Left out for lack of time: {first['title']}{others}; the same command with "
+            f"Left out for lack of time: {skipped[0].title}{others}; the same command with "
             f"--budget {max(1, round(needed / MINUTE * 1.1 + 0.5))} makes them too (now "
             f"{config.budget:g} minutes)."
         )

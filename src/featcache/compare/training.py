@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from featcache.cache import FeatureCache, lock_path
-from featcache.compare.budget import Pace, pace_of, tuning_pace
+from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction
-from featcache.compare.plan import Ints, Spec, nested_rows
+from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.plan import make_plan
 from featcache.heads import train_head_report
-from featcache.results import CurveRun, RunReport, config_json
+from featcache.results import RunReport, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -32,7 +32,7 @@ TIMED_BATCHES, TIMED_EPOCHS = 2, 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Bench:
+class ComparisonSetup:
     """What all runs share.
 
     Attributes:
@@ -49,68 +49,61 @@ class Bench:
     cache: FeatureCache
     extraction: Extraction
 
-    def report_path(self, spec: Spec) -> Path:
+    def report_path(self, planned: PlannedRun) -> Path:
         """Where a finished run is kept."""
-        return self.output / "runs" / f"{spec.name}.json"
+        return self.output / "runs" / f"{planned.name}.json"
 
 
-def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
-    """A run that an earlier start finished with the same settings; None otherwise."""
-    path = bench.report_path(spec)
-    if not path.is_file():
-        return None
+def load_finished(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun | None:
+    """The run that an earlier start finished with the same settings, if there is one."""
     try:
-        report = RunReport.load(path)
-        cell = report.more["cell"]
-        right = cell["key"] == spec.key
-        CurveRun.from_report(report)
-        pace_of(report)
-    except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None  # damaged, or of another version: it is made anew
-    return report if right else None
+        run = FinishedRun.from_report(RunReport.load(setup.report_path(planned)))
+    except UserError:
+        return None  # missing, damaged, or of another version
+    return run if run.report.more["cell"].get("key") == planned.key else None
 
 
-def do_run(bench: Bench, spec: Spec) -> RunReport:
-    """Make one run and keep it.
+def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
+    """Train one run, and save its report.
 
     Raises:
         UserError: Wrong input.
         StorageError: The report could not be written.
     """
     start = time.perf_counter()
-    make = _train_head if spec.mode == "cached" else _finetune
-    report, cost, trial = make(bench, spec)
+    train = _train_head if planned.mode == "cached" else _finetune
+    report, cost, trial = train(setup, planned)
     cell = {
-        "key": spec.key,
-        "mode": spec.mode,
-        "size": spec.size,
-        "draw": spec.draw,
-        "seed": spec.seed,
+        "key": planned.key,
+        "mode": planned.mode,
+        "size": planned.size,
+        "draw": planned.draw,
+        "seed": planned.seed,
         "cost_seconds": cost,
         "trial_seconds": trial,
         "spent_seconds": time.perf_counter() - start,
     }
     report = dataclasses.replace(report, more={**report.more, "cell": cell})
-    report.save(bench.report_path(spec))
-    return report
+    report.save(setup.report_path(planned))
+    return FinishedRun.from_report(report)
 
 
-def warm_up(bench: Bench, spec: Spec) -> None:
+def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
     """Fit a head without keeping it, so that the first run's time holds no loading of libraries."""
     with tempfile.TemporaryDirectory() as folder:
-        config = head_config(bench, spec)
+        config = head_config(setup, planned)
         path = Path(folder) / "head.safetensors"
-        train_head_report(dataclasses.replace(config, output=path), spec.rows)
+        train_head_report(dataclasses.replace(config, output=path), planned.rows)
 
 
-def time_tuning(bench: Bench) -> Pace:
+def time_finetuning(setup: ComparisonSetup) -> Pace:
     """Fine-tune on a few images without keeping anything, to tell what whole runs will take.
 
     It also loads fine-tuning's libraries, which the first run would pay for.
     """
     import featcache.heads.estimator  # noqa: F401 - the linear probe's, before the clock runs
 
-    config, splits = bench.config, bench.dataset.splits
+    config, splits = setup.config, setup.dataset.splits
     tuning = finetune_config(config, None, config.seed)
     tuning = dataclasses.replace(tuning, epochs=TIMED_EPOCHS)
     say("timing a few steps of fine-tuning, to know which runs fit into the budget")
@@ -123,29 +116,29 @@ def time_tuning(bench: Bench) -> Pace:
         rows = nested_rows(splits[name].ids, labels, each, config.seed)
         places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
         few[name] = rows[places]
-    report = _tune(bench, tuning, "timing", **few)
-    return tuning_pace(report, time.perf_counter() - start)
+    report = _tune(setup, tuning, "timing", **few)
+    return finetune_pace(report, time.perf_counter() - start)
 
 
-def head_config(bench: Bench, spec: Spec) -> TrainHeadConfig:
+def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
     """The settings of train-head that a cached run stands for."""
     return TrainHeadConfig(
-        cache=Path(bench.extraction.cache),
-        solver=bench.config.solver,
-        seed=spec.seed,
-        cache_dir=bench.config.cache_dir,
-        output=bench.report_path(spec).with_suffix(".safetensors"),
+        cache=Path(setup.extraction.cache),
+        solver=setup.config.solver,
+        seed=planned.seed,
+        cache_dir=setup.config.cache_dir,
+        output=setup.report_path(planned).with_suffix(".safetensors"),
     )
 
 
-def _train_head(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
+def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
     """Fit a head on the cached features of some train images; head and report are written."""
-    path = bench.report_path(spec)
+    path = setup.report_path(planned)
     # An earlier start's report of other settings must not stand beside the new head.
     path.unlink(missing_ok=True)
-    report = train_head_report(head_config(bench, spec), spec.rows)
+    report = train_head_report(head_config(setup, planned), planned.rows)
     fitting = float(report.more["fit_seconds"])
-    return report, bench.extraction.seconds_per_image * len(spec.rows) + fitting, fitting
+    return report, setup.extraction.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
 def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
@@ -171,21 +164,21 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
     return dataclasses.replace(tuning, epochs=epochs)
 
 
-def _finetune(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
+def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
     """Fine-tune on some train images; the model itself is not kept."""
-    config = finetune_config(bench.config, len(spec.rows), spec.seed)
-    test = np.arange(len(bench.dataset.splits["test"]))
-    report = _tune(bench, config, spec.name, train=spec.rows, test=test)
-    cost = _tuning_seconds(report)
+    config = finetune_config(setup.config, len(planned.rows), planned.seed)
+    test = np.arange(len(setup.dataset.splits["test"]))
+    report = _tune(setup, config, planned.name, train=planned.rows, test=test)
+    cost = _finetune_seconds(report)
     return report, cost, cost
 
 
-def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
+def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
     """Fine-tune on these rows of train, score on these of test; only the report is kept."""
-    model = bench.output / "work" / f"{name}.safetensors"
+    model = setup.output / "work" / f"{name}.safetensors"
     config = dataclasses.replace(config, output=model)
-    splits = {split: whole.subset(rows[split]) for split, whole in bench.dataset.splits.items()}
-    dataset = dataclasses.replace(bench.dataset, splits=splits)
+    splits = {split: whole.subset(rows[split]) for split, whole in setup.dataset.splits.items()}
+    dataset = dataclasses.replace(setup.dataset, splits=splits)
     report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     kept = {name: value for name, value in report.more.items() if name != "model"}
     model.unlink(missing_ok=True)
@@ -194,7 +187,7 @@ def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunR
     return dataclasses.replace(report, more=kept, config=config_json(config))
 
 
-def _tuning_seconds(report: RunReport) -> float:
+def _finetune_seconds(report: RunReport) -> float:
     """Seconds from labelled images to a classifier, without reading and scoring the test split."""
     scoring = sum(float(epoch.get("eval_seconds", 0.0)) for epoch in report.epochs)
     num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])

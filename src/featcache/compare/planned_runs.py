@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import CompareConfig
+from featcache.finetune.checkpoint import run_key
 from featcache.results import CurveMode
 
 Ints = NDArray[np.int64]
@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Spec:
+class PlannedRun:
     """One run.
 
     Attributes:
@@ -77,12 +77,12 @@ def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: i
     return np.array(sorted(rows), dtype=np.int64)
 
 
-def make_plan(
+def plan_runs(
     config: CompareConfig,
     ids: Sequence[str],
     labels: Ints,
     decisive: dict[CurveMode, dict[str, Any]],
-) -> list[Spec]:
+) -> list[PlannedRun]:
     """Every run in the order of importance: all sizes of a draw before the next draw.
 
     Within a draw the largest size comes first, since it is what a user has, then the others from
@@ -99,32 +99,17 @@ def make_plan(
     if len(sizes) < len(config.wanted_sizes()):
         sizes.append(None)
     sizes = [sizes[-1], *sizes[:-1]]
-    specs = []
+    runs = []
     for draw in range(config.num_seeds):
+        seed = (config.seed + draw) % 2**32
         for size in sizes:
-            seed = (config.seed + draw) % 2**32
             rows = nested_rows(ids, labels, size, seed)
-            specs += [_spec(mode, size, draw, seed, rows, ids, decisive) for mode in decisive]
-    return specs
-
-
-def _spec(
-    mode: CurveMode,
-    size: int | None,
-    draw: int,
-    seed: int,
-    rows: Ints,
-    ids: Sequence[str],
-    decisive: dict[CurveMode, dict[str, Any]],
-) -> Spec:
-    samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
-    facts = {**decisive[mode], "format": FORMAT, "mode": mode, "seed": seed, "samples": samples}
-    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-    return Spec(
-        mode=mode,
-        size="all" if size is None else str(size),
-        draw=draw,
-        seed=seed,
-        rows=rows,
-        key=hashlib.sha256(text.encode()).hexdigest(),
-    )
+            samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
+            name = "all" if size is None else str(size)
+            for mode, settings in decisive.items():
+                facts = {"format": FORMAT, "mode": mode, "seed": seed, "samples": samples}
+                key = run_key({**settings, **facts})
+                runs.append(
+                    PlannedRun(mode=mode, size=name, draw=draw, seed=seed, rows=rows, key=key)
+                )
+    return runs
