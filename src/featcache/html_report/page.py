@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from featcache.config import ReportConfig
 from featcache.html_report.compared_runs import (
@@ -20,11 +21,10 @@ from featcache.html_report.mistakes import (
     recall_table,
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
-from featcache.html_report.report_files import ReportFiles
+from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.results import (
     Point,
     Row,
-    Side,
     cell_of,
     curve_advice,
     curve_cells,
@@ -35,8 +35,8 @@ from featcache.results.plots import (
     Line,
     Svg,
     as_svg,
+    curve_lines,
     draw,
-    legend_svg,
     lines_of,
     seconds_tick,
 )
@@ -67,22 +67,10 @@ class Page:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A comparison's learning curve; `unfinished` if its runs were put together here."""
-
-    title: str
-    points: list[Point]
-    advice: list[str]
-    notes: list[str] = field(default_factory=list)
-    unfinished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart drawn for wide and for narrow screens, its legend, its numbers as a table."""
+    """A chart drawn for wide and for narrow screens, its lines, its numbers as a table."""
 
     lines: Sequence[Line]
-    legend: Sequence[tuple[Svg, str]]
     drawings: dict[str, Svg]
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -95,7 +83,7 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         UserError: The dataset named for images is not that of the runs.
     """
     compared = compared_runs(files)
-    curves = learning_curves(files)
+    curves = [*files.comparisons, *_unfinished_comparisons(files)]
     advice = [line for curve in curves for line in curve.advice]
     if not curves:
         advice = compared_advice(compared, files)
@@ -103,9 +91,16 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     if advice:
         sections.append(Section(title="Summary", layout="summary", values={"advice": advice}))
     for number, curve in enumerate(curves):
-        chart = _curve_chart(curve.points, salt=f"curve-{number}") if curve.points else None
-        values = {"curve": curve, "chart": chart}
-        sections.append(Section(title=curve.title, layout="learning_curve", values=values))
+        unfinished = number >= len(files.comparisons)
+        title = "Learning curve so far" if unfinished else "Learning curve"
+        if unfinished or len(curves) > 1:
+            title += f": {curve.path.parent.name}"
+        values = {
+            "chart": _curve_chart(curve.points, salt=f"curve-{number}"),
+            "notes": curve.notes,
+            "unfinished": unfinished,
+        }
+        sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
     sections += _mistakes_sections(ranked(compared), config)
     provenance = {"provenance": provenance_of(compared, files)}
@@ -119,62 +114,29 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     )
 
 
-def learning_curves(files: ReportFiles) -> list[Curve]:
-    """The learning curve of every comparison.
-
-    Runs of a comparison that has not written its own report yet are put together here.
-    """
-    several = len(files.comparisons) > 1
-    curves = [
-        Curve(
-            title="Learning curve" + (f": {comparison.path.parent.name}" if several else ""),
-            points=comparison.points,
-            advice=comparison.advice,
-            notes=comparison.notes,
-        )
-        for comparison in files.comparisons
-    ]
+def _unfinished_comparisons(files: ReportFiles) -> list[Summary]:
+    """Comparisons that have not written their own reports yet, put together from their runs."""
     finished = {comparison.path.parent / "runs" for comparison in files.comparisons}
-    runs = [r for r in files.runs if "cell" in r.report.more and r.path.parent not in finished]
-    for folder in sorted({run.path.parent for run in runs}):
-        points = curve_points(cell_of(run.report) for run in runs if run.path.parent == folder)
-        title = f"Learning curve so far: {folder.parent.name}"
-        advice = curve_advice(points)
-        curves.append(Curve(title=title, points=points, advice=advice, unfinished=True))
-    return curves
-
-
-def _curve_chart(points: Sequence[Point], salt: str) -> Chart:
-    """The learning curve with intervals, and a dot per draw of train images."""
-    heads = [(point.num_train, point.cached) for point in points if point.cached]
-    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
-    lines = [
-        _curve_line("cached head", 0, 0.985, heads),
-        _curve_line("full fine-tune", 2, 1.015, tunes),
+    points_of: dict[Path, list[Point]] = {}
+    for folder in sorted({r.path.parent for r in files.runs if "cell" in r.report.more} - finished):
+        cells = [cell_of(run.report) for run in files.runs if run.path.parent == folder]
+        points_of[folder.parent] = curve_points(cells)
+    return [
+        Summary(path=folder / "compare.json", points=points, advice=curve_advice(points))
+        for folder, points in points_of.items()
     ]
+
+
+def _curve_chart(points: Sequence[Point], salt: str) -> Chart | None:
+    if not points:
+        return None
     return _chart(
-        [line for line in lines if line.points],
+        curve_lines(points),
         header=curve_header(),
         rows=curve_cells(points),
         x_label="training images (log scale)",
         x_text=lambda number: f"{number:,.0f}",
         salt=salt,
-    )
-
-
-def _curve_line(name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]) -> Line:
-    return Line(
-        name=name,
-        style=style,
-        points=[(float(x), side.top1) for x, side in values],
-        bars=[side.interval for _, side in values],
-        dots=[
-            (float(x), top1)
-            for x, side in values
-            if len(side.top1_by_seed) > 1
-            for top1 in side.top1_by_seed.values()
-        ],
-        shift=shift,
     )
 
 
@@ -190,7 +152,6 @@ def _chart(
     """Draw lines for both kinds of screens."""
     return Chart(
         lines=lines,
-        legend=[(legend_svg(line.style), line.name) for line in lines],
         drawings={
             screen: as_svg(partial(draw, lines, size, x_label, x_text), f"{salt}-{screen}")
             for screen, size in SIZES.items()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
+from featcache.results.learning_curve import Point, Side
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import seconds_text
 
@@ -37,7 +38,7 @@ VARIABLES = {
     **{color: f"var(--s{number})" for number, (color, _, _) in enumerate(STYLES)},
     **{INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", GROUND: "var(--ground)"},
 }
-MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 50}
+MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 46}
 """Around the axes, in px of an SVG: room for ticks and labels. Measuring them takes longer."""
 SHORTEST_S = 1e-4
 PIXELS_PER_INCH = 72
@@ -88,6 +89,33 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     """The interval at the last point that has the mode's accuracy: the epoch that was kept."""
     kept = max((i for i, (_, top1) in enumerate(row.points) if top1 == row.test_top1), default=-1)
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
+
+
+def curve_lines(points: Sequence[Point]) -> list[Line]:
+    """The learning curve's lines with their intervals, and a dot for each of several draws."""
+    heads = [(point.num_train, point.cached) for point in points if point.cached]
+    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
+    lines = [
+        _curve_line("cached head", FIRST_STYLES["cached"], 0.985, heads),
+        _curve_line("full fine-tune", FIRST_STYLES["finetune"], 1.015, tunes),
+    ]
+    return [line for line in lines if line.points]
+
+
+def _curve_line(name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]) -> Line:
+    return Line(
+        name=name,
+        style=style,
+        points=[(float(x), side.top1) for x, side in values],
+        bars=[side.interval for _, side in values],
+        dots=[
+            (float(x), top1)
+            for x, side in values
+            if len(side.top1_by_seed) > 1
+            for top1 in side.top1_by_seed.values()
+        ],
+        shift=shift,
+    )
 
 
 def seconds_tick(seconds: float) -> str:
