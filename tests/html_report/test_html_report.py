@@ -406,6 +406,12 @@ def test_a_benchmark_finds_its_runs_by_their_ids(tmp_path: Path) -> None:
 
 
 def test_an_error_names_the_field(tmp_path: Path) -> None:
+    folder = benchmark_json(tmp_path / "bench")
+    values = json.loads((folder / "benchmark.json").read_text())
+    values["rows"][1]["points"][0] = [45.0, 1.5]
+    (folder / "benchmark.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"\(rows: points: 1\.5 is not a number from 0 to 1\)"):
+        report(tmp_path, folder / "benchmark.json")
     head_report(test_interval=(0.5, 1.5)).save(tmp_path / "h.json")
     with pytest.raises(UserError, match=r"\(test_interval: 1\.5 is not a number from 0 to 1\)"):
         report(tmp_path, tmp_path / "h.json")
