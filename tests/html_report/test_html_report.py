@@ -345,7 +345,9 @@ def test_a_comparison_names_no_files_elsewhere(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_comparison_is_put_together(tmp_path: Path) -> None:
-    page, _, result = report(tmp_path, comparison_json(tmp_path / "cmp", finished=False))
+    folder = comparison_json(tmp_path / "cmp", finished=False)
+    head_report().save(folder / "runs" / "mine.json")  # not a run of the comparison
+    page, _, result = report(tmp_path, folder)
     assert "Learning curve so far: cmp" in result["sections"]
     assert "This comparison is unfinished: rerun the same compare command" in page.text
 

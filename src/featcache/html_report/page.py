@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from featcache.config import ReportConfig
 from featcache.html_report.compared_runs import (
@@ -117,14 +116,13 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
 def _unfinished_comparisons(files: ReportFiles) -> list[Summary]:
     """Comparisons that have not written their own reports yet, put together from their runs."""
     finished = {comparison.path.parent / "runs" for comparison in files.comparisons}
-    points_of: dict[Path, list[Point]] = {}
-    for folder in sorted({r.path.parent for r in files.runs if "cell" in r.report.more} - finished):
-        cells = [cell_of(run.report) for run in files.runs if run.path.parent == folder]
-        points_of[folder.parent] = curve_points(cells)
-    return [
-        Summary(path=folder / "compare.json", points=points, advice=curve_advice(points))
-        for folder, points in points_of.items()
-    ]
+    runs = [r for r in files.runs if "cell" in r.report.more and r.path.parent not in finished]
+    comparisons = []
+    for folder in sorted({run.path.parent for run in runs}):
+        points = curve_points(cell_of(run.report) for run in runs if run.path.parent == folder)
+        path, advice = folder.parent / "compare.json", curve_advice(points)
+        comparisons.append(Summary(path=path, points=points, advice=advice))
+    return comparisons
 
 
 def _curve_chart(points: Sequence[Point], salt: str) -> Chart | None:
