@@ -188,15 +188,12 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
 
 def run_training(settings: Settings) -> RunReport:
     """One mode, its features being cached where it needs them."""
-    from featcache.finetune import finetune
-    from featcache.heads import train_head
+    from featcache.finetune import finetune_report
+    from featcache.heads import train_head_report
 
     if isinstance(settings, TrainHeadConfig):
-        train_head(settings)
-    else:
-        finetune(settings)
-    assert settings.output is not None
-    return RunReport.load(settings.output.with_suffix(".json"))
+        return train_head_report(settings)
+    return finetune_report(settings)
 
 
 def run_extraction(config: BenchmarkConfig) -> float:

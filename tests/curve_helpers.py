@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from featcache.results import Cell
+from featcache.results import CurveRun
 
 NUM_TEST = 500
 
@@ -19,14 +19,14 @@ def cell(
     cost: float = 1.0,
     trial: float = 0.5,
     first_right: int = 0,
-) -> Cell:
+) -> CurveRun:
     """`num_right` of 500 test images right, counted from image `first_right` on."""
     labels = np.arange(NUM_TEST) % 10
     predicted = (labels + 1) % 10
     right = slice(first_right, first_right + num_right)
     predicted[right] = labels[right]
     assert (labels == predicted).sum() == num_right
-    return Cell(
+    return CurveRun(
         mode=mode,
         size=size,
         num_train=num_train,
@@ -38,7 +38,7 @@ def cell(
     )
 
 
-def pair(size: str, num_train: int, cached: int, tuned: int, seed: int = 0) -> list[Cell]:
+def pair(size: str, num_train: int, cached: int, tuned: int, seed: int = 0) -> list[CurveRun]:
     """Both modes; a fine-tune costs 120 s, a first head 6 s, each further one 0.5 s."""
     return [
         cell("cached", size, num_train, cached, seed=seed, cost=6.0, trial=0.5),

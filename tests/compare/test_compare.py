@@ -97,6 +97,7 @@ def test_both_modes_saw_the_same_images(done: tuple[CompareConfig, dict]) -> Non
         assert head.more["num_train"] == tune.more["num_train"] == num
         assert head.test.ids == tune.test.ids  # the damaged one is in neither
         assert len(head.test.ids) == 18
+    assert len({run.more["run"] for run in runs.values()}) == 4
     assert report["num_test"] == 18
     assert [point["num_train"] for point in report["points"]] == [9, 30]
 

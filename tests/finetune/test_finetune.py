@@ -19,7 +19,7 @@ from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
 from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
-from featcache.finetune import finetune, summary_lines
+from featcache.finetune import finetune, finetune_report, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
 from featcache.finetune.images import Images, hold_out
 from featcache.finetune.loop import _with_lone_merged
@@ -259,6 +259,7 @@ class TestHit:
         again = finetune(config)
         assert (report["hit"], again["hit"]) == (False, True)
         assert {**again, "hit": False} == report
+        assert finetune_report(config).to_json() == again
         assert "already trained, nothing to do" in run_module.summary_lines(again)[0]
 
     @pytest.mark.parametrize("what", ["model", "report", "settings", "no_resume"])

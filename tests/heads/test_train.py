@@ -56,6 +56,7 @@ def test_other_settings_and_other_caches_keep_the_earlier_head(cache, tmp_path):
     assert all(re.fullmatch(r"toy\.logistic-[0-9a-f]{8}", Path(path).stem) for path in paths)
     again = train_head(TrainHeadConfig(cache=cache, json=True, verbose=True))
     assert again["head"] == paths[0]
+    assert again["run"].startswith(Path(again["head"]).stem[-8:])
 
 
 def test_what_strangers_wrote_beside_the_head_is_not_replaced(cache, tmp_path):

@@ -31,7 +31,7 @@ from featcache.html_report.page import make_page
 from featcache.html_report.provenance import command_line
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
-from featcache.results import config_json, curve_advice, curve_points, points_json
+from featcache.results import config_json, curve_advice, curve_points, curve_to_json
 from featcache.results.plots import Svg, log_ticks
 from page_helpers import (
     HEAD,
@@ -300,7 +300,7 @@ def comparison_json(folder: Path, *, finished: bool = True) -> Path:
         points = curve_points([*pair("5", 50, 200, 100), *pair("all", 2000, 350, 450)])
         values = {
             "command": "compare",
-            "points": points_json(points),
+            "points": curve_to_json(points),
             "advice": curve_advice(points),
             "notes": ["Mind the gap."],
             "dataset": "pets",

@@ -8,15 +8,15 @@ import pytest
 from curve_helpers import NUM_TEST, cell, pair
 from featcache.errors import UserError
 from featcache.results import (
-    Cell,
+    CURVE_HEADER,
+    CurveRun,
     crossing,
     curve_advice,
     curve_cells,
-    curve_header,
+    curve_from_json,
     curve_points,
     curve_text,
-    points_from_json,
-    points_json,
+    curve_to_json,
 )
 from featcache.results.learning_curve import holm
 from featcache.results.metrics import mcnemar
@@ -189,14 +189,14 @@ LABELS = np.repeat([0, 1, 2], [335, 100, 65])
 """Always answering 0 is right for 0.670."""
 
 
-def skewed(mode: str, size: str, num_train: int, *rights: int) -> Cell:
+def skewed(mode: str, size: str, num_train: int, *rights: int) -> CurveRun:
     """So many images of each class right."""
     predicted = (LABELS + 1) % 3
     for label, num in enumerate(rights):
         rows = np.flatnonzero(label == LABELS)[:num]
         predicted[rows] = label
     cost = 6.0 if mode == "cached" else 120.0
-    return Cell(
+    return CurveRun(
         mode=mode, size=size, num_train=num_train, seed=0, labels=LABELS, predicted=predicted,
         cost_seconds=cost, trial_seconds=cost,
     )  # fmt: skip
@@ -242,11 +242,11 @@ def test_balanced_accuracy_that_says_the_opposite_leaves_it_undecided() -> None:
 
 
 def test_points_of_an_earlier_version_have_no_baseline() -> None:
-    values = points_json(curve_points(CLEAR))
+    values = curve_to_json(curve_points(CLEAR))
     for value in values:
         del value["baseline_top1"], value["imbalanced"]
         del value["cached"]["balanced_top1"], value["finetune"]["balanced_top1"]
-    points = points_from_json(values)
+    points = curve_from_json(values)
     assert [p.verdict for p in points] == [p.verdict for p in curve_points(CLEAR)]
     assert len(curve_cells(points)) == 3
     assert curve_advice(points) == curve_advice(curve_points(CLEAR))
@@ -268,9 +268,9 @@ def test_table_and_json_hold_the_same() -> None:
         "fine-tuning", "6.0 s", "120 s", "5.7 s", "1 head",
     )  # fmt: skip
     assert cells[0][3] == "−20.0"
-    assert len(cells[0]) == len(curve_header())
+    assert len(cells[0]) == len(CURVE_HEADER)
     assert cells[-1] == ("most frequent class", "0.100", "0.100", *"–" * 7)
-    assert points_from_json(points_json(points)) == points
+    assert curve_from_json(curve_to_json(points)) == points
 
 
 def test_the_table_fits_a_terminal() -> None:
@@ -281,7 +281,7 @@ def test_the_table_fits_a_terminal() -> None:
     first, second = lines[: lines.index("")], lines[lines.index("") + 1 :]
     assert len(first) == len(second) == 2 + 3 + 1
     assert (first[0] + second[0]).split("  ")[0] == "train images"
-    assert all(name in first[0] + second[0] for name in curve_header())
+    assert all(name in first[0] + second[0] for name in CURVE_HEADER)
     assert first[4].split("  ")[0] == second[4].split("  ")[0] == "all (2,000)"
 
 
@@ -290,10 +290,10 @@ def test_the_table_fits_a_terminal() -> None:
     [("verdict", "best"), ("cached", {"top1": 1}), ("p_value", float("nan")), ("num_train", "x")],
 )
 def test_damaged_points_are_refused(field: str, value: object) -> None:
-    values = points_json(curve_points(CLEAR))
+    values = curve_to_json(curve_points(CLEAR))
     values[1][field] = value
     with pytest.raises(UserError, match="not the points of a learning curve"):
-        points_from_json(values)
+        curve_from_json(values)
 
 
 def test_correct_is_a_bool_per_image() -> None:

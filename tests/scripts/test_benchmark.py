@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,15 @@ class TestRun:
         # train-head's default has no epochs, the good recipe has five.
         assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 2, 2, 5]
         assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 2, 2, 5]
+
+    def test_rows_refer_to_their_runs_by_id(self, ran: tuple[Path, dict, int]) -> None:
+        folder, result, _ = ran
+        stems = ["head-in-loop", "cached-head", "default-head", "finetune-0.001",
+                 "finetune-0.0001", "finetune-good"]  # fmt: skip
+        ids = [json.loads((folder / f"{stem}.json").read_text())["run"] for stem in stems]
+        assert [row["run"] for row in result["rows"]] == ids
+        assert len(set(ids)) == 6
+        assert all(re.fullmatch("[0-9a-f]{16}", run) for run in ids)
 
     def test_the_default_head_is_what_train_head_fits(
         self, ran: tuple[Path, dict, int], tmp_path: Path

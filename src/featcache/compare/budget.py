@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from featcache.results import Mode, RunReport
+from featcache.results import CurveMode, RunReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Budget:
     seconds: float
     num_test: int
     spent: float = 0.0
-    _paces: dict[Mode, list[Pace]] = field(default_factory=dict)
+    _paces: dict[CurveMode, list[Pace]] = field(default_factory=dict)
 
     def add(self, report: RunReport) -> None:
         """Take note of a finished run, made now or at an earlier start."""
@@ -91,11 +91,11 @@ class Budget:
         self.spent += float(cell["spent_seconds"])
         self.learn(cell["mode"], pace_of(report))
 
-    def learn(self, mode: Mode, pace: Pace) -> None:
+    def learn(self, mode: CurveMode, pace: Pace) -> None:
         """Estimate from this pace too."""
         self._paces.setdefault(mode, []).append(pace)
 
-    def estimate(self, mode: Mode, num_train: int, num_epochs: int) -> float | None:
+    def estimate(self, mode: CurveMode, num_train: int, num_epochs: int) -> float | None:
         """Seconds of another run, from the known run nearest in length; None: none is known."""
         if mode not in self._paces:
             return None

@@ -19,10 +19,10 @@ from featcache.compare.plan import Ints, Spec, nested_rows
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data import ImageDataset
 from featcache.errors import UserError
-from featcache.finetune import finetune
+from featcache.finetune import finetune_report
 from featcache.finetune.plan import make_plan
-from featcache.heads import train_head
-from featcache.results import RunReport, cell_of, config_json
+from featcache.heads import train_head_report
+from featcache.results import CurveRun, RunReport, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -63,7 +63,7 @@ def load_finished(bench: Bench, spec: Spec) -> RunReport | None:
         report = RunReport.load(path)
         cell = report.more["cell"]
         right = cell["key"] == spec.key
-        cell_of(report)
+        CurveRun.from_report(report)
         pace_of(report)
     except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None  # damaged, or of another version: it is made anew
@@ -100,7 +100,7 @@ def warm_up(bench: Bench, spec: Spec) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = head_config(bench, spec)
         path = Path(folder) / "head.safetensors"
-        train_head(dataclasses.replace(config, output=path), spec.rows)
+        train_head_report(dataclasses.replace(config, output=path), spec.rows)
 
 
 def time_tuning(bench: Bench) -> Pace:
@@ -143,8 +143,7 @@ def _train_head(bench: Bench, spec: Spec) -> tuple[RunReport, float, float]:
     path = bench.report_path(spec)
     # An earlier start's report of other settings must not stand beside the new head.
     path.unlink(missing_ok=True)
-    train_head(head_config(bench, spec), spec.rows)
-    report = RunReport.load(path)
+    report = train_head_report(head_config(bench, spec), spec.rows)
     fitting = float(report.more["fit_seconds"])
     return report, bench.extraction.seconds_per_image * len(spec.rows) + fitting, fitting
 
@@ -187,8 +186,7 @@ def _tune(bench: Bench, config: FinetuneConfig, name: str, **rows: Ints) -> RunR
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in bench.dataset.splits.items()}
     dataset = dataclasses.replace(bench.dataset, splits=splits)
-    finetune(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
-    report = RunReport.load(model.with_suffix(".json"))
+    report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     kept = {name: value for name, value in report.more.items() if name != "model"}
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)

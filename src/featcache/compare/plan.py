@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import CompareConfig
-from featcache.results import Mode
+from featcache.results import CurveMode
 
 Ints = NDArray[np.int64]
 FORMAT = 1
@@ -32,7 +32,7 @@ class Spec:
         key: Names all that decides the outcome: 64 hex digits.
     """
 
-    mode: Mode
+    mode: CurveMode
     size: str
     draw: int
     seed: int
@@ -78,7 +78,10 @@ def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: i
 
 
 def make_plan(
-    config: CompareConfig, ids: Sequence[str], labels: Ints, decisive: dict[Mode, dict[str, Any]]
+    config: CompareConfig,
+    ids: Sequence[str],
+    labels: Ints,
+    decisive: dict[CurveMode, dict[str, Any]],
 ) -> list[Spec]:
     """Every run in the order of importance: all sizes of a draw before the next draw.
 
@@ -106,13 +109,13 @@ def make_plan(
 
 
 def _spec(
-    mode: Mode,
+    mode: CurveMode,
     size: int | None,
     draw: int,
     seed: int,
     rows: Ints,
     ids: Sequence[str],
-    decisive: dict[Mode, dict[str, Any]],
+    decisive: dict[CurveMode, dict[str, Any]],
 ) -> Spec:
     samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
     facts = {**decisive[mode], "format": FORMAT, "mode": mode, "seed": seed, "samples": samples}

@@ -38,17 +38,17 @@ from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
 from featcache.html_report.provenance import command_line
 from featcache.results import (
-    Mode,
-    Point,
+    CurveMode,
+    CurvePoint,
+    CurveRun,
     RunReport,
-    cell_of,
     config_json,
     crossing,
     curve_advice,
+    curve_from_json,
     curve_points,
     curve_text,
-    points_from_json,
-    points_json,
+    curve_to_json,
     report_marks,
 )
 from featcache.results.runs import MAX_BYTES
@@ -171,7 +171,7 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
     return asked
 
 
-def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:
+def _decisive(bench: Bench) -> dict[CurveMode, dict[str, Any]]:
     """What decides a run's outcome besides its samples and seed."""
     config = bench.config
     provenance = provenance_of(bench.cache)
@@ -228,7 +228,9 @@ def _next(bench: Bench, plan: list[Spec], done: Done, budget: Budget) -> Spec | 
     for spec in pending:
         if budget.allows(_estimate(bench, spec, budget)):
             return spec
-    made = {mode: {(s.size, s.draw) for s in done if s.mode == mode} for mode in get_args(Mode)}
+    made = {
+        mode: {(s.size, s.draw) for s in done if s.mode == mode} for mode in get_args(CurveMode)
+    }
     if set.intersection(*made.values()):
         return None
     return min(pending, key=lambda spec: (spec.draw, len(spec.rows)), default=None)
@@ -259,12 +261,12 @@ def _report(
 ) -> dict[str, Any]:
     """Everything that was found, as plain JSON values."""
     config, num_test = bench.config, len(bench.dataset.splits["test"])
-    points = curve_points(cell_of(report) for report in done.values())
+    points = curve_points(CurveRun.from_report(report) for report in done.values())
     report = {
         "command": "compare",
         "output": str(bench.output),
         "dataset": bench.cache.meta.dataset.name,
-        "points": points_json(points),
+        "points": curve_to_json(points),
         "crossing": dataclasses.asdict(crossing(points)),
         "advice": curve_advice(points),
         "left_out": left_out,
@@ -285,7 +287,7 @@ def _report(
 
 
 def _notes(
-    bench: Bench, points: list[Point], left_out: list[dict[str, Any]], spent: float
+    bench: Bench, points: list[CurvePoint], left_out: list[dict[str, Any]], spent: float
 ) -> list[str]:
     """What a reader has to know to judge the figures."""
     config, rate = bench.config, 1 / bench.extraction.seconds_per_image
@@ -311,7 +313,7 @@ def _notes(
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     return [
-        *curve_text(points_from_json(report["points"])).splitlines(),
+        *curve_text(curve_from_json(report["points"])).splitlines(),
         "",
         *report["advice"],
         *report["notes"],

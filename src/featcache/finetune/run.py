@@ -39,13 +39,22 @@ if TYPE_CHECKING:
     import torch
 
 
-def finetune(
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Do the work of the command `finetune`, as `finetune_report` does.
+
+    Returns:
+        The command's JSON report.
+    """
+    return finetune_report(config).to_json()
+
+
+def finetune_report(
     config: FinetuneConfig,
     dataset: ImageDataset | None = None,
     checkpoint_s: float = 0.0,
     *,
     replace: bool = False,
-) -> dict[str, Any]:
+) -> RunReport:
     """Train a whole network, or parts of it, on the images themselves.
 
     Args:
@@ -55,7 +64,7 @@ def finetune(
         replace: Write over a run with other settings, as `resume=False` does.
 
     Returns:
-        The command's JSON report; the model file and the report file are written.
+        What the run measured; the model file and the report file are written.
 
     Raises:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
@@ -84,7 +93,7 @@ def finetune(
         ) from error
 
 
-def _execute(run: Run, start: float) -> dict[str, Any]:
+def _execute(run: Run, start: float) -> RunReport:
     """Train from the beginning or from the checkpoint, score, write model and report."""
     state = run.parts.model.state_dict().values()
     check_writable(run.output, sum(tensor.nbytes for tensor in state))
@@ -105,15 +114,16 @@ def _execute(run: Run, start: float) -> dict[str, Any]:
     assert run.parts.frozen_sha256() == frozen, "a frozen part of the network moved"
     report = _report(run, progress, scores, num_resumed)
     _write_model(run, report)
-    written = {"hit": False, "key": run_key(run.decisive), "model_sha256": file_sha256(run.output)}
+    key = run_key(run.decisive)
+    written = {"hit": False, "key": key, "model_sha256": file_sha256(run.output), "run": key[:16]}
     report = dataclasses.replace(report, more=report.more | written)
     report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
     report.save(run.output.with_suffix(".json"))
     remove_checkpoint(checkpoint)
-    return report.to_json()
+    return report
 
 
-def _finished(run: Run) -> dict[str, Any] | None:
+def _finished(run: Run) -> RunReport | None:
     """The report of the same run, if its model is there as it was written."""
     path = run.output.with_suffix(".json")
     if not (run.config.resume and run.output.is_file() and path.is_file()):
@@ -129,7 +139,7 @@ def _finished(run: Run) -> dict[str, Any] | None:
     if not same or report.more.get("model_sha256") != file_sha256(run.output):
         return None
     remove_checkpoint(checkpoint_path(run.output))
-    return {**report.to_json(), "hit": True}
+    return dataclasses.replace(report, more={**report.more, "hit": True})
 
 
 def _initialise_head(run: Run) -> None:

@@ -4,7 +4,7 @@ from featcache.heads.files import Head, check_head_fits, load_head, save_head
 from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead, softmax
 from featcache.heads.summary import summary_lines
-from featcache.heads.train import train_head
+from featcache.heads.train import train_head, train_head_report
 
 __all__ = [
     "Head",
@@ -16,4 +16,5 @@ __all__ = [
     "softmax",
     "summary_lines",
     "train_head",
+    "train_head_report",
 ]

@@ -28,7 +28,16 @@ from featcache.results.runs import Predictions
 from featcache.runtime import StageTimer, environment
 
 
-def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, Any]:
+def train_head(config: TrainHeadConfig) -> dict[str, Any]:
+    """Do the work of the command `train-head`, as `train_head_report` does.
+
+    Returns:
+        The command's JSON report.
+    """
+    return train_head_report(config).to_json()
+
+
+def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunReport:
     """Fit a head on a cache, score it, write it and its report.
 
     Args:
@@ -36,7 +45,7 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
         rows: Learn from these train rows alone, and choose on a part of them; all unless given.
 
     Returns:
-        The report as `--json` prints it; the report file also has the test predictions.
+        What the run measured, as in the report file.
 
     Raises:
         UserError: The cache or the settings are wrong, or a stranger's file would be replaced.
@@ -57,6 +66,7 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
         )
         save_head(path, head)
     more = {"head": str(path), **more, "extraction": extraction_of(cache)}
+    more |= {"run": run_key(config, cache, rows)[:16]}
     more |= solver_fields(run, test, cache.class_names)
     report = RunReport(
         command="train-head",
@@ -80,7 +90,7 @@ def train_head(config: TrainHeadConfig, rows: Ints | None = None) -> dict[str, A
         ),
     )
     report.save(path.with_suffix(".json"))
-    return report.to_json()
+    return report
 
 
 def check_settings(config: TrainHeadConfig) -> None:
@@ -115,15 +125,22 @@ def head_path(config: TrainHeadConfig, cache: FeatureCache) -> Path:
         UserError: The name does not end as head files do.
     """
     if config.output is None:
-        asked = {**config_json(config), "cache": cache.digest.hex()}
-        for name in ("json", "verbose", "output", "cache_dir"):
-            del asked[name]
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        key = run_key(config, cache)[:8]
         folder = config.cache.parent if config.cache_dir is None else config.cache_dir
         return folder / f"{config.cache.stem}.{config.solver}-{key}.safetensors"
     if config.output.suffix != ".safetensors":
         raise UserError(f"--output {config.output}: a head's name ends in .safetensors")
     return config.output
+
+
+def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = None) -> str:
+    """Identify a run by its settings, the cache's content and the chosen rows: 64 hex digits."""
+    asked = {**config_json(config), "cache": cache.digest.hex()}
+    for name in ("json", "verbose", "output", "cache_dir"):
+        del asked[name]
+    if rows is not None:
+        asked["rows"] = hashlib.sha256(rows.tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def run_all(

@@ -22,12 +22,12 @@ from featcache.html_report.mistakes import (
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.results import (
-    Point,
+    CURVE_HEADER,
+    CurvePoint,
+    CurveRun,
     Row,
-    cell_of,
     curve_advice,
     curve_cells,
-    curve_header,
     curve_points,
 )
 from featcache.results.plots import (
@@ -119,18 +119,20 @@ def _unfinished_comparisons(files: ReportFiles) -> list[Summary]:
     runs = [r for r in files.runs if "cell" in r.report.more and r.path.parent not in finished]
     comparisons = []
     for folder in sorted({run.path.parent for run in runs}):
-        points = curve_points(cell_of(run.report) for run in runs if run.path.parent == folder)
+        points = curve_points(
+            CurveRun.from_report(run.report) for run in runs if run.path.parent == folder
+        )
         path, advice = folder.parent / "compare.json", curve_advice(points)
         comparisons.append(Summary(path=path, points=points, advice=advice))
     return comparisons
 
 
-def _curve_chart(points: Sequence[Point], salt: str) -> Chart | None:
+def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart | None:
     if not points:
         return None
     return _chart(
         curve_lines(points),
-        header=curve_header(),
+        header=CURVE_HEADER,
         rows=curve_cells(points),
         x_label="training images (log scale)",
         x_text=lambda number: f"{number:,.0f}",

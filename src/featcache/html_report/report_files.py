@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from featcache.errors import UserError
 from featcache.files import read_regular
-from featcache.results import Point, Row, RunReport, cell_of, points_from_json
+from featcache.results import CurvePoint, CurveRun, Row, RunReport, curve_from_json
 from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
@@ -150,7 +150,7 @@ class Summary:
     """
 
     path: Path
-    points: list[Point] = field(default_factory=list)
+    points: list[CurvePoint] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -304,7 +304,7 @@ def _run(file: Path, values: dict[str, Any]) -> Run:
         if max([*report.test.labels, *report.test.predicted], default=0) >= len(report.class_names):
             raise UserError("a label in test is not the number of a class")
     if "cell" in report.more:
-        cell_of(report)  # checks the rest of it
+        CurveRun.from_report(report)  # checks the rest of it
     return Run(path=file, report=report)
 
 
@@ -313,7 +313,7 @@ def _summary(file: Path, values: dict[str, Any]) -> Summary:
     known = {f.name for f in dataclasses.fields(Summary)} - {"path", "points", "rows"}
     return Summary(
         path=file,
-        points=points_from_json(values["points"]) if values.get("command") == "compare" else [],
+        points=curve_from_json(values["points"]) if values.get("command") == "compare" else [],
         rows=[_row(row) for row in values.get("rows") or ()],
         **{name: values[name] for name in known if values.get(name) is not None},
     )

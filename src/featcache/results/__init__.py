@@ -1,18 +1,16 @@
 """What a run measured, and what follows from it: run files, tables, advice, plots."""
 
-from featcache.results.advice import advice, beats, beside_top1, best_of
-from featcache.results.curve_advice import curve_advice, size_text
-from featcache.results.curve_json import points_from_json, points_json
-from featcache.results.curve_runs import cell_of
-from featcache.results.curve_tables import curve_cells, curve_header, curve_text
+from featcache.results.advice import advice, beside_top1, best_of
+from featcache.results.curve_advice import Crossing, crossing, curve_advice
 from featcache.results.learning_curve import (
-    Cell,
-    Crossing,
-    Mode,
-    Point,
-    Side,
-    crossing,
+    CurveMode,
+    CurvePoint,
+    CurveRun,
+    ModeScores,
+    curve_from_json,
     curve_points,
+    curve_to_json,
+    size_text,
 )
 from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import (
@@ -20,38 +18,44 @@ from featcache.results.runs import (
     Row,
     RunReport,
     benchmark_rows,
+    break_even,
     config_json,
     report_marks,
+    speedups,
 )
-from featcache.results.tables import break_even, markdown_table, speedups, text_table
+from featcache.results.tables import (
+    CURVE_HEADER,
+    curve_cells,
+    curve_text,
+    markdown_table,
+    text_table,
+)
 
 __all__ = [
-    "Cell",
+    "CURVE_HEADER",
     "Crossing",
-    "Mode",
-    "Point",
+    "CurveMode",
+    "CurvePoint",
+    "CurveRun",
+    "ModeScores",
     "Predictions",
     "Row",
     "RunReport",
-    "Side",
     "advice",
-    "beats",
     "benchmark_rows",
     "beside_top1",
     "best_of",
     "break_even",
-    "cell_of",
     "config_json",
     "crossing",
     "curve_advice",
     "curve_cells",
-    "curve_header",
+    "curve_from_json",
     "curve_points",
     "curve_text",
+    "curve_to_json",
     "markdown_table",
     "plot_accuracy_against_seconds",
-    "points_from_json",
-    "points_json",
     "report_marks",
     "size_text",
     "speedups",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from featcache.results.learning_curve import SIGNIFICANCE
+from featcache.results.metrics import beats
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import MAJORITY, seconds_text, times_text
-
-LEVEL = 0.05
 
 
 def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> list[str]:
@@ -50,16 +50,6 @@ def best_of(rows: Sequence[Row], approach: Approach) -> Row | None:
     return max(some, key=lambda row: (row.test_top1, -row.seconds_total), default=None)
 
 
-def beats(top1: float, baseline_top1: float | None) -> bool:
-    """Whether a mode is more accurate than a baseline, where that is known.
-
-    Args:
-        top1: Of the mode.
-        baseline_top1: What answering the most frequent class every time reaches.
-    """
-    return baseline_top1 is None or top1 > baseline_top1
-
-
 def beside_top1(shares: Sequence[float | None], baseline_top1: float | None = None) -> str:
     """What has to be read beside top-1 where classes differ in size, in brackets.
 
@@ -93,7 +83,7 @@ class _Match:
         if self.cached.test_top1 == self.tune.test_top1:
             return False
         if self.p_value is not None:
-            return self.p_value < LEVEL
+            return self.p_value < SIGNIFICANCE
         return self.behind.test_interval[1] < self.ahead.test_interval[0]
 
     def name(self, row: Row) -> str:

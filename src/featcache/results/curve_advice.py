@@ -1,22 +1,70 @@
-"""Plain words on a learning curve: who leads with most images, whether to switch, what it costs."""
+"""Where two learning curves cross, and advice from that: which mode to pick, at what cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from featcache.results.advice import beside_top1
-from featcache.results.learning_curve import LEVEL, Crossing, Mode, Point, crossing
+from featcache.results.learning_curve import NAMES, SIGNIFICANCE, CurveMode, CurvePoint, size_text
 from featcache.results.tables import MAJORITY, seconds_text
 
-NAMES: dict[Mode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """Whether one curve overtakes the other within the data.
+
+    `kind` is crosses (a lead beyond chance on either side), none (one mode leads beyond chance at
+    the largest size, and the other at none), level (a lead beyond chance is lost before the
+    largest size), repeated (the lead changes more than once), or undecided. `before` and `after`
+    are the sizes between which the curves cross, `num_train` where by interpolation over the
+    logarithm of the number of images; `leader` leads at the larger sizes.
+    """
+
+    kind: Literal["crosses", "none", "level", "repeated", "undecided"]
+    leader: CurveMode | None = None
+    before: str | None = None
+    after: str | None = None
+    num_train: int | None = None
 
 
-def size_text(point: Point) -> str:
-    """A size for people: "20 per class", or "all 2,000 images"."""
-    return f"all {point.num_train:,} images" if point.size == "all" else f"{point.size} per class"
+def crossing(points: Sequence[CurvePoint]) -> Crossing:
+    """Find where the lead changes hands."""
+    measured = [point for point in points if point.difference is not None]
+    decided = [p for p in measured if p.verdict in ("cached", "finetune")]
+    if not decided:
+        return Crossing(kind="undecided")
+    last = decided[-1]
+    leader: CurveMode = "cached" if last.verdict == "cached" else "finetune"
+    changes = [(a, b) for a, b in pairwise(decided) if a.verdict != b.verdict]
+    if len(changes) > 1:
+        return Crossing(kind="repeated", leader=leader)
+    if changes:
+        before, after = changes[0]
+        inner = measured[measured.index(before) : measured.index(after) + 1]
+        return Crossing(
+            kind="crosses", leader=leader, before=before.size, after=after.size,
+            num_train=_meeting(inner),
+        )  # fmt: skip
+    return Crossing(kind="none" if last is measured[-1] else "level", leader=leader)
 
 
-def curve_advice(points: Sequence[Point]) -> list[str]:
+def _meeting(points: Sequence[CurvePoint]) -> int | None:
+    """Train images at which the difference is zero, on straight lines over log images."""
+    for a, b in pairwise(points):
+        left, right = a.difference, b.difference
+        if left is None or right is None or left * right > 0 or left == right:
+            continue
+        share = left / (left - right)
+        log = math.log(a.num_train) + share * (math.log(b.num_train) - math.log(a.num_train))
+        return round(math.exp(log))
+    return None
+
+
+def curve_advice(points: Sequence[CurvePoint]) -> list[str]:
     """Say which mode is better with most images, whether that changes with fewer, and the cost.
 
     Args:
@@ -31,7 +79,7 @@ def curve_advice(points: Sequence[Point]) -> list[str]:
     return [_accuracy(points, measured), _switch(measured, crossing(measured)), _cost(measured[-1])]
 
 
-def _sizes(points: Sequence[Point]) -> str:
+def _sizes(points: Sequence[CurvePoint]) -> str:
     """Sizes in words: "5 and 20 per class and all 2,000 images"."""
     few = [point.size for point in points if point.size != "all"]
     words = [f"{_and(few)} per class"] if few else []
@@ -45,7 +93,7 @@ def _and(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _accuracy(points: Sequence[Point], measured: Sequence[Point]) -> str:
+def _accuracy(points: Sequence[CurvePoint], measured: Sequence[CurvePoint]) -> str:
     """Who is ahead with most train images, which most users have, and then with fewer."""
     last, largest = measured[-1], max(points, key=lambda point: point.num_train)
     text = f"With {size_text(last)}, {_standing(last, len(measured))}"
@@ -58,7 +106,7 @@ def _accuracy(points: Sequence[Point], measured: Sequence[Point]) -> str:
     return f"{text}; with fewer, {smaller}." if smaller else f"{text}."
 
 
-def _standing(point: Point, num_tests: int) -> str:
+def _standing(point: CurvePoint, num_tests: int) -> str:
     """Both modes' accuracy at one size, and whether it decides."""
     assert point.cached is not None
     assert point.finetune is not None
@@ -81,20 +129,20 @@ def _standing(point: Point, num_tests: int) -> str:
         )
     if not point.useful:
         return f"neither mode beats {MAJORITY} ({point.baseline_top1:.3f}): {both} {test}{shown}"
-    if point.contradicted and p_value < LEVEL:
+    if point.contradicted and p_value < SIGNIFICANCE:
         return (
             f"accuracy does not decide: {both} {test} ({chance}), but {NAMES[behind]} leads by "
             f"balanced accuracy, where rare classes count as much as common ones{shown}"
         )
     if ours.top1 == theirs.top1:
         return f"accuracy does not decide: both modes have {ours.top1:.3f} {test}{shown}"
-    why = "which may be chance" if p_value >= LEVEL else "but not with every draw"
+    why = "which may be chance" if p_value >= SIGNIFICANCE else "but not with every draw"
     return f"accuracy does not decide: {both} {test}, {why} ({chance}){shown}"
 
 
-def _smaller(points: Sequence[Point]) -> str:
+def _smaller(points: Sequence[CurvePoint]) -> str:
     """The same of the sizes below the largest, in short."""
-    leaders: list[Mode] = ["cached", "finetune"]
+    leaders: list[CurveMode] = ["cached", "finetune"]
     parts = []
     for mode in leaders:
         won = [point for point in points if point.verdict == mode]
@@ -109,7 +157,7 @@ def _smaller(points: Sequence[Point]) -> str:
     return _and(parts)
 
 
-def _switch(measured: Sequence[Point], found: Crossing) -> str:
+def _switch(measured: Sequence[CurvePoint], found: Crossing) -> str:
     last = measured[-1]
     if found.kind == "crosses":
         return _crosses(measured, found)
@@ -132,7 +180,7 @@ def _switch(measured: Sequence[Point], found: Crossing) -> str:
     )
 
 
-def _lead_in_doubt(last: Point, leader: Mode) -> str:
+def _lead_in_doubt(last: CurvePoint, leader: CurveMode) -> str:
     """The lead was beyond chance with fewer images, and is not with most."""
     lead, gain = NAMES[leader], last.difference or 0.0
     if (gain > 0) == (leader == "finetune") and gain:
@@ -146,7 +194,7 @@ def _lead_in_doubt(last: Point, leader: Mode) -> str:
     )
 
 
-def _crosses(measured: Sequence[Point], found: Crossing) -> str:
+def _crosses(measured: Sequence[CurvePoint], found: Crossing) -> str:
     assert found.leader is not None
     last = measured[-1]
     by_size = {point.size: point for point in measured}
@@ -163,11 +211,11 @@ def _crosses(measured: Sequence[Point], found: Crossing) -> str:
     )
 
 
-def _other(mode: Mode) -> Mode:
+def _other(mode: CurveMode) -> CurveMode:
     return "finetune" if mode == "cached" else "cached"
 
 
-def _pick_leader(last: Point, leader: Mode) -> str:
+def _pick_leader(last: CurvePoint, leader: CurveMode) -> str:
     """What to do where one mode leads beyond chance, as part of a sentence."""
     assert last.cached is not None
     assert last.finetune is not None
@@ -182,7 +230,7 @@ def _pick_leader(last: Point, leader: Mode) -> str:
     return f"pick fine-tuning: {points:.1f} points better and {gap} less"
 
 
-def _by_cost(last: Point) -> str:
+def _by_cost(last: CurvePoint) -> str:
     """What to do where accuracy does not decide, as part of a sentence."""
     if not last.useful:
         return "pick neither yet, and first try more train images or other weights"
@@ -194,7 +242,7 @@ def _by_cost(last: Point) -> str:
     return f"pick {cheaper}, which costs {gap} less; more test images or seeds could decide"
 
 
-def _cost(last: Point) -> str:
+def _cost(last: CurvePoint) -> str:
     """Seconds of both modes at the largest size, per trial and per point."""
     assert last.cached is not None
     assert last.finetune is not None
@@ -211,7 +259,7 @@ def _cost(last: Point) -> str:
     return f"{text}."
 
 
-def _pays(last: Point) -> str:
+def _pays(last: CurvePoint) -> str:
     trials = last.pays_after_trials
     if trials is None:
         return "the cache never pays for itself, as a head takes no less than a fine-tune"

@@ -8,27 +8,37 @@ take the same image for several independent ones and make chance look sure.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.results.advice import beats
-from featcache.results.metrics import balanced, imbalanced, majority, mcnemar, wilson_interval
-from featcache.results.tables import break_even
+from featcache.errors import UserError
+from featcache.results.metrics import (
+    balanced,
+    beats,
+    imbalanced,
+    majority,
+    mcnemar,
+    wilson_interval,
+)
+from featcache.results.runs import RunReport, break_even
 
-LEVEL = 0.05
+SIGNIFICANCE = 0.05
+MAX_COUNT = 10**15
+MAX_SECONDS = 1e10
 
-Mode = Literal["cached", "finetune"]
+CurveMode = Literal["cached", "finetune"]
 Verdict = Literal["cached", "finetune", "undecided", "unmeasured"]
+NAMES: dict[CurveMode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Cell:
+class CurveRun:
     """One run of one mode.
 
     Attributes:
@@ -43,7 +53,7 @@ class Cell:
         trial_seconds: What another try costs; with a cache, all but the extraction.
     """
 
-    mode: Mode
+    mode: CurveMode
     size: str
     num_train: int
     seed: int
@@ -51,6 +61,35 @@ class Cell:
     predicted: NDArray[np.int64]
     cost_seconds: float
     trial_seconds: float
+
+    @classmethod
+    def from_report(cls, report: RunReport) -> Self:
+        """Read a run of a comparison from its report.
+
+        Raises:
+            UserError: The report is not one of a comparison, or is damaged.
+        """
+        try:
+            stored = report.more["cell"]
+            assert report.test is not None
+            assert report.test.labels
+            if stored["mode"] not in ("cached", "finetune"):
+                raise ValueError(f"mode {stored['mode']!r:.40}")
+            cost, trial = float(stored["cost_seconds"]), float(stored["trial_seconds"])
+            if not math.isfinite(cost + trial):
+                raise ValueError("seconds are not finite")
+            return cls(
+                mode=stored["mode"],
+                size=str(stored["size"]),
+                num_train=int(report.more["num_train"]),
+                seed=int(stored["seed"]),
+                labels=np.array(report.test.labels, np.int64),
+                predicted=np.array(report.test.predicted, np.int64),
+                cost_seconds=cost,
+                trial_seconds=trial,
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
+            raise UserError(f"not a run of a comparison: {error}") from error
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -65,7 +104,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ModeScores:
     """One mode at one size, over its seeds.
 
     `top1` is the mean of `top1_by_seed`; `interval` is its 95 % interval over test images, each
@@ -82,7 +121,7 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CurvePoint:
     """Both modes at one size.
 
     `p_value` is that of the paired test, corrected for the number of sizes (Holm); `verdict` names
@@ -95,15 +134,15 @@ class Point:
     size: str
     num_train: int
     num_test: int
-    cached: Side | None
-    finetune: Side | None
+    cached: ModeScores | None
+    finetune: ModeScores | None
     p_value: float | None
     verdict: Verdict
     baseline_top1: float | None = None
     imbalanced: bool = False
 
     @property
-    def ahead(self) -> Mode:
+    def ahead(self) -> CurveMode:
         """The mode with the higher top-1, by chance or not; the cached head of two equal ones."""
         return "finetune" if (self.difference or 0.0) > 0 else "cached"
 
@@ -151,24 +190,29 @@ class Point:
         return break_even(once, self.cached.trial_seconds, self.finetune.trial_seconds)
 
 
-def curve_points(cells: Iterable[Cell]) -> list[Point]:
+def size_text(point: CurvePoint) -> str:
+    """A size for people: "20 per class", or "all 2,000 images"."""
+    return f"all {point.num_train:,} images" if point.size == "all" else f"{point.size} per class"
+
+
+def curve_points(runs: Iterable[CurveRun]) -> list[CurvePoint]:
     """Put runs together by size, fewest images first.
 
     Where both modes have runs of the same seeds, only those count, so that both have seen the same
     images.
     """
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.size, []).append(cell)
+    groups: dict[str, list[CurveRun]] = {}
+    for run in runs:
+        groups.setdefault(run.size, []).append(run)
     found = sorted(groups.values(), key=lambda group: (group[0].num_train, group[0].size))
     pairs = [_paired(group) for group in found]
     raw = [_p_value(*pair) for pair in pairs]
-    return [_point(*pair, p) for pair, p in zip(pairs, holm(raw), strict=True)]
+    return [_curve_point(*pair, p) for pair, p in zip(pairs, holm(raw), strict=True)]
 
 
-def _paired(group: Sequence[Cell]) -> tuple[dict[int, Cell], dict[int, Cell]]:
-    cached = {cell.seed: cell for cell in group if cell.mode == "cached"}
-    tuned = {cell.seed: cell for cell in group if cell.mode == "finetune"}
+def _paired(group: Sequence[CurveRun]) -> tuple[dict[int, CurveRun], dict[int, CurveRun]]:
+    cached = {run.seed: run for run in group if run.mode == "cached"}
+    tuned = {run.seed: run for run in group if run.mode == "finetune"}
     common = cached.keys() & tuned.keys()
     if common:
         cached = {seed: cached[seed] for seed in sorted(common)}
@@ -176,7 +220,7 @@ def _paired(group: Sequence[Cell]) -> tuple[dict[int, Cell], dict[int, Cell]]:
     return cached, tuned
 
 
-def _p_value(cached: dict[int, Cell], tuned: dict[int, Cell]) -> float | None:
+def _p_value(cached: dict[int, CurveRun], tuned: dict[int, CurveRun]) -> float | None:
     """Of the sign test on images; with one seed that is McNemar's test."""
     if not cached.keys() & tuned.keys():
         return None
@@ -202,93 +246,116 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _point(cached: dict[int, Cell], tuned: dict[int, Cell], p_value: float | None) -> Point:
+def _curve_point(
+    cached: dict[int, CurveRun], tuned: dict[int, CurveRun], p_value: float | None
+) -> CurvePoint:
     some = next(iter((cached or tuned).values()))
-    point = Point(
+    point = CurvePoint(
         size=some.size,
         num_train=some.num_train,
         num_test=len(some.correct),
-        cached=_side(cached),
-        finetune=_side(tuned),
+        cached=_mode_scores(cached),
+        finetune=_mode_scores(tuned),
         p_value=p_value,
         verdict=_verdict(cached, tuned, p_value),
         baseline_top1=majority(some.labels),
         imbalanced=imbalanced(some.labels),
     )
     sound = point.useful and not point.contradicted
-    return point if sound or p_value is None else replace(point, verdict="undecided")
+    return point if sound or p_value is None else dataclasses.replace(point, verdict="undecided")
 
 
-def _side(cells: dict[int, Cell]) -> Side | None:
-    if not cells:
+def _mode_scores(runs: dict[int, CurveRun]) -> ModeScores | None:
+    if not runs:
         return None
-    by_seed = {seed: float(cell.correct.mean()) for seed, cell in cells.items()}
-    mean, num_test = float(np.mean(list(by_seed.values()))), len(next(iter(cells.values())).correct)
-    return Side(
+    by_seed = {seed: float(run.correct.mean()) for seed, run in runs.items()}
+    mean, num_test = float(np.mean(list(by_seed.values()))), len(next(iter(runs.values())).correct)
+    return ModeScores(
         top1=mean,
         interval=wilson_interval(round(mean * num_test), num_test),
         top1_by_seed=by_seed,
-        cost_seconds=float(np.mean([cell.cost_seconds for cell in cells.values()])),
-        trial_seconds=float(np.mean([cell.trial_seconds for cell in cells.values()])),
-        balanced_top1=float(np.mean([cell.balanced_top1 for cell in cells.values()])),
+        cost_seconds=float(np.mean([run.cost_seconds for run in runs.values()])),
+        trial_seconds=float(np.mean([run.trial_seconds for run in runs.values()])),
+        balanced_top1=float(np.mean([run.balanced_top1 for run in runs.values()])),
     )
 
 
-def _verdict(cached: dict[int, Cell], tuned: dict[int, Cell], p_value: float | None) -> Verdict:
+def _verdict(
+    cached: dict[int, CurveRun], tuned: dict[int, CurveRun], p_value: float | None
+) -> Verdict:
     if p_value is None:
         return "unmeasured"
     gains = [int(tuned[s].correct.sum()) - int(cached[s].correct.sum()) for s in cached]
-    if p_value >= LEVEL or not (min(gains) > 0 or max(gains) < 0):
+    if p_value >= SIGNIFICANCE or not (min(gains) > 0 or max(gains) < 0):
         return "undecided"
     return "finetune" if gains[0] > 0 else "cached"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crossing:
-    """Whether one curve overtakes the other within the data.
+def curve_to_json(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+    """Plain values, what follows from the points included."""
+    return [
+        {
+            **dataclasses.asdict(point),
+            "difference": point.difference,
+            "seconds_per_point": point.seconds_per_point,
+            "pays_after_trials": point.pays_after_trials,
+        }
+        for point in points
+    ]
 
-    `kind` is crosses (a lead beyond chance on either side), none (one mode leads beyond chance at
-    the largest size, and the other at none), level (a lead beyond chance is lost before the
-    largest size), repeated (the lead changes more than once), or undecided. `before` and `after`
-    are the sizes between which the curves cross, `num_train` where by interpolation over the
-    logarithm of the number of images; `leader` leads at the larger sizes.
+
+def curve_from_json(values: Any) -> list[CurvePoint]:
+    """Rebuild what `curve_to_json` made and JSON carried.
+
+    Raises:
+        UserError: It is something else.
     """
-
-    kind: Literal["crosses", "none", "level", "repeated", "undecided"]
-    leader: Mode | None = None
-    before: str | None = None
-    after: str | None = None
-    num_train: int | None = None
+    try:
+        return [_point_from_json(dict(value)) for value in values]
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"not the points of a learning curve: {error}") from error
 
 
-def crossing(points: Sequence[Point]) -> Crossing:
-    """Find where the lead changes hands."""
-    measured = [point for point in points if point.difference is not None]
-    decided = [p for p in measured if p.verdict in ("cached", "finetune")]
-    if not decided:
-        return Crossing(kind="undecided")
-    last = decided[-1]
-    leader: Mode = "cached" if last.verdict == "cached" else "finetune"
-    changes = [(a, b) for a, b in pairwise(decided) if a.verdict != b.verdict]
-    if len(changes) > 1:
-        return Crossing(kind="repeated", leader=leader)
-    if changes:
-        before, after = changes[0]
-        inner = measured[measured.index(before) : measured.index(after) + 1]
-        return Crossing(
-            kind="crosses", leader=leader, before=before.size, after=after.size,
-            num_train=_meeting(inner),
-        )  # fmt: skip
-    return Crossing(kind="none" if last is measured[-1] else "level", leader=leader)
+def _point_from_json(value: dict[str, Any]) -> CurvePoint:
+    num_train, num_test = int(value["num_train"]), int(value["num_test"])
+    if not (0 < num_train < MAX_COUNT and 0 < num_test < MAX_COUNT):
+        raise ValueError(f"{num_train} train and {num_test} test images")
+    if value["verdict"] not in ("cached", "finetune", "undecided", "unmeasured"):
+        raise ValueError(f"verdict {value['verdict']!r:.40}")
+    return CurvePoint(
+        size=str(value["size"]),
+        num_train=num_train,
+        num_test=num_test,
+        cached=_scores_from_json(value["cached"]),
+        finetune=_scores_from_json(value["finetune"]),
+        p_value=_optional_share(value["p_value"]),
+        verdict=value["verdict"],
+        baseline_top1=_optional_share(value.get("baseline_top1")),
+        imbalanced=value.get("imbalanced") is True,
+    )
 
 
-def _meeting(points: Sequence[Point]) -> int | None:
-    """Train images at which the difference is zero, on straight lines over log images."""
-    for a, b in pairwise(points):
-        left, right = a.difference, b.difference
-        if left is None or right is None or left * right > 0 or left == right:
-            continue
-        share = left / (left - right)
-        log = math.log(a.num_train) + share * (math.log(b.num_train) - math.log(a.num_train))
-        return round(math.exp(log))
-    return None
+def _scores_from_json(value: Any) -> ModeScores | None:
+    if value is None:
+        return None
+    low, high = value["interval"]
+    return ModeScores(
+        top1=_number(value["top1"], 1.0),
+        interval=(_number(low, 1.0), _number(high, 1.0)),
+        top1_by_seed={int(k): _number(top1, 1.0) for k, top1 in value["top1_by_seed"].items()},
+        cost_seconds=_number(value["cost_seconds"], MAX_SECONDS),
+        trial_seconds=_number(value["trial_seconds"], MAX_SECONDS),
+        balanced_top1=_optional_share(value.get("balanced_top1")),
+    )
+
+
+def _optional_share(value: Any) -> float | None:
+    """A share; what a file of 0.1.0 does not tell stays None."""
+    return None if value is None else _number(value, 1.0)
+
+
+def _number(value: Any, most: float) -> float:
+    number = float(value)
+    if not 0 <= number <= most:  # also refuses NaN
+        raise ValueError(f"{number} is not between 0 and {most:g}")
+    return number

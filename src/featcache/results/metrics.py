@@ -51,6 +51,16 @@ def majority(labels: ArrayLike) -> float:
     return float(np.bincount(truth).max() / truth.size) if truth.size else math.nan
 
 
+def beats(top1: float, baseline_top1: float | None) -> bool:
+    """Whether a mode is more accurate than a baseline, where that is known.
+
+    Args:
+        top1: Of the mode.
+        baseline_top1: What answering the most frequent class every time reaches.
+    """
+    return baseline_top1 is None or top1 > baseline_top1
+
+
 def topk(labels: ArrayLike, scores: ArrayLike, k: int = 5) -> float:
     """Share of rows whose true class is among the k highest scores; NaN for no rows.
 

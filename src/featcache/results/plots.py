@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
-from featcache.results.learning_curve import Point, Side
+from featcache.results.learning_curve import CurvePoint, ModeScores
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import seconds_text
 
@@ -96,7 +96,7 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
-def curve_lines(points: Sequence[Point]) -> list[Line]:
+def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
     """The learning curve's lines with their intervals, and a dot for each of several draws."""
     heads = [(point.num_train, point.cached) for point in points if point.cached]
     tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
@@ -107,7 +107,9 @@ def curve_lines(points: Sequence[Point]) -> list[Line]:
     return [line for line in lines if line.points]
 
 
-def _curve_line(name: str, style: int, shift: float, values: Sequence[tuple[int, Side]]) -> Line:
+def _curve_line(
+    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+) -> Line:
     return Line(
         name=name,
         style=style,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -242,3 +243,45 @@ def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float]
         if epoch.get("test_top1") is not None:  # an epoch may go without a score
             points.append((elapsed, float(epoch["test_top1"])))
     return tuple(points)
+
+
+def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
+    """After how many repetitions a one-time cost has paid for itself.
+
+    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
+
+    Args:
+        one_time_s: Seconds of extraction.
+        cached_s: Seconds of one epoch (or trial) on the cache.
+        uncached_s: Seconds of one epoch (or trial) without it.
+
+    Returns:
+        That number, at least 1; None when a repetition on the cache saves nothing.
+    """
+    saved = uncached_s - cached_s
+    if not saved > 0:
+        return None
+    return max(1, math.ceil(one_time_s / saved))
+
+
+def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """How many times as fast a head on the cache is as each mode with the network in the loop.
+
+    The head is the first that trains in epochs, as the others do.
+
+    Returns:
+        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
+        "next_run" (the cache being there); empty without such a head.
+    """
+    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
+    if cached is None:
+        return {}
+    return {
+        row.mode: {
+            "total": row.seconds_total / cached.seconds_total,
+            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
+            "next_run": row.seconds_total / cached.later_seconds,
+        }
+        for row in rows
+        if row.approach != "cached"
+    }

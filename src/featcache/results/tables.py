@@ -1,10 +1,11 @@
-"""The comparison as a table, and the arithmetic of what a cache saves."""
+"""Tables for people: modes side by side, and learning curves; numbers as text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from featcache.results.learning_curve import NAMES, CurvePoint, ModeScores, size_text
 from featcache.results.runs import Row
 
 HEADER = (
@@ -16,6 +17,22 @@ HEADER = (
     "total time",
     "speed-up",
 )
+
+CURVE_HEADER = (
+    "train images",
+    "cached head",
+    "fine-tune",
+    "difference",
+    "p value",
+    "more accurate",
+    "cached, time",
+    "tuning, time",
+    "time per point",
+    "cache pays after",
+)
+
+GAP = "  "
+MAX_WIDTH = 100
 
 MAJORITY = "always answering the most frequent class"
 
@@ -91,17 +108,7 @@ def _baselines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal: columns aligned, no trailing blanks."""
     lines = [HEADER, *table_cells(rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-
-    def aligned(line: tuple[str, ...]) -> str:
-        pads = [
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        return "  ".join(pads).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([aligned(HEADER), rule, *(aligned(line) for line in lines[1:])])
+    return _aligned(lines, _widths(lines), range(len(HEADER)), left=(0,))
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -115,43 +122,87 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join([head, rule, *body])
 
 
-def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
-    """After how many repetitions a one-time cost has paid for itself.
+def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
+    """The table's body as text, one tuple per size in the order of `CURVE_HEADER`.
 
-    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
-
-    Args:
-        one_time_s: Seconds of extraction.
-        cached_s: Seconds of one epoch (or trial) on the cache.
-        uncached_s: Seconds of one epoch (or trial) without it.
-
-    Returns:
-        That number, at least 1; None when a repetition on the cache saves nothing.
+    Accuracy is a mean over seeds with its 95 % interval over test images, difference in points
+    (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
+    stands beside it. The last row is the baseline that both modes have to beat.
     """
-    saved = uncached_s - cached_s
-    if not saved > 0:
-        return None
-    return max(1, math.ceil(one_time_s / saved))
+    baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
+    rest = ("–",) * (len(CURVE_HEADER) - 3)
+    return [_curve_row(p) for p in points] + [
+        ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
+    ]
 
 
-def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """How many times as fast a head on the cache is as each mode with the network in the loop.
+def _curve_row(point: CurvePoint) -> tuple[str, ...]:
+    gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
+    per_point = point.seconds_per_point
+    undecided = "undecided" if point.useful else "neither"
+    verdicts = {"undecided": undecided, "unmeasured": "not measured"}
+    size = f"all ({point.num_train:,})" if point.size == "all" else size_text(point)
+    return (
+        size if point.size == "all" else f"{size} ({point.num_train:,})",
+        _scores(point.cached, point),
+        _scores(point.finetune, point),
+        "–" if gain is None else _points(gain),
+        "–" if p_value is None else ("< 0.001" if p_value < 0.001 else f"{p_value:.2g}"),
+        verdicts.get(point.verdict) or NAMES[point.verdict],  # type: ignore[index]
+        "–" if point.cached is None else seconds_text(point.cached.cost_seconds),
+        "–" if point.finetune is None else seconds_text(point.finetune.cost_seconds),
+        "–" if per_point is None else seconds_text(per_point),
+        "–" if trials is None else f"{trials:,} head{'s' if trials > 1 else ''}",
+    )
 
-    The head is the first that trains in epochs, as the others do.
 
-    Returns:
-        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
-        "next_run" (the cache being there); empty without such a head.
+def _points(gain: float) -> str:
+    """Hundredths with their sign; none where they round to zero."""
+    rounded = round(100 * gain, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def _scores(side: ModeScores | None, point: CurvePoint) -> str:
+    if side is None:
+        return "–"
+    low, high = side.interval
+    text = f"{side.top1:.3f} [{low:.3f}, {high:.3f}]"
+    if point.imbalanced and side.balanced_top1 is not None:
+        text += f", balanced {side.balanced_top1:.3f}"
+    return text
+
+
+def curve_text(points: Sequence[CurvePoint]) -> str:
+    """The table for a terminal of `MAX_WIDTH` columns: aligned, no trailing blanks.
+
+    Columns that find no room go into further tables below, which begin with the sizes again.
     """
-    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
-    if cached is None:
-        return {}
-    return {
-        row.mode: {
-            "total": row.seconds_total / cached.seconds_total,
-            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
-            "next_run": row.seconds_total / cached.later_seconds,
-        }
-        for row in rows
-        if row.approach != "cached"
-    }
+    lines = [CURVE_HEADER, *curve_cells(points)]
+    widths = _widths(lines)
+    tables = [[0]]
+    for i in range(1, len(CURVE_HEADER)):
+        if sum(widths[j] + len(GAP) for j in tables[-1]) + widths[i] > MAX_WIDTH:
+            tables.append([0])
+        tables[-1].append(i)
+    left = (0, CURVE_HEADER.index("more accurate"))
+    return "\n\n".join(_aligned(lines, widths, columns, left) for columns in tables)
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+
+
+def _aligned(
+    lines: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    columns: Sequence[int],
+    left: Sequence[int],
+) -> str:
+    """Some columns of a table, a rule below the header; `left` are those of words."""
+    header, *rows = (
+        GAP.join(
+            line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in columns
+        ).rstrip()
+        for line in lines
+    )
+    return "\n".join([header, GAP.join("-" * widths[i] for i in columns), *rows])
