@@ -492,7 +492,7 @@ def test_without_the_dataset_a_sentence_names_them(tmp_path: Path) -> None:
 
 def test_another_dataset_is_refused(tmp_path: Path, pets: Path) -> None:
     shutil.move(pets / IDS[3], pets / "test" / "cat" / "renamed.png")
-    with pytest.raises(UserError, match=r"has no test image 'test/cat/3.png'.*leave --dataset out"):
+    with pytest.raises(UserError, match=r"has no test image 'test/cat/3.png'.*omit --dataset"):
         report(tmp_path, save_pair(tmp_path / "runs"), dataset=str(pets))
 
 

@@ -231,10 +231,7 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
 
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
     names = [summary.dataset for summary in files.summaries]
-    for run in compared:
-        dataset = run.report.provenance.get("dataset") if run.report else None
-        if isinstance(dataset, dict):
-            names.append(str(dataset.get("name", "")))
+    names += [str(run.dataset.get("name", "")) for run in compared]
     names = list(dict.fromkeys(name[:80] for name in names if name))
     return ", ".join(names[:3]) or "featcache"
 

@@ -92,7 +92,8 @@ def check_point(value: Any) -> None:
 
 check_run = record(
     {
-        "config provenance environment": OBJECT,
+        "config environment recipe?": OBJECT,
+        "provenance": record({"dataset?": OBJECT, "backbone?": record({"preprocessing?": OBJECT})}),
         "trainable_params num_train num_test": COUNT,
         "test_top1": SHARE,
         "test_interval": INTERVAL,
