@@ -345,7 +345,9 @@ def test_a_comparison_names_no_files_elsewhere(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_comparison_is_put_together(tmp_path: Path) -> None:
-    page, _, result = report(tmp_path, comparison_json(tmp_path / "cmp", finished=False))
+    folder = comparison_json(tmp_path / "cmp", finished=False)
+    head_report().save(folder / "runs" / "mine.json")  # not a run of the comparison
+    page, _, result = report(tmp_path, folder)
     assert "Learning curve so far: cmp" in result["sections"]
     assert "This comparison is unfinished: rerun the same compare command" in page.text
 
@@ -406,6 +408,12 @@ def test_a_benchmark_finds_its_runs_by_their_ids(tmp_path: Path) -> None:
 
 
 def test_an_error_names_the_field(tmp_path: Path) -> None:
+    folder = benchmark_json(tmp_path / "bench")
+    values = json.loads((folder / "benchmark.json").read_text())
+    values["rows"][1]["points"][0] = [45.0, 1.5]
+    (folder / "benchmark.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"\(rows: points: 1\.5 is not a number from 0 to 1\)"):
+        report(tmp_path, folder / "benchmark.json")
     head_report(test_interval=(0.5, 1.5)).save(tmp_path / "h.json")
     with pytest.raises(UserError, match=r"\(test_interval: 1\.5 is not a number from 0 to 1\)"):
         report(tmp_path, tmp_path / "h.json")
@@ -484,7 +492,7 @@ def test_without_the_dataset_a_sentence_names_them(tmp_path: Path) -> None:
 
 def test_another_dataset_is_refused(tmp_path: Path, pets: Path) -> None:
     shutil.move(pets / IDS[3], pets / "test" / "cat" / "renamed.png")
-    with pytest.raises(UserError, match=r"has no test image 'test/cat/3.png'.*leave --dataset out"):
+    with pytest.raises(UserError, match=r"has no test image 'test/cat/3.png'.*omit --dataset"):
         report(tmp_path, save_pair(tmp_path / "runs"), dataset=str(pets))
 
 

@@ -1,4 +1,4 @@
-"""The runs that a page sets side by side, each with a name that no other has."""
+"""The runs that a page compares, each under a unique name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from featcache.config import flatten
 from featcache.html_report.report_files import ReportFiles, Run, Summary
@@ -49,6 +50,11 @@ class ComparedRun:
     def name(self) -> str:
         """As in the table."""
         return self.row.mode
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What the report says of the dataset."""
+        return (self.report and self.report.provenance.get("dataset")) or {}
 
     @property
     def class_names(self) -> list[str]:
@@ -145,8 +151,7 @@ def _name(report: RunReport, approach: Approach) -> str:
     if approach == "cached":
         solver = str(report.more.get("solver", ""))[:40]
         return f"{NAMES[approach]}, {solver}" if solver else NAMES[approach]
-    recipe = report.more.get("recipe")
-    recipe = recipe if isinstance(recipe, dict) else {}
+    recipe = report.more.get("recipe") or {}
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(recipe.get("unfreeze"), list) and recipe["unfreeze"]:
         parts.append("only " + ", ".join(str(name)[:40] for name in recipe["unfreeze"][:4]))

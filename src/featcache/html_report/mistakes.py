@@ -170,12 +170,10 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
         UserError: The dataset cannot be read, or has other test images than the runs.
     """
     run = next((run for run in compared if run.test), None)
-    if config.dataset is None or run is None or run.report is None or run.test is None:
+    if config.dataset is None or run is None or run.test is None:
         return None
-    from featcache.data import load_dataset  # half of this command's imports
+    from featcache.data import load_dataset
 
-    recorded = run.report.provenance.get("dataset")
-    drawn: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     names = ("num_train", "num_test", "test_fraction")
     split = load_dataset(
         DataConfig(
@@ -185,15 +183,15 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
             allow_outside=config.allow_outside,
             cache_dir=config.cache_dir,
             on_error="skip",
-            seed=drawn.get("seed") or 0,
-            **{name: drawn.get(name) for name in names},
+            seed=run.dataset.get("seed") or 0,
+            **{name: run.dataset.get(name) for name in names},
         )
     ).splits["test"]
     missing = set(run.test.ids) - set(split.ids)
     if missing:
         raise UserError(
             f"--dataset {config.dataset} has no test image {min(missing)!r:.80}, which the runs "
-            "were scored on; name the dataset of these runs, or leave --dataset out"
+            "were scored on; name the dataset of these runs, or omit --dataset"
         )
     return split
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from featcache.config import ReportConfig
@@ -20,12 +20,11 @@ from featcache.html_report.mistakes import (
     recall_table,
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
-from featcache.html_report.report_files import ReportFiles
+from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.results import (
     CURVE_HEADER,
     CurvePoint,
     CurveRun,
-    ModeScores,
     Row,
     curve_advice,
     curve_cells,
@@ -35,8 +34,8 @@ from featcache.results.plots import (
     Line,
     Svg,
     as_svg,
+    curve_lines,
     draw,
-    legend_svg,
     lines_of,
     seconds_tick,
 )
@@ -67,22 +66,10 @@ class Page:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A comparison's learning curve; `unfinished` if its runs were put together here."""
-
-    title: str
-    points: list[CurvePoint]
-    advice: list[str]
-    notes: list[str] = field(default_factory=list)
-    unfinished: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart drawn for wide and for narrow screens, its legend, its numbers as a table."""
+    """A chart drawn for wide and for narrow screens, its lines, its numbers as a table."""
 
     lines: Sequence[Line]
-    legend: Sequence[tuple[Svg, str]]
     drawings: dict[str, Svg]
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -95,7 +82,7 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         UserError: The dataset named for images is not that of the runs.
     """
     compared = compared_runs(files)
-    curves = learning_curves(files)
+    curves = [*files.comparisons, *_unfinished_comparisons(files)]
     advice = [line for curve in curves for line in curve.advice]
     if not curves:
         advice = compared_advice(compared, files)
@@ -103,9 +90,16 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     if advice:
         sections.append(Section(title="Summary", layout="summary", values={"advice": advice}))
     for number, curve in enumerate(curves):
-        chart = _curve_chart(curve.points, salt=f"curve-{number}") if curve.points else None
-        values = {"curve": curve, "chart": chart}
-        sections.append(Section(title=curve.title, layout="learning_curve", values=values))
+        unfinished = number >= len(files.comparisons)
+        title = "Learning curve so far" if unfinished else "Learning curve"
+        if unfinished or len(curves) > 1:
+            title += f": {curve.path.parent.name}"
+        values = {
+            "chart": _curve_chart(curve.points, salt=f"curve-{number}"),
+            "notes": curve.notes,
+            "unfinished": unfinished,
+        }
+        sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
     sections += _mistakes_sections(ranked(compared), config)
     provenance = {"provenance": provenance_of(compared, files)}
@@ -119,66 +113,30 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     )
 
 
-def learning_curves(files: ReportFiles) -> list[Curve]:
-    """The learning curve of every comparison.
-
-    Runs of a comparison that has not written its own report yet are put together here.
-    """
-    several = len(files.comparisons) > 1
-    curves = [
-        Curve(
-            title="Learning curve" + (f": {comparison.path.parent.name}" if several else ""),
-            points=comparison.points,
-            advice=comparison.advice,
-            notes=comparison.notes,
-        )
-        for comparison in files.comparisons
-    ]
+def _unfinished_comparisons(files: ReportFiles) -> list[Summary]:
+    """Comparisons that have not written their own reports yet, put together from their runs."""
     finished = {comparison.path.parent / "runs" for comparison in files.comparisons}
     runs = [r for r in files.runs if "cell" in r.report.more and r.path.parent not in finished]
+    comparisons = []
     for folder in sorted({run.path.parent for run in runs}):
         points = curve_points(
             CurveRun.from_report(run.report) for run in runs if run.path.parent == folder
         )
-        title = f"Learning curve so far: {folder.parent.name}"
-        advice = curve_advice(points)
-        curves.append(Curve(title=title, points=points, advice=advice, unfinished=True))
-    return curves
+        path, advice = folder.parent / "compare.json", curve_advice(points)
+        comparisons.append(Summary(path=path, points=points, advice=advice))
+    return comparisons
 
 
-def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart:
-    """The learning curve with intervals, and a dot per draw of train images."""
-    heads = [(point.num_train, point.cached) for point in points if point.cached]
-    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
-    lines = [
-        _curve_line("cached head", 0, 0.985, heads),
-        _curve_line("full fine-tune", 2, 1.015, tunes),
-    ]
+def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart | None:
+    if not points:
+        return None
     return _chart(
-        [line for line in lines if line.points],
+        curve_lines(points),
         header=CURVE_HEADER,
         rows=curve_cells(points),
         x_label="training images (log scale)",
         x_text=lambda number: f"{number:,.0f}",
         salt=salt,
-    )
-
-
-def _curve_line(
-    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
-) -> Line:
-    return Line(
-        name=name,
-        style=style,
-        points=[(float(x), side.top1) for x, side in values],
-        bars=[side.interval for _, side in values],
-        dots=[
-            (float(x), top1)
-            for x, side in values
-            if len(side.top1_by_seed) > 1
-            for top1 in side.top1_by_seed.values()
-        ],
-        shift=shift,
     )
 
 
@@ -194,7 +152,6 @@ def _chart(
     """Draw lines for both kinds of screens."""
     return Chart(
         lines=lines,
-        legend=[(legend_svg(line.style), line.name) for line in lines],
         drawings={
             screen: as_svg(partial(draw, lines, size, x_label, x_text), f"{salt}-{screen}")
             for screen, size in SIZES.items()
@@ -274,10 +231,7 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
 
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
     names = [summary.dataset for summary in files.summaries]
-    for run in compared:
-        dataset = run.report.provenance.get("dataset") if run.report else None
-        if isinstance(dataset, dict):
-            names.append(str(dataset.get("name", "")))
+    names += [str(run.dataset.get("name", "")) for run in compared]
     names = list(dict.fromkeys(name[:80] for name in names if name))
     return ", ".join(names[:3]) or "featcache"
 

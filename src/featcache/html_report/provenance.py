@@ -52,22 +52,16 @@ def _facts(report: RunReport | None) -> list[str]:
     ]
 
 
-def _inner(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object within another; empty if it is missing or not an object."""
-    inner = values.get(name)
-    return inner if isinstance(inner, dict) else {}
-
-
 def dataset_text(provenance: dict[str, Any]) -> str:
     """For example "cifar10-2500, fingerprint 3fa0c2b1d9e4"."""
-    dataset = _inner(provenance, "dataset")
+    dataset = provenance.get("dataset") or {}
     return f"{dataset.get('name', '?')}, fingerprint {str(dataset.get('fingerprint', '?'))[:12]}"
 
 
 def backbone_text(provenance: dict[str, Any]) -> str:
     """For example "resnet18, bundled (sha256 1f0c…), 64 px squash"."""
-    backbone = _inner(provenance, "backbone")
-    preprocessing = _inner(backbone, "preprocessing")
+    backbone = provenance.get("backbone") or {}
+    preprocessing = backbone.get("preprocessing") or {}
     digest = str(backbone.get("weights_sha256", "?"))[:12]
     name, weights = backbone.get("backbone", "?"), backbone.get("weights", "?")
     side, resize = preprocessing.get("image_px", "?"), preprocessing.get("resize", "")
@@ -98,9 +92,9 @@ def _commands(compared: Sequence[ComparedRun], files: ReportFiles) -> list[str]:
     for run in compared:
         report = run.report
         if report is not None and "cell" not in report.more and run.source not in benchmarks:
-            extraction = _inner(_inner(report.more, "extraction"), "config")
-            if extraction:
-                lines.append(command_line("extract-features", extraction))
+            extraction = report.more.get("extraction") or {}
+            if extraction.get("config"):
+                lines.append(command_line("extract-features", extraction["config"]))
             lines.append(command_line(report.command, report.config))
     return [" ".join(line.split()) for line in dict.fromkeys(lines)]
 

@@ -11,6 +11,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from featcache.html_report.page import Page
+from featcache.results.plots import legend_svg
 
 # What the templates write into every page, and 0.1.0 wrote; by it, a page may be replaced.
 HTML_MARKS = re.compile(rb"default-src 'none'; img-src data:; style-src 'unsafe-inline'")
@@ -52,7 +53,12 @@ def _environment(form: Literal["html", "markdown"]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"fenced": fenced, "flat": flat, "shade": shade}
+    environment.filters |= {
+        "fenced": fenced,
+        "flat": flat,
+        "legend_svg": legend_svg,
+        "shade": shade,
+    }
     return environment
 
 

@@ -1,4 +1,4 @@
-"""Reading report files of any command; they may come from strangers and are checked as such."""
+"""Reading report files of any command; they may come from strangers, so every field is checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HINT = "give the .json that train-head, finetune, compare or benchmark.py wrote"
 TRAINING = ("train-head", "finetune")
 
 Check = Callable[[Any], object]
-"""Raises UserError for a value that is not as expected."""
+"""Raises UserError for a value of the wrong type or out of range."""
 
 
 def a(kind: type, name: str) -> Check:
@@ -38,7 +38,7 @@ def number(high: float, kind: type = float) -> Check:
     """A number from 0 to `high`; a whole one if `kind` is int."""
 
     def check(value: Any) -> None:
-        # NaN fails the comparison; huge integers survive it, as they would not a conversion.
+        # NaN fails the comparison. Huge integers cannot be converted to float, but compared.
         if type(value) not in (int, kind) or not 0 <= value <= high:
             raise UserError(f"{value!r:.40} is not a number from 0 to {high:g}")
 
@@ -58,7 +58,12 @@ def each(check: Check, sizes: range = range(10**9)) -> Check:
 
 
 def record(fields: dict[str, Check]) -> Check:
-    """An object whose fields pass: names before a space share a check, "?" allows null or none."""
+    """An object whose fields pass; extra fields are allowed.
+
+    Args:
+        fields: A check for one or more names, separated by spaces; a name with a "?" may be null
+            or missing.
+    """
     checks = [(name, check) for names, check in fields.items() for name in names.split()]
 
     def check_record(value: Any) -> None:
@@ -78,9 +83,17 @@ OBJECT, TEXT, FLAG = a(dict, "an object"), a(str, "text"), a(bool, "true or fals
 SHARE, SECONDS, COUNT = number(1.0), number(1e10), number(1e15, int)
 INTERVAL = each(SHARE, range(2, 3))
 
+
+def check_point(value: Any) -> None:
+    """Seconds and accuracy."""
+    each(SECONDS, range(2, 3))(value)
+    SHARE(value[1])
+
+
 check_run = record(
     {
-        "config provenance environment": OBJECT,
+        "config environment recipe?": OBJECT,
+        "provenance": record({"dataset?": OBJECT, "backbone?": record({"preprocessing?": OBJECT})}),
         "trainable_params num_train num_test": COUNT,
         "test_top1": SHARE,
         "test_interval": INTERVAL,
@@ -105,7 +118,7 @@ check_row = record(
         "test_interval": INTERVAL,
         "seconds_total seconds_per_epoch eval_seconds_per_epoch? extract_seconds?": SECONDS,
         "images_per_s": SECONDS,
-        "points?": each(each(SECONDS, range(2, 3))),
+        "points?": each(check_point),
         "imbalanced?": FLAG,
     }
 )
@@ -283,7 +296,7 @@ def _add_extraction(files: ReportFiles, values: dict[str, Any]) -> None:
 
 def _run(file: Path, values: dict[str, Any]) -> Run:
     check_run(values)
-    # A null is as good as none, except to those who read the epochs.
+    # Null means missing, but readers of epochs expect numbers.
     epochs = [{k: v for k, v in epoch.items() if v is not None} for epoch in values["epochs"]]
     report = RunReport.from_dict({**values, "epochs": epochs})
     if report.test is not None:

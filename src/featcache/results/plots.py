@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
+from featcache.results.learning_curve import CurvePoint, ModeScores
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import seconds_text
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colour, marker and dashes: told apart with every common colour blindness, and without colours.
+# Color, marker and dashes: distinct with any common color blindness, and in black and white.
 STYLES: tuple[tuple[str, str, str | tuple[float, tuple[float, ...]]], ...] = (
     ("#d55e00", "o", "-"),
     ("#0072b2", "s", (0, (5, 2))),
@@ -31,26 +32,31 @@ STYLES: tuple[tuple[str, str, str | tuple[float, tuple[float, ...]]], ...] = (
     ("#1c1f24", "X", (0, (3, 3))),
 )
 FIRST_STYLES: dict[Approach, int] = {"cached": 0, "loop": 1, "finetune": 2}
-"""The style of the first line of each kind."""
+"""The style of the first line of each approach."""
 INK, SOFT, RULE, GROUND = "#222222", "#59606b", "#d8dce2", "#ffffff"
 VARIABLES = {
     **{color: f"var(--s{number})" for number, (color, _, _) in enumerate(STYLES)},
     **{INK: "var(--ink)", SOFT: "var(--soft)", RULE: "var(--rule)", GROUND: "var(--ground)"},
 }
-MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 50}
-"""Around the axes, in px of an SVG: room for ticks and labels. Measuring them takes longer."""
+MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 46}
+"""Room for ticks and labels in px of an SVG; measuring it would double the time to draw."""
 SHORTEST_S = 1e-4
 PIXELS_PER_INCH = 72
-"""Lengths in points are then pixels of an SVG."""
+"""So that a point of matplotlib is a pixel of an SVG."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
     """One line of a chart.
 
-    `points` are (x, accuracy); `bars` the 95 % interval of each point or None; `dots` further
-    points on their own; `lead_in` asks for a dashed stretch up to the first point; `shift`
-    multiplies x, so that intervals at the same place do not cover each other.
+    Attributes:
+        name: As in the legend.
+        style: Index into `STYLES`.
+        points: Pairs of x and accuracy.
+        bars: The 95% interval of each point, or None.
+        dots: More points, which no line connects.
+        lead_in: Whether a dashed line leads from the axis to the first point.
+        shift: Factor for x, so that intervals at the same x do not overlap.
     """
 
     name: str
@@ -63,7 +69,7 @@ class Line:
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
-    """Accuracy against seconds, at most as many lines as there are styles, none used twice.
+    """Accuracy over time: at most one line for each style, each style used once.
 
     Args:
         rows: The most important first; those without points are left out.
@@ -85,26 +91,55 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
 
 
 def _bars(row: Row) -> list[tuple[float, float] | None]:
-    """The interval at the last point that has the mode's accuracy: the epoch that was kept."""
+    """The interval at the epoch that was kept: the last point with the mode's accuracy."""
     kept = max((i for i, (_, top1) in enumerate(row.points) if top1 == row.test_top1), default=-1)
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
+def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
+    """The learning curve's lines with their intervals, and a dot for each of several draws."""
+    heads = [(point.num_train, point.cached) for point in points if point.cached]
+    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
+    lines = [
+        _curve_line("cached head", FIRST_STYLES["cached"], 0.985, heads),
+        _curve_line("full fine-tune", FIRST_STYLES["finetune"], 1.015, tunes),
+    ]
+    return [line for line in lines if line.points]
+
+
+def _curve_line(
+    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+) -> Line:
+    return Line(
+        name=name,
+        style=style,
+        points=[(float(x), side.top1) for x, side in values],
+        bars=[side.interval for _, side in values],
+        dots=[
+            (float(x), top1)
+            for x, side in values
+            if len(side.top1_by_seed) > 1
+            for top1 in side.top1_by_seed.values()
+        ],
+        shift=shift,
+    )
+
+
 def seconds_tick(seconds: float) -> str:
-    """A tick of the axis: "0.5 s", "20 s", "5,000 s"."""
+    """Label of a tick: "0.5 s", "20 s", "5,000 s"."""
     return f"{seconds:,.10g} s"
 
 
 def draw(
     lines: Sequence[Line], size: tuple[int, int], x_label: str, x_text: Callable[[float], str]
 ) -> Figure:
-    """Draw lines over a logarithmic axis.
+    """Draw lines over a logarithmic x axis.
 
     Args:
-        lines: None of them gives empty axes.
+        lines: An empty list gives empty axes.
         size: Width and height in px of an SVG.
-        x_label: Name of the horizontal axis.
-        x_text: Writes a tick of the horizontal axis.
+        x_label: Label of the x axis.
+        x_text: Makes the label of a tick of the x axis.
     """
     from matplotlib.figure import Figure
 
@@ -166,7 +201,7 @@ def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str])
 
 
 def x_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """The horizontal axis's ends, with some room."""
+    """Limits of the x axis, with some room."""
     values = [max(x, SHORTEST_S) for line in lines for x, _ in (*line.points, *line.dots)]
     low, high = min(values, default=1.0), max(values, default=1.0)
     room = max((high / low) ** 0.06, 1.12)
@@ -174,7 +209,7 @@ def x_range(lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def y_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """The vertical axis's ends, with some room, within 0 and 1."""
+    """Limits of the y axis, with some room, about 0 to 1 at most."""
     values = [y for line in lines for _, y in (*line.points, *line.dots)]
     values += [end for line in lines for bar in line.bars if bar for end in bar]
     low, high = min(values, default=0.0), max(values, default=1.0)
@@ -183,9 +218,9 @@ def y_range(lines: Sequence[Line]) -> tuple[float, float]:
 
 
 def log_ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers within the ends: 1, 2, 5 and their tens, fewer where they would crowd.
+    """Round numbers within the limits: 1, 2 and 5 times powers of ten, fewer if there are too many.
 
-    Where the ends are too close for three of those, equal steps take their place.
+    If the limits are too close for three of those, ticks are equally spaced.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -226,7 +261,7 @@ def legend_svg(style: int) -> Svg:
 
 @contextmanager
 def plain_style(salt: str = "") -> Iterator[None]:
-    """Matplotlib's own settings instead of the user's; text stays text and the same each time."""
+    """Matplotlib's defaults instead of the user's settings; reproducible SVG with real text."""
     from matplotlib import style
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False}
@@ -268,18 +303,18 @@ def _summary(line: Line) -> str:
 
 
 def plot_accuracy_against_seconds(rows: Sequence[Row], path: Path, title: str = "") -> None:
-    """Draw test top-1 against wall seconds since each mode began, one point per epoch.
+    """Draw test top-1 over wall-clock time since each mode started, one point per epoch.
 
     Args:
-        rows: The comparison's lines; rows without points are left out.
+        rows: The rows of the comparison's table; those without points are left out.
         path: The PNG file to write, 1600 × 1000 px.
-        title: One line above the picture.
+        title: One line above the plot.
 
     Raises:
         StorageError: The file system refused.
     """
     lines = lines_of(rows)
-    label = "seconds since the mode began, reading included (log scale)"
+    label = "seconds since the mode started, including reading (log scale)"
     picture = io.BytesIO()
     with plain_style():
         figure = draw(lines, (720, 450), label, seconds_tick)
