@@ -29,15 +29,14 @@ import heads_stream
 from featcache import cli
 from featcache.config import OutputConfig
 from featcache.errors import UserError
-from featcache.heads.logistic import LogisticProblem, StrengthPath
-from featcache.heads.logistic_solver import SELECTION_TOLERANCE
-from featcache.heads.ridge import moments_of, ridge_from_moments, strength_grid
-from featcache.heads.rows import Rows
+from featcache.heads.logistic import SELECTION_TOLERANCE, LogisticPath, LogisticProblem
+from featcache.heads.ridge import alpha_grid, ridge_from_moments
+from featcache.heads.training_data import Rows
 from featcache.runtime import environment, say
 from heads_stream import make_cache
 
 PATH_TOLERANCE = 1e-6
-PATH_STRENGTHS = tuple(float(c) for c in np.geomspace(1e-4, 1.0, 20))
+PATH_C = tuple(float(c) for c in np.geomspace(1e-4, 1.0, 20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class BenchConfig(OutputConfig):
     """Their width."""
     num_classes: tuple[int, ...] = (10, 100)
     """Numbers of classes to measure."""
-    strengths: tuple[float, ...] = (0.01, 1.0)
+    C: tuple[float, ...] = (0.01, 1.0)
     """scikit-learn's C."""
     rounds: int = 3
     """How often everything is measured; the median counts."""
@@ -88,8 +87,8 @@ def speed(config: BenchConfig) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for num_classes in config.num_classes:
         X, y = load_rows(config, num_classes)
-        for strength in config.strengths:
-            rows.append(against_sklearn(X, y, strength, config.rounds))
+        for C in config.C:
+            rows.append(against_sklearn(X, y, C, config.rounds))
             say(logistic_line(rows[-1]))
         rows.append(path_cost(X, y, config.rounds))
         say(path_line(rows[-1]))
@@ -127,19 +126,20 @@ def made_features(num_rows: int, dim: int, num_classes: int, seed: int = 0) -> t
 
 def rows_of(X: Any, y: Any) -> Rows:
     """The rows as solvers take them."""
-    return Rows(views=X[None], y=y, weights=np.ones(len(y)), num_classes=int(y.max()) + 1)
+    names = [f"c{i}" for i in range(int(y.max()) + 1)]
+    return Rows(views=X[None], y=y, weights=np.ones(len(y)), class_names=names)
 
 
-def against_sklearn(X: Any, y: Any, strength: float, rounds: int) -> dict[str, Any]:
+def against_sklearn(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
     """One fit, ours and scikit-learn's at its default and at a tolerance that matches ours."""
     from sklearn.linear_model import LogisticRegression
 
     def ours() -> tuple[Any, Any, int]:
-        fit = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(strength)
-        return fit.weight, fit.bias, fit.num_passes
+        fitted = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(C)
+        return fitted.head.weight, fitted.head.bias, fitted.num_passes
 
     def theirs(tolerance: float) -> tuple[Any, Any, int]:
-        model = LogisticRegression(C=strength, tol=tolerance, max_iter=20_000).fit(X, y)
+        model = LogisticRegression(C=C, tol=tolerance, max_iter=20_000).fit(X, y)
         return model.coef_, model.intercept_, int(model.n_iter_[0])
 
     tasks = {"featcache": ours, "sklearn": lambda: theirs(1e-4)}
@@ -150,11 +150,11 @@ def against_sklearn(X: Any, y: Any, strength: float, rounds: int) -> dict[str, A
             start = time.perf_counter()
             result[name] = task()
             seconds[name].append(time.perf_counter() - start)
-    values = {n: objective(w, b, X, y, strength) for n, (w, b, _) in result.items()}
+    values = {n: objective(w, b, X, y, C) for n, (w, b, _) in result.items()}
     median = {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "name": "logistic", "num_rows": len(y), "num_classes": int(y.max()) + 1,
-        "strength": strength, "seconds": median["featcache"], "sklearn_seconds": median["sklearn"],
+        "C": C, "seconds": median["featcache"], "sklearn_seconds": median["sklearn"],
         "speedup": median["sklearn"] / median["featcache"],
         "objective_against_sklearn": values["featcache"] / values["sklearn"] - 1,
         "passes": result["featcache"][2], "sklearn_iterations": result["sklearn"][2],
@@ -163,7 +163,7 @@ def against_sklearn(X: Any, y: Any, strength: float, rounds: int) -> dict[str, A
     }  # fmt: skip
 
 
-def objective(weight: Any, bias: Any, X: Any, y: Any, strength: float) -> float:
+def objective(weight: Any, bias: Any, X: Any, y: Any, C: float) -> float:
     """scikit-learn's objective for three classes or more, in float64."""
     total = 0.0
     for start in range(0, len(y), 8192):
@@ -172,32 +172,32 @@ def objective(weight: Any, bias: Any, X: Any, y: Any, strength: float) -> float:
         logits -= logits.max(axis=1, keepdims=True)
         own = logits[np.arange(len(logits)), y[cut]]
         total += float((np.log(np.exp(logits).sum(axis=1)) - own).sum())
-    return strength * total + 0.5 * float((weight.astype(np.float64) ** 2).sum())
+    return C * total + 0.5 * float((weight.astype(np.float64) ** 2).sum())
 
 
 def path_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
-    """Twenty strengths with warm starts against one cold fit of the weakest, all to 1e-6.
+    """Twenty values of C with warm starts against one cold fit of the largest, all to 1e-6.
 
     Choosing fits them to `SELECTION_TOLERANCE` only, which is timed too.
     """
 
-    def some(strengths: tuple[float, ...], tolerance: float) -> Callable[[], int]:
+    def some(grid: tuple[float, ...], tolerance: float) -> Callable[[], int]:
         def task() -> int:
-            path = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False)
-            return sum(path.fit(strength, tolerance).num_passes for strength in strengths)
+            path = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False)
+            return sum(path.fit(C, tolerance).num_passes for C in grid)
 
         return task
 
     one, many, rough = in_turns(
         [
-            some(PATH_STRENGTHS[-1:], PATH_TOLERANCE),
-            some(PATH_STRENGTHS, PATH_TOLERANCE),
-            some(PATH_STRENGTHS, SELECTION_TOLERANCE),
+            some(PATH_C[-1:], PATH_TOLERANCE),
+            some(PATH_C, PATH_TOLERANCE),
+            some(PATH_C, SELECTION_TOLERANCE),
         ],
         rounds,
     )
     return {
-        "name": f"{len(PATH_STRENGTHS)} strengths with warm starts",
+        "name": f"{len(PATH_C)} values of C with warm starts",
         "num_classes": int(y.max()) + 1,
         "one_seconds": one, "all_seconds": many, "ratio": many / one,
         "as_choosing_seconds": rough, "as_choosing_ratio": rough / one,
@@ -205,20 +205,21 @@ def path_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
 
 
 def ridge_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
-    """Fifty ridge strengths against one."""
+    """Fifty ridge alphas against one."""
     rows = rows_of(X, y)
-    strengths = strength_grid(rows)
+    grid = alpha_grid(rows)
 
     def some(alphas: Any) -> Callable[[], int]:
         def task() -> int:
-            problem = ridge_from_moments(moments_of(rows), standardize=False)
+            sums = rows.moments(products=True)
+            problem = ridge_from_moments(sums, rows.class_names, standardize=False)
             return len([problem.fit(alpha) for alpha in alphas])
 
         return task
 
-    one, many = in_turns([some(strengths[25:26]), some(strengths)], rounds)
+    one, many = in_turns([some(grid[25:26]), some(grid)], rounds)
     return {
-        "name": f"{len(strengths)} ridge strengths", "num_classes": int(y.max()) + 1,
+        "name": f"{len(grid)} ridge alphas", "num_classes": int(y.max()) + 1,
         "one_seconds": one, "all_seconds": many, "ratio": many / one,
     }  # fmt: skip
 
@@ -266,7 +267,7 @@ def logistic_line(row: dict[str, Any]) -> str:
     """One comparison in words."""
     return (
         f"logistic, {row['num_rows']:,} rows, {row['num_classes']} classes, "
-        f"C = {row['strength']:g}: {row['seconds']:.2f} s against scikit-learn's "
+        f"C = {row['C']:g}: {row['seconds']:.2f} s against scikit-learn's "
         f"{row['sklearn_seconds']:.2f} s "
         f"({row['speedup']:.1f} times as fast), {row['passes']} passes against "
         f"{row['sklearn_iterations']} iterations, objective "

@@ -256,3 +256,7 @@ def test_overlapping_users_leave_torchs_threads_as_the_first_found_them() -> Non
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_free_memory_is_known():
+    assert runtime.available_memory() > 1 << 26

@@ -82,6 +82,16 @@ def cpu_quota(group: Path = Path("/proc/self/cgroup"), root: Path = CGROUP_ROOT)
     return quota
 
 
+def available_memory() -> int:
+    """Bytes of memory that can be used without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # Linux
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def version_of(distribution: str) -> str:
     """The installed version of a package, without importing it."""
     # Imported late, with the parts of the standard library for mail that it needs: --help waits.

@@ -6,19 +6,12 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
-from featcache.errors import UserError
-from featcache.heads.choose import Tally
-from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
 from featcache.heads.knn import KnnHead, nearest
 from featcache.heads.moments import Moments
-from featcache.heads.ridge import (
-    best_factor,
-    moments_of,
-    ridge_from_few_rows,
-    ridge_from_moments,
-)
-from featcache.heads.rows import Rows
-from featcache.heads.solver import Answer
+from featcache.heads.ridge import RidgeSolver, best_factor, ridge_from_few_rows, ridge_from_moments
+from featcache.heads.selection import HeldOutScores, best_candidate
+from featcache.heads.solver import HeldOutPredictions
+from featcache.heads.training_data import Rows
 from heads_data import blobs
 
 NAMES = ["ape", "bee", "cat"]
@@ -26,7 +19,11 @@ NAMES = ["ape", "bee", "cat"]
 
 def rows_of(X, y, weights=None):
     weights = np.ones(len(y)) if weights is None else weights
-    return Rows(views=X[None], y=np.asarray(y), weights=weights, num_classes=3)
+    return Rows(views=X[None], y=np.asarray(y), weights=weights, class_names=NAMES)
+
+
+def from_moments(rows, *, standardize):
+    return ridge_from_moments(rows.moments(products=True), NAMES, standardize=standardize)
 
 
 @pytest.mark.parametrize("shape", [(100, 8), (10, 30)])
@@ -38,10 +35,10 @@ def test_ridge_is_scikit_learns(shape, alpha):
     rows = rows_of(X, y, weights)
     theirs = Ridge(alpha=alpha).fit(X, np.eye(3)[y], sample_weight=weights)
     for problem in (
-        ridge_from_moments(moments_of(rows), standardize=False),
+        from_moments(rows, standardize=False),
         ridge_from_few_rows(rows, standardize=False),
     ):
-        fit = problem.fit(alpha)
+        fit = problem.fit(alpha).head
         assert fit.weight == pytest.approx(theirs.coef_, abs=1e-7)
         assert fit.bias == pytest.approx(theirs.intercept_, abs=1e-6)
 
@@ -51,8 +48,8 @@ def test_both_sides_give_the_same_standardised_fit():
     X = X.astype(np.float64) * np.geomspace(0.1, 9, 30)
     rows = rows_of(X, y)
     few = ridge_from_few_rows(rows, standardize=True)
-    many = ridge_from_moments(moments_of(rows), standardize=True)
-    assert few.fit(2.0).weight == pytest.approx(many.fit(2.0).weight, abs=1e-8)
+    many = from_moments(rows, standardize=True)
+    assert few.fit(2.0).head.weight == pytest.approx(many.fit(2.0).head.weight, abs=1e-8)
     assert few.leverage(X, 2.0) == pytest.approx(many.leverage(X, 2.0), abs=1e-8)
 
 
@@ -60,8 +57,8 @@ def test_leverage_gives_the_fit_without_each_row():
     X, y = blobs(40)
     X = X.astype(np.float64)
     rows = rows_of(X, y)
-    problem = ridge_from_moments(moments_of(rows), standardize=False)
-    fit, onehot = problem.fit(1.0), np.eye(3)[y]
+    problem = from_moments(rows, standardize=False)
+    fit, onehot = problem.fit(1.0).head, np.eye(3)[y]
     left_out = onehot - (onehot - (X @ fit.weight.T + fit.bias)) / (
         1 - problem.leverage(X, 1.0)[:, None]
     )
@@ -71,9 +68,8 @@ def test_leverage_gives_the_fit_without_each_row():
 
 def test_ridge_probabilities_are_calibrated():
     X, y = blobs(300)
-    head = RidgeSolver(class_names=NAMES).prepare(rows_of(X, y), []).fit(
-        {"strength": 1.0, "standardize": False}
-    ).head  # fmt: skip
+    prepared = RidgeSolver().prepare(rows_of(X, y), [])
+    head = prepared.fit({"alpha": 1.0, "standardize": False}).head
     fresh, truth = blobs(3000, seed=9)
     probabilities = head.predict_proba(fresh)
     accuracy = head.score(fresh, truth)
@@ -91,29 +87,42 @@ def test_best_factor_finds_the_scale_of_logits():
 def test_moments_of_parts_add_up():
     X, y = blobs(60)
     X = X.astype(np.float64)
-    whole, part, rest = (Moments.empty(np.ones(8), 3) for _ in range(3))
+    whole, part, rest = (Moments.empty(np.ones(8), 3, products=True) for _ in range(3))
     whole.add(X, y, np.ones(60))
     part.add(X[:20], y[:20], np.ones(20))
     rest.add(X[20:], y[20:], np.ones(40))
-    for sums in (part.plus(rest), whole.plus(rest, -1).plus(rest)):
-        assert sums.second == pytest.approx(whole.second)
-        assert sums.cross == pytest.approx(whole.cross)
-        assert sums.mean() == pytest.approx(X.mean(axis=0))
-        assert sums.deviation() == pytest.approx(X.std(axis=0))
+    sums = part.plus(rest)
+    assert sums.second == pytest.approx(whole.second)
+    assert sums.cross == pytest.approx(whole.cross)
+    assert sums.mean() == pytest.approx(X.mean(axis=0))
+    assert sums.deviation() == pytest.approx(X.std(axis=0))
 
 
-def test_all_strengths_predict_as_each_alone():
+def test_moments_without_products_have_the_same_mean_and_deviation():
+    X, y = blobs(60)
+    rows = rows_of(X + 3, y, np.linspace(0.2, 2, 60))
+    plain, whole = rows.moments(), rows.moments(products=True)
+    assert plain.second is None
+    assert plain.total == pytest.approx(whole.total)
+    assert plain.mean() == pytest.approx(whole.mean(), rel=1e-6)
+    assert plain.deviation() == pytest.approx(whole.deviation(), rel=1e-5)
+    twice = plain.plus(rows.moments(plain.shift))
+    assert twice.mean() == pytest.approx(plain.mean())
+    assert twice.total == pytest.approx(2 * plain.total)
+
+
+def test_all_alphas_predict_as_each_alone():
     X, y = blobs(80)
     fresh = rows_of(*blobs(40, seed=5))
-    solver = RidgeSolver(class_names=NAMES)
+    solver = RidgeSolver()
     rows = rows_of(X, y)
     candidates = solver.series(rows)[1]
     together = solver.prepare(rows, candidates)
     for settings in candidates[::7]:
         alone = solver.prepare(rows, [settings]).fit(settings).head.predict(fresh.plain)
-        answer = together.answer(settings, fresh)
+        answer = together.predict(settings, fresh)
         assert np.array_equal(answer.classes, alone)
-        scores = Ridge(alpha=settings["strength"]).fit(
+        scores = Ridge(alpha=settings["alpha"]).fit(
             StandardScaler().fit(X).transform(X), np.eye(3)[y]
         ).predict(StandardScaler().fit(X).transform(fresh.plain))  # fmt: skip
         errors = ((scores - np.eye(3)[fresh.y]) ** 2).sum(axis=1)
@@ -123,19 +132,20 @@ def test_all_strengths_predict_as_each_alone():
 def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss():
     held = rows_of(np.zeros((16, 1), np.float32), np.arange(16) % 2)
 
-    def tally_of(*candidates):
-        tally = Tally()
+    def best_of(*candidates):
+        grid = []
         for place, (num_right, loss) in enumerate(candidates):
             classes = np.where(np.arange(16) < num_right, held.y, 1 - held.y)
             losses = None if loss is None else np.full(16, loss)
-            tally.add(place, held, Answer(classes, losses))
-        tried = [{"strength": float(place)} for place in range(len(candidates))]
-        return tally.choice(tried, "held-out").settings["strength"]
+            scores = HeldOutScores()
+            scores.add(held, HeldOutPredictions(classes, losses))
+            grid.append(({"C": place}, scores))
+        return best_candidate(grid, "held-out").settings["C"]
 
-    # 12 of 16 is known to sqrt(12/16 * 4/16 / 16) = 0.108, which is less than two rows.
-    assert tally_of((12, 0.9), (11, 0.5), (10, 0.1)) == 1
-    assert tally_of((12, 0.4), (11, 0.5), (12, 0.6)) == 0
-    assert tally_of((11, None), (12, None), (12, None)) == 1
+    # 12 of 16 has a standard error of sqrt(12/16 * 4/16 / 16) = 0.108, less than two rows.
+    assert best_of((12, 0.9), (11, 0.5), (10, 0.1)) == 1
+    assert best_of((12, 0.4), (11, 0.5), (12, 0.6)) == 0
+    assert best_of((11, None), (12, None), (12, None)) == 1
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -189,8 +199,3 @@ def test_knn_of_zero_rows_of_features_does_not_divide_by_zero():
     X[0] = 0
     head = KnnHead(rows=X, labels=y, class_names=NAMES, k=3)
     assert np.isfinite(head.predict_proba(np.zeros((2, 8)))).all()
-
-
-def test_knn_refuses_half_a_neighbour():
-    with pytest.raises(UserError, match="whole number of neighbours"):
-        KnnSolver(class_names=NAMES, strength=2.5)

@@ -6,8 +6,8 @@ import pytest
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, train_head
-from featcache.heads.choose import assign_parts, same_rows
-from featcache.heads.rows import check_rows
+from featcache.heads.selection import assign_parts, same_rows
+from featcache.heads.training_data import check_rows
 from heads_data import blobs, make_cache, toy_cache
 
 NAMES = ["ape", "bee", "cat"]

@@ -6,20 +6,23 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from featcache.heads.backends import SklearnPath, TorchPath
-from featcache.heads.lbfgs import minimise
-from featcache.heads.logistic import LogisticProblem, StrengthPath, moments
-from featcache.heads.precondition import second_moment_spectrum
-from featcache.heads.rows import Rows, balanced_weights
+from featcache.heads.lbfgs import minimise, second_moment_spectrum
+from featcache.heads.logistic import LogisticPath, LogisticProblem
 from featcache.heads.softmax_loss import loss_in_memory
+from featcache.heads.training_data import Rows, balanced_weights
 from heads_data import blobs
 
-PATHS = [StrengthPath, SklearnPath, TorchPath]
+PATHS = [LogisticPath, SklearnPath, TorchPath]
+
+
+def names_of(num_classes):
+    return [str(i) for i in range(num_classes)]
 
 
 def rows_of(X, y, *, num_classes=3, weights=None):
     views = X if X.ndim == 3 else X[None]
     weights = np.ones(len(y)) if weights is None else weights
-    return Rows(views=views, y=np.asarray(y), weights=weights, num_classes=num_classes)
+    return Rows(views=views, y=np.asarray(y), weights=weights, class_names=names_of(num_classes))
 
 
 def objective(weight, bias, X, y, strength, sample_weight=None):
@@ -40,7 +43,7 @@ def test_reaches_scikit_learns_objective(path, strength):
     fit = path(LogisticProblem(rows_of(X, y)), standardize=False).fit(strength)
     theirs = LogisticRegression(C=strength, tol=1e-9, max_iter=50_000).fit(X.astype(float), y)
     best = objective(theirs.coef_, theirs.intercept_, X, y, strength)
-    assert objective(fit.weight, fit.bias, X, y, strength) <= best * (1 + 1e-6)
+    assert objective(fit.head.weight, fit.head.bias, X, y, strength) <= best * (1 + 1e-6)
     assert fit.converged
 
 
@@ -49,8 +52,8 @@ def test_two_classes_are_scikit_learns_binary_problem(path):
     X, y = blobs(120, num_classes=2)
     fit = path(LogisticProblem(rows_of(X, y, num_classes=2)), standardize=False).fit(0.2, 1e-10)
     theirs = LogisticRegression(C=0.2, tol=1e-9, max_iter=10_000).fit(X.astype(float), y)
-    assert fit.weight[1] - fit.weight[0] == pytest.approx(theirs.coef_[0], abs=1e-3)
-    assert fit.bias[1] - fit.bias[0] == pytest.approx(theirs.intercept_[0], abs=1e-3)
+    assert fit.head.weight[1] - fit.head.weight[0] == pytest.approx(theirs.coef_[0], abs=1e-3)
+    assert fit.head.bias[1] - fit.head.bias[0] == pytest.approx(theirs.intercept_[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -60,37 +63,39 @@ def test_standardised_fit_is_that_of_scaled_rows(path):
     fit = path(LogisticProblem(rows_of(X, y)), standardize=True).fit(0.1, 1e-10)
     Z = (X - X.mean(axis=0)) / X.std(axis=0)
     theirs = LogisticRegression(C=0.1, tol=1e-9, max_iter=10_000).fit(Z.astype(float), y)
-    ours = X @ fit.weight.T + fit.bias
+    ours = X @ fit.head.weight.T + fit.head.bias
     other = Z @ theirs.coef_.T + theirs.intercept_
     centred = ours - ours.mean(axis=1, keepdims=True)
     assert centred == pytest.approx(other - other.mean(axis=1, keepdims=True), abs=2e-3)
-    assert fit.mean == pytest.approx(X.mean(axis=0), rel=1e-5)
-    assert fit.scale == pytest.approx(X.std(axis=0), rel=1e-5)
+    assert fit.head.mean == pytest.approx(X.mean(axis=0), rel=1e-5)
+    assert fit.head.scale == pytest.approx(X.std(axis=0), rel=1e-5)
 
 
 def test_weights_and_views_enter_the_objective():
     X, y = blobs(90)
     weights = np.linspace(0.1, 3, 90)
-    fit = StrengthPath(LogisticProblem(rows_of(X, y, weights=weights)), standardize=False).fit(0.5)
+    fit = LogisticPath(LogisticProblem(rows_of(X, y, weights=weights)), standardize=False).fit(0.5)
     theirs = LogisticRegression(C=0.5, tol=1e-9, max_iter=10_000)
     theirs.fit(X.astype(float), y, sample_weight=weights)
     best = objective(theirs.coef_, theirs.intercept_, X, y, 0.5, weights)
-    assert objective(fit.weight, fit.bias, X, y, 0.5, weights) <= best * (1 + 1e-6)
+    assert objective(fit.head.weight, fit.head.bias, X, y, 0.5, weights) <= best * (1 + 1e-6)
     # Two equal views are one view.
-    twice = StrengthPath(LogisticProblem(rows_of(np.stack([X, X]), y)), standardize=False)
-    once = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False)
-    assert twice.fit(0.5, 1e-12).weight == pytest.approx(once.fit(0.5, 1e-12).weight, abs=1e-4)
+    twice = LogisticPath(LogisticProblem(rows_of(np.stack([X, X]), y)), standardize=False)
+    once = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False)
+    assert twice.fit(0.5, 1e-12).head.weight == pytest.approx(
+        once.fit(0.5, 1e-12).head.weight, abs=1e-4
+    )
 
 
 def test_warm_path_ends_where_cold_fits_end():
     X, y = blobs(150, dim=20)
     problem = LogisticProblem(rows_of(X, y))
-    warm = StrengthPath(problem, standardize=False)
+    warm = LogisticPath(problem, standardize=False)
     strengths = np.geomspace(1e-3, 1e2, 11)
     passes = 0
     for strength in strengths:
         fit = warm.fit(strength)
-        cold = StrengthPath(problem, standardize=False).fit(strength)
+        cold = LogisticPath(problem, standardize=False).fit(strength)
         assert fit.objective == pytest.approx(cold.objective, rel=1e-6)
         passes += fit.num_passes - cold.num_passes
     assert passes < 0  # and sooner
@@ -100,11 +105,13 @@ def test_float32_rows_reach_the_same_objective(monkeypatch):
     from featcache.heads import logistic
 
     X, y = blobs(300, dim=30)
-    exact = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0, 1e-12)
+    exact = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0, 1e-12)
     monkeypatch.setattr(logistic, "SMALL", 0)
-    single = StrengthPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0)
-    best = objective(exact.weight, exact.bias, X, y, 1.0)
-    assert objective(single.weight, single.bias, X, y, 1.0) == pytest.approx(best, rel=1e-6)
+    single = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0)
+    best = objective(exact.head.weight, exact.head.bias, X, y, 1.0)
+    assert objective(single.head.weight, single.head.bias, X, y, 1.0) == pytest.approx(
+        best, rel=1e-6
+    )
 
 
 def test_gradient_is_the_slope_of_the_loss():
@@ -135,8 +142,8 @@ def test_moments_survive_large_offsets_and_constant_features():
     X = random.normal(size=(500, 3))
     X[:, 1] += 1e4
     X[:, 2] = 1e6
-    share = np.full(500, 1 / 500)
-    mean, deviation = moments(X.astype(np.float32), share)
+    moments = rows_of(X.astype(np.float32), np.zeros(500, np.int64)).moments()
+    mean, deviation = moments.mean(), moments.deviation()
     assert mean == pytest.approx(X.mean(axis=0), rel=1e-5, abs=1e-3)
     assert deviation[:2] == pytest.approx(X.std(axis=0)[:2], rel=1e-2)
     assert deviation[2] == 1.0
@@ -165,8 +172,8 @@ def test_nearly_separable_rows_converge_in_float32():
     with threadpool_limits(1):
         X, y = blobs(1600, dim=512)
         X = (X + 0.05 * np.random.default_rng(1).normal(size=X.shape)).astype(np.float32)
-        rows = Rows(views=X[None], y=y, weights=np.ones(len(y)), num_classes=3)
-        path = StrengthPath(LogisticProblem(rows), standardize=True)
+        rows = Rows(views=X[None], y=y, weights=np.ones(len(y)), class_names=names_of(3))
+        path = LogisticPath(LogisticProblem(rows), standardize=True)
         for strength in (10.0, 31.6, 100.0):
             assert path.fit(strength).converged
 
@@ -177,11 +184,11 @@ def test_few_separable_rows_of_many_classes_take_few_passes(strength):
     y = np.arange(120) % 60
     X = np.abs(random.normal(size=(60, 100))[y] + random.normal(size=(120, 100)))
     rows = rows_of(X.astype(np.float32), y, num_classes=60)
-    fit = StrengthPath(LogisticProblem(rows), standardize=False).fit(strength)
+    fit = LogisticPath(LogisticProblem(rows), standardize=False).fit(strength)
     theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=5000).fit(
         rows.plain.astype(float), y
     )
     best = objective(theirs.coef_, theirs.intercept_, X, y, strength)
     assert fit.converged
-    assert objective(fit.weight, fit.bias, X, y, strength) <= best * (1 + 1e-6)
-    assert fit.num_passes < 150
+    assert objective(fit.head.weight, fit.head.bias, X, y, strength) <= best * (1 + 1e-6)
+    assert fit.num_passes < 80

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import featcache
+from featcache import cli
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
@@ -43,7 +45,7 @@ def test_other_settings_and_other_caches_keep_the_earlier_head(cache, tmp_path):
         train_head(TrainHeadConfig(cache=path, cache_dir=folder, **settings))["head"]
         for path, folder, settings in (
             (cache, None, {}),
-            (cache, None, {"strength": 1.0}),
+            (cache, None, {"C": 1.0}),
             (cache, None, {"seed": 1}),
             (other, None, {}),
             (other, cache.parent, {}),
@@ -68,7 +70,7 @@ def test_what_strangers_wrote_beside_the_head_is_not_replaced(cache, tmp_path):
         assert (tmp_path / name).read_text() == '{"architectures": ["mine"]}'
         (tmp_path / name).unlink()
     run(cache, output=output)
-    run(cache, output=output, strength=1.0)  # one of ours
+    run(cache, output=output, C=1.0)  # one of ours
 
 
 @pytest.mark.parametrize("solver", ["logistic", "adam", "sgd"])
@@ -128,19 +130,16 @@ def test_choice_is_shown_with_its_candidates(cache):
     near = [row for row in chosen["candidates"] if row["score"] >= least]
     winner = min(near, key=lambda row: row["loss"])
     assert report["val_top1"] == winner["top1"]
-    assert (chosen["strength"], chosen["standardize"]) == (
-        winner["strength"],
-        winner["standardize"],
-    )
+    assert (chosen["C"], chosen["standardize"]) == (winner["C"], winner["standardize"])
     assert {row["standardize"] for row in chosen["candidates"]} == {True, False}
     assert "held-out 20% of train" in report["chosen_on"]
     assert "(48 rows)" in report["chosen_on"]
 
 
 def test_nothing_is_chosen_when_all_is_given(cache):
-    report = run(cache, strength=0.5, standardize="off")
+    report = run(cache, C=0.5, standardize="off")
     assert report["val_top1"] is None
-    assert report["chosen"]["strength"] == 0.5
+    assert report["chosen"]["C"] == 0.5
     assert report["chosen_on"].startswith("nothing")
 
 
@@ -188,6 +187,7 @@ def test_val_split_chooses_where_there_is_one(tmp_path):
     [
         ({"solver": "adam", "backend": "sklearn"}, "--backend sklearn fits logistic only"),
         ({"sweep": True}, "--sweep is for adam and sgd"),
+        ({"solver": "adam", "sweep": True, "backend": "torch"}, "--sweep trains in numpy: leave"),
         ({"solver": "adam", "strength": 1.0}, "--weight-decay instead"),
         ({"output": "head.bin"}, "ends in .safetensors"),
     ],
@@ -223,15 +223,62 @@ def test_no_heavy_import_where_none_is_needed(cache):
 def test_a_series_ends_where_ties_bring_more_loss():
     from types import SimpleNamespace
 
-    from featcache.heads.choose import Tally, walk
-    from featcache.heads.rows import Rows
-    from featcache.heads.solver import Answer
+    from featcache.heads.selection import evaluate_grid
+    from featcache.heads.solver import HeldOutPredictions
+    from featcache.heads.training_data import Rows
 
-    held = Rows(views=np.zeros((1, 2, 3)), y=np.array([0, 1]), weights=np.ones(2), num_classes=2)
+    held = Rows(
+        views=np.zeros((1, 2, 3)), y=np.array([0, 1]), weights=np.ones(2), class_names=["a", "b"]
+    )
     losses = {1: 0.5, 2: 0.3, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7}
     prepared = SimpleNamespace(
-        answer=lambda s, rows: Answer(rows.y, np.full(2, losses[s["strength"]]))
+        predict=lambda s, rows: HeldOutPredictions(rows.y, np.full(2, losses[s["C"]]))
     )
-    series = [[{"strength": k} for k in losses]]
-    tried = walk(lambda _: prepared, series, held, Tally(), 3)
-    assert [s["strength"] for s in tried] == [1, 2, 3, 4, 5]
+    grid = evaluate_grid(lambda _: prepared, [[{"C": C} for C in losses]], held, 3)
+    assert [settings["C"] for settings, _ in grid] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": 1.0}, "alpha is for ridge: give C for logistic"),
+        ({"solver": "ridge", "C": 1.0}, "C is for logistic: give alpha for ridge"),
+        ({"solver": "ridge", "k": 3}, "k is for knn: give alpha for ridge"),
+        ({"solver": "knn", "C": 1.0}, "C is for logistic: give k for knn"),
+        ({"solver": "adam", "alpha": 1.0}, "alpha is for ridge: give weight_decay for adam"),
+        ({"solver": "auto", "k": 3}, 'k is for knn: leave it out for auto, or add solver="knn"'),
+        ({"strength": 1.0, "C": 1.0}, "strength is the old name of C: give one of them"),
+        ({"solver": "auto", "strength": 1.0}, "strength means something else to each solver"),
+        ({"solver": "knn", "strength": 2.5}, "knn needs a whole number of neighbors"),
+    ],
+)
+def test_each_solver_has_its_own_flag(cache, settings, message):
+    with pytest.raises(UserError) as error:
+        featcache.train_head(TrainHeadConfig(cache=cache, cache_dir=cache.parent, **settings))
+    assert message in str(error.value)
+    assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("solver", "flag", "value"),
+    [("logistic", "C", "0.5"), ("ridge", "alpha", "2"), ("knn", "k", "4")],
+)
+def test_the_old_name_of_the_flags_still_works(cache, capsys, solver, flag, value):
+    place = [str(cache), "--cache-dir", str(cache.parent), "--solver", solver, "--json"]
+    found = {}
+    for name in (flag, "strength"):
+        assert cli.train_head([*place, f"--{name}", value]) == 0
+        printed = capsys.readouterr()
+        found[name] = json.loads(printed.out)
+        note = f"--strength is the old name of --{flag}: give --{flag} {value} for {solver}\n"
+        assert (note in printed.err) == (name == "strength")
+        assert f"{flag} {value}" in "\n".join(summary_lines(found[name]))
+    assert found["strength"]["chosen"][flag] == float(value)
+    for field in ("head", "chosen", "test_top1", "config"):
+        assert found["strength"][field] == found[flag][field]
+
+
+def test_the_strength_in_reports_of_version_0_1_is_printed(cache):
+    report = run(cache, C=0.5)
+    report["chosen"]["strength"] = report["chosen"].pop("C")
+    assert any("logistic (numpy): strength 0.5, standardize" in x for x in summary_lines(report))

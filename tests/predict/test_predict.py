@@ -128,7 +128,7 @@ class TestSamePath:
             assert prediction["probability"] == prediction["topk"][0]["probability"]
 
     def test_from_train_head_to_prediction(self, cache: FeatureCache, root: Path) -> None:
-        settings = {"strength": 1.0, "output": root / "fitted.safetensors"}
+        settings = {"C": 1.0, "output": root / "fitted.safetensors"}
         report = train_head(TrainHeadConfig(cache=cache.path, **settings))
         test, head = cache.split("test"), load_head(report["head"])
         classifier = Classifier.load(report["head"])

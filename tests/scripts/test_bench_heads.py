@@ -18,7 +18,7 @@ def bench(monkeypatch):
 
 
 def test_speed_rows_compare_with_scikit_learn(bench, tmp_path, capsys):
-    words = ["--num-rows", "400", "--feature-dim", "12", "--num-classes", "3", "--strengths", "1.0"]
+    words = ["--num-rows", "400", "--feature-dim", "12", "--num-classes", "3", "--C", "1.0"]
     assert bench.main([*words, "--rounds", "1", "--work-dir", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert rows[0]["objective_against_sklearn"] < 1e-6

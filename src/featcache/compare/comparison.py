@@ -35,8 +35,8 @@ from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.plan import make_plan as make_finetune_plan
-from featcache.heads.data import open_cache
 from featcache.heads.train import provenance_of
+from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
 from featcache.results import (
     CurveMode,

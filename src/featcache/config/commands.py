@@ -91,9 +91,16 @@ class TrainHeadConfig(OutputConfig):
     """L2 penalty of the step (adam, sgd)."""
     sweep: bool = False
     """Train many learning rates and decays together and choose among them (adam, sgd)."""
+    C: Optional[float] = None
+    """Use this inverse strength of the regularization instead of choosing one, as in scikit-learn's
+    LogisticRegression (logistic)."""
+    alpha: Optional[float] = None
+    """Use this strength of the regularization instead of choosing one, as in scikit-learn's Ridge
+    (ridge)."""
+    k: Optional[int] = None
+    """Use this number of neighbors instead of choosing one (knn)."""
     strength: Optional[float] = None
-    """Use this regularisation strength instead of choosing one: C of logistic regression, alpha of
-    ridge, k of knn."""
+    """The old name of --C, --alpha and --k; give the one of your solver."""
     select: Literal["holdout", "cv"] = "holdout"
     """Choose on a held-out part of train, or by k-fold cross-validation on train."""
     holdout: float = 0.2
@@ -125,6 +132,9 @@ class TrainHeadConfig(OutputConfig):
         check_positive("lr", self.lr)
         check_range("batch_size", self.batch_size, 1)
         check_range("weight_decay", self.weight_decay, 0)
+        check_positive("C", self.C)
+        check_positive("alpha", self.alpha)
+        check_range("k", self.k, 1)
         check_positive("strength", self.strength)
         check_range("folds", self.folds, 2, 100)
         check_range("shots", self.shots, 1)

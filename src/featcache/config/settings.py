@@ -23,7 +23,7 @@ _on_command_line = ContextVar("on_command_line", default=False)
 _FLAGS = re.compile(
     r"(?P<command>\b(?:featcache [a-z]+|extract-features|train-head|finetune)\b(?:'s)?"
     r"(?: --?[\w-]+| [A-Z]\S*| \S*[/.]\S+| \d+)+)"
-    r"|(?<![\w-])--(?P<no>no-)?(?P<flag>[a-z][a-z-]*[a-z])(?: (?P<word>\w+))?"
+    r"|(?<![\w-])--(?P<no>no-)?(?P<flag>[A-Za-z](?:[a-z-]*[a-z])?)(?: (?P<word>\w+))?"
 )
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.heads.lbfgs import TOLERANCE, Solution, start_point
-from featcache.heads.logistic import Fit, LogisticProblem
-from featcache.heads.rows import Doubles
+from featcache.heads.linear import Doubles, LinearHead
+from featcache.heads.logistic import LogisticProblem
+from featcache.heads.solver import FittedHead
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ SKLEARN_TOLERANCE = 1e-6
 
 
 class SklearnPath:
-    """Fits with scikit-learn, each strength from where the one before ended.
+    """Fits with scikit-learn, each C from where the one before ended.
 
     Args:
         problem: The rows.
@@ -33,10 +34,10 @@ class SklearnPath:
         self._problem, self._standardize = problem, standardize
         self._model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 
-    def fit(self, strength: float, tolerance: float = TOLERANCE) -> Fit:
-        """Fit with C = `strength`; scikit-learn's own tolerance is on the gradient."""
+    def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
+        """Fit with one C; scikit-learn's own tolerance is on the gradient."""
         problem, model = self._problem, self._model
-        model.set_params(C=strength, tol=max(SKLEARN_TOLERANCE, tolerance))
+        model.set_params(C=C, tol=max(SKLEARN_TOLERANCE, tolerance))
         with warnings.catch_warnings():
             # Convergence is reported with the fit.
             warnings.simplefilter("ignore")
@@ -52,9 +53,9 @@ class SklearnPath:
         passes = int(np.max(model.n_iter_))
         point = np.vstack([weight.T, bias])
         value, _ = problem.loss(standardize=self._standardize).evaluate(point[:-1], point[-1])
-        value += problem.penalty(strength) / 2 * float(np.vdot(point[:-1], point[:-1]))
+        value += problem.penalty(C) / 2 * float(np.vdot(point[:-1], point[:-1]))
         solution = Solution(point, value, float("nan"), passes, passes < MAX_ITERATIONS)
-        return problem.raw(solution, standardize=self._standardize)
+        return problem.fitted(solution, standardize=self._standardize)
 
 
 class TorchPath:
@@ -77,9 +78,9 @@ class TorchPath:
         self._spectrum = problem.spectrum(standardize=standardize)
         self._point = start_point(problem.loss(standardize=standardize))
 
-    def fit(self, strength: float, tolerance: float = TOLERANCE) -> Fit:
-        """Fit with C = `strength`, from where the last one ended."""
-        lam = self._problem.penalty(strength)
+    def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
+        """Fit with one C, from where the last one ended."""
+        lam = self._problem.penalty(C)
         values, vectors = self._spectrum.values, self._spectrum.vectors
         # Each eigendirection in units of its curvature, so that correlated features do not slow
         # the search; a class's curvature is about its share of the rows.
@@ -88,7 +89,7 @@ class TorchPath:
         end, solution = self._search(lam, vectors * units, turned, tolerance)
         self._point = np.vstack([vectors @ (units[:, None] * end[:-1]), end[-1:]])
         solution = dataclasses.replace(solution, point=self._point)
-        return self._problem.raw(solution, standardize=self._standardize)
+        return self._problem.fitted(solution, standardize=self._standardize)
 
     def _search(
         self, lam: float, basis: Doubles, turned: Doubles, tolerance: float

@@ -14,17 +14,17 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.heads.linear import Floats, LinearHead, softmax
-from featcache.heads.logistic import Fit, LogisticProblem, StrengthPath
-from featcache.heads.ridge import moments_of, ridge_from_few_rows, ridge_from_moments
-from featcache.heads.rows import Rows, balanced_weights
-from featcache.heads.threads import threads_for
+from featcache.heads.logistic import LogisticPath, LogisticProblem
+from featcache.heads.ridge import ridge_of
+from featcache.heads.solver import FittedHead, threads_for
+from featcache.heads.training_data import Rows, balanced_weights
 
-# Tight, so that equal problems put differently get equal answers.
+# Tight, so that the same problem stated in different ways gets the same solution.
 TOLERANCE = 1e-20
 
 
 class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A linear head with scikit-learn's manners: `fit`, `predict`, `predict_proba`, `score`.
+    """A linear head with scikit-learn's interface: `fit`, `predict`, `predict_proba`, `score`.
 
     Args:
         solver: logistic (multinomial, L2, to convergence) or ridge (closed form).
@@ -71,12 +71,13 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
             weights = balanced_weights(encoded, weights, num_classes)
         elif self.class_weight is not None:
             weights = weights * compute_sample_weight(self.class_weight, labels)
-        rows = Rows(views=features[None], y=encoded, weights=weights, num_classes=num_classes)
-        with threads_for(features.size * num_classes):
-            fit = self._fit(rows)
-        self.coef_: Floats = fit.weight
-        self.intercept_: Floats = fit.bias
-        self.n_iter_ = fit.num_passes
+        names = [str(label) for label in self.classes_]
+        rows = Rows(views=features[None], y=encoded, weights=weights, class_names=names)
+        with threads_for(rows.num_values * num_classes):
+            fitted = self._fit(rows)
+        self.coef_: Floats = fitted.head.weight
+        self.intercept_: Floats = fitted.head.bias
+        self.n_iter_ = fitted.num_passes
         return self
 
     def _check_params(self) -> None:
@@ -88,18 +89,14 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         if not self.strength > 0:
             raise ValueError(f"strength {self.strength!r} must be above 0")
 
-    def _fit(self, rows: Rows) -> Fit:
-        if self.solver == "logistic":
-            path = StrengthPath(LogisticProblem(rows), standardize=self.standardize)
-            fit = path.fit(self.strength, TOLERANCE)
-            if not fit.converged:
-                warnings.warn("logistic did not converge", ConvergenceWarning, stacklevel=3)
-            return fit
-        if rows.num_rows < rows.feature_dim:
-            problem = ridge_from_few_rows(rows, standardize=self.standardize)
-        else:
-            problem = ridge_from_moments(moments_of(rows), standardize=self.standardize)
-        return problem.fit(self.strength)
+    def _fit(self, rows: Rows) -> FittedHead[LinearHead]:
+        if self.solver == "ridge":
+            return ridge_of(rows, standardize=self.standardize).fit(self.strength)
+        path = LogisticPath(LogisticProblem(rows), standardize=self.standardize)
+        fitted = path.fit(self.strength, TOLERANCE)
+        if not fitted.converged:
+            warnings.warn("logistic did not converge", ConvergenceWarning, stacklevel=3)
+        return fitted
 
     def decision_function(self, X: ArrayLike) -> Floats:
         """Logits of features [N, D]: [N, C], or [N] (for the second class) when C is 2."""

@@ -1,9 +1,9 @@
-"""k nearest neighbours: the rows themselves are the head."""
+"""k nearest neighbors: the rows themselves are the head."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -12,28 +12,32 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
 from featcache.heads.linear import Floats, checked_features, row_blocks
+from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings
+from featcache.heads.training_data import Rows, TrainRows
 
 Metric = Literal["cosine", "euclidean"]
 
 # How sharply votes fall with distance: a cosine similarity lower by this much counts 1/e.
 TEMPERATURE = 0.07
-# Similarities are computed for so many values at a time.
+# Similarities computed at a time.
 BLOCK_VALUES = 1 << 24
+# Candidates for k.
+K_GRID = (50, 20, 10, 5, 3, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KnnHead:
-    """Votes of the k nearest train rows, near ones counting more.
+    """Votes of the k nearest train rows, closer ones counting more.
 
-    cosine: rows are scaled to length one, a neighbour's vote is exp(similarity / 0.07).
-    euclidean: a neighbour's vote is one over its distance. Votes carry the row's weight.
+    cosine: rows are scaled to length one, a neighbor's vote is exp(similarity / 0.07).
+    euclidean: a neighbor's vote is one over its distance. Votes carry the row's weight.
 
     Attributes:
         rows: Train features [N, D], float16, float32 or float64.
         labels: Their class indices [N] int64.
         class_names: C names.
-        k: Number of neighbours.
-        metric: What near means.
+        k: Number of neighbors.
+        metric: How nearness is measured.
         row_weights: What each row counts for, [N], if not all count alike.
         solver: Always "knn".
         chosen: The settings, and how they were chosen.
@@ -101,7 +105,7 @@ class KnnHead:
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """The nearest train rows of some features, nearest first.
 
     Attributes:
@@ -113,26 +117,26 @@ class Neighbours:
     log_votes: Floats
 
 
-def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[Neighbours]:
+def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[Neighbors]:
     """Find the k nearest rows of every feature.
 
     Args:
         rows: Train features [N, D].
         features: [M, D].
-        k: At most N neighbours are found.
+        k: At most N neighbors are found.
         metric: cosine or euclidean.
 
     Yields:
-        The neighbours of consecutive features.
+        The neighbors of consecutive features.
     """
     k = min(k, len(rows))
     dtype = np.float64 if rows.dtype == np.float64 else np.float32
     # Distances do not change when everything moves; near the origin they lose fewer digits.
-    centre = rows.mean(axis=0, dtype=np.float64).astype(dtype) if metric == "euclidean" else None
-    base = _ready(rows.astype(dtype), centre)
+    center = rows.mean(axis=0, dtype=np.float64).astype(dtype) if metric == "euclidean" else None
+    base = _ready(rows.astype(dtype), center)
     squares = np.einsum("nd,nd->n", base, base) if metric == "euclidean" else None
     for _, block in row_blocks(features, max(1, BLOCK_VALUES // len(rows))):
-        query = _ready(block.astype(dtype), centre)
+        query = _ready(block.astype(dtype), center)
         closeness = query @ base.T
         if squares is not None:
             closeness *= 2
@@ -147,11 +151,11 @@ def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[
             distance = np.linalg.norm(query[:, None] - base[index], axis=2)
             floor = np.finfo(dtype).eps * np.sqrt(own + squares.max())[:, None]
             log_votes = -np.log(np.maximum(distance, floor + np.finfo(dtype).tiny))
-        yield Neighbours(index, log_votes)
+        yield Neighbors(index, log_votes)
 
 
-def vote(near: Neighbours, head: KnnHead, *, k: int) -> Floats:
-    """Share of the first k neighbours' votes by class, [n, C]."""
+def vote(near: Neighbors, head: KnnHead, *, k: int) -> Floats:
+    """Share of the first k neighbors' votes by class, [n, C]."""
     index, log_votes = near.index[:, :k], near.log_votes[:, :k]
     votes = np.exp(log_votes - log_votes.max(axis=1, keepdims=True))
     if head.row_weights is not None:
@@ -161,10 +165,10 @@ def vote(near: Neighbours, head: KnnHead, *, k: int) -> Floats:
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
-def _ready(features: Floats, centre: Floats | None) -> Floats:
-    """Centred for distances, or of unit length for similarities; zero rows stay zero."""
-    if centre is not None:
-        return np.asarray(features - centre)
+def _ready(features: Floats, center: Floats | None) -> Floats:
+    """Centered for distances, or of unit length for similarities; zero rows stay zero."""
+    if center is not None:
+        return np.asarray(features - center)
     length = np.linalg.norm(features, axis=1, keepdims=True)
     return np.asarray(features / np.where(length > 0, length, 1))
 
@@ -177,3 +181,65 @@ def _largest(closeness: Floats, k: int) -> NDArray[np.int64]:
         some = np.sort(np.argpartition(closeness, width - k, axis=1)[:, width - k :], axis=1)
     order = np.argsort(-np.take_along_axis(closeness, some, axis=1), axis=1, kind="stable")
     return np.asarray(np.take_along_axis(some, order, axis=1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnSolver:
+    """k nearest neighbors among the plain views, as `train-head` uses it.
+
+    Attributes:
+        k: The only k to try, if given.
+    """
+
+    k: int | None = None
+    name: str = "knn"
+    backend: str = "numpy"
+    patience: int | None = None
+
+    def series(self, rows: Rows) -> list[list[Settings]]:
+        """Every number of neighbors by cosine, then by Euclidean distance."""
+        ks = K_GRID if self.k is None else (self.k,)
+        return [
+            [{"k": k, "metric": metric} for k in ks if k <= rows.num_rows or len(ks) == 1]
+            for metric in ("cosine", "euclidean")
+        ]
+
+    def default(self) -> Settings:
+        """The nearest by cosine."""
+        return {"k": 1 if self.k is None else self.k, "metric": "cosine"}
+
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> PreparedKnn:
+        """Take rows, which must be in memory."""
+        assert isinstance(rows, Rows)
+        return PreparedKnn(rows, max(int(c["k"]) for c in candidates))
+
+
+class PreparedKnn:
+    """Rows to be neighbors; they are searched once per metric, for the largest k."""
+
+    def __init__(self, rows: Rows, largest_k: int) -> None:
+        self._rows, self._largest_k = rows, largest_k
+        self._found: tuple[Rows, Metric, list[Neighbors]] | None = None
+
+    def fit(self, settings: Settings) -> FittedHead[KnnHead]:
+        """The rows as a head."""
+        rows = self._rows
+        alike = bool(np.ptp(rows.weights) == 0)
+        head = KnnHead(
+            rows=np.ascontiguousarray(rows.plain),
+            labels=rows.y,
+            class_names=rows.class_names,
+            k=int(settings["k"]),
+            metric=settings["metric"],
+            row_weights=None if alike else rows.weights.astype(np.float32),
+        )
+        return FittedHead(head=head)
+
+    def predict(self, settings: Settings, held: Rows) -> HeldOutPredictions:
+        """Classes; the first call for some rows finds the neighbors for every k."""
+        head = self.fit(settings).head
+        if self._found is None or self._found[:2] != (held, head.metric):
+            near = list(nearest(head.rows, held.plain, self._largest_k, head.metric))
+            self._found = (held, head.metric, near)
+        votes = [vote(near, head, k=head.k).argmax(axis=1) for near in self._found[2]]
+        return HeldOutPredictions(np.concatenate(votes).astype(np.int64))

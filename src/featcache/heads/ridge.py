@@ -1,26 +1,28 @@
-"""Ridge regression onto one-hot labels: one eigendecomposition serves every strength.
+"""Ridge regression onto one-hot labels: one eigendecomposition serves every alpha.
 
 With weights s of sum S, rows and labels centred, the minimiser of
 
     sum_i s_i |onehot(y_i) - W x_i - b|^2 + alpha |W|^2
 
 is W^T = (M + alpha / S)^-1 K, with M the covariance of the features and K their covariance with the
-labels. With M = Q V Q^T it is Q (V + alpha / S)^-1 (Q^T K): after one decomposition a strength
+labels. With M = Q V Q^T it is Q (V + alpha / S)^-1 (Q^T K): after one decomposition each alpha
 costs one small product. Where there are fewer rows than features, the rows' inner products, [N, N],
 are decomposed instead; the formula has the same shape.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from featcache.heads.linear import Floats, row_blocks
-from featcache.heads.logistic import ABSENT_BIAS, SMALL, Fit, moments
+from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks
 from featcache.heads.moments import Moments
-from featcache.heads.rows import Doubles, Rows
+from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings, standardize_choices
+from featcache.heads.training_data import Rows, TrainRows
 
 # Rows on which the sharpness of the probabilities is set.
 CALIBRATION_ROWS = 4096
@@ -28,7 +30,7 @@ CALIBRATION_ROWS = 4096
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RidgeProblem:
-    """Rows decomposed, for any strength: W^T = basis @ (targets / (values + alpha / total)).
+    """Rows decomposed, for any alpha: W^T = basis @ (targets / (values + alpha / total)).
 
     Attributes:
         basis: Orthonormal directions [D, R]; R is at most the smaller of rows and features.
@@ -38,6 +40,7 @@ class RidgeProblem:
         deviation: What features were divided by [D]; None for plain ones.
         class_share: Mean of the one-hot labels [C].
         total: Sum S of the weights.
+        class_names: C names.
     """
 
     basis: Doubles
@@ -47,9 +50,10 @@ class RidgeProblem:
     deviation: Doubles | None
     class_share: Doubles
     total: float
+    class_names: list[str]
 
-    def fit(self, alpha: float) -> Fit:
-        """The head for one strength, of raw features; its scores estimate one-hot labels.
+    def fit(self, alpha: float) -> FittedHead[LinearHead]:
+        """The float64 head for one alpha, of raw features; its scores estimate one-hot labels.
 
         Args:
             alpha: scikit-learn's `Ridge(alpha)`, above zero.
@@ -60,20 +64,22 @@ class RidgeProblem:
         bias = self.class_share - weight @ self.mean
         weight[self.class_share == 0], bias[self.class_share == 0] = 0.0, ABSENT_BIAS
         standardized = self.deviation is not None
-        return Fit(
+        head = LinearHead(
             weight=weight,
             bias=bias,
             mean=self.mean if standardized else None,
             scale=self.deviation,
-            num_passes=1,
+            class_names=self.class_names,
+            solver="ridge",
         )
+        return FittedHead(head=head)
 
     def leverage(self, X: Floats, alpha: float) -> Doubles:
         """How much each fitted row of weight one moves its own estimate, [n].
 
         Args:
             X: Raw features [n, D].
-            alpha: The strength.
+            alpha: Of the fit.
         """
         scaled = (X - self.mean) / (1.0 if self.deviation is None else self.deviation)
         projected = scaled @ self.basis
@@ -81,14 +87,15 @@ class RidgeProblem:
         return np.asarray((1 + (projected**2 / (self.values + lam)).sum(axis=1)) / self.total)
 
 
-def ridge_from_moments(sums: Moments, *, standardize: bool) -> RidgeProblem:
+def ridge_from_moments(sums: Moments, class_names: list[str], *, standardize: bool) -> RidgeProblem:
     """Decompose the features' covariance.
 
     Args:
-        sums: Over all rows.
+        sums: Over all rows, with products.
+        class_names: C names.
         standardize: Whether features are scaled to unit deviation.
     """
-    covariance, cross = sums.centred()
+    covariance, cross = sums.centered()
     deviation = sums.deviation() if standardize else None
     if deviation is not None:
         covariance = covariance / np.outer(deviation, deviation)
@@ -102,7 +109,21 @@ def ridge_from_moments(sums: Moments, *, standardize: bool) -> RidgeProblem:
         deviation=deviation,
         class_share=sums.class_total / sums.total,
         total=sums.total,
+        class_names=class_names,
     )
+
+
+def ridge_of(rows: TrainRows, *, standardize: bool) -> RidgeProblem:
+    """Decompose rows the cheaper way.
+
+    Args:
+        rows: Train rows; all views count.
+        standardize: Whether features are scaled to unit deviation.
+    """
+    if isinstance(rows, Rows) and rows.num_values < rows.feature_dim**2:
+        return ridge_from_few_rows(rows, standardize=standardize)
+    sums = rows.moments(products=True)
+    return ridge_from_moments(sums, rows.sample.class_names, standardize=standardize)
 
 
 def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
@@ -116,7 +137,8 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
     total = float(weights.sum())
     share = weights / total
     X = features.astype(np.float64)
-    mean, deviation = moments(X, share)
+    moments = rows.moments()
+    mean, deviation = moments.mean(), moments.deviation()
     X -= mean
     if standardize:
         X /= deviation
@@ -138,39 +160,22 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
         deviation=deviation if standardize else None,
         class_share=class_share,
         total=total,
+        class_names=rows.class_names,
     )
 
 
-def moments_of(rows: Rows, shift: Doubles | None = None) -> Moments:
-    """Sums over all views of rows in memory.
-
-    Args:
-        rows: Each view counts with its part of the row's weight.
-        shift: See `Moments`; the mean of some rows unless given.
-    """
-    if shift is None:
-        shift = rows.plain[:1024].mean(axis=0, dtype=np.float64)
-    sums = Moments.empty(shift, rows.num_classes)
-    num_views = len(rows.views)
-    exact = np.float64 if rows.views.size <= SMALL else np.float32
-    for view in rows.views:
-        for cut, block in row_blocks(view):
-            sums.add(block.astype(exact, copy=False), rows.y[cut], rows.weights[cut] / num_views)
-    return sums
-
-
-def calibration(problem: RidgeProblem, fit: Fit, rows: Rows, alpha: float) -> float:
+def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: float) -> float:
     """The factor on scores that makes their softmax fit the labels best.
 
-    Ridge scores estimate one-hot labels; their plain softmax would be far too unsure. Each row's
+    Ridge scores estimate one-hot labels; their plain softmax would be far too uncertain. Each row's
     score is taken as if the row had been left out (its residual over one minus its leverage), so
     that a close fit of train is not mistaken for certainty.
 
     Args:
         problem: The decomposed rows.
-        fit: Its solution for `alpha`.
+        head: Its solution for `alpha`.
         rows: Some or all of the fitted rows.
-        alpha: The strength.
+        alpha: Of the fit.
     """
     step = max(1, -(-rows.num_rows // CALIBRATION_ROWS))
     X, y = rows.plain[::step].astype(np.float64), rows.y[::step]
@@ -179,7 +184,7 @@ def calibration(problem: RidgeProblem, fit: Fit, rows: Rows, alpha: float) -> fl
     onehot[np.arange(len(y)), y] = 1.0
     present = problem.class_share > 0
     kept = 1 - np.minimum(problem.leverage(X, alpha) * own, 0.999)
-    scores = onehot - (onehot - (X @ fit.weight.T + fit.bias)) / kept[:, None]
+    scores = onehot - (onehot - (X @ head.weight.T + head.bias)) / kept[:, None]
     return best_factor(scores[:, present], np.cumsum(present)[y] - 1, own)
 
 
@@ -198,13 +203,104 @@ def best_factor(scores: Doubles, y: np.ndarray, weights: Doubles) -> float:
     return float(np.exp((low + high) / 2))
 
 
-def strength_grid(rows: Rows, num: int = 50) -> Sequence[float]:
-    """Strengths for plain features, strong to weak, in proportion to their mean variance.
+def alpha_grid(rows: Rows, num: int = 50) -> Sequence[float]:
+    """Alphas for plain features, from large to small, in proportion to their mean variance.
 
     Args:
-        rows: Train rows; labels play no part.
+        rows: Train rows; labels are not used.
         num: How many.
     """
     some = rows.plain[:: max(1, rows.num_rows // 4096)].astype(np.float64)
     size = float(some.var(axis=0).mean()) * float(rows.weights.sum())
     return [float(f"{x * (size or 1.0):.4g}") for x in np.logspace(3, -6, num)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RidgeSolver:
+    """Ridge regression as `train-head` uses it.
+
+    Attributes:
+        alpha: The only alpha to try, if given.
+        standardize: Whether to scale features; auto tries both.
+    """
+
+    alpha: float | None = None
+    standardize: Literal["auto", "on", "off"] = "auto"
+    name: str = "ridge"
+    backend: str = "numpy"
+    patience: int | None = None
+
+    def series(self, rows: Rows) -> list[list[Settings]]:
+        """Fifty alphas on plain features, then fifty on standardized ones."""
+        series = []
+        for scaled in standardize_choices(self.standardize):
+            if self.alpha is not None:
+                alphas: Sequence[float] = [self.alpha]
+            elif scaled:
+                total = float(rows.weights.sum())
+                alphas = [float(f"{x * total:.4g}") for x in np.logspace(3, -6, 50)]
+            else:
+                alphas = alpha_grid(rows)
+            series.append([{"alpha": alpha, "standardize": scaled} for alpha in alphas])
+        return series
+
+    def default(self) -> Settings:
+        """scikit-learn's default, alpha = 1."""
+        alpha = 1.0 if self.alpha is None else self.alpha
+        return {"alpha": alpha, "standardize": self.standardize == "on"}
+
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> PreparedRidge:
+        """Rows are decomposed when the first candidate is used."""
+        return PreparedRidge(rows, candidates)
+
+
+class PreparedRidge:
+    """Rows decomposed once; the heads of all alphas predict in one product."""
+
+    def __init__(self, rows: TrainRows, candidates: Sequence[Settings]) -> None:
+        self._rows, self._candidates = rows, candidates
+        self._problems: dict[bool, RidgeProblem] = {}
+        self._predicted: tuple[Rows, bool, list[HeldOutPredictions]] | None = None
+
+    def fit(self, settings: Settings) -> FittedHead[LinearHead]:
+        """The head for one alpha, its probabilities calibrated."""
+        alpha = float(settings["alpha"])
+        problem = self._problem(bool(settings["standardize"]))
+        fitted = problem.fit(alpha)
+        head = fitted.head
+        factor = calibration(problem, head, self._rows.sample, alpha)
+        bias = np.where(problem.class_share > 0, head.bias * factor, head.bias)
+        head = head.replace(weight=head.weight * factor, bias=bias)
+        return dataclasses.replace(fitted, head=head.to_float32())
+
+    def predict(self, settings: Settings, held: Rows) -> HeldOutPredictions:
+        """Classes and squared errors; the first call for some rows finds those of all alphas."""
+        scaled = bool(settings["standardize"])
+        alike = [c for c in self._candidates if c["standardize"] is scaled]
+        if self._predicted is None or self._predicted[:2] != (held, scaled):
+            self._predicted = (held, scaled, self._predict_all(alike, scaled, held))
+        return self._predicted[2][alike.index(settings)]
+
+    def _predict_all(
+        self, candidates: Sequence[Settings], scaled: bool, held: Rows
+    ) -> list[HeldOutPredictions]:
+        problem = self._problem(scaled)
+        heads = [problem.fit(float(c["alpha"])).head for c in candidates]
+        weight = np.concatenate([head.weight for head in heads]).T
+        bias = np.concatenate([head.bias for head in heads])
+        classes = np.empty((len(heads), held.num_rows), np.int64)
+        losses = np.empty((len(heads), held.num_rows), np.float32)
+        present = problem.class_share > 0
+        for cut, block in row_blocks(held.plain, 1024):
+            scores = block @ weight.astype(block.dtype) + bias.astype(block.dtype)
+            scores = scores.reshape(len(block), len(heads), -1)
+            classes[:, cut] = scores.argmax(axis=2).T
+            scores[np.arange(len(block)), :, held.y[cut]] -= 1
+            scores *= present  # a class without rows to fit has a bias of its own
+            losses[:, cut] = np.einsum("nsc,nsc->sn", scores, scores)
+        return [HeldOutPredictions(*pair) for pair in zip(classes, losses, strict=True)]
+
+    def _problem(self, scaled: bool) -> RidgeProblem:
+        if scaled not in self._problems:
+            self._problems[scaled] = ridge_of(self._rows, standardize=scaled)
+        return self._problems[scaled]

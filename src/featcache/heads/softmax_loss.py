@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.floating[Any]]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from featcache.heads.linear import Doubles, Floats, Ints
+
 Block = tuple[Floats, Ints, Floats]
 
 # A block of rows stays in the processor's cache between its two matrix products.

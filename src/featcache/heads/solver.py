@@ -1,79 +1,87 @@
-"""What every solver is to the choice of settings: candidates, and heads fitted to rows."""
+"""What a solver is: candidate settings, and heads fitted to rows. A new one goes beside `ridge`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.heads.files import Head
-from featcache.heads.linear import Floats, LinearHead
-from featcache.heads.rows import Ints, Rows
+from featcache.heads.linear import Floats, Ints, LinearHead
+from featcache.heads.training_data import Rows, TrainRows
+
+if TYPE_CHECKING:
+    from featcache.heads.files import Head
+
+# Below this many multiplications per pass over the rows a second thread costs more than it gains:
+# it is woken and waited for at every product, and on a busy machine the wait is long.
+SMALL_PASS = 1 << 26
+
+# What a candidate is fitted with, for example {"C": 0.01, "standardize": True}.
+Settings = dict[str, Any]
+HeadT_co = TypeVar("HeadT_co", bound="Head", covariant=True)
 
 
-class NotConverged(UserError):  # noqa: N818 - said to the user as it is
+class NotConverged(UserError):  # noqa: N818 - shown to the user as it is
     """A solver did not reach its tolerance."""
 
 
-# What a candidate is fitted with, for example {"strength": 0.01, "standardize": True}.
-Settings = dict[str, Any]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Fitted:
+class FittedHead(Generic[HeadT_co]):
     """A head and how it was reached.
 
     Attributes:
         head: Fitted to the rows.
         converged: Whether the solver reached its tolerance; closed forms always do.
         num_passes: Passes over the rows.
-        objective: What was minimised, at the end, where there is such a thing.
+        objective: What was minimized, at the end, if anything was.
+        epochs: Of adam and sgd: loss, test accuracy and seconds of each epoch.
     """
 
-    head: Head
+    head: HeadT_co
     converged: bool = True
     num_passes: int = 1
     objective: float | None = None
+    epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Answer(NamedTuple):
-    """What a candidate says of held-out rows.
+class HeldOutPredictions(NamedTuple):
+    """A candidate's predictions of held-out rows.
 
     Attributes:
         classes: Class indices [M].
-        losses: What the solver minimises, of each row alone, [M]; None where there is no such
-            thing.
+        losses: What the solver minimizes, for each row alone, [M]; None if it has no loss.
     """
 
     classes: Ints
     losses: Floats | None = None
 
 
-def cross_entropy_answer(head: LinearHead, held: Rows) -> Answer:
-    """Classes and cross-entropies, for solvers that minimise these."""
+def cross_entropy_predictions(head: LinearHead, held: Rows) -> HeldOutPredictions:
+    """Classes and cross-entropies, for solvers that minimize these."""
     logits = head.decision_function(held.plain)
     classes = logits.argmax(axis=1)
     logits -= logits.max(axis=1, keepdims=True)
     own = logits[np.arange(len(classes)), held.y]
-    return Answer(classes, np.log(np.exp(logits).sum(axis=1)) - own)
+    return HeldOutPredictions(classes, np.log(np.exp(logits).sum(axis=1)) - own)
 
 
 class Prepared(Protocol):
     """Rows made ready for many settings."""
 
-    def fit(self, settings: Settings) -> Fitted:
-        """The head for these settings, to the solver's full precision."""
+    def fit(self, settings: Settings) -> FittedHead[Head]:
+        """The float32 head for these settings, to the solver's full precision."""
 
-    def answer(self, settings: Settings, held: Rows) -> Answer:
-        """What a head with these settings says of held-out rows, their first views.
+    def predict(self, settings: Settings, held: Rows) -> HeldOutPredictions:
+        """Predict held-out rows, their first views, with a head of these settings.
 
         May be less precise than `fit`, by less than matters for choosing.
 
         Raises:
-            NotConverged: The solver did not get there; weaker settings would not either.
+            NotConverged: The solver did not converge; weaker regularization would not either.
         """
 
 
@@ -86,17 +94,42 @@ class Solver(Protocol):
 
     @property
     def backend(self) -> str:
-        """What computes."""
+        """The library that computes."""
 
     @property
     def patience(self) -> int | None:
-        """Stop a series after so many candidates in a row below its best; None tries all."""
+        """Stop a series after this many candidates in a row below its best; None tries all."""
 
     def series(self, rows: Rows) -> list[list[Settings]]:
-        """Candidates in series, each from strong to weak regularisation: ties go to the first."""
+        """Candidates in series, each from strong to weak regularization: ties go to the first.
 
-    def fallback(self) -> Settings:
+        Args:
+            rows: Train, or a sample of it.
+        """
+
+    def default(self) -> Settings:
         """Settings to use where nothing can be held out."""
 
-    def prepare(self, rows: Rows, candidates: Sequence[Settings]) -> Prepared:
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
         """Make rows ready for some of these candidates."""
+
+
+def standardize_choices(standardize: str) -> tuple[bool, ...]:
+    """The candidates that `--standardize` leaves."""
+    return {"auto": (False, True), "on": (True,), "off": (False,)}[standardize]
+
+
+@contextlib.contextmanager
+def threads_for(multiplications: int) -> Iterator[None]:
+    """Keep small matrix products on one thread.
+
+    Args:
+        multiplications: Of one pass over the rows: values * classes.
+    """
+    if multiplications >= SMALL_PASS:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield

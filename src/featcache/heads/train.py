@@ -1,8 +1,4 @@
-"""`train-head`: choose without the test split, fit all of train, score test once, write both.
-
-The protocol is in protocol.py. The accuracy after each epoch of adam and sgd is printed because
-the notebook prints it; nothing is chosen by it.
-"""
+"""`train-head`: choose without the test split, fit all of train, score test once, write files."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +14,60 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
-from featcache.heads.data import TestSplit, load_data, open_cache, open_test
-from featcache.heads.files import MARKS, save_head
-from featcache.heads.protocol import Run, run_protocol
-from featcache.heads.rows import Ints
-from featcache.heads.shots import draw_shots, shots_summary
-from featcache.heads.stream import run_stream, wants_stream
+from featcache.heads.few_shot import draw_shots, shots_summary
+from featcache.heads.files import MARKS, Head, save_head
+from featcache.heads.knn import KnnSolver
+from featcache.heads.linear import Floats, Ints
+from featcache.heads.logistic import LogisticSolver
+from featcache.heads.ridge import RidgeSolver
+from featcache.heads.selection import Choice, InMemoryData, choose_solver
+from featcache.heads.sgd import SgdSolver
+from featcache.heads.solver import FittedHead, Solver, threads_for
+from featcache.heads.streaming import StreamedData, open_data
+from featcache.heads.training_data import TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks
 from featcache.results.runs import Predictions
-from featcache.runtime import StageTimer, environment
+from featcache.runtime import StageTimer, environment, say
+
+# What sets the strength of each solver's regularization; for knn, its number of neighbors.
+STRENGTH_FLAGS = {"logistic": "C", "ridge": "alpha", "knn": "k"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadRun:
+    """One pass through the protocol: choose, refit, score once.
+
+    Attributes:
+        solver: The one that won.
+        choice: How its settings were chosen.
+        fitted: On all of train.
+        predicted: Classes of the test rows, [N].
+        confidence: The probability given to each, [N].
+        test_top1: The share that is right.
+        fit_seconds: Wall time of choosing and fitting.
+        num_train: Rows that were fitted, views not counted.
+        compared: For `auto`, what each solver reached.
+    """
+
+    solver: Solver
+    choice: Choice
+    fitted: FittedHead[Head]
+    predicted: Ints
+    confidence: Floats
+    test_top1: float
+    fit_seconds: float
+    num_train: int
+    compared: list[dict[str, Any]]
+
+    def chosen(self) -> dict[str, Any]:
+        """Settings and how they were chosen, for reports."""
+        chosen = {
+            **self.choice.settings,
+            "score": self.choice.score,
+            "chosen_on": self.choice.chosen_on,
+            "candidates": self.choice.table,
+        }
+        return {**chosen, "solvers": self.compared} if self.compared else chosen
 
 
 def train_head(config: TrainHeadConfig) -> dict[str, Any]:
@@ -48,12 +90,14 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         What the run measured, as in the report file.
 
     Raises:
-        UserError: The cache or the settings are wrong, or a stranger's file would be replaced.
+        UserError: The cache or the settings are wrong, or a file of another kind would be
+            replaced.
         StorageError: The head cannot be written.
     """
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
+        config = without_strength(config)
         cache = open_cache(config)
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
@@ -74,7 +118,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         test_top1=run.test_top1,
         test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
         seconds_total=timer.seconds["total"],
-        epochs=run.epochs,
+        epochs=run.fitted.epochs,
         scored_on=test.name,
         chosen_on=run.choice.chosen_on,
         config=config_json(config),
@@ -91,6 +135,92 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
     )
     report.save(path.with_suffix(".json"))
     return report
+
+
+def run_all(
+    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
+) -> tuple[HeadRun, TestSplit, dict[str, Any]]:
+    """The protocol once, or on each few-shot sample.
+
+    With given rows or --shots, settings are chosen within each sample, since a large val split is
+    no few-shot choice; with --shots the first sample's head is kept.
+
+    Returns:
+        The run, the test split, and fields for the report.
+    """
+    data = open_data(config, cache, rows)
+    test = open_test(config, cache, in_memory=not data.streamed)
+    more: dict[str, Any] = {"streamed": data.streamed}
+    if config.shots is None or rows is not None:
+        return run_protocol(config, data, test), test, more
+    assert isinstance(data, InMemoryData)  # --shots is never streamed
+    labels, names = data.train.y, data.train.class_names
+    samples = [draw_shots(labels, config.shots, config.seed, i) for i in range(config.num_seeds)]
+    runs = [run_protocol(config, data.take(index), test) for index in samples]
+    scores = [
+        {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
+        for i, run in enumerate(runs)
+    ]
+    return runs[0], test, {**more, "shots": shots_summary(config.shots, labels, names, scores)}
+
+
+def run_protocol(
+    config: TrainHeadConfig, data: InMemoryData | StreamedData, test: TestSplit
+) -> HeadRun:
+    """Choose, fit all of train, score test once.
+
+    Args:
+        config: The command's settings.
+        data: What to learn from.
+        test: What scores.
+    """
+    timer = StageTimer()
+    with timer("fit"):
+        selection = data.selection(config)
+        train = selection.train
+        with threads_for(train.num_values * train.num_classes):
+            solvers = make_solvers(config, test, streamed=data.streamed)
+            solver, choice, compared = choose_solver(solvers, selection)
+            fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
+    scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
+    predicted, confidence = test.score(fitted.head)
+    return HeadRun(
+        solver=solver,
+        choice=choice,
+        fitted=fitted,
+        predicted=predicted,
+        confidence=confidence,
+        test_top1=metrics.top1(test.y, predicted),
+        fit_seconds=timer.seconds["fit"] - scoring,
+        num_train=train.num_rows,
+        compared=compared,
+    )
+
+
+def make_solvers(config: TrainHeadConfig, test: TestSplit, *, streamed: bool) -> list[Solver]:
+    """The solver that the settings name, or those that `auto` tries.
+
+    Args:
+        config: The command's settings.
+        test: Is scored after each epoch of adam and sgd.
+        streamed: Whether rows are not in memory, as knn needs them.
+    """
+    logistic = LogisticSolver(
+        C=config.C,
+        standardize=config.standardize,
+        backend="numpy" if config.backend == "auto" else config.backend,
+    )
+    ridge = RidgeSolver(alpha=config.alpha, standardize=config.standardize)
+    knn = KnnSolver(k=config.k)
+    if config.solver == "auto":
+        return [logistic, ridge] if streamed else [logistic, ridge, knn]
+    if config.solver in ("adam", "sgd"):
+
+        def score(head: Head) -> float:
+            return metrics.top1(test.y, test.score(head)[0])
+
+        return [SgdSolver(config=config, score_epoch=score)]
+    return [solver for solver in (logistic, ridge, knn) if solver.name == config.solver]
 
 
 def check_settings(config: TrainHeadConfig) -> None:
@@ -112,14 +242,40 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError(f"--lr is for adam and sgd: leave it out for {solver}")
     if config.standardize != "auto" and solver == "knn":
         raise UserError("knn compares features as they are: leave --standardize out")
-    if config.strength is not None and solver in ("adam", "sgd"):
+    for owner, flag in STRENGTH_FLAGS.items():
+        if getattr(config, flag) is not None and owner != solver:
+            own = STRENGTH_FLAGS.get(solver, "weight-decay")
+            instead = f"give --{own} for {solver}"
+            if solver == "auto":
+                instead = f"leave it out for auto, or add --solver {owner}"
+            raise UserError(f"--{flag} is for {owner}: {instead}")
+
+
+def without_strength(config: TrainHeadConfig) -> TrainHeadConfig:
+    """The settings with `--strength` under the name that the solver gives it; says so.
+
+    Raises:
+        UserError: The solver has no strength, has two, or needs a whole number.
+    """
+    value, solver = config.strength, config.solver
+    if value is None:
+        return config
+    if solver in ("adam", "sgd"):
         raise UserError("--strength is for logistic, ridge and knn: give --weight-decay instead")
-    if config.strength is not None and solver == "auto":
+    if solver == "auto":
         raise UserError("--strength means something else to each solver: name one with --solver")
+    flag = STRENGTH_FLAGS[solver]
+    if getattr(config, flag) is not None:
+        raise UserError(f"--strength is the old name of --{flag}: give one of them")
+    if flag == "k" and (value < 1 or value % 1):
+        raise UserError(f"--strength {value:g}: knn needs a whole number of neighbors")
+    say(f"--strength is the old name of --{flag}: give --{flag} {value:g} for {solver}")
+    renamed: dict[str, Any] = {flag: int(value) if flag == "k" else value}
+    return dataclasses.replace(config, strength=None, **renamed)
 
 
 def head_path(config: TrainHeadConfig, cache: FeatureCache) -> Path:
-    """Where the head goes: --output, or a name beside the cache made from its content and settings.
+    """Where the head goes: --output, or a name beside the cache, from its content and the settings.
 
     Raises:
         UserError: The name does not end as head files do.
@@ -143,39 +299,6 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def run_all(
-    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
-) -> tuple[Run, TestSplit, dict[str, Any]]:
-    """The protocol in memory, as a stream, on given rows, or on each few-shot sample.
-
-    With given rows or --shots, settings are chosen within each sample, since a large val split is
-    no few-shot choice; with --shots the first sample's head is kept.
-
-    Returns:
-        The run, the test split, and fields for the report.
-    """
-    names = cache.class_names
-    streamed = rows is None and wants_stream(config, cache.split("train"))
-    test = open_test(config, cache, in_memory=not streamed)
-    if streamed:
-        return run_stream(config, cache, test), test, {"streamed": True}
-    data = load_data(cache)
-    if rows is not None or config.shots is None:
-        part = (data if rows is None else data.take(rows)).ready(config, names)
-        return run_protocol(config, names, part, test), test, {"streamed": False}
-    runs = []
-    for number in range(config.num_seeds):
-        index = draw_shots(data.train.y, config.shots, config.seed, number)
-        few = data.take(index).ready(config, names)
-        runs.append(run_protocol(config, names, few, test))
-    scores = [
-        {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
-        for i, run in enumerate(runs)
-    ]
-    shots = shots_summary(config.shots, data.train.y, names, scores)
-    return runs[0], test, {"streamed": False, "shots": shots}
-
-
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     meta = dataclasses.asdict(cache.meta)
@@ -190,7 +313,7 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
     return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
-def solver_fields(run: Run, test: TestSplit, class_names: list[str]) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit, class_names: list[str]) -> dict[str, Any]:
     """The report's fields that only this command has."""
     num_classes = len(class_names)
     recalls = metrics.per_class(test.y, run.predicted, num_classes)
@@ -210,3 +333,56 @@ def solver_fields(run: Run, test: TestSplit, class_names: list[str]) -> dict[str
         "num_train": run.num_train,
         "num_test": test.num_rows,
     }
+
+
+def summary_lines(report: dict[str, Any]) -> list[str]:
+    """What `train-head` prints for people.
+
+    Args:
+        report: What `train_head` returned.
+    """
+    lines = [
+        f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.4f}, "
+        f"test accuracy {epoch['test_top1']:.3f}, {epoch['seconds']:.3f} s"
+        for epoch in report["epochs"]
+    ]
+    low, high = report["test_interval"]
+    chosen = report["chosen"]
+    for row in chosen.get("solvers", ()):
+        lines.append(
+            f"{row['solver']:<8} {_settings(row)}: best held-out accuracy {row['score']:.3f}, "
+            f"{row['seconds']:.2f} s"
+        )
+    chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
+    lines.append(f"{report['solver']} ({report['backend']}): {_settings(chosen)}; {chosen_on}")
+    if report["val_top1"] is not None:
+        lines.append(f"held-out accuracy {report['val_top1']:.3f}")
+    lines.append(
+        f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
+    )
+    if shots := report.get("shots"):
+        spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
+        lines.append(
+            f"{shots['shots']} rows per class, {shots['num_seeds']} samples: mean test accuracy "
+            f"{shots['mean']:.3f}{spread}; the lines above and the head are the first sample's"
+        )
+        if shots["short_classes"]:
+            lines.append(f"classes with fewer rows: {', '.join(shots['short_classes'])}")
+    lines.append(
+        f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
+        f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
+    )
+    return lines
+
+
+def _settings(values: dict[str, Any]) -> str:
+    # "strength" is the name of C and alpha in reports of version 0.1.
+    named = ("C", "alpha", "strength", "k", "metric", "lr", "weight_decay", "standardize")
+    return ", ".join(f"{name} {_text(values[name])}" for name in named if name in values)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

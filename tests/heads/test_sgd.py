@@ -6,29 +6,24 @@ import torch
 
 from featcache import random_order
 from featcache.errors import UserError
-from featcache.heads.rows import Rows
-from featcache.heads.steps import (
-    StepSettings,
-    batches_in_memory,
-    train_steps,
-    train_steps_torch,
-)
+from featcache.heads.sgd import NumpyLayer, SgdSettings, TorchLayer, train_layer
+from featcache.heads.training_data import Rows
 from heads_data import blobs
 
 
 def settings_of(optimizer="adam", lr=(1e-2,), decay=(0.0,), **changes):
-    values = {"batch_size": 32, "epochs": 3, "seed": 42, **changes}
-    return StepSettings(optimizer=optimizer, lr=lr, weight_decay=decay, **values)
+    values = {"epochs": 3, "seed": 42, **changes}
+    return SgdSettings(optimizer=optimizer, lr=lr, weight_decay=decay, **values)
 
 
 def rows_of(X, y, weights=None):
     views = X if X.ndim == 3 else X[None]
     weights = np.ones(len(y)) if weights is None else weights
-    return Rows(views=views, y=np.asarray(y), weights=weights, num_classes=3)
+    return Rows(views=views, y=np.asarray(y), weights=weights, class_names=["ape", "bee", "cat"])
 
 
-def last(epochs):
-    return list(epochs)[-1]
+def epochs_of(batches, dim, settings, kind=NumpyLayer):
+    return list(train_layer(kind(dim, 3, settings), batches, settings.epochs))
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -39,9 +34,9 @@ def test_numpy_and_torch_end_with_the_same_weights(optimizer, decay, weighted):
     weights = np.linspace(0.5, 2, 150) if weighted else None
     rows = rows_of(np.stack([X, -X]), y, weights)
     settings = settings_of(optimizer, decay=(decay,))
-    batches = batches_in_memory(rows, 32, 42)
-    ours = list(train_steps(batches, 20, 3, settings))
-    theirs = list(train_steps_torch(batches, 20, 3, settings))
+    batches = rows.batches(32, 42)
+    ours = epochs_of(batches, 20, settings)
+    theirs = epochs_of(batches, 20, settings, TorchLayer)
     assert ours[-1].weights[0] == pytest.approx(theirs[-1].weights[0], abs=1e-5)
     assert ours[-1].biases[0] == pytest.approx(theirs[-1].biases[0], abs=1e-5)
     assert [e.losses[0] for e in ours] == pytest.approx([e.losses[0] for e in theirs], rel=1e-5)
@@ -67,8 +62,8 @@ def test_it_is_the_notebooks_loop_written_out():
             loss.backward()
             optimizer.step()
     assert sizes == [32, 32, 6] * 3
-    batches = batches_in_memory(rows_of(X, y), 32, 42)
-    ours = last(train_steps(batches, 6, 3, settings_of(lr=(1e-3,))))
+    batches = rows_of(X, y).batches(32, 42)
+    ours = epochs_of(batches, 6, settings_of(lr=(1e-3,)))[-1]
     assert ours.weights[0] == pytest.approx(layer.weight.detach().numpy(), abs=1e-6)
     assert ours.biases[0] == pytest.approx(layer.bias.detach().numpy(), abs=1e-6)
 
@@ -76,11 +71,11 @@ def test_it_is_the_notebooks_loop_written_out():
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_heads_trained_together_are_those_trained_alone(optimizer):
     X, y = blobs(100)
-    batches = batches_in_memory(rows_of(X, y), 32, 7)
+    batches = rows_of(X, y).batches(32, 7)
     rates, decays = (1e-3, 1e-2, 0.1), (0.0, 0.1, 0.0)
-    together = last(train_steps(batches, 8, 3, settings_of(optimizer, rates, decays)))
+    together = epochs_of(batches, 8, settings_of(optimizer, rates, decays))[-1]
     for i, (rate, decay) in enumerate(zip(rates, decays, strict=True)):
-        alone = last(train_steps(batches, 8, 3, settings_of(optimizer, (rate,), (decay,))))
+        alone = epochs_of(batches, 8, settings_of(optimizer, (rate,), (decay,)))[-1]
         assert together.weights[i] == pytest.approx(alone.weights[0], abs=1e-5)
         assert together.losses[i] == pytest.approx(alone.losses[0], rel=1e-5)
 
@@ -88,7 +83,7 @@ def test_heads_trained_together_are_those_trained_alone(optimizer):
 def test_each_row_comes_once_per_epoch_in_one_of_its_views():
     X = np.arange(50, dtype=np.float32)[:, None].repeat(2, 1)
     rows = rows_of(np.stack([X, X + 1000]), np.arange(50) % 3)
-    batches = batches_in_memory(rows, 8, 42)
+    batches = rows.batches(8, 42)
     seen = np.concatenate([b[0][:, 0] for b in batches(0)])
     assert np.array_equal(np.sort(seen % 1000), np.arange(50))
     mirrored = np.zeros(50, bool)
@@ -96,19 +91,13 @@ def test_each_row_comes_once_per_epoch_in_one_of_its_views():
     assert np.array_equal(mirrored, random_order.flip_mask(50, 42, 0))
 
 
-def test_several_heads_need_numpy():
-    batches = batches_in_memory(rows_of(*blobs(9)), 4, 0)
-    with pytest.raises(UserError, match="--sweep trains in numpy"):
-        last(train_steps_torch(batches, 8, 3, settings_of(lr=(1, 2), decay=(0, 0))))
-
-
-@pytest.mark.parametrize("train", [train_steps, train_steps_torch])
+@pytest.mark.parametrize("kind", [NumpyLayer, TorchLayer])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_diverging_loss_ends_in_one_line(train):
+def test_a_diverging_loss_ends_in_one_line(kind):
     X, y = blobs(60)
-    batches = batches_in_memory(rows_of(X * 1e30, y), 32, 0)
+    batches = rows_of(X * 1e30, y).batches(32, 0)
     with pytest.raises(UserError, match="loss is not finite after epoch 1"):
-        last(train(batches, 8, 3, settings_of("sgd", lr=(1e30,))))
+        epochs_of(batches, 8, settings_of("sgd", lr=(1e30,)), kind)
 
 
 def test_recipe_is_a_function_of_its_arguments():

@@ -6,9 +6,9 @@ import pytest
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads import load_head, row_stream, stream, summary_lines, train_head
-from featcache.heads.halves import all_finite, widen
-from featcache.heads.row_stream import draw_held, open_stream, read_ahead
+from featcache.heads import load_head, streaming, summary_lines, train_head
+from featcache.heads.linear import all_finite, widen
+from featcache.heads.streaming import draw_held, open_data, read_ahead
 from heads_data import blobs, make_cache, toy_cache
 
 NAMES = ["ape", "bee", "cat"]
@@ -17,9 +17,9 @@ NAMES = ["ape", "bee", "cat"]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Many blocks and windows in a small cache."""
-    monkeypatch.setattr(row_stream, "READ_ROWS", 50)
-    monkeypatch.setattr(row_stream, "SHUFFLE_ROWS", 16)
-    monkeypatch.setattr(row_stream, "WINDOW_BYTES", 16 * 8 * 4 * 3)
+    monkeypatch.setattr(streaming, "READ_ROWS", 50)
+    monkeypatch.setattr(streaming, "SHUFFLE_ROWS", 16)
+    monkeypatch.setattr(streaming, "WINDOW_BYTES", 16 * 8 * 4 * 3)
 
 
 def run(cache, **settings):
@@ -50,8 +50,9 @@ def test_same_head_as_in_memory(tmp_path, solver, standardize, class_weight):
     cache = make_cache(
         tmp_path / "t.h5", {"train": (views, y), "test": tests}, NAMES, weights=weights
     )
+    strength = {"C": 0.7} if solver == "logistic" else {"alpha": 0.7}
     streamed, loaded = both(
-        cache, solver=solver, standardize=standardize, class_weight=class_weight, strength=0.7
+        cache, solver=solver, standardize=standardize, class_weight=class_weight, **strength
     )
     probabilities = loaded.predict_proba(X)
     tolerance = 2e-3 if solver == "logistic" else 2e-2  # ridge: calibrated on other rows
@@ -69,20 +70,23 @@ def test_chooses_and_scores(tmp_path):
         assert report["test_top1"] > 0.7
         assert report["num_train"] == 240
         lines = summary_lines(report)
-        assert any(line.startswith("ridge    strength") for line in lines) is (solver == "auto")
+        assert any(line.startswith("ridge    alpha") for line in lines) is (solver == "auto")
 
 
 def test_adam_sees_every_row_once_per_epoch(tmp_path):
     X, y = blobs(100, seed=3)
     X[:, 0] = np.arange(100)
     cache = make_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
-    config = TrainHeadConfig(cache=cache)
-    rows = open_stream(config, FeatureCache(cache).split("train"), NAMES)
-    for with_held, expected in (
-        (True, np.arange(100)),
-        (False, np.setdiff1d(range(100), rows.held)),
+    config = TrainHeadConfig(cache=cache, stream="on", solver="adam")
+    selection = open_data(config, FeatureCache(cache), None).selection(config)
+    [(rest, held)] = selection.pairs
+    held_index = held.plain[:, 0].astype(int)
+    assert len(held_index) == 20
+    for rows, expected in (
+        (selection.train, np.arange(100)),
+        (rest, np.setdiff1d(range(100), held_index)),
     ):
-        batches = rows.batches(8, 42, None, with_held=with_held)
+        batches = rows.batches(8, 42)
         seen = [np.concatenate([b[0][:, 0] for b in batches(epoch)]) for epoch in (0, 1)]
         assert np.array_equal(np.sort(seen[0]), expected)
         assert not np.array_equal(seen[0], seen[1])
@@ -106,14 +110,10 @@ def test_held_rows_leave_every_class_something_to_fit(tmp_path):
 def test_auto_streams_what_is_large_against_free_memory(tmp_path, monkeypatch):
     cache = toy_cache(tmp_path / "toy.h5")
     assert run(cache)["streamed"] is False
-    monkeypatch.setattr(stream, "available_memory", lambda: 240 * 8 * 4)
+    monkeypatch.setattr(streaming, "available_memory", lambda: 240 * 8 * 4)
     assert run(cache)["streamed"] is True
     assert run(cache, stream="off")["streamed"] is False
     assert run(cache, shots=3, num_seeds=2)["streamed"] is False
-
-
-def test_free_memory_is_known():
-    assert stream.available_memory() > 1 << 26
 
 
 @pytest.mark.parametrize(

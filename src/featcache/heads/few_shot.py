@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.rows import Ints
+from featcache.heads.linear import Ints
 
 
 def draw_shots(y: Ints, shots: int, seed: int, number: int) -> Ints:

@@ -1,0 +1,357 @@
+"""Choosing settings on rows that the candidates were not fitted to; the test split is never used.
+
+Candidates are fitted to one part of train and scored on the other. On n held-out rows an accuracy p
+has a standard error of sqrt(p (1 - p) / n), so candidates closer to the best than that cannot be
+told apart by accuracy. Among them the least held-out loss wins, of the kind that the solver
+minimizes (cross-entropy, squared error): it varies less by chance, and a low loss means reliable
+probabilities. Nearest neighbors have no loss: there the best accuracy wins, and among equals the
+largest k. The winner is then fitted to all of train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache import FeatureCache
+from featcache.config import TrainHeadConfig
+from featcache.heads.linear import Ints
+from featcache.heads.solver import HeldOutPredictions, NotConverged, Prepared, Settings, Solver
+from featcache.heads.training_data import (
+    Rows,
+    TrainRows,
+    balanced_weights,
+    check_classes,
+    load_rows,
+)
+from featcache.runtime import progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The settings that won.
+
+    Attributes:
+        settings: The winner's.
+        chosen_on: The rows that chose, in words.
+        score: Its held-out accuracy, weighted as the rows are; None when there was nothing to
+            choose.
+        val_top1: Its plain held-out accuracy, likewise.
+        best_score: The highest score of any candidate. Solvers are compared by it, since each of
+            them is then equally favored by chance.
+        table: Every candidate with its scores, in the order tried.
+    """
+
+    settings: Settings
+    chosen_on: str
+    score: float | None = None
+    val_top1: float | None = None
+    best_score: float | None = None
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """Train, and how it is split to choose settings.
+
+    Attributes:
+        train: All train rows.
+        pairs: Rows to fit and rows to score: one pair for a held-out part, one per fold for
+            cross-validation; none when no row can be spared.
+        name: What chooses, in words.
+    """
+
+    train: TrainRows
+    pairs: Sequence[tuple[TrainRows, Rows]]
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InMemoryData:
+    """A train split to learn from, in memory, as it is in the cache.
+
+    Attributes:
+        train: The rows.
+        content: A digest per train row [N, 32] uint8.
+        val: The dataset's own validation rows, if it has any.
+        streamed: Whether rows are read anew at each pass.
+    """
+
+    train: Rows
+    content: NDArray[np.uint8]
+    val: Rows | None = None
+    streamed: bool = False
+
+    def take(self, index: Ints) -> InMemoryData:
+        """Some train rows alone, without a val split: choose on a part of them."""
+        return InMemoryData(train=self.train.take(index), content=self.content[index])
+
+    def selection(self, config: TrainHeadConfig) -> Selection:
+        """Weigh the rows as the command asks for, and set aside what chooses.
+
+        The dataset's own val split is preferred to a held-out part of train. Rows with equal
+        digests stay together, so that a copy of a fitted row does not choose.
+
+        Args:
+            config: Has `class_weight`, `select`, `holdout`, `folds`, `seed`.
+
+        Raises:
+            UserError: Fewer than two classes have rows.
+        """
+        train = self.train
+        counted = np.flatnonzero(train.weights)  # rows of weight 0 are as good as absent
+        if len(counted) < train.num_rows:
+            train = train.take(counted)
+        check_classes(train.y, train.class_names)
+        if config.class_weight == "balanced":
+            weights = balanced_weights(train.y, train.weights, train.num_classes)
+            train = dataclasses.replace(train, weights=weights)
+        if self.val is not None and config.select == "holdout":
+            name = f"the val split ({self.val.num_rows} rows)"
+            return Selection(train=train, pairs=[(train, self.val)], name=name)
+        cv = config.select == "cv"
+        parts = assign_parts(
+            train.y,
+            same_rows(self.content[counted]),
+            config.seed,
+            fraction=None if cv else config.holdout,
+            num_parts=config.folds if cv else 1,
+        )
+        pairs = [
+            (train.take(np.flatnonzero(parts != part)), train.take(np.flatnonzero(parts == part)))
+            for part in np.unique(parts[parts >= 0])
+        ]
+        if not pairs:
+            name = "nothing: no class has two different rows to spare"
+        elif cv:
+            name = f"{config.folds}-fold cross-validation on train, stratified, seed {config.seed}"
+        else:
+            name = (
+                f"a held-out {config.holdout:.0%} of train, stratified, seed {config.seed} "
+                f"({pairs[0][1].num_rows} rows)"
+            )
+        return Selection(train=train, pairs=pairs, name=name)
+
+
+def load_data(cache: FeatureCache) -> InMemoryData:
+    """Read what a head learns from.
+
+    Raises:
+        UserError: A row cannot be learned from.
+    """
+    split = cache.split("train")
+    train = load_rows(split, cache.class_names)
+    val = load_rows(cache.split("val"), cache.class_names) if cache.splits.get("val") else None
+    return InMemoryData(train=train, content=split.content, val=val)
+
+
+def same_rows(content: NDArray[np.uint8]) -> Ints:
+    """Number rows [N] so that rows with equal digests [N, B] have equal numbers."""
+    keys = np.ascontiguousarray(content).view(f"V{content.shape[1]}").ravel()
+    _, groups = np.unique(keys, return_inverse=True)
+    return np.asarray(groups, np.int64)
+
+
+def assign_parts(
+    y: Ints, groups: Ints, seed: int, *, fraction: float | None, num_parts: int
+) -> Ints:
+    """Deal rows to parts, class by class, keeping groups together.
+
+    Args:
+        y: Class indices [N].
+        groups: Rows with equal numbers [N] go to the same part.
+        seed: Of the dealing.
+        fraction: Share of each class that part 0 gets; every class with at least two groups gives
+            one and keeps one. None deals each class evenly to `num_parts` parts.
+        num_parts: Number of parts when `fraction` is None.
+
+    Returns:
+        The part of each row, [N]; -1 for rows that are always fitted: a class's only group.
+    """
+    random = np.random.default_rng([seed, 0x5E1EC7])
+    unique, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    part_of = np.full(len(unique), -1, np.int64)
+    labels = y[first]
+    offset = 0
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            continue
+        if fraction is None:
+            # Each class continues where the last one ended, so that no part is always the largest.
+            part_of[members] = (np.arange(len(members)) + offset) % num_parts
+            offset += len(members)
+        else:
+            spared = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            part_of[members[:spared]] = 0
+    return np.asarray(part_of[inverse], np.int64)
+
+
+def choose_solver(
+    solvers: Sequence[Solver], selection: Selection
+) -> tuple[Solver, Choice, list[dict[str, Any]]]:
+    """Choose each solver's settings, then the solver with the best held-out score.
+
+    Returns:
+        Solver, choice, and, of several solvers, what each reached; ties go to the first.
+    """
+    if not selection.pairs:
+        solvers = solvers[:1]  # nothing can tell them apart
+    tried, compared = [], []
+    for solver in solvers:
+        start = time.perf_counter()
+        choice = choose(solver, selection)
+        seconds = time.perf_counter() - start
+        tried.append((solver, choice))
+        reached = {"score": choice.best_score, "seconds": seconds}
+        compared.append({"solver": solver.name, **choice.settings, **reached})
+    best = max(tried, key=lambda pair: pair[1].best_score or 0.0)
+    return *best, compared if len(tried) > 1 else []
+
+
+def choose(solver: Solver, selection: Selection) -> Choice:
+    """Choose a solver's settings."""
+    # The sample of the rows to be fitted: streamed ones have the same for all parts.
+    series = solver.series(selection.train.sample)
+    if sum(map(len, series)) == 1:
+        return Choice(settings=series[0][0], chosen_on="nothing: all settings were given")
+    if not selection.pairs:
+        return Choice(settings=solver.default(), chosen_on=selection.name)
+    (fit_rows, held), *others = selection.pairs
+    grid = evaluate_grid(partial(solver.prepare, fit_rows), series, held, solver.patience)
+    tried = [settings for settings, _ in grid]
+    for rows, scored in others:
+        prepared = solver.prepare(rows, tried)
+        for settings, scores in grid:
+            scores.add(scored, prepared.predict(settings, scored))
+    return best_candidate(grid, selection.name)
+
+
+@dataclass
+class HeldOutScores:
+    """One candidate's scores on the held-out rows, over one part or several.
+
+    Attributes:
+        right: Weight of the rows classified correctly.
+        weight: Weight of all rows.
+        squares: Sum of the squared weights.
+        hits: Number of rows classified correctly.
+        rows: Number of all rows.
+        loss: Weighted sum of the losses; None where the solver has none.
+    """
+
+    right: float = 0.0
+    weight: float = 0.0
+    squares: float = 0.0
+    hits: int = 0
+    rows: int = 0
+    loss: float | None = 0.0
+
+    def add(self, held: Rows, predictions: HeldOutPredictions) -> None:
+        """Add a held-out part."""
+        correct = predictions.classes == held.y
+        self.right += float(held.weights @ correct)
+        self.weight += float(held.weights.sum())
+        self.squares += float(held.weights @ held.weights)
+        self.hits += int(correct.sum())
+        self.rows += held.num_rows
+        if predictions.losses is None or self.loss is None:
+            self.loss = None
+        else:
+            self.loss += float(held.weights @ predictions.losses)
+
+    @property
+    def score(self) -> float:
+        """Weighted accuracy; rounded, so that sums taken in another order do not break ties."""
+        return round(self.right / self.weight, 12)
+
+    @property
+    def mean_loss(self) -> float:
+        """Weighted mean loss; 0 where the solver has none."""
+        return (self.loss or 0.0) / self.weight
+
+    @property
+    def standard_error(self) -> float:
+        """Of the weighted accuracy; unequal weights count as fewer rows."""
+        p = min(self.right / self.weight, 1.0)
+        return math.sqrt(p * (1 - p) * self.squares) / self.weight
+
+    def to_json(self) -> dict[str, float]:
+        """Weighted accuracy, plain accuracy, and mean loss where there is one."""
+        found = {"score": self.score, "top1": self.hits / self.rows}
+        return found if self.loss is None else {**found, "loss": self.mean_loss}
+
+
+Grid = list[tuple[Settings, HeldOutScores]]
+
+
+def evaluate_grid(
+    prepare: Callable[[list[Settings]], Prepared],
+    series: list[list[Settings]],
+    held: Rows,
+    patience: int | None,
+) -> Grid:
+    """Score the candidates of each series in turn until it no longer gains.
+
+    A candidate gains if it scores more than all before it, or as much with less loss.
+
+    Args:
+        prepare: Makes the rows to be fitted ready for some candidates.
+        series: The candidates.
+        held: The rows that score them.
+        patience: See `Solver.patience`.
+
+    Returns:
+        The candidates tried, with their scores.
+
+    Raises:
+        NotConverged: Not even the first candidate converged.
+    """
+    grid: Grid = []
+    bar = progress(sum(map(len, series)), "choosing settings", unit=" tried", late=True)
+    for candidates in series:
+        prepared = prepare(candidates)
+        best, worse = (-1.0, 0.0), 0
+        for settings in candidates:
+            scores = HeldOutScores()
+            try:
+                scores.add(held, prepared.predict(settings, held))
+            except NotConverged:
+                if not grid:
+                    raise
+                break  # the rest of the series is regularized even less, which is harder
+            grid.append((settings, scores))
+            bar.update()
+            reached = (scores.score, -scores.mean_loss)
+            worse = 0 if reached > best else worse + 1
+            best = max(best, reached)
+            if patience is not None and worse >= patience:
+                break
+    bar.close()
+    return grid
+
+
+def best_candidate(grid: Grid, chosen_on: str) -> Choice:
+    """The best of the candidates tried, by the rule in the module's docstring."""
+    winner = top = max(grid, key=lambda pair: pair[1].score)
+    if top[1].loss is not None:
+        least = top[1].score - top[1].standard_error
+        near = [pair for pair in grid if pair[1].score >= least]
+        winner = min(near, key=lambda pair: pair[1].mean_loss)
+    settings, scores = winner
+    return Choice(
+        settings=settings,
+        score=scores.score,
+        val_top1=scores.hits / scores.rows,
+        best_score=top[1].score,
+        chosen_on=chosen_on,
+        table=[{**settings, **scores.to_json()} for settings, scores in grid],
+    )
