@@ -33,7 +33,7 @@ from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatt
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
-from featcache.finetune.plan import make_plan as make_tuning_plan
+from featcache.finetune.trainable import resolve_recipe
 from featcache.heads.data import open_cache
 from featcache.heads.train import check_settings, provenance_of
 from featcache.html_report.provenance import command_line
@@ -180,7 +180,7 @@ def _decisive(bench: Bench) -> dict[Mode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
-    tuning = dataclasses.asdict(make_tuning_plan(finetune_config(config, None, config.seed)))
+    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
     del tuning["seed"]
     return {
         "cached": {**same, "solver": config.solver},
@@ -239,7 +239,7 @@ def _estimate(bench: Bench, spec: Spec, budget: Budget) -> float | None:
     epochs = 1
     if spec.mode == "finetune":
         tuning = finetune_config(bench.config, len(spec.rows), spec.seed)
-        epochs = make_tuning_plan(tuning).epochs
+        epochs = resolve_recipe(tuning).epochs
     return budget.estimate(spec.mode, len(spec.rows), epochs)
 
 
