@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
-from featcache.finetune.parts import Parts
+from featcache.finetune.trainable import TrainableModel
 from featcache.results import RunReport
 from featcache.tensor_files import State, read_tensor_file, write_safetensors
 
@@ -69,7 +69,7 @@ def save_checkpoint(
     path: Path,
     decisive: dict[str, Any],
     progress: Progress,
-    parts: Parts,
+    trainable: TrainableModel,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write a run's state, atomically; `decisive` is all that decides its outcome.
@@ -77,7 +77,7 @@ def save_checkpoint(
     Raises:
         StorageError: The file system refused.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in parts.moving_state().items()}
+    tensors = {f"model/{name}": tensor for name, tensor in trainable.moving_state().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{n}": t for n, t in state.items() if t is not None}
@@ -94,7 +94,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, key: str, parts: Parts, optimizer: torch.optim.Optimizer
+    path: Path, key: str, trainable: TrainableModel, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
     """Put a run back to where its checkpoint was written.
 
@@ -114,7 +114,7 @@ def load_checkpoint(
         counters = json.loads(metadata["progress"])
         counters["best_score"] = tuple(counters["best_score"])
         groups = _grouped(file.tensors())
-        load_moving(parts, groups["model"])
+        load_moving(trainable, groups["model"])
         _load_optimizer(optimizer, groups["optimizer"])
         return Progress(**{**counters, "best": groups["best"]})
     except (UserError, KeyError, ValueError, TypeError) as error:
@@ -180,7 +180,7 @@ def _grouped(tensors: State) -> dict[str, State]:
     return groups
 
 
-def load_moving(parts: Parts, tensors: State) -> None:
+def load_moving(trainable: TrainableModel, tensors: State) -> None:
     """Copy tensors into the model in place, so that the memory layout stays.
 
     Raises:
@@ -188,7 +188,7 @@ def load_moving(parts: Parts, tensors: State) -> None:
     """
     import torch
 
-    own = parts.moving_state()
+    own = trainable.moving_state()
     if own.keys() != tensors.keys():
         raise ValueError(f"{sorted(own.keys() ^ tensors.keys())[:3]} do not match")
     with torch.no_grad():

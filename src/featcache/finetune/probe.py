@@ -15,10 +15,8 @@ from featcache.config import BackboneInfo, Preprocessing
 from featcache.data import iterate_batches
 from featcache.data.sampling import held_out_rows, stratified_rows
 from featcache.errors import CacheError, UserError, listed
-from featcache.finetune.images import Images
-from featcache.finetune.loop import Machine
-from featcache.finetune.parts import Parts
-from featcache.finetune.plan import EVAL_BATCH_SIZE
+from featcache.finetune.loop import Images, Placement
+from featcache.finetune.trainable import EVAL_BATCH_SIZE, TrainableModel
 from featcache.heads import LinearHead, check_head_fits
 from featcache.heads.files import parse_head
 from featcache.heads.linear import Floats
@@ -47,21 +45,23 @@ def set_head(head: nn.Module, weight: Floats, bias: Floats) -> None:
             parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
 
 
-def frozen_features(parts: Parts, images: Images, prep: Preprocessing, machine: Machine) -> Float32:
+def frozen_features(
+    trainable: TrainableModel, images: Images, prep: Preprocessing, placement: Placement
+) -> Float32:
     """What enters the head, for every image, the network in eval mode: float32 [N, D]."""
     import torch
 
     caught: list[torch.Tensor] = []
-    handle = parts.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    features = np.empty((len(images), parts.head_width()), np.float32)
-    parts.model.eval()
+    handle = trainable.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    features = np.empty((len(images), trainable.head_width()), np.float32)
+    trainable.model.eval()
     batches = iterate_batches(
-        images.source, np.arange(len(images)), EVAL_BATCH_SIZE, prep, workers=machine.workers
+        images.source, np.arange(len(images)), EVAL_BATCH_SIZE, prep, workers=placement.workers
     )
     try:
         with torch.inference_mode():
             for pixels, _, rows in batches:
-                parts.model(machine.inputs(pixels, prep))
+                trainable.model(placement.inputs(pixels, prep))
                 features[rows] = caught.pop().float().cpu().numpy()
     finally:
         handle.remove()
@@ -69,7 +69,11 @@ def frozen_features(parts: Parts, images: Images, prep: Preprocessing, machine: 
 
 
 def fit_probe(
-    parts: Parts, images: Images, prep: Preprocessing, machine: Machine, num_classes: int
+    trainable: TrainableModel,
+    images: Images,
+    prep: Preprocessing,
+    placement: Placement,
+    num_classes: int,
 ) -> dict[str, float]:
     """Start the head from logistic regression on the frozen features of the train images.
 
@@ -78,12 +82,12 @@ def fit_probe(
     Returns:
         What was chosen: the strength C and the number of images.
     """
-    seed = parts.plan.seed
+    seed = trainable.recipe.seed
     if len(images) > MAX_PROBE_ROWS:
         split = images.split
         rows = stratified_rows(split.ids, split.labels, MAX_PROBE_ROWS, seed=seed, purpose="probe")
         images = images.subset(rows, "train")
-    features, labels = frozen_features(parts, images, prep, machine), images.split.labels
+    features, labels = frozen_features(trainable, images, prep, placement), images.split.labels
     # One scale for all: scaling each feature by itself would blow up those that hardly vary here
     # but begin to once the backbone moves.
     mean = features.mean(0)
@@ -93,7 +97,7 @@ def fit_probe(
     weight, bias = _fit(scaled, labels, strength, num_classes)
     # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
     weight = weight / np.float32(scale)
-    set_head(parts.head, weight, bias - weight @ mean)
+    set_head(trainable.head, weight, bias - weight @ mean)
     return {"C": strength, "num_images": len(images)}
 
 

@@ -17,11 +17,9 @@ from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
 from featcache.finetune.checkpoint import checkpoint_path, run_key
-from featcache.finetune.images import Images, hold_out, read_images
-from featcache.finetune.loop import Machine
-from featcache.finetune.parts import Parts
-from featcache.finetune.plan import Plan, make_plan
+from featcache.finetune.loop import Images, Placement, hold_out, read_images
 from featcache.finetune.probe import head_to_start_from
+from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve_recipe
 from featcache.heads import LinearHead
 from featcache.results import report_marks
 from featcache.results.metrics import checked_weights
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, kw_only=True)
-class Run:
+class FinetuneRun:
     """Everything that a run holds while it lasts.
 
     `decisive` is all that decides its outcome, as JSON; `chosen_on` says in words which images
@@ -43,11 +41,11 @@ class Run:
     """
 
     config: FinetuneConfig
-    plan: Plan
+    recipe: TrainingRecipe
     info: BackboneInfo
     dataset: ImageDataset
-    machine: Machine
-    parts: Parts
+    placement: Placement
+    trainable: TrainableModel
     train: Images
     test: Images
     held: Images | None
@@ -66,7 +64,7 @@ class Run:
         return self.info.preprocessing
 
 
-def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
+def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
 
     Args:
@@ -76,7 +74,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     Raises:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
     """
-    plan = make_plan(config)
+    recipe = resolve_recipe(config)
     head_file = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
@@ -84,26 +82,26 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         checked_weights(weights, "train")
     names = dataset.class_names
     init_head = head_to_start_from(head_file, info, names) if head_file else None
-    machine = choose_machine(config)
+    placement = choose_placement(config)
     network = build_classifier(config, len(names), config.seed, info.weights_sha256)
-    parts = Parts(network, plan)
-    check_input(parts.model, info, config)
-    _place(parts.model, machine)
+    trainable = TrainableModel(network, recipe)
+    check_input(trainable.model, info, config)
+    _place(trainable.model, placement)
     start = time.perf_counter()
-    images, skipped = _read_splits(dataset, info.preprocessing, config, machine.workers)
+    images, skipped = _read_splits(dataset, info.preprocessing, config, placement.workers)
     read_seconds = time.perf_counter() - start
     train, held, chosen_on = images["train"], None, "nothing: no setting was chosen by a score"
-    if plan.patience:
+    if recipe.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
-    _check_batches(parts, len(train))
-    decisive = _decisive(plan, info, dataset, machine, images, head_file)
-    return Run(
+    _check_batches(trainable, len(train))
+    decisive = _decisive(recipe, info, dataset, placement, images, head_file)
+    return FinetuneRun(
         config=config,
-        plan=plan,
+        recipe=recipe,
         info=info,
         dataset=dataset,
-        machine=machine,
-        parts=parts,
+        placement=placement,
+        trainable=trainable,
         train=train,
         test=images["test"],
         held=held,
@@ -113,7 +111,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         read_seconds=read_seconds,
         decisive=decisive,
         output=config.output
-        or config.cache_dir / _file_name(plan, info, dataset, run_key(decisive)),
+        or config.cache_dir / _file_name(recipe, info, dataset, run_key(decisive)),
     )
 
 
@@ -147,7 +145,7 @@ def check_files(config: FinetuneConfig, output: Path) -> None:
     check_outputs(outputs, [config.weights, config.dataset, config.init_head or ""])
 
 
-def choose_machine(config: FinetuneConfig) -> Machine:
+def choose_placement(config: FinetuneConfig) -> Placement:
     """Where and how to compute.
 
     The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
@@ -160,14 +158,14 @@ def choose_machine(config: FinetuneConfig) -> Machine:
     # The frozen network has to give the features that a cache would hold: float32.
     amp = device == "cuda" and not config.freeze_backbone and torch.cuda.is_bf16_supported()
     workers = num_cores() if config.workers is None else config.workers
-    return Machine(device=device, amp=amp, channels_last=device != "mps", workers=workers)
+    return Placement(device=device, amp=amp, channels_last=device != "mps", workers=workers)
 
 
-def _place(model: nn.Module, machine: Machine) -> None:
+def _place(model: nn.Module, placement: Placement) -> None:
     import torch
 
-    layout = torch.channels_last if machine.channels_last else torch.preserve_format
-    model.to(machine.device).to(memory_format=layout)
+    layout = torch.channels_last if placement.channels_last else torch.preserve_format
+    model.to(placement.device).to(memory_format=layout)
 
 
 def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:
@@ -202,13 +200,13 @@ def _read_splits(
     return images, skipped
 
 
-def _check_batches(parts: Parts, num_train: int) -> None:
+def _check_batches(trainable: TrainableModel, num_train: int) -> None:
     """BatchNorm in train mode cannot average over one image.
 
     Raises:
         UserError: It would have to.
     """
-    if parts.uses_batch_statistics() and min(num_train, parts.plan.batch_size) < 2:
+    if trainable.uses_batch_statistics() and min(num_train, trainable.recipe.batch_size) < 2:
         what = "--batch-size 1" if num_train > 1 else "one train image"
         raise UserError(
             f"{what} gives BatchNorm nothing to average over: use at least 2, or --bn-eval True"
@@ -216,10 +214,10 @@ def _check_batches(parts: Parts, num_train: int) -> None:
 
 
 def _decisive(
-    plan: Plan,
+    recipe: TrainingRecipe,
     info: BackboneInfo,
     dataset: ImageDataset,
-    machine: Machine,
+    placement: Placement,
     images: dict[str, Images],
     head_file: TensorFile | None,
 ) -> dict[str, Any]:
@@ -228,17 +226,17 @@ def _decisive(
     for name in sorted(images):
         kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
     return {
-        "plan": dataclasses.asdict(plan),
+        "plan": dataclasses.asdict(recipe),
         "backbone": dataclasses.asdict(info),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
         "init_head": head_file.sha256 if head_file else None,
-        "device": machine.device,
+        "device": placement.device,
         "versions": numeric_versions(),
     }
 
 
-def _file_name(plan: Plan, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
-    what = "head" if plan.freeze_backbone else "+".join(plan.unfreeze) or "finetuned"
+def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
+    what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     weights = Path(info.weights).stem
     return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"

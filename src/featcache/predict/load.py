@@ -36,7 +36,7 @@ CACHE_SUFFIXES = (".h5", ".hdf5", ".part")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trained:
+class LoadedClassifier:
     """What a classifier file stands for.
 
     Attributes:
@@ -75,7 +75,7 @@ class Trained:
         return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
 
 
-def load_trained(path: Path, *, weights: str | None = None, seed: int = 42) -> Trained:
+def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -> LoadedClassifier:
     """Load a head with its backbone, or a fine-tuned model.
 
     Args:
@@ -102,12 +102,12 @@ def load_trained(path: Path, *, weights: str | None = None, seed: int = 42) -> T
     )
 
 
-def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> Trained:
+def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> LoadedClassifier:
     path, head = file.path, parse_head(file)
     info = _backbone_of(head, path)
     network = _network_of(info, path, weights, seed)
     provenance = head.provenance
-    return Trained(
+    return LoadedClassifier(
         path=path,
         kind="head",
         network=network,
@@ -193,7 +193,7 @@ def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: s
         )
 
 
-def _load_model(file: TensorFile) -> Trained:
+def _load_model(file: TensorFile) -> LoadedClassifier:
     path, card = file.path, model_card(file)
     if card.backbone not in classifiers():
         raise UserError(f"{path}: {one_of(card.backbone, classifiers(), 'backbone')}")
@@ -212,7 +212,7 @@ def _load_model(file: TensorFile) -> Trained:
                 f"{path} is a damaged model, {name} holds values that are not finite: write it "
                 "again with finetune"
             )
-    return Trained(
+    return LoadedClassifier(
         path=path,
         kind="model",
         network=network.requires_grad_(False).eval(),
@@ -227,7 +227,7 @@ def _load_model(file: TensorFile) -> Trained:
     )
 
 
-def provenance_json(trained: Trained) -> dict[str, Any]:
+def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
     """What classifies and what it was made from, as JSON for reports and exported files."""
     return {
         "kind": trained.kind,
