@@ -221,7 +221,7 @@ def test_the_baseline_and_balanced_accuracy_are_lines_of_tables(tmp_path: Path) 
     page, _, _ = report(tmp_path, save_pair(tmp_path / "runs"))
     place = page.cells.index("always answering the most frequent class")
     assert page.cells[place + 1 : place + 3] == ["0", "0.400"]
-    place = page.cells.index("mean of the classes")
+    place = page.cells.index("mean over classes")
     assert page.cells[place + 1 : place + 4] == ["10", "0.806", "0.889"]
 
 

@@ -85,7 +85,7 @@ def recall_table(compared: Sequence[ComparedRun]) -> tuple[list[str], list[list[
     recalls = [per_class(test.labels, test.predicted, len(names)) for _, test in same]
     counts = np.bincount(np.array(same[0][1].labels), minlength=len(names))
     means = [float(np.nanmean(values)) for values in recalls]
-    rows = [["mean of the classes", f"{counts.sum():,}", *(f"{mean:.3f}" for mean in means)]]
+    rows = [["mean over classes", f"{counts.sum():,}", *(f"{mean:.3f}" for mean in means)]]
     rows += [
         [name, f"{counts[i]:,}", *("–" if math.isnan(r[i]) else f"{r[i]:.3f}" for r in recalls)]
         for i, name in enumerate(names[:MAX_CLASS_ROWS])

@@ -24,7 +24,7 @@ Check = Callable[[Any], object]
 """Raises UserError for a value of the wrong type or out of range."""
 
 
-def a(kind: type, name: str) -> Check:
+def of_type(kind: type, name: str) -> Check:
     """A value of one JSON type."""
 
     def check(value: Any) -> None:
@@ -38,7 +38,7 @@ def number(high: float, kind: type = float) -> Check:
     """A number from 0 to `high`; a whole one if `kind` is int."""
 
     def check(value: Any) -> None:
-        # NaN fails the comparison. Huge integers cannot be converted to float, but compared.
+        # NaN fails the comparison; integers too large for a float do not break it.
         if type(value) not in (int, kind) or not 0 <= value <= high:
             raise UserError(f"{value!r:.40} is not a number from 0 to {high:g}")
 
@@ -79,7 +79,11 @@ def record(fields: dict[str, Check]) -> Check:
     return check_record
 
 
-OBJECT, TEXT, FLAG = a(dict, "an object"), a(str, "text"), a(bool, "true or false")
+OBJECT, TEXT, FLAG = (
+    of_type(dict, "an object"),
+    of_type(str, "text"),
+    of_type(bool, "true or false"),
+)
 SHARE, SECONDS, COUNT = number(1.0), number(1e10), number(1e15, int)
 INTERVAL = each(SHARE, range(2, 3))
 
@@ -128,7 +132,7 @@ check_summary = record(
         "dataset? typed?": TEXT,
         "environment? config?": OBJECT,
         "rows?": each(check_row),
-        "runs?": a(list, "a list"),
+        "runs?": of_type(list, "a list"),
     }
 )
 check_extraction = record({"seconds_total?": SECONDS, "cache cache_digest?": TEXT})
