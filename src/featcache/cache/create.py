@@ -48,7 +48,7 @@ def check_contents(
     """Check everything that goes into a cache but the features.
 
     Raises:
-        UserError: Something that a cache cannot hold, named.
+        UserError: The value that a cache cannot hold, by name.
     """
     try:
         meta_json = meta.to_json().encode()
@@ -225,7 +225,7 @@ def _make_skeleton(members: dict[str, Member]) -> _Skeleton:
     disk: no lock of its own, no half-written metadata, and no disk error inside C code.
 
     Args:
-        members: Datasets by name ("split/name" lies in a group), in the order of the file.
+        members: Datasets by name ("split/name" is in a group), in the order of the file.
     """
     import h5py
 

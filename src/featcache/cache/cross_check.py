@@ -117,7 +117,7 @@ def _difference(h5py: Any, dataset: Any, offset: int, dtype: str, shape: tuple[i
 def _limit_memory() -> None:
     import resource
 
-    with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
+    with contextlib.suppress(OSError, ValueError):  # macOS lacks this limit
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

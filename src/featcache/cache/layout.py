@@ -1,4 +1,4 @@
-"""Where every byte of a cache lies: the layout record, written and checked, and block checksums.
+"""Where each dataset of a cache is in its file: the layout record, and the checksum of a block.
 
 A cache is an ordinary HDF5 file of plain contiguous datasets. Its last 32 KiB are the dataset
 `layout`: a self-checked record of every dataset's place, type and shape, written once. Readers go
@@ -27,7 +27,7 @@ from featcache.errors import CacheError
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MAGIC = b"featcache-layout"
 MARKS = re.compile(MAGIC + rb"|\bmeta_json\0")
-"""A cache ends with the first; one that was cut short still has the second among its names."""
+"""A cache ends with the first; a truncated one still has the second, a dataset's name."""
 MAX_STRUCTURE_BYTES = 2**24
 
 RECREATE = "run extract-features --force to recreate it"
@@ -57,7 +57,7 @@ class Extent:
 
     @property
     def member(self) -> Member:
-        """What it is, wherever it lies."""
+        """Its type and shape, apart from its place."""
         return Member(self.dtype, self.shape, fixed=self.sha256 is not None)
 
 
@@ -65,7 +65,7 @@ class Extent:
 class Layout:
     """Every dataset of one cache by name ("labels" of split "train" is "train/labels").
 
-    `structure_sha256` covers every byte that lies in no dataset: the HDF5 library's own.
+    `structure_sha256` covers every byte outside the datasets: the HDF5 library's own.
     """
 
     file_bytes: int
@@ -126,7 +126,7 @@ class Layout:
 
 
 def parse_record(record: bytes, file_bytes: int, path: Path) -> Layout:
-    """Read and check a layout record as if a stranger had written it.
+    """Read and check a layout record; the file may be damaged or hostile.
 
     Args:
         record: The last schema.RECORD_BYTES of the file.

@@ -295,7 +295,7 @@ class FeatureDataset:
     """One split's rows as (features [D] float32, label).
 
     Give it to a `DataLoader` with any number of workers, forked or spawned: it travels as a path
-    and opens the file anew in each process. Where the features fit into memory, plain arrays
+    and opens the file in each process. Where the features fit into memory, plain arrays
     (`X, y = FeatureCache(path).split("train")`) are much faster than any loader.
 
     Args:

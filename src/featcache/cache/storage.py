@@ -223,7 +223,7 @@ def texts_of(array: npt.NDArray[Any], path: Path) -> list[str]:
 
 
 def parse_meta(text: bytes) -> CacheMeta:
-    """Rebuild metadata from the dataset meta_json as if a stranger had written it.
+    """Rebuild metadata from the dataset meta_json; the file may be damaged or hostile.
 
     Raises:
         ValueError: It is not a cache's metadata, is not canonical JSON, or cannot be printed.

@@ -63,11 +63,11 @@ class VerifyReport:
 def verify(path: Path | str, *, cross_check: bool = True) -> VerifyReport:
     """Check structure, fixed data, every block, labels, ids and features of a cache.
 
-    Never crashes, hangs or takes memory beyond the fixed data's size, whatever the file is.
+    No file makes it crash, hang, or take memory beyond the size of the fixed data.
 
     Args:
         path: A finished cache, or the .part of an unfinished one.
-        cross_check: Also ask the HDF5 library, in a bounded process, whether it sees the same.
+        cross_check: Also compare with what the HDF5 library sees, in a limited child process.
 
     Returns:
         The report; a file that is not a cache at all has that as its one problem.
@@ -110,17 +110,15 @@ def _check_readable(path: Path) -> None:
 
 
 def _check_fixed(file: CacheFile, report: VerifyReport) -> None:
-    """Everything that was known before extraction."""
+    """Check everything that was known before extraction."""
     damaged = file.damaged_parts()
-    names = [name for name in damaged if name != HDF5_STRUCTURE]
-    report.problems += [f"{name} is damaged" for name in names]
-    if len(names) < len(damaged):
-        report.problems.append(_STRUCTURE)
+    report.problems += [f"{name} is damaged" for name in damaged if name != HDF5_STRUCTURE]
     with reading(file.path):
-        if read_at(file.fd, len(HDF5_SIGNATURE), 0) != HDF5_SIGNATURE and len(names) == len(
-            damaged
-        ):
-            report.problems.append("it is not an HDF5 file: the signature is missing")
+        signature = read_at(file.fd, len(HDF5_SIGNATURE), 0)
+    if HDF5_STRUCTURE in damaged:
+        report.problems.append(_STRUCTURE)
+    elif signature != HDF5_SIGNATURE:
+        report.problems.append("it is not an HDF5 file: the signature is missing")
     for check in (lambda: file.meta, lambda: _check_class_names(file)):
         try:
             check()

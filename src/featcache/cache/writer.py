@@ -1,8 +1,8 @@
 """Writing a cache so that a kill at any moment loses at most one block and corrupts none.
 
 The file is laid out whole as NAME.h5.part; then every block is features, then checksum, then mark.
-A mark is believed only where the checksum fits, so the order in which a dying machine wrote its
-pages does not matter. NAME.h5 appears by one rename after everything was checked again.
+A mark counts only if the checksum is right, so the order in which a crashing machine wrote its
+pages does not matter. NAME.h5 appears by one rename after everything has been checked again.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def open_writer(
         meta: What the rows are made with.
         class_names: C names; labels index them.
         splits: Every row of every split.
-        force: Start over, whatever is there; an existing NAME.h5 is replaced at the end.
+        force: Start over and discard any NAME.h5.part; an existing NAME.h5 is replaced at the end.
         reuse: Keep this older cache's rows of samples with the same content (usually the cache at
             `path`, which is replaced at the end); rows of an unfinished update are kept too.
 
     Raises:
-        UserError: Something that a cache cannot hold, or no room on the disk.
+        UserError: A value that a cache cannot hold, or no space on the disk.
         CacheError: There is a finished cache, or an unfinished one begun for a different one.
         StorageError: Another run is writing it, or the file system refused.
     """
@@ -100,7 +100,7 @@ def _stale_part(part: Path, spec: CacheSpec) -> CacheFile | None:
 def prepare_repair(path: Path) -> CacheWriter:
     """Begin a sound copy of a damaged cache, or resume one; `finish` puts it in its place.
 
-    Everything but features must be sound. The HDF5 library's own bytes are written anew.
+    Everything but features must be sound. The HDF5 library's own bytes are rewritten.
 
     Args:
         path: A finished cache, NAME.h5. It stays as it is until the copy is whole.
@@ -109,8 +109,8 @@ def prepare_repair(path: Path) -> CacheWriter:
         A writer whose `pending` blocks are the damaged ones.
 
     Raises:
-        CacheError: Labels, ids or other rows' data are damaged too, so that nobody knows whose
-            features are whose; or an unfinished file of a different cache is in the way.
+        CacheError: Labels, ids or other data of the rows are damaged too, so features cannot be
+            matched to samples; or an unfinished file of a different cache is in the way.
         StorageError: Another run is writing it, or the file system refused.
     """
     file = CacheFile(path)
