@@ -340,6 +340,21 @@ class TestLibrary:
         assert f"in {precision}; they are computed in float32 here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0 is out of range: give a number between 1 and 65536"),
+        ({"workers": -1}, "workers -1 is out of range: give a number between 0 and 1024"),
+        ({"device": "gpu"}, "device: .*gpu"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(
+    classifier: Classifier, how: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        Classifier(classifier.trained, **how)
+
+
 class TestCommand:
     def test_unreadable_pictures_are_named_and_left_out(
         self, tmp_path: Path, loaded: Classifier, capsys: pytest.CaptureFixture[str]

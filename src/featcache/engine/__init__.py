@@ -9,7 +9,7 @@ from featcache.engine.base import (
     relative_error,
     sample_pixels,
 )
-from featcache.engine.choice import choose_engine, device_of
+from featcache.engine.choice import choose_engine
 
 __all__ = [
     "AMP_TOLERANCE",
@@ -18,7 +18,6 @@ __all__ = [
     "EngineSettings",
     "choose_engine",
     "default_batch",
-    "device_of",
     "relative_error",
     "sample_pixels",
 ]

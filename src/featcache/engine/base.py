@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Optional, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import ExtractConfig, Preprocessing
+from featcache.config.checks import check_range, check_types
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,14 +35,22 @@ class EngineSettings:
     """What the user asks of the engine; see `ExtractConfig` for the fields.
 
     `backbone` names the network in messages.
+
+    Raises:
+        UserError: A value of another type, or out of range.
     """
 
     backbone: str
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
     precision: Literal["float32", "int8", "amp"] = "float32"
-    batch_size: int | None = None
-    workers: int | None = None
+    batch_size: Optional[int] = None  # noqa: UP045 - the form that check_types reads
+    workers: Optional[int] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range("batch_size", self.batch_size, 1, 65536)
+        check_range("workers", self.workers, 0, 1024)
 
     @classmethod
     def of(cls, config: ExtractConfig) -> Self:

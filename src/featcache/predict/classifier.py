@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
 from collections.abc import Generator, Iterable
@@ -77,14 +78,11 @@ class Classifier:
     ) -> None:
         self.trained = trained
         with python_errors(PredictConfig):
+            asked = EngineSettings(
+                backbone=trained.backbone, device=device, batch_size=batch_size, workers=workers
+            )
             precision = _precision(trained, pick_device(device))
-        self._settings = EngineSettings(
-            backbone=trained.backbone,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            workers=workers,
-        )
+        self._settings = dataclasses.replace(asked, precision=precision)
         self._engine: Engine | None = None
 
     @classmethod
