@@ -71,7 +71,7 @@ def test_a_record_comes_back_with_its_types() -> None:
         ({"name": "\ud800"}, "name: '\\ud800' is not text"),
         ({"kind": "x"}, "kind: no choice 'x'; known: crop, flip"),
         ({"kind": ["flip"]}, "kind: no choice \"['flip']\"; did you mean flip?; known: crop, flip"),
-        ({"inner": 3}, "inner: 3 is not an object with named fields"),
+        ({"inner": 3}, "inner: '3' is not an object with named fields"),
         ({"inner": {}}, "inner: no field 'side'"),
         ({"inner": {"side": 3, "x": 1}}, "inner: unknown field 'x'"),
         ({"inner": {"side": True}}, "inner.side: 'True' is not a whole number"),
@@ -107,3 +107,13 @@ def test_unknown_fields_can_be_ignored_and_ranges_are_the_records_own() -> None:
     for value in (None, [], "x", 3):
         with pytest.raises(ValueError, match="is not an object with named fields"):
             record_from_json(Inner, value)
+
+
+def test_values_that_cannot_be_shown_are_named_by_type() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"^side: a value of type list is not a whole number$"):
+        record_from_json(Inner, {"side": deep})
+    with pytest.raises(ValueError, match=r"^share: a value of type int is not a number$"):
+        record_from_json(Inner, {"side": 1, "share": 10**5000})

@@ -184,8 +184,8 @@ WRONG = {
     "semicolons": (["path;label", "a;b"], "no column 'path' and 'label'; the first line is 'path;"),
     "column twice": (["path,label,label"], "list.csv, line 1: duplicate column 'label'; keep one"),
     "header only": (["path,label"], "list.csv has a header but no rows: add lines of path,label"),
-    "too few fields": ([*GOOD, "img/a/002.png"], "list.csv, line 6: fields: 1, in the header: 3"),
-    "too many fields": ([*GOOD, "a,b,train,c"], "list.csv, line 6: fields: 4, in the header: 3"),
+    "too few fields": ([*GOOD, "img/a/002.png"], "line 6: fields: 1, but the header has 3"),
+    "too many fields": ([*GOOD, "a,b,train,c"], "line 6: fields: 4, but the header has 3"),
     "empty path": ([*GOOD, ",cat,train"], "list.csv, line 6: the path is empty"),
     "empty label": ([*GOOD, "img/a/002.png, ,train"], "list.csv, line 6: the label is empty"),
     "empty split": ([*GOOD, "img/a/002.png,cat,"], "list.csv, line 6: split ''; one of train, "),
@@ -267,7 +267,7 @@ def test_weights_are_numbers(weight: str, folder: Path, message: Message) -> Non
 
 def test_a_share_is_said_if_and_only_if_it_is_needed(folder: Path, message: Message) -> None:
     said = message(write(folder, GOOD), test_fraction=0.2)
-    assert said == "list.csv has a column split of its own: leave out --test-fraction"
+    assert said == "list.csv has its own column split: leave out --test-fraction"
     lines = [",".join(line.split(",")[:2]) for line in GOOD]
     said = message(write(folder, lines))
     assert "say which fraction to set aside for testing, for example --test-fraction 0.2" in said

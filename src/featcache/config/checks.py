@@ -66,8 +66,8 @@ def record_from_json(kind: type[Record], value: object, *, ignore_unknown: bool 
 
     Every value must have its field's type, nested dataclasses included. Lists become tuples where
     the field is a tuple, whole numbers become floats. Numbers must be finite, and text must be
-    printable. Ranges are for the dataclass's own `__post_init__` to check. This serves every file
-    that featcache reads: cache metadata, heads, reports and remembered facts.
+    printable. Ranges are for the dataclass's own `__post_init__` to check. It is meant
+    for every file that featcache reads: cache metadata, heads, reports and remembered facts.
 
     Args:
         kind: A dataclass. Field types: bool, int, float, str, Any, Literal, other dataclasses, and
@@ -97,7 +97,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
 def _record(kind: Any, value: object, where: str, ignore_unknown: bool = False) -> Any:
     named = f"{where}: " if where else ""
     if not isinstance(value, dict):
-        raise UserError(f"{named}{value!r:.80} is not an object with named fields")
+        raise UserError(f"{named}{_shown(value)} is not an object with named fields")
     fields = dataclasses.fields(kind)
     unknown = value.keys() - {field.name for field in fields}
     if unknown and not ignore_unknown:
@@ -151,13 +151,13 @@ def _sequence(
 ) -> Any:
     if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
         of_length = "" if length is None else f" of {length}"
-        raise UserError(f"{name}: {str(value)[:80]!r} is not a list{of_length}")
+        raise UserError(f"{name}: {_shown(value)} is not a list{of_length}")
     return kind(convert(name, item) for convert, item in zip(each, value, strict=False))
 
 
 def _mapping(inner: Sequence[Converter], name: str, value: Any) -> Any:
     if not isinstance(value, dict):
-        raise UserError(f"{name}: {str(value)[:80]!r} is not an object with named fields")
+        raise UserError(f"{name}: {_shown(value)} is not an object with named fields")
     key, item = inner
     return {key(name, k): item(name, v) for k, v in value.items()}
 
@@ -168,7 +168,15 @@ def _scalar(hint: Any, accepted: Any, make: Callable[[Any], Any], name: str, val
             return make(value)
         except (ValueError, OverflowError):
             pass
-    raise UserError(f"{name}: {str(value)[:80]!r} is not {_WORDS[hint]}")
+    raise UserError(f"{name}: {_shown(value)} is not {_WORDS[hint]}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; one that is too deep or too long for text by its type."""
+    try:
+        return repr(str(value)[:80])
+    except (RecursionError, ValueError):
+        return f"a value of type {type(value).__name__}"
 
 
 def _at_home(path: str | os.PathLike[str]) -> str:

@@ -1,4 +1,7 @@
-"""Settings as Python sees them: errors name fields instead of flags, and `help` explains fields."""
+"""The `settings` decorator: dataclasses that serve the command line and Python alike.
+
+In Python, errors name fields instead of flags, and `help` explains every field.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _FLAGS = re.compile(
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Have errors name flags, for settings that come from a command line."""
+    """Make errors name flags, for settings from a command line."""
     token = _on_command_line.set(True)
     try:
         yield
@@ -39,7 +42,7 @@ def command_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def python_errors(config_class: type) -> Iterator[None]:
-    """Have errors name a config's fields instead of flags, except on a command line."""
+    """Make errors name a config's fields instead of flags, except on the command line."""
     try:
         yield
     except FeatcacheError as error:
@@ -50,7 +53,7 @@ def python_errors(config_class: type) -> Iterator[None]:
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Make a class of settings: a frozen dataclass whose errors and help suit the caller."""
+    """Make a class a frozen dataclass whose errors and help suit Python or the command line."""
     check = vars(cls).get("__post_init__")
     if check is not None:
 
@@ -70,7 +73,7 @@ def in_python(text: str, config_class: type) -> str:
 
     Args:
         text: For example "--image-px 4 is out of range" or "give --force".
-        config_class: A class made by `settings`; flags that are none of its fields stay.
+        config_class: A class made by `settings`; flags that are not its fields stay.
 
     Returns:
         For example "image_px 4 is out of range" or "give force=True".
@@ -90,13 +93,13 @@ def in_python(text: str, config_class: type) -> str:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The words that a field may be, if its type lists them."""
+    """The words that a field accepts, if its type lists them."""
     options = get_args(hint) if get_origin(hint) is Union else (hint,)
     return tuple(w for o in options if get_origin(o) is Literal for w in get_args(o))
 
 
 class _Doc:
-    """A class's docstring with its fields' own, which `help` does not know, put together late."""
+    """A docstring with those of the fields, which `help` ignores; assembled on first use."""
 
     def __init__(self, text: str) -> None:
         self._text = inspect.cleandoc(text)
@@ -113,7 +116,7 @@ class _Doc:
 
 @functools.cache
 def _field_docs(kind: type) -> dict[str, str]:
-    """What is written below each field of a class, on one line."""
+    """The string below each field of a class, on one line."""
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     except (OSError, SyntaxError):  # no source is installed

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -152,14 +152,11 @@ class ImageSplit:
 
 def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:
     """Run `task(start, stop)` over all of range(total) in threads; results in order."""
+    starts = range(0, total, HASH_CHUNK)
+    stops = [min(start + HASH_CHUNK, total) for start in starts]
     pool = ThreadPoolExecutor(max_workers=max(1, num_cores()), thread_name_prefix="hash")
     try:
-        waiting: list[tuple[int, Future[bytes]]] = []
-        for start in range(0, total, HASH_CHUNK):
-            stop = min(start + HASH_CHUNK, total)
-            waiting.append((start, pool.submit(task, start, stop)))
-        for start, future in waiting:
-            yield start, future.result()
+        yield from zip(starts, pool.map(task, starts, stops), strict=True)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

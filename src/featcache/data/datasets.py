@@ -1,4 +1,8 @@
-"""From what the user typed to a dataset: `load_dataset`."""
+"""From what the user typed to a dataset: `load_dataset`.
+
+It opens scikit-learn's digits, a torchvision dataset, a folder or a manifest as an `ImageDataset`,
+then reduces that to the number of images asked for.
+"""
 
 from __future__ import annotations
 
@@ -91,38 +95,6 @@ def _shadow_notes(config: DataConfig, name: str | None) -> tuple[str, ...]:
     return (f"using {what}, not the folder {folder}: type {folder} for the folder",)
 
 
-def load_digits(config: DataConfig) -> ImageDataset:
-    """scikit-learn's digits, 1,797 gray 8x8 images; the test split is stratified and seeded."""
-    values, labels = _read_digits()
-    pixels = np.rint(values * (255.0 / DIGITS_WHITE)).astype(np.uint8).reshape(-1, 8, 8)
-    images = [Image.fromarray(image) for image in pixels]
-    ids = [f"digits/{number:05d}" for number in range(len(images))]
-    every = ImageSplit("all", ids, labels, ArraySource(images.__getitem__))
-    fraction = config.test_fraction or DIGITS_TEST_FRACTION
-    splits = split_off_test(every, fraction, config.seed)
-    names = [str(digit) for digit in range(10)]
-    return ImageDataset("digits", "digits", splits, names, drawn=True, test_fraction=fraction)
-
-
-def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Values 0 to 16, float64 [N, 64], and labels, int64 [N].
-
-    scikit-learn ships them as one compressed table. Reading it takes a fiftieth of the time that
-    importing scikit-learn takes; if the table has moved, scikit-learn loads it.
-    """
-    spec = importlib.util.find_spec("sklearn")
-    home = Path(spec.origin).parent if spec and spec.origin else Path()
-    table_file = home / "datasets" / "data" / "digits.csv.gz"
-    if table_file.is_file():
-        with gzip.open(table_file, "rt", encoding="ascii") as file:
-            table = np.loadtxt(file, delimiter=",")
-        return table[:, :-1], table[:, -1].astype(np.int64)
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    bunch = sklearn_digits()
-    return np.asarray(bunch.data, np.float64), np.asarray(bunch.target, np.int64)
-
-
 def _memo(config: DataConfig, root: Path) -> Memo:
     """File hashes of one dataset; each has its own memo, because a memo is read as a whole."""
     place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
@@ -131,8 +103,7 @@ def _memo(config: DataConfig, root: Path) -> Memo:
 
 def _load_path(config: DataConfig, path: Path) -> ImageDataset:
     mode = _mode_of(config.dataset, path)
-    manifest = mode is not None and stat.S_ISREG(mode) and path.suffix.lower() == ".csv"
-    if manifest:
+    if mode is not None and stat.S_ISREG(mode) and path.suffix.lower() == ".csv":
         return load_manifest(config, path, _memo(config, config.image_root or path.parent))
     _refuse_manifest_flags(config)
     if mode is not None and stat.S_ISDIR(mode):
@@ -187,13 +158,10 @@ def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         total = max(1, round(len(splits["val"]) * share))
         splits["val"] = _fewer(dataset, splits["val"], total, config.seed)
     drew = any(total is not None for total in wanted.values()) and not _has_own_order(dataset)
-    return ImageDataset(
-        dataset.name,
-        dataset.kind,
-        splits,
-        dataset.class_names,
+    return dataclasses.replace(
+        dataset,
+        splits=splits,
         drawn=dataset.drawn or drew,
-        test_fraction=dataset.test_fraction,
         notes=(
             *dataset.notes,
             *_notes_on_classes(dataset, splits["train"]),
@@ -253,3 +221,35 @@ def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> I
         return split.subset(np.arange(total))
     rows = stratified_rows(split.ids, split.labels, total, seed=seed, purpose=split.name)
     return split.subset(rows)
+
+
+def load_digits(config: DataConfig) -> ImageDataset:
+    """scikit-learn's digits, 1,797 gray 8x8 images; the test split is stratified and seeded."""
+    values, labels = _read_digits()
+    pixels = np.rint(values * (255.0 / DIGITS_WHITE)).astype(np.uint8).reshape(-1, 8, 8)
+    images = [Image.fromarray(image) for image in pixels]
+    ids = [f"digits/{number:05d}" for number in range(len(images))]
+    every = ImageSplit("all", ids, labels, ArraySource(images.__getitem__))
+    fraction = config.test_fraction or DIGITS_TEST_FRACTION
+    splits = split_off_test(every, fraction, config.seed)
+    names = [str(digit) for digit in range(10)]
+    return ImageDataset("digits", "digits", splits, names, drawn=True, test_fraction=fraction)
+
+
+def _read_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Values 0 to 16, float64 [N, 64], and labels, int64 [N].
+
+    scikit-learn ships them as one compressed table. Reading it takes a fiftieth of the time that
+    importing scikit-learn takes; if the table has moved, scikit-learn loads it.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    home = Path(spec.origin).parent if spec and spec.origin else Path()
+    table_file = home / "datasets" / "data" / "digits.csv.gz"
+    if table_file.is_file():
+        with gzip.open(table_file, "rt", encoding="ascii") as file:
+            table = np.loadtxt(file, delimiter=",")
+        return table[:, :-1], table[:, -1].astype(np.int64)
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    return np.asarray(bunch.data, np.float64), np.asarray(bunch.target, np.int64)

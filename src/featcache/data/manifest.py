@@ -47,16 +47,16 @@ class _Row:
 def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     """Read a manifest.
 
-    Paths start from the manifest's folder or --image-root and must stay in it, links resolved,
-    unless --allow-outside is given. A split column says train, test or val; if there is no test,
-    val is used as test. Without that column --test-fraction sets a part aside.
+    Paths are relative to the manifest's folder or --image-root and must stay in it, links
+    resolved, unless --allow-outside is given. A split column says train, test or val; if
+    there is no test, val is used as test. Without that column --test-fraction sets a part aside.
 
     Raises:
         UserError: Something is wrong with it; the message names the line.
     """
     header, rows, left_out = _read_rows(config, file)
-    base = _Base(config, file)
-    base.check(rows)
+    root = _ImageRoot(config, file)
+    root.check(rows)
     rows = sorted(rows, key=lambda row: row.path)
     split_names = {row.split for row in rows}
     _check_splits(config, file, header, split_names)
@@ -68,8 +68,8 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
         weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
         labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
-        files = [os.path.join(base.path, r.path) for r in chosen]
-        source = FileSource(files, memo, base.path)
+        files = [os.path.join(root.path, r.path) for r in chosen]
+        source = FileSource(files, memo, root.path)
         return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
 
     if "split" in header:
@@ -164,18 +164,18 @@ def _header(file: Path, fields: list[str]) -> list[str]:
     if missing:
         raise UserError(
             f"{file}, line 1: no column {' and '.join(map(repr, missing))}; the first line is "
-            f"{','.join(fields)[:100]!r}, wanted path,label[,split][,weight]"
+            f"{','.join(fields)[:100]!r}, expected path,label[,split][,weight]"
         )
-    twice = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{file}, line 1: duplicate column {twice[0]!r}; keep one")
+    duplicates = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
+    if duplicates:
+        raise UserError(f"{file}, line 1: duplicate column {duplicates[0]!r}; keep one")
     return header
 
 
 def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
     where = f"{file}, line {line}"
     if len(fields) != len(header):
-        raise UserError(f"{where}: fields: {len(fields)}, in the header: {len(header)}")
+        raise UserError(f"{where}: fields: {len(fields)}, but the header has {len(header)}")
     values = dict(zip(header, fields, strict=True))
     if len(values["label"]) > MAX_LABEL:
         raise UserError(f"{where}: the label is too long; at most {MAX_LABEL} characters")
@@ -201,8 +201,8 @@ def _weight(where: str, text: str) -> float:
     return weight
 
 
-class _Base:
-    """The folder that a manifest's paths start from.
+class _ImageRoot:
+    """The folder that a manifest's paths are relative to.
 
     Attributes:
         path: Absolute, links resolved.
@@ -292,7 +292,7 @@ def _check_splits(config: DataConfig, file: Path, header: list[str], split_names
             )
         return
     if config.test_fraction is not None:
-        raise UserError(f"{file} has a column split of its own: leave out --test-fraction")
+        raise UserError(f"{file} has its own column split: leave out --test-fraction")
     if "train" not in split_names or len(split_names) == 1:
         lacking = "train" if "train" not in split_names else "test"
         raise UserError(

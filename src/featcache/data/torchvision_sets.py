@@ -193,11 +193,11 @@ def _split_of(name: str, part: Any, labels: Int64, memo: Memo) -> ImageSplit:
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
         source = FileSource(paths, memo, folder)
     else:
-        source = ArraySource(_picture_at(part))
+        source = ArraySource(_image_getter(part))
     return ImageSplit(name, ids, labels, source)
 
 
-def _picture_at(part: Any) -> Callable[[int], Image.Image]:
+def _image_getter(part: Any) -> Callable[[int], Image.Image]:
     def get(position: int) -> Image.Image:
         image = part[position][0]
         assert isinstance(image, Image.Image)
