@@ -1,6 +1,6 @@
 """Ridge regression onto one-hot labels: one eigendecomposition serves every alpha.
 
-With weights s of sum S, rows and labels centred, the minimiser of
+With weights s of sum S, rows and labels centered, the minimizer of
 
     sum_i s_i |onehot(y_i) - W x_i - b|^2 + alpha |W|^2
 
@@ -24,7 +24,7 @@ from featcache.heads.moments import Moments
 from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings, standardize_choices
 from featcache.heads.training_data import Rows, TrainRows
 
-# Rows on which the sharpness of the probabilities is set.
+# Rows on which the probabilities are calibrated.
 CALIBRATION_ROWS = 4096
 
 
@@ -148,7 +148,7 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
     onehot[np.arange(len(y)), y] = 1.0
     class_share = share @ onehot
     values, vectors = np.linalg.eigh(X @ X.T)
-    # Directions in which the rows do not differ carry nothing, and cannot be scaled to length one.
+    # Directions in which the rows do not differ have no information and no length to divide by.
     some = values > 1e-12 * values[-1]
     values, vectors = values[some], vectors[:, some]
     size = np.sqrt(values)
@@ -169,7 +169,7 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
 
     Ridge scores estimate one-hot labels; their plain softmax would be far too uncertain. Each row's
     score is taken as if the row had been left out (its residual over one minus its leverage), so
-    that a close fit of train is not mistaken for certainty.
+    that overfitting is not mistaken for certainty.
 
     Args:
         problem: The decomposed rows.
@@ -190,15 +190,15 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
 
 def best_factor(scores: Doubles, y: np.ndarray, weights: Doubles) -> float:
     """The positive factor on scores [n, C] that minimises their cross-entropy with labels [n]."""
-    centred = scores - scores.max(axis=1, keepdims=True)
-    own = centred[np.arange(len(y)), y]
+    centered = scores - scores.max(axis=1, keepdims=True)
+    own = centered[np.arange(len(y)), y]
     low, high = np.log(1e-2), np.log(1e4)
     # The loss is convex in the factor: halve the interval on the sign of its slope.
     for _ in range(40):
         middle = (low + high) / 2
-        p = np.exp(np.exp(middle) * centred)
+        p = np.exp(np.exp(middle) * centered)
         p /= p.sum(axis=1, keepdims=True)
-        slope = weights @ ((p * centred).sum(axis=1) - own)
+        slope = weights @ ((p * centered).sum(axis=1) - own)
         low, high = (low, middle) if slope > 0 else (middle, high)
     return float(np.exp((low + high) / 2))
 
