@@ -13,7 +13,7 @@ are decomposed instead; the formula has the same shape.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,17 +113,20 @@ def ridge_from_moments(sums: Moments, class_names: list[str], *, standardize: bo
     )
 
 
-def ridge_of(rows: TrainRows, *, standardize: bool) -> RidgeProblem:
+def ridge_of(
+    rows: TrainRows, *, standardize: bool, sums: Callable[[], Moments] | None = None
+) -> RidgeProblem:
     """Decompose rows the cheaper way.
 
     Args:
         rows: Train rows; all views count.
         standardize: Whether features are scaled to unit deviation.
+        sums: Gives their moments with products, if those are needed.
     """
     if isinstance(rows, Rows) and rows.num_values < rows.feature_dim**2:
         return ridge_from_few_rows(rows, standardize=standardize)
-    sums = rows.moments(products=True)
-    return ridge_from_moments(sums, rows.sample.class_names, standardize=standardize)
+    moments = rows.moments(products=True) if sums is None else sums()
+    return ridge_from_moments(moments, rows.sample.class_names, standardize=standardize)
 
 
 def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
@@ -259,6 +262,7 @@ class PreparedRidge:
 
     def __init__(self, rows: TrainRows, candidates: Sequence[Settings]) -> None:
         self._rows, self._candidates = rows, candidates
+        self._moments: Moments | None = None
         self._problems: dict[bool, RidgeProblem] = {}
         self._predicted: tuple[Rows, bool, list[HeldOutPredictions]] | None = None
 
@@ -302,5 +306,10 @@ class PreparedRidge:
 
     def _problem(self, scaled: bool) -> RidgeProblem:
         if scaled not in self._problems:
-            self._problems[scaled] = ridge_of(self._rows, standardize=scaled)
+            self._problems[scaled] = ridge_of(self._rows, standardize=scaled, sums=self._sums)
         return self._problems[scaled]
+
+    def _sums(self) -> Moments:
+        if self._moments is None:
+            self._moments = self._rows.moments(products=True)
+        return self._moments
