@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from featcache.heads.backends import SklearnPath, TorchPath
-from featcache.heads.lbfgs import minimise, second_moment_spectrum
+from featcache.heads.lbfgs import minimize, second_moment_spectrum
 from featcache.heads.logistic import LogisticPath, LogisticProblem
 from featcache.heads.softmax_loss import loss_in_memory
 from featcache.heads.training_data import Rows, balanced_weights
@@ -132,7 +132,7 @@ def test_not_converged_is_said():
     X, y = blobs(100)
     loss = loss_in_memory(X, y, np.full(100, 0.01), 3)
     spectrum = second_moment_spectrum(X)
-    short = minimise(loss, 1e-6, spectrum, max_iterations=2)
+    short = minimize(loss, 1e-6, spectrum, max_iterations=2)
     assert not short.converged
     assert short.gap > 1e-7 * short.objective
 

@@ -1,4 +1,4 @@
-"""The same logistic regression by scikit-learn and by torch, for comparison and trust."""
+"""The same logistic regression by scikit-learn and by torch, as a check on our own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SKLEARN_TOLERANCE = 1e-6
 
 
 class SklearnPath:
-    """Fits with scikit-learn, each C from where the one before ended.
+    """Fits with scikit-learn, each C starting where the previous one ended.
 
     Args:
         problem: The rows.
@@ -39,7 +39,7 @@ class SklearnPath:
         problem, model = self._problem, self._model
         model.set_params(C=C, tol=max(SKLEARN_TOLERANCE, tolerance))
         with warnings.catch_warnings():
-            # Convergence is reported with the fit.
+            # The fit itself says whether it converged.
             warnings.simplefilter("ignore")
             model.fit(
                 problem.features(standardize=self._standardize),
@@ -79,7 +79,7 @@ class TorchPath:
         self._point = start_point(problem.loss(standardize=standardize))
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
-        """Fit with one C, from where the last one ended."""
+        """Fit with one C, starting where the previous one ended."""
         lam = self._problem.penalty(C)
         values, vectors = self._spectrum.values, self._spectrum.vectors
         # Each eigendirection in units of its curvature, so that correlated features do not slow
@@ -94,7 +94,7 @@ class TorchPath:
     def _search(
         self, lam: float, basis: Doubles, turned: Doubles, tolerance: float
     ) -> tuple[Doubles, Solution]:
-        """Minimise from `turned` [D + 1, C], where weights are `basis @ turned[:-1]`."""
+        """Minimize from `turned` [D + 1, C], where weights are `basis @ turned[:-1]`."""
         import torch
 
         point = torch.as_tensor(turned, device=self._X.device).clone().requires_grad_(True)

@@ -39,7 +39,7 @@ def shots_summary(
 
     Returns:
         `std` is the sample standard deviation, None for one sample; `short_classes` are those
-        with fewer rows than asked for.
+        that have fewer rows.
     """
     top1 = np.array([score["test_top1"] for score in scores])
     counts = np.bincount(y, minlength=len(class_names))

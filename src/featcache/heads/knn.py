@@ -27,7 +27,7 @@ K_GRID = (50, 20, 10, 5, 3, 1)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KnnHead:
-    """Votes of the k nearest train rows, closer ones counting more.
+    """Votes of the k nearest train rows; closer rows count more.
 
     cosine: rows are scaled to length one, a neighbor's vote is exp(similarity / 0.07).
     euclidean: a neighbor's vote is one over its distance. Votes carry the row's weight.
@@ -38,7 +38,7 @@ class KnnHead:
         class_names: C names.
         k: Number of neighbors.
         metric: How nearness is measured.
-        row_weights: What each row counts for, [N], if not all count alike.
+        row_weights: What each row counts for, [N], unless all count alike.
         solver: Always "knn".
         chosen: The settings, and how they were chosen.
         scores: What it scored, by name.
@@ -78,7 +78,7 @@ class KnnHead:
 
     @property
     def num_params(self) -> int:
-        """Nothing is trained."""
+        """0: nothing is trained."""
         return 0
 
     def predict_proba(self, X: ArrayLike) -> Floats:
@@ -131,7 +131,7 @@ def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[
     """
     k = min(k, len(rows))
     dtype = np.float64 if rows.dtype == np.float64 else np.float32
-    # Distances do not change when everything moves; near the origin they lose fewer digits.
+    # Distances do not change under translation; near the origin they lose fewer digits.
     center = rows.mean(axis=0, dtype=np.float64).astype(dtype) if metric == "euclidean" else None
     base = _ready(rows.astype(dtype), center)
     squares = np.einsum("nd,nd->n", base, base) if metric == "euclidean" else None
@@ -147,7 +147,7 @@ def nearest(rows: Floats, features: Floats, k: int, metric: Metric) -> Iterator[
             log_votes = top / TEMPERATURE
         else:
             own = np.einsum("nd,nd->n", query, query)
-            # The expansion of the square rounds; the distance of the few found is taken again.
+            # The expanded square rounds; the few distances that count are computed directly.
             distance = np.linalg.norm(query[:, None] - base[index], axis=2)
             floor = np.finfo(dtype).eps * np.sqrt(own + squares.max())[:, None]
             log_votes = -np.log(np.maximum(distance, floor + np.finfo(dtype).tiny))

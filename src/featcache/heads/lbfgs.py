@@ -29,11 +29,11 @@ MEMORY = 30
 MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
-# Where an earlier solution left its class part, the first of them.
+# The first of them where an earlier solution left its class part.
 FIRST_REFRESH = 5
-# Steps at which the two ways to start are compared.
+# Steps at which the two estimates are compared.
 COMPARE = REFRESH | {1, 3}
-# So many steps together have to gain no more than the distance asked for.
+# This many steps together have to gain no more than the tolerance.
 SETTLED = 3
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
@@ -58,7 +58,7 @@ def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
     """Spectrum of X^T X / N from evenly spaced rows: a sample is enough to precondition.
 
     Args:
-        X: Centred features [N, D].
+        X: Centered features [N, D].
         max_rows: Rows to look at, at least four times the width.
     """
     step = max(1, len(X) // max(max_rows, 4 * X.shape[1]))
@@ -83,8 +83,8 @@ class _Preconditioner:
         return np.asarray(turned @ self._classes.T)
 
 
-class Start:
-    """The inverse Hessian's first estimate: the preconditioner's or the identity, scaled."""
+class InverseHessian:
+    """The first estimate of the inverse Hessian: the preconditioner or the identity, scaled."""
 
     def __init__(
         self, spectrum: Spectrum, lam: float, *, plain: bool, classes: Spectrum | None = None
@@ -138,8 +138,8 @@ class Solution:
         gap: Estimated distance of F to its minimum.
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
-        pairs: What was learnt of the loss's curvature; it holds for any penalty.
-        plain: Whether a multiple of the identity was the better start at the end.
+        pairs: What was learned of the loss's curvature; it holds for any penalty.
+        plain: Whether a multiple of the identity was the better estimate at the end.
         classes: Of the class part of the preconditioner; None where it was not needed.
     """
 
@@ -154,10 +154,10 @@ class Solution:
 
 
 class _Memory:
-    """The last steps and the gradient's changes along them, and what follows for a new gradient.
+    """The last steps and the gradient's changes along them, which give a step for a new gradient.
 
     The penalty's part of a change is lam times the step, known exactly; it is kept apart, so that
-    what was learnt under one penalty serves under the next.
+    what was learned under one penalty is useful under the next.
     """
 
     def __init__(self, lam: float, pairs: tuple[Pair, ...]) -> None:
@@ -169,7 +169,7 @@ class _Memory:
             self.add(step, whole)
 
     def add(self, step: Doubles, change: Doubles) -> None:
-        """Remember a step, unless the gradient did not grow along it."""
+        """Remember a step, if the gradient grew along it."""
         product = float(np.vdot(step, change))
         if product > 0:
             self._pairs.append((step, change, 1.0 / product))
@@ -179,7 +179,7 @@ class _Memory:
         return self._pairs[-1][:2] if self._pairs else None
 
     def pairs(self) -> tuple[Pair, ...]:
-        """What is remembered, without the penalty."""
+        """The remembered pairs, without the penalty."""
         pairs = []
         for step, change, _ in self._pairs:
             bare = change.copy()
@@ -187,20 +187,20 @@ class _Memory:
             pairs.append((step, bare))
         return tuple(pairs)
 
-    def direction(self, gradient: Doubles, start: Start) -> Doubles:
+    def direction(self, gradient: Doubles, first: InverseHessian) -> Doubles:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
         rest, factors = gradient.copy(), []
         for step, change, inverse in reversed(self._pairs):
             factor = inverse * float(np.vdot(step, rest))
             rest -= factor * change
             factors.append(factor)
-        direction = start(rest)
+        direction = first(rest)
         for (step, change, inverse), factor in zip(self._pairs, reversed(factors), strict=True):
             direction += step * (factor - inverse * float(np.vdot(change, direction)))
         return direction
 
 
-def minimise(
+def minimize(
     loss: SoftmaxLoss,
     lam: float,
     spectrum: Spectrum,
@@ -220,7 +220,7 @@ def minimise(
         before: An earlier solution for the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
             of the objective.
-        max_iterations: Give up after so many steps, with `converged` False.
+        max_iterations: Give up after this many steps, with `converged` False.
     """
     point = start_point(loss) if start is None else start
     begin = Solution(point, np.inf, np.inf, 0, False)
@@ -229,8 +229,8 @@ def minimise(
     evaluations = loss.num_evaluations
     end = _descend(loss, lam, spectrum, begin, tolerance, max_iterations)
     if not end.converged and not loss.exact:
-        # Where the loss is nearly zero float32 cannot tell how near: go on in float64. The last
-        # pairs are rounding.
+        # Where the loss is nearly zero, float32 is too coarse: continue in float64. The last pairs
+        # are rounding errors.
         loss.exact = True
         left = max_iterations - (loss.num_evaluations - evaluations)
         begin = dataclasses.replace(end, pairs=end.pairs[:-MAX_STALLED])
@@ -247,45 +247,45 @@ def _descend(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Walk down from a solution's point and pairs until the gap is small or no step gains."""
+    """Descend from a solution's point and pairs until the gap is small or no step gains."""
     point, memory = begin.point, _Memory(lam, begin.pairs)
-    start = Start(spectrum, lam, plain=begin.plain, classes=begin.classes)
-    known = start.plain or start.classes is not None
+    first = InverseHessian(spectrum, lam, plain=begin.plain, classes=begin.classes)
+    known = first.plain or first.classes is not None
     curvature = np.empty((loss.num_classes, loss.num_classes))
-    value, gradient = _penalised(loss, lam, point, None if known else curvature)
+    value, gradient = _penalized(loss, lam, point, None if known else curvature)
     if not known:
-        start.measure(curvature)
-    start.fit(memory.last(), compare=True)
+        first.measure(curvature)
+    first.fit(memory.last(), compare=True)
     best, stalled, values = _Best(point, value, np.inf), 0, [value]
     steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
-        direction = memory.direction(gradient, start)
+        direction = memory.direction(gradient, first)
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
         if _is_near(values, decrement, tolerance) or stalled == MAX_STALLED:
             break
         early = known and iteration < FIRST_REFRESH
-        refresh = curvature if iteration in REFRESH and not (early or start.plain) else None
+        refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
         found = _line_search(loss, lam, (point, value, decrement), direction, refresh)
-        if found is None and decrement / 2 > TOLERANCE * abs(value) and not start.plain:
-            start, memory = Start(spectrum, lam, plain=True), _Memory(lam, ())
-            continue  # the preconditioner led astray
+        if found is None and decrement / 2 > TOLERANCE * abs(value) and not first.plain:
+            first, memory = InverseHessian(spectrum, lam, plain=True), _Memory(lam, ())
+            continue  # the preconditioner misled the search
         if found is None:
-            break  # no decrease is left that the features' precision can show
+            break  # any decrease left is below the features' precision
         new_point, new_value, new_gradient = found
         memory.add(new_point - point, new_gradient - gradient)
         point, value, gradient = new_point, new_value, new_gradient
         values.append(value)
         if refresh is not None:
-            start.measure(refresh)
-        start.fit(memory.last(), compare=iteration in COMPARE)
+            first.measure(refresh)
+        first.fit(memory.last(), compare=iteration in COMPARE)
         steps.update()
     steps.close()
-    return _solution(best, memory, start, max(tolerance, TOLERANCE))
+    return _solution(best, memory, first, max(tolerance, TOLERANCE))
 
 
-def _solution(best: _Best, memory: _Memory, start: Start, tolerance: float) -> Solution:
+def _solution(best: _Best, memory: _Memory, first: InverseHessian, tolerance: float) -> Solution:
     return Solution(
         point=best.point,
         objective=best.value,
@@ -293,8 +293,8 @@ def _solution(best: _Best, memory: _Memory, start: Start, tolerance: float) -> S
         num_passes=0,
         converged=best.decrement / 2 <= tolerance * abs(best.value),
         pairs=memory.pairs(),
-        plain=start.plain,
-        classes=start.classes,
+        plain=first.plain,
+        classes=first.classes,
     )
 
 
@@ -309,14 +309,14 @@ def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
 
 @dataclass
 class _Best:
-    """The best point so far: at the limit of precision the last one need not be."""
+    """The best point so far; at the limit of precision it is not always the last one."""
 
     point: Doubles
     value: float
     decrement: float
 
     def update(self, point: Doubles, value: float, decrement: float) -> bool:
-        """Take a point that is lower, or as low as rounding can tell and nearer to the minimum."""
+        """Take a point that is lower, or equal up to rounding and closer to the minimum."""
         lower = value < self.value - NOISE * abs(value)
         if lower or abs(decrement) < self.decrement:
             self.point, self.value, self.decrement = point, value, abs(decrement)
@@ -332,7 +332,7 @@ def start_point(loss: SoftmaxLoss) -> Doubles:
     return point
 
 
-def _penalised(
+def _penalized(
     loss: SoftmaxLoss, lam: float, point: Doubles, curvature: Doubles | None
 ) -> tuple[float, Doubles]:
     weight = point[:-1]
@@ -357,7 +357,7 @@ def _line_search(
     length = 1.0
     for _ in range(30):
         new_point = point - length * direction
-        new_value, gradient = _penalised(loss, lam, new_point, curvature)
+        new_value, gradient = _penalized(loss, lam, new_point, curvature)
         if new_value <= value - 1e-4 * length * decrement + NOISE * abs(value):
             return new_point, new_value, gradient
         length /= 2

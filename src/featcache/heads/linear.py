@@ -23,9 +23,9 @@ Ints = NDArray[np.int64]
 BLOCK_ROWS = 8192
 # Weight zero and this bias: a class without train rows is never predicted.
 ABSENT_BIAS = -1e4
-# Moving bits and multiplying has no branches. numpy converts float16 one by one, with branches that
-# zeros among other values make unpredictable: without this a streamed ridge fit takes 1.7 times as
-# long.
+# `widen` moves bits and multiplies, without branches. numpy converts float16 one by one, with
+# branches that zeros among other values make unpredictable: a whole streamed run then takes 20 to
+# 30 % more processor time.
 _EXPONENT = np.uint16(0x7C00)
 # The sign, and a half's exponent and fraction moved up to where a single has the end of its own.
 _BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)

@@ -22,7 +22,7 @@ from featcache.heads.lbfgs import (
     TOLERANCE,
     Solution,
     Spectrum,
-    minimise,
+    minimize,
     second_moment_spectrum,
 )
 from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks, widen
@@ -142,7 +142,7 @@ class LogisticPath:
             C: Inverse strength of the regularization, above zero.
             tolerance: How far the objective may be from its minimum, relative to itself.
         """
-        solution = minimise(
+        solution = minimize(
             self._loss,
             self._problem.penalty(C),
             self._spectrum,
@@ -276,7 +276,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
     path = LogisticPath(near, standardize=standardize)
     path.fit(C)
     start = path.last()
-    solution = minimise(
+    solution = minimize(
         streamed_loss(rows, near, standardize=standardize),
         near.penalty(C, moments.total),
         near.spectrum(standardize=standardize),

@@ -1,6 +1,6 @@
 """Ridge regression onto one-hot labels: one eigendecomposition serves every alpha.
 
-With weights s of sum S, rows and labels centred, the minimiser of
+With weights s of sum S, rows and labels centered, the minimizer of
 
     sum_i s_i |onehot(y_i) - W x_i - b|^2 + alpha |W|^2
 
@@ -13,7 +13,7 @@ are decomposed instead; the formula has the same shape.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from featcache.heads.moments import Moments
 from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings, standardize_choices
 from featcache.heads.training_data import Rows, TrainRows
 
-# Rows on which the sharpness of the probabilities is set.
+# Rows on which the probabilities are calibrated.
 CALIBRATION_ROWS = 4096
 
 
@@ -113,17 +113,20 @@ def ridge_from_moments(sums: Moments, class_names: list[str], *, standardize: bo
     )
 
 
-def ridge_of(rows: TrainRows, *, standardize: bool) -> RidgeProblem:
+def ridge_of(
+    rows: TrainRows, *, standardize: bool, sums: Callable[[], Moments] | None = None
+) -> RidgeProblem:
     """Decompose rows the cheaper way.
 
     Args:
         rows: Train rows; all views count.
         standardize: Whether features are scaled to unit deviation.
+        sums: Gives their moments with products, if those are needed.
     """
     if isinstance(rows, Rows) and rows.num_values < rows.feature_dim**2:
         return ridge_from_few_rows(rows, standardize=standardize)
-    sums = rows.moments(products=True)
-    return ridge_from_moments(sums, rows.sample.class_names, standardize=standardize)
+    moments = rows.moments(products=True) if sums is None else sums()
+    return ridge_from_moments(moments, rows.sample.class_names, standardize=standardize)
 
 
 def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
@@ -148,7 +151,7 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
     onehot[np.arange(len(y)), y] = 1.0
     class_share = share @ onehot
     values, vectors = np.linalg.eigh(X @ X.T)
-    # Directions in which the rows do not differ carry nothing, and cannot be scaled to length one.
+    # Directions in which the rows do not differ have no information and no length to divide by.
     some = values > 1e-12 * values[-1]
     values, vectors = values[some], vectors[:, some]
     size = np.sqrt(values)
@@ -169,7 +172,7 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
 
     Ridge scores estimate one-hot labels; their plain softmax would be far too uncertain. Each row's
     score is taken as if the row had been left out (its residual over one minus its leverage), so
-    that a close fit of train is not mistaken for certainty.
+    that overfitting is not mistaken for certainty.
 
     Args:
         problem: The decomposed rows.
@@ -190,15 +193,15 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
 
 def best_factor(scores: Doubles, y: np.ndarray, weights: Doubles) -> float:
     """The positive factor on scores [n, C] that minimises their cross-entropy with labels [n]."""
-    centred = scores - scores.max(axis=1, keepdims=True)
-    own = centred[np.arange(len(y)), y]
+    centered = scores - scores.max(axis=1, keepdims=True)
+    own = centered[np.arange(len(y)), y]
     low, high = np.log(1e-2), np.log(1e4)
     # The loss is convex in the factor: halve the interval on the sign of its slope.
     for _ in range(40):
         middle = (low + high) / 2
-        p = np.exp(np.exp(middle) * centred)
+        p = np.exp(np.exp(middle) * centered)
         p /= p.sum(axis=1, keepdims=True)
-        slope = weights @ ((p * centred).sum(axis=1) - own)
+        slope = weights @ ((p * centered).sum(axis=1) - own)
         low, high = (low, middle) if slope > 0 else (middle, high)
     return float(np.exp((low + high) / 2))
 
@@ -259,6 +262,7 @@ class PreparedRidge:
 
     def __init__(self, rows: TrainRows, candidates: Sequence[Settings]) -> None:
         self._rows, self._candidates = rows, candidates
+        self._moments: Moments | None = None
         self._problems: dict[bool, RidgeProblem] = {}
         self._predicted: tuple[Rows, bool, list[HeldOutPredictions]] | None = None
 
@@ -302,5 +306,10 @@ class PreparedRidge:
 
     def _problem(self, scaled: bool) -> RidgeProblem:
         if scaled not in self._problems:
-            self._problems[scaled] = ridge_of(self._rows, standardize=scaled)
+            self._problems[scaled] = ridge_of(self._rows, standardize=scaled, sums=self._sums)
         return self._problems[scaled]
+
+    def _sums(self) -> Moments:
+        if self._moments is None:
+            self._moments = self._rows.moments(products=True)
+        return self._moments

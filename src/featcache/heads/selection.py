@@ -107,7 +107,7 @@ class InMemoryData:
             UserError: Fewer than two classes have rows.
         """
         train = self.train
-        counted = np.flatnonzero(train.weights)  # rows of weight 0 are as good as absent
+        counted = np.flatnonzero(train.weights)  # rows of weight 0 do not count
         if len(counted) < train.num_rows:
             train = train.take(counted)
         check_classes(train.y, train.class_names)
@@ -219,7 +219,6 @@ def choose_solver(
 
 def choose(solver: Solver, selection: Selection) -> Choice:
     """Choose a solver's settings."""
-    # The sample of the rows to be fitted: streamed ones have the same for all parts.
     series = solver.series(selection.train.sample)
     if sum(map(len, series)) == 1:
         return Choice(settings=series[0][0], chosen_on="nothing: all settings were given")

@@ -33,9 +33,9 @@ class SoftmaxLoss:
         feature_dim: Width D.
         num_classes: Number C of classes.
         class_share: Total weight of every class, [C].
-        num_evaluations: How often the rows were passed over so far.
-        exact: Whether arithmetic is done in float64 even where features are float32: slower, and
-            needed only to tell apart losses that are nearly zero.
+        num_evaluations: Passes over the rows so far.
+        exact: Whether to compute in float64 even where features are float32: slower, and needed
+            only to distinguish losses that are nearly zero.
     """
 
     blocks: Callable[[], Iterator[Block]]
@@ -69,7 +69,7 @@ class SoftmaxLoss:
                 outer += p.T @ (p * share[:, None])
             p *= share[:, None]
             gradient[-1] += p.sum(axis=0, dtype=np.float64)
-            # The shares as they are here, rounded: a gradient of another sum never reaches zero.
+            # The shares as rounded here: with other sums the gradient would never reach zero.
             present += np.bincount(y, share, self.num_classes)
             p[np.arange(len(y)), y] -= share
             gradient[:-1] += X.T @ p

@@ -34,6 +34,7 @@ from featcache.heads.training_data import (
     check_finite,
     cut_batches,
     sample_weights,
+    surely_finite,
 )
 from featcache.random_order import epoch_order
 from featcache.runtime import available_memory
@@ -48,7 +49,6 @@ HELD_BYTES, SAMPLE_BYTES, WINDOW_BYTES = 48 << 20, 96 << 20, 96 << 20
 MAX_HELD = 100_000
 # Neighboring rows that are shuffled as one when an epoch's order is drawn.
 SHUFFLE_ROWS = 512
-
 
 Item = TypeVar("Item")
 
@@ -98,7 +98,7 @@ class RowReader:
         for view in range(self.split.num_views):
             for start in range(0, places, READ_ROWS):
                 kept, features = self.split.read(range(start, min(start + READ_ROWS, places)), view)
-                if not self.checked:
+                if not self.checked and not surely_finite(features):
                     check_finite(features, self.split.ids[kept], self.split.name)
                 if len(features):
                     yield view, kept, features
@@ -109,7 +109,7 @@ class RowReader:
 class StreamedRows:
     """Train rows that are read anew at each pass: all of them, or all but the held-out ones.
 
-    Offers solvers what `Rows` does; only `sample` is in memory.
+    Implements `TrainRows`; only `sample` is in memory.
 
     Attributes:
         reader: Reads them.
