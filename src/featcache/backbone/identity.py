@@ -1,4 +1,4 @@
-"""Which network and weights a command means, in a form that can be compared."""
+"""The identity of a command's network and weights, in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from featcache.runtime import version_of
 
 
 def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo:
-    """Say which network and weights a command means, without torch where that is already known.
+    """Identify the network and weights of a command, without torch where they are known already.
 
-    Answers are remembered in `cache_dir` under the weights file's size, times and inode.
+    Identities are remembered in `cache_dir` under the weights file's size, times and inode.
 
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had or do not fit.
+        UserError: Unknown backbone, or weights that cannot be obtained or do not fit.
     """
     is_file = config.weights not in NAMED_WEIGHTS
     spec = str(given_file(config).absolute()) if is_file else config.weights
@@ -70,7 +70,7 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> di
 
 
 def _is_still(file: WeightsFile) -> bool:
-    """Whether the file was left alone while it was read."""
+    """Whether the file was unchanged while it was read."""
     try:
         return stamp_of(os.stat(file.path)) == stamp_of(file.status)
     except OSError:
