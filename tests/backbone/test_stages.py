@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import featcache.backbone as bb
-from featcache.backbone.load import frozen_features
+from featcache.backbone.load import without_head
 from featcache.backbone.stages import StageFeatures, stage_columns
 from featcache.config import BackboneInfo, ExtractConfig, StageColumns
 from featcache.engine.fusion import fuse_for_cpu
@@ -22,7 +22,7 @@ RESNET18 = {
 
 
 def plain(name: str) -> torch.nn.Module:
-    return frozen_features(bb.build_network(name, seed=0))
+    return without_head(bb.build_network(name, seed=0))
 
 
 def images(side: int = 64) -> torch.Tensor:

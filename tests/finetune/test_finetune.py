@@ -16,7 +16,7 @@ import featcache.finetune.setup as preparation
 import featcache.finetune.training as run_module
 from data_helpers import make_folder
 from featcache.backbone import build_classifier
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, Preprocessing
 from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.finetune import finetune, finetune_report, summary_lines
@@ -348,17 +348,19 @@ class TestResume:
         checkpoint = checkpoint_path(config.output)
         before = checkpoint.read_bytes()
         for change, name in (
-            ({"lr": 0.01}, r"plan\.lr 0\.001 there, 0\.01 here"),
-            ({"seed": 7}, r"plan\.seed 42 there, 7 here"),
-            ({"num_train": 30}, "dataset [0-9a-f]{40} there"),
+            ({"lr": 0.01}, r"plan\.lr was 0\.001, is 0\.01"),
+            ({"seed": 7}, r"plan\.seed was 42, is 7"),
+            ({"num_train": 30}, "dataset was [0-9a-f]{40}, is [0-9a-f]{40}"),
         ):
-            with pytest.raises(UserError, match=f"of a run with other settings.*{name}") as caught:
+            with pytest.raises(
+                UserError, match=f"was made with different settings.*{name}"
+            ) as caught:
                 finetune(dataclasses.replace(config, **change))
             assert str(checkpoint) in str(caught.value)
             assert checkpoint.read_bytes() == before
         report = finetune(dataclasses.replace(config, lr=0.01, resume=False))
         assert report["num_resumed_epochs"] == 0
-        with pytest.raises(UserError, match=r"model\.safetensors is of a run with other settings"):
+        with pytest.raises(UserError, match=r"model\.safetensors was made with different settings"):
             finetune(config)
 
     def test_a_run_that_another_one_writes_is_refused(
@@ -413,7 +415,7 @@ class TestLoss:
         self, pets: Path, tmp_path: Path
     ) -> None:
         config = settings(pets, tmp_path, lr=1e36, optimizer="sgd", batch_size=11)
-        with pytest.raises(FeatcacheError, match=r"epoch 1, step 2.*--lr is 1e\+36: type a lower"):
+        with pytest.raises(FeatcacheError, match=r"epoch 1, step 2.*--lr is 1e\+36: use a lower"):
             finetune(config)
         assert not config.output.exists()
 
@@ -466,7 +468,8 @@ class TestEarlyStopping:
             shutil.copy(file, file.with_name(f"{file.stem} (1).png"))
         config = settings(root, tmp_path, patience=1, holdout=0.3)
         split = load_dataset(config).splits["train"]
-        left, held, told = hold_out(Images(split, split), None, config)
+        prep = Preprocessing(image_px=SIDE, resize="squash", resize_px=SIDE)
+        left, held, told = hold_out(Images(split, split, prep), None, config)
         seen = [{row.tobytes() for row in part.split.content} for part in (left, held)]
         assert not seen[0] & seen[1]
         assert len(left) + len(held) == 66
@@ -501,7 +504,7 @@ class TestBadPictures:
         assert (report["num_train"], report["num_test"]) == (32, 11)
         saved = RunReport.load(config.output.with_suffix(".json"))
         assert "test/eel/02.png" not in saved.test.ids
-        assert "2 unreadable pictures left out" in "\n".join(summary_lines(report))
+        assert "2 unreadable images left out" in "\n".join(summary_lines(report))
 
     def test_all_bad_is_an_error(self, damaged: Path, tmp_path: Path) -> None:
         for path in (damaged / "test").rglob("*.png"):
@@ -524,7 +527,7 @@ class TestBatches:
 
     def test_a_size_that_the_network_does_not_take(self, pets: Path, tmp_path: Path) -> None:
         config = settings(pets, tmp_path, backbone="squeezenet1_1", image_px=8)
-        with pytest.raises(UserError, match="squeezenet1_1 does not take pictures of 8 px"):
+        with pytest.raises(UserError, match="squeezenet1_1 does not take images of 8 px"):
             finetune(config)
 
 

@@ -114,7 +114,7 @@ class TestSamePath:
         code, out, err = run(capsys, head_file, root / "pets" / "train", "--topk", 2, "--json")
         assert code == 0
         report = json.loads(out)
-        assert "16 of 16 pictures classified" in err
+        assert "16 of 16 images classified" in err
         assert [p["path"] for p in report["predictions"]] == [
             str(root / "pets" / name) for name in split.ids
         ]
@@ -238,7 +238,7 @@ class TestLibrary:
             ),
             (np.zeros((3, 4, 5), np.uint8), r"an array uint8 \[3, 4, 5\]"),
             (io.StringIO("x"), "picture 0 is a str: give a path"),
-            (7, "a int is no picture: give a path"),
+            (7, "not an image but int: give a path"),
             (b"no picture", "picture 0: not a picture"),
         ],
     )
@@ -262,7 +262,7 @@ class TestLibrary:
 
     def test_a_model_has_no_features_to_give(self, tmp_path: Path) -> None:
         model = Classifier.load(make_model(tmp_path / "m.safetensors"))
-        with pytest.raises(UserError, match="is a fine-tuned model, which gives classes alone"):
+        with pytest.raises(UserError, match="is a fine-tuned model, which gives classes only"):
             model.features(picture(1))
 
     def test_errors_name_what_python_calls_it(self, head_file: Path) -> None:
@@ -369,7 +369,7 @@ class TestCommand:
         assert [Path(row["path"]).name for row in rows] == ["a.png", "c.png"]
         assert f"skipped {tmp_path / 'b.png'}: not a picture" in err
         assert f"skipped {tmp_path / 'gone.png'}: missing" in err
-        assert "2 of 4 pictures classified, 2 unreadable and left out" in err
+        assert "2 of 4 images classified, 2 unreadable and left out" in err
         code, out, err = run(capsys, *words, "--on-error", "fail")
         assert code == 2
         assert "b.png: not a picture; repair or remove it" in err
@@ -560,7 +560,7 @@ class TestInputs:
         def denied(path: str) -> object:
             raise PermissionError(13, "Permission denied", path)
 
-        with pytest.raises(UserError, match=r"there is no .*gone\.png: give pictures, folders"):
+        with pytest.raises(UserError, match=r"there is no .*gone\.png: give images, folders"):
             find_pictures([f"{tmp_path}/gone.png"])
         monkeypatch.setattr(os, "lstat", denied)
         assert find_pictures(["/secret/a.png"]) == ["/secret/a.png"]
@@ -584,7 +584,9 @@ class TestInputs:
                 return chunk * (size or 0)
 
         monkeypatch.setattr("featcache.predict.pictures.MAX_LIST_BYTES", 1 << 20)
-        with pytest.raises(UserError, match="standard input is no list of pictures"):
+        with pytest.raises(
+            UserError, match="standard input is not a list of paths: give one a line"
+        ):
             find_pictures(["-"], Endless())
 
     def test_folders_are_walked_in_order(self, tmp_path: Path) -> None:
@@ -626,14 +628,14 @@ class TestInputs:
     def test_nothing_to_do_is_the_users_mistake(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(UserError, match="no picture in"):
+        with pytest.raises(UserError, match="no image in"):
             find_pictures([str(tmp_path)])
         with pytest.raises(UserError, match=r"there is no a\.jpg, nor any of 1 others"):
             find_pictures(["a.jpg", "b.jpg"])
         feed(monkeypatch, b"\n")
         code, _, err = run(capsys, "head", "-")
         assert code == 2
-        assert "standard input named no picture" in err
+        assert "standard input named no image" in err
         assert run(capsys, "head")[0] == 2
 
     def test_the_command_reads_the_list(

@@ -34,7 +34,7 @@ def parse_checkpoint(data: bytes, name: str) -> State:
         name: What messages call it.
 
     Raises:
-        UserError: It holds something else, or is made to keep the program busy.
+        UserError: It is not a state dict, or is built to keep the program busy.
     """
     import torch
 
@@ -87,13 +87,13 @@ def _unwrapped(loaded: object, name: str) -> State:
 
 
 def _check_pickles(data: bytes, pickles: Pickles) -> None:
-    """Walk the pickles that torch.load would execute, as it finds them."""
+    """Scan the pickles that torch.load would execute, found the way torch finds them."""
     import torch
 
     if data[:4] != b"PK\3\4":  # the format of before torch 1.6: five pickles, then tensors
         file = io.BytesIO(data)
         for _ in range(5):
-            pickles.walk(file)
+            pickles.scan(file)
         return
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         unpacked = sum(item.file_size for item in archive.infolist())
@@ -103,11 +103,11 @@ def _check_pickles(data: bytes, pickles: Pickles) -> None:
         )
     # torch's own reader: another one could find another record of that name.
     reader = torch._C.PyTorchFileReader(io.BytesIO(data))
-    pickles.walk(io.BytesIO(reader.get_record("data.pkl")))
+    pickles.scan(io.BytesIO(reader.get_record("data.pkl")))
 
 
 class _Node:
-    """A container while a pickle is walked; everything else is a text or None."""
+    """A container while a pickle is scanned; everything else is a string or None."""
 
     __slots__ = ("depth", "items")
 
@@ -123,8 +123,8 @@ _FREE = ("LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "POP", "POP_MARK", "STOP
 class Pickles:
     """Follows a pickle's opcodes without executing any, and adds up what executing would cost.
 
-    A tuple that holds another one twice, 60 times over, is a few hundred bytes, but hashing it as
-    a key takes 2**60 steps, which nothing can interrupt.
+    Sixty tuples, each containing the one before twice, take a few hundred bytes, but hashing the
+    last as a key takes 2**60 steps, which nothing can interrupt.
 
     Attributes:
         name: What messages call the file.
@@ -141,15 +141,15 @@ class Pickles:
         self._memo: dict[Any, Any] = {}
 
     def foreign(self) -> list[str]:
-        """What is named besides tensors and plain containers."""
+        """Names of classes and functions other than tensors and plain containers."""
         return [".".join(item) for item in self.globals if item[0] not in _TENSOR_MODULES]
 
-    def walk(self, file: BinaryIO) -> None:
+    def scan(self, file: BinaryIO) -> None:
         """Follow one pickle to its end.
 
         Raises:
             UserError: Executing it would take too long.
-            ValueError: It is no pickle.
+            ValueError: It is not a pickle.
         """
         self._stack, self._memo = [], {}
         for opcode, arg, _ in pickletools.genops(file):

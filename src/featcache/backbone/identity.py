@@ -1,4 +1,4 @@
-"""Which network and weights a command means, in a form that can be compared."""
+"""The identity of a command's network and weights, in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from featcache.backbone.load import frozen_features, loaded_network
+from featcache.backbone.load import loaded_network, without_head
 from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
 from featcache.backbone.weights import (
     NAMED_WEIGHTS,
@@ -25,12 +25,12 @@ from featcache.runtime import version_of
 
 
 def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo:
-    """Say which network and weights a command means, without torch where that is already known.
+    """Identify the network and weights of a command, without torch where they are known already.
 
-    Answers are remembered in `cache_dir` under the weights file's size, times and inode.
+    Identities are remembered in `cache_dir` under the weights file's size, times and inode.
 
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had or do not fit.
+        UserError: Unknown backbone, or weights that cannot be obtained or do not fit.
     """
     is_file = config.weights not in NAMED_WEIGHTS
     spec = str(given_file(config).absolute()) if is_file else config.weights
@@ -80,12 +80,12 @@ def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
     from featcache.backbone.stages import stage_columns
 
     assert config.stage_pool is not None
-    network = frozen_features(build_network(config.backbone, seed=0))
+    network = without_head(build_network(config.backbone, seed=0))
     return stage_columns(network, config.preprocessing(own).image_px, config.stage_pool)
 
 
 def _is_still(file: WeightsFile) -> bool:
-    """Whether the file was left alone while it was read."""
+    """Whether the file was unchanged while it was read."""
     try:
         return stamp_of(os.stat(file.path)) == stamp_of(file.status)
     except OSError:

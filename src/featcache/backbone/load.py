@@ -1,4 +1,4 @@
-"""Networks with their weights in: frozen without a head, or whole with a fresh one."""
+"""Networks with their weights loaded: frozen without a head, or whole with a fresh one."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
         a gradient.
 
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had, do not fit, or have changed.
+        UserError: Unknown backbone, or weights that are missing, do not fit, or have changed.
     """
-    network = _identified(config, seed, info.weights_sha256 if info else None)
-    return frozen_features(network, info.stages if info else None)
+    network = verified_network(config, seed, info.weights_sha256 if info else None)
+    return without_head(network, info.stages if info else None)
 
 
-def frozen_features(model: nn.Module, stages: StageColumns | None = None) -> nn.Module:
+def without_head(model: nn.Module, stages: StageColumns | None = None) -> nn.Module:
     """Take the head off a network, freeze the rest, and add the columns of its stages."""
     from torch import nn
 
@@ -58,12 +58,12 @@ def build_classifier(
         sha256: What `identify` found the weights to be; others are refused.
 
     Raises:
-        UserError: Unknown backbone, or weights that cannot be had, do not fit, or have changed.
+        UserError: Unknown backbone, or weights that are missing, do not fit, or have changed.
     """
     import torch
     from torch import nn
 
-    model = _identified(config, seed, sha256)
+    model = verified_network(config, seed, sha256)
     name, old = head_of(model)
     dim = feature_dim_of(old)
     weight, bias = (torch.from_numpy(array) for array in init_linear(dim, num_classes, seed))
@@ -77,19 +77,28 @@ def build_classifier(
     return model
 
 
-def _identified(config: BackboneConfig, seed: int, sha256: str | None) -> nn.Module:
-    """The network, if its weights are those with the given sha256."""
+class OtherWeightsError(UserError):
+    """The weights are not the ones that were asked for; `found` is their sha256."""
+
+    def __init__(self, what: str, found: str) -> None:
+        super().__init__(f"{what} changed during the run: run the same command again")
+        self.found = found
+
+
+def verified_network(config: BackboneConfig, seed: int, sha256: str | None) -> nn.Module:
+    """The whole network, if its weights are those with the given sha256.
+
+    Raises:
+        OtherWeightsError: They are not.
+        UserError: Unknown backbone, or weights that cannot be obtained or do not fit.
+    """
     file = weights_of(config)
     if file is not None and sha256 not in (None, file.sha256):
-        raise _changed(str(file.path))
+        raise OtherWeightsError(str(file.path), file.sha256)
     model = loaded_network(config, seed, file)
-    if file is None and sha256 not in (None, state_sha256(model)):
-        raise _changed("what --weights random draws")
+    if file is None and sha256 is not None and sha256 != (found := state_sha256(model)):
+        raise OtherWeightsError("what --weights random draws", found)
     return model
-
-
-def _changed(what: str) -> UserError:
-    return UserError(f"{what} changed during the run: run the same command again")
 
 
 def loaded_network(config: BackboneConfig, seed: int, file: WeightsFile | None) -> nn.Module:

@@ -68,10 +68,10 @@ def read_weights(path: Path) -> WeightsFile:
 
 
 def weights_of(config: BackboneConfig) -> WeightsFile | None:
-    """Read the weights that a command means, downloading them if need be; None for random ones.
+    """Read the weights of a command, downloading them if needed; None for random ones.
 
     Raises:
-        UserError: They cannot be had.
+        UserError: They cannot be obtained.
     """
     if config.weights == "imagenet":
         download(config.backbone)
@@ -138,10 +138,10 @@ def own_preprocessing(config: BackboneConfig, file: WeightsFile | None = None) -
 
     Args:
         config: Which backbone and weights.
-        file: What `weights_of` read of them, if it has; read anew unless given.
+        file: What `weights_of` read; read again unless given.
 
     Raises:
-        UserError: The file cannot be read, or its metadata holds something else.
+        UserError: The file cannot be read, or its metadata has no valid preprocessing.
     """
     if config.weights not in ("imagenet", "random"):
         file = file or read_weights(given_file(config))
@@ -165,7 +165,7 @@ def _stored_preprocessing(path: Path, stored: str) -> Preprocessing:
         values.setdefault("resize_px", values["image_px"])
         return Preprocessing.from_dict(values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: its metadata holds no usable preprocessing: {error}") from error
+        raise UserError(f"{path}: its metadata has no usable preprocessing: {error}") from error
 
 
 def download(backbone: str) -> None:
@@ -194,13 +194,13 @@ def read_state(path: Path) -> State:
     """The state dict in a .safetensors or .pth file; nothing in the file is executed.
 
     Raises:
-        UserError: The file is not one, or holds something else.
+        UserError: The file is not a weights file.
     """
     return read_weights(path).tensors()
 
 
 def _without_prefix(state: State, body: State, source: str) -> tuple[State, list[str]]:
-    """Take the network's own tensors out of whatever was saved around them.
+    """Pick the network's own tensors out of everything that was saved with them.
 
     Training scripts put their network under a name (`module.`, `backbone.`, `encoder_q.`), with
     heads, queues and twins beside it. The right prefix is that under which most of the network's
@@ -210,7 +210,7 @@ def _without_prefix(state: State, body: State, source: str) -> tuple[State, list
         Tensors whose names began with the prefix, without it; and the names of the others.
 
     Raises:
-        UserError: Two networks are there, and neither is known to be the trained one.
+        UserError: There are two networks, and neither is known to be the trained one.
     """
     deepest = 1 + max(name.count(".") for name in body)
     found: Counter[str] = Counter()
@@ -220,7 +220,7 @@ def _without_prefix(state: State, body: State, source: str) -> tuple[State, list
         found.update(key.removesuffix(end) for end in ends & body.keys())
     most = max(found.values(), default=0)
     best = sorted((start for start in found if found[start] == most), key=len)
-    # MoCo keeps a slowly moving copy, encoder_k, beside the network that was trained.
+    # MoCo keeps a moving average, encoder_k, beside the network that was trained.
     trained = [start for start in best if start.endswith("encoder_q.")]
     if len(best) > 1 and len(trained) != 1 and most == len(body):
         names = listed([shown(start.rstrip(".") or "no prefix", 60) for start in best], 4)
@@ -233,7 +233,7 @@ def _without_prefix(state: State, body: State, source: str) -> tuple[State, list
 
 
 def load_matching(model: nn.Module, state: State, source: str, backbone: str) -> None:
-    """Load everything but the head; a network of another shape is the user's mistake.
+    """Load everything but the head; a network of another shape is a UserError.
 
     Tensors beside the network, such as prototypes or a projection, are left out and named.
     """
@@ -263,7 +263,7 @@ def load_matching(model: nn.Module, state: State, source: str, backbone: str) ->
         say(f"{source}: left out {len(others)} of its tensors, no part of a {backbone}: {names}")
     for name, tensor in given.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{source}: {name} holds values that are not finite")
+            raise UserError(f"{source}: {name} has values that are not finite")
         own[name].copy_(tensor)
 
 

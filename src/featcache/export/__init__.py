@@ -1,4 +1,4 @@
-"""LoadedClassifier classifiers as files for other runtimes: ONNX and torch.export."""
+"""Trained classifiers as files for other runtimes: ONNX and torch.export."""
 
 from featcache.export.command import export, summary_lines
 

@@ -1,7 +1,7 @@
 """`featcache export`: a trained classifier as one graph that needs neither featcache nor its cache.
 
 The graph is normalisation, backbone and head (standardisation is folded into the head), from
-pictures that are already resized and cropped to logits and probabilities. It computes in float32
+images that are already resized and cropped to logits and probabilities. It computes in float32
 throughout, even where the head's train features were stored in half precision. The file is checked
 against torch before it gets its name.
 """
@@ -66,7 +66,7 @@ def onnx_bytes(program: torch.export.ExportedProgram, about: dict[str, Any]) -> 
     _tidy(model.graph)
     if model.ByteSize() > MAX_ONNX_BYTES:
         raise UserError(
-            f"the network takes {model.ByteSize() / 1e9:.1f} GB, an ONNX file holds 2 GB: give "
+            f"the network takes {model.ByteSize() / 1e9:.1f} GB, an ONNX file can hold 2 GB: give "
             "--output FILE.pt2"
         )
     data: bytes = model.SerializeToString()
@@ -121,9 +121,9 @@ def pt2_runner(path: Path) -> Runner:
 
 # Largest difference allowed between the file's outputs and torch's, relative to the largest output.
 TOLERANCE = 1e-4
-# Sample pictures for the check, in batches of these sizes.
+# Sample images for the check, in batches of these sizes.
 BATCHES = (1, 3, 5)
-# What an exported file says about itself is in its metadata.
+# An exported file describes itself in its metadata.
 MARKS = re.compile(rb"featcache_version")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -136,7 +136,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Returns:
         The JSON report; `max_difference` is the worst absolute difference between the file's
-        outputs and torch's on sample pictures.
+        outputs and torch's on sample images.
 
     Raises:
         UserError: Wrong input, or a package for ONNX is missing.
@@ -191,7 +191,7 @@ def describe(trained: LoadedClassifier, config: ExportConfig) -> dict[str, Any]:
     """What the file says about itself, as JSON."""
     side = trained.preprocessing.image_px
     if config.input == "uint8":
-        what = "pictures already resized and cropped as preprocessing says, RGB, 0 to 255"
+        what = "images already resized and cropped as preprocessing says, RGB, 0 to 255"
         taken = {"name": "pixels", "dtype": "uint8", "shape": ["batch", side, side, 3]}
     else:
         what = "the same scaled to 0 to 1, minus mean, divided by std, per channel"
@@ -238,7 +238,7 @@ def _write(
 
 
 def sample_batches(trained: LoadedClassifier, about: dict[str, Any]) -> list[torch.Tensor]:
-    """Sample pictures in batches of several sizes, as the graph takes them."""
+    """Sample images in batches of several sizes, as the graph takes them."""
     import torch
 
     from featcache.data import normalize
@@ -252,7 +252,7 @@ def sample_batches(trained: LoadedClassifier, about: dict[str, Any]) -> list[tor
 
 
 def capture(graph: ClassifierGraph, example: torch.Tensor) -> torch.export.ExportedProgram:
-    """The graph as a program that takes any number of pictures."""
+    """The graph as a program that takes any number of images."""
     import torch
 
     batch = torch.export.Dim("batch")
@@ -306,6 +306,6 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"{' and '.join(OUTPUT_NAMES)}",
         f"worst difference from torch {report['max_difference']:.1e} "
         f"({report['max_relative_difference']:.1e} of the largest output) on "
-        f"{report['num_checked']} sample pictures",
+        f"{report['num_checked']} sample images",
         f"file: {report['output']}",
     ]

@@ -1,4 +1,4 @@
-"""A run's state after an epoch, from which it goes on as if it had never stopped.
+"""A run's state after an epoch, from which it resumes as if it had never stopped.
 
 One safetensors file: the tensors that training moves, the optimizer's, and those of the best epoch
 so far where early stopping needs them; counters as JSON in its metadata. Nothing else carries state
@@ -96,10 +96,10 @@ def remove_checkpoint(path: Path) -> None:
 def load_checkpoint(
     path: Path, key: str, trainable: TrainableModel, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
-    """Put a run back to where its checkpoint was written.
+    """Restore a run's state from its checkpoint.
 
     Returns:
-        What had been done; None when there is no checkpoint, or it is another run's.
+        What the run had done; None when there is no checkpoint, or it is another run's.
 
     Raises:
         FeatcacheError: The checkpoint is this run's but damaged.
@@ -119,7 +119,7 @@ def load_checkpoint(
         return Progress(**{**counters, "best": groups["best"]})
     except (UserError, KeyError, ValueError, TypeError) as error:
         raise FeatcacheError(
-            f"{path} is damaged ({error}); delete it, then the same command starts afresh"
+            f"{path} is damaged ({error}); delete it, then rerun the same command to start over"
         ) from error
 
 
@@ -138,10 +138,10 @@ def check_same_run(output: Path, decisive: dict[str, Any]) -> None:
         differ = [name for name in ours if name in there and there[name] != ours[name]]
         if differ:
             said = ", ".join(
-                f"{name} {there[name]!s:.40} there, {ours[name]!s:.40} here" for name in differ[:3]
+                f"{name} was {there[name]!s:.40}, is {ours[name]!s:.40}" for name in differ[:3]
             )
             raise UserError(
-                f"{path} is of a run with other settings ({said}): give another --output, or "
+                f"{path} was made with different settings ({said}): give another --output, or "
                 "--no-resume to replace it"
             )
 
@@ -194,14 +194,14 @@ def load_moving(trainable: TrainableModel, tensors: State) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             if tensor.shape != tensors[name].shape:
-                raise ValueError(f"{name} has another shape")
+                raise ValueError(f"{name} has a different shape")
             tensor.copy_(tensors[name])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: State) -> None:
     """Restore the optimizer's tensors, each in its parameter's memory layout.
 
-    The layout matters: another one would take other code paths, and their rounding differs.
+    The layout matters: other layouts take other code paths, which round differently.
     """
     import torch
 

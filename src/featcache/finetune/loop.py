@@ -46,13 +46,14 @@ DECODED_BYTES = 1_500_000_000
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """One split without its bad pictures.
+    """One split without its unreadable images, as the network takes them.
 
-    `source` holds the pixels in memory where they fit; otherwise every pass decodes them anew.
+    `source` has the pixels in memory where they fit; otherwise every pass decodes them again.
     """
 
     split: ImageSplit
     source: ImageSplit | DecodedSplit
+    prep: Preprocessing
 
     def __len__(self) -> int:
         return len(self.split)
@@ -73,8 +74,16 @@ class Images:
         """The images of the given rows, in that order; pixels are shared where they are views."""
         split = self.split.subset(rows, name=name)
         if isinstance(self.source, ImageSplit):
-            return Images(split, split)
-        return Images(split, DecodedSplit(split, self.source.pixels[rows], self.source.good[rows]))
+            return Images(split, split, self.prep)
+        pixels, good = self.source.pixels[rows], self.source.good[rows]
+        return Images(split, DecodedSplit(split, pixels, good), self.prep)
+
+    def batches(self, placement: Placement) -> Generator[Batch, None, None]:
+        """Every image in order, in batches for a pass without training."""
+        order = np.arange(len(self))
+        yield from iterate_batches(
+            self.source, order, EVAL_BATCH_SIZE, self.prep, workers=placement.workers
+        )
 
 
 def read_images(
@@ -86,7 +95,7 @@ def read_images(
         The usable images, and how many were left out.
 
     Raises:
-        UserError: A picture is bad under `on_error="fail"`, or none is usable.
+        UserError: An image is unreadable under `on_error="fail"`, or none is usable.
     """
     bad: list[int] = []
 
@@ -102,7 +111,7 @@ def read_images(
         for index, image in iterate_pixels(split, range(len(split)), prep, workers=workers):
             if isinstance(image, BadImage):
                 on_bad(index, image)
-    images = Images(split, decoded or split)
+    images = Images(split, decoded or split, prep)
     if len(bad) == len(split):
         raise UserError(f"not one image of split {split.name} could be read; check the dataset")
     if bad:
@@ -116,7 +125,7 @@ def hold_out(
     """Set aside what early stopping watches: the dataset's own val split, or a part of train.
 
     Returns:
-        What is left to train on, what is held out, and in words what that is.
+        What is left to train on, what is held out, and in words what was held out.
 
     Raises:
         UserError: Train is too small to hold anything out.
@@ -180,7 +189,7 @@ class Placement:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a pass without training found.
+    """The result of a pass without training.
 
     `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class, `loss`
     the mean cross-entropy.
@@ -197,7 +206,6 @@ def train_epoch(
     trainable: TrainableModel,
     optimizer: torch.optim.Optimizer,
     images: Images,
-    prep: Preprocessing,
     placement: Placement,
     epoch: int,
 ) -> tuple[float, float, float]:
@@ -207,7 +215,6 @@ def train_epoch(
         trainable: The classifier and what of it trains.
         optimizer: From `trainable.make_optimizer()`.
         images: The train split.
-        prep: The network's preprocessing.
         placement: Where to compute.
         epoch: Counted from 0; with the seed it decides order, flips and dropout.
 
@@ -227,7 +234,7 @@ def train_epoch(
     steps_per_epoch = num_steps(len(images), trainable)
     step, total_loss, seen = epoch * steps_per_epoch, 0.0, 0
     with (
-        closing(_train_batches(trainable, images, prep, placement, epoch)) as batches,
+        closing(_train_batches(trainable, images, placement, epoch)) as batches,
         progress(len(images), f"epoch {epoch + 1}/{recipe.epochs}", leave=False) as bar,
     ):
         while True:
@@ -241,7 +248,12 @@ def train_epoch(
                 group["lr"] = group["base_lr"] * factor
             weights = None if images.weights is None else images.weights[rows]
             loss = _step(
-                trainable, optimizer, placement, placement.inputs(pixels, prep), labels, weights
+                trainable,
+                optimizer,
+                placement,
+                placement.inputs(pixels, images.prep),
+                labels,
+                weights,
             )
             if not math.isfinite(loss):
                 raise FeatcacheError(
@@ -293,7 +305,7 @@ def _not_finite(recipe: TrainingRecipe, epoch: int, step: int, loss: float) -> s
         rates += f", --backbone-lr {recipe.backbone_lr:g}"
     return (
         f"the loss became {loss} in epoch {epoch + 1}, step {step + 1}, and training stopped "
-        f"before that update; {rates}: type a lower one"
+        f"before that update; {rates}: use a lower one"
     )
 
 
@@ -303,14 +315,19 @@ def _dropout_seed(seed: int, epoch: int) -> int:
 
 
 def _train_batches(
-    trainable: TrainableModel, images: Images, prep: Preprocessing, placement: Placement, epoch: int
+    trainable: TrainableModel, images: Images, placement: Placement, epoch: int
 ) -> Generator[Batch, None, None]:
-    """The epoch's batches; a lone last image joins the batch before where BatchNorm needs it."""
+    """The epoch's batches; where BatchNorm needs it, a last batch of one joins the one before."""
     recipe = trainable.recipe
     order = epoch_order(len(images), recipe.seed, epoch)
     flips = flip_mask(len(images), recipe.seed, epoch)[order] if recipe.flip else None
     batches = iterate_batches(
-        images.source, order, recipe.batch_size, prep, workers=placement.workers, flip_mask=flips
+        images.source,
+        order,
+        recipe.batch_size,
+        images.prep,
+        workers=placement.workers,
+        flip_mask=flips,
     )
     merge = trainable.uses_batch_statistics() and recipe.batch_size > 1
     yield from _with_lone_merged(batches) if merge else batches
@@ -334,9 +351,7 @@ def _with_lone_merged(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield held
 
 
-def score(
-    model: torch.nn.Module, images: Images, prep: Preprocessing, placement: Placement
-) -> Scores:
+def score(model: torch.nn.Module, images: Images, placement: Placement) -> Scores:
     """Classify every image of a split, in eval mode; the model is left in eval mode."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -346,13 +361,10 @@ def score(
     num = len(images)
     predicted, confidence = np.zeros(num, np.int64), np.zeros(num, np.float32)
     total_loss = 0.0
-    batches = iterate_batches(
-        images.source, np.arange(num), EVAL_BATCH_SIZE, prep, workers=placement.workers
-    )
     with torch.inference_mode(), progress(num, f"score {images.split.name}", leave=False) as bar:
-        for pixels, labels, rows in batches:
+        for pixels, labels, rows in images.batches(placement):
             with placement.autocast():
-                logits = model(placement.inputs(pixels, prep))
+                logits = model(placement.inputs(pixels, images.prep))
             logits = logits.float().cpu()
             total_loss += float(cross_entropy(logits, torch.from_numpy(labels), reduction="sum"))
             best = logits.softmax(1).max(1)

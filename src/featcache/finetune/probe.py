@@ -1,22 +1,22 @@
 """Where a head starts: from a file, or from a linear probe fitted in memory.
 
-A random head sends large, aimless gradients into the backbone during the first steps and spoils
-what it knows; a head that already fits the frozen features does not.
+A random head sends large, aimless gradients into the backbone during the first steps and destroys
+what it has learned; a head that already fits the frozen features does not.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import BackboneInfo, Preprocessing
-from featcache.data import iterate_batches
+from featcache.config import BackboneInfo
 from featcache.data.sampling import held_out_rows, stratified_rows
 from featcache.errors import CacheError, UserError, listed
 from featcache.finetune.loop import Images, Placement
-from featcache.finetune.trainable import EVAL_BATCH_SIZE, TrainableModel
+from featcache.finetune.trainable import TrainableModel
 from featcache.heads import LinearHead, check_head_fits
 from featcache.heads.files import parse_head
 from featcache.heads.linear import Floats
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from featcache.heads.estimator import FeatureHeadClassifier
+
 MAX_PROBE_ROWS = 20_000
 """More rows hardly move a starting point, and their features would have to fit in memory."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Values of C to choose from, on features scaled to unit variance overall."""
 CHOICE_SHARE = 0.2
+ABSENT_BIAS = -10.0
 
 Float32 = NDArray[np.float32]
 
@@ -45,23 +48,18 @@ def set_head(head: nn.Module, weight: Floats, bias: Floats) -> None:
             parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
 
 
-def frozen_features(
-    trainable: TrainableModel, images: Images, prep: Preprocessing, placement: Placement
-) -> Float32:
-    """What enters the head, for every image, the network in eval mode: float32 [N, D]."""
+def frozen_features(trainable: TrainableModel, images: Images, placement: Placement) -> Float32:
+    """The head's input for every image, with the network in eval mode: float32 [N, D]."""
     import torch
 
     caught: list[torch.Tensor] = []
     handle = trainable.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     features = np.empty((len(images), trainable.head_width()), np.float32)
     trainable.model.eval()
-    batches = iterate_batches(
-        images.source, np.arange(len(images)), EVAL_BATCH_SIZE, prep, workers=placement.workers
-    )
     try:
         with torch.inference_mode():
-            for pixels, _, rows in batches:
-                trainable.model(placement.inputs(pixels, prep))
+            for pixels, _, rows in images.batches(placement):
+                trainable.model(placement.inputs(pixels, images.prep))
                 features[rows] = caught.pop().float().cpu().numpy()
     finally:
         handle.remove()
@@ -69,15 +67,12 @@ def frozen_features(
 
 
 def fit_probe(
-    trainable: TrainableModel,
-    images: Images,
-    prep: Preprocessing,
-    placement: Placement,
-    num_classes: int,
+    trainable: TrainableModel, images: Images, placement: Placement, num_classes: int
 ) -> dict[str, float]:
     """Start the head from logistic regression on the frozen features of the train images.
 
-    The regularisation is chosen on a held-out fifth of these images, then all of them are fitted.
+    The regularization is chosen on a held-out fifth of these images, then all of them are fitted.
+    Classes without an image get no weight and a low bias.
 
     Returns:
         What was chosen: the strength C and the number of images.
@@ -87,47 +82,46 @@ def fit_probe(
         split = images.split
         rows = stratified_rows(split.ids, split.labels, MAX_PROBE_ROWS, seed=seed, purpose="probe")
         images = images.subset(rows, "train")
-    features, labels = frozen_features(trainable, images, prep, placement), images.split.labels
+    features = frozen_features(trainable, images, placement)
     # One scale for all: scaling each feature by itself would blow up those that hardly vary here
     # but begin to once the backbone moves.
     mean = features.mean(0)
     scale = max(float((features - mean).std()), 1e-6)
     scaled = (features - mean) / scale
     strength = _choose_strength(scaled, images, seed)
-    weight, bias = _fit(scaled, labels, strength, num_classes)
+    probe = _fitted(scaled, images.split.labels, strength)
     # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
-    weight = weight / np.float32(scale)
+    weight = np.zeros((num_classes, len(mean)), np.float32)
+    bias = np.full(num_classes, ABSENT_BIAS, np.float32)
+    weight[probe.classes_] = probe.coef_ / scale
+    bias[probe.classes_] = probe.intercept_
     set_head(trainable.head, weight, bias - weight @ mean)
     return {"C": strength, "num_images": len(images)}
 
 
 def _choose_strength(scaled: Float32, images: Images, seed: int) -> float:
-    split = images.split
+    labels = images.split.labels
     num = round(CHOICE_SHARE * len(images))
-    rows = held_out_rows(split, num, seed=seed, purpose="probe-choice")
-    rest = np.setdiff1d(np.arange(len(images)), rows)
-    num_classes = int(split.labels.max()) + 1
-    if len(rows) == 0 or len(np.unique(split.labels[rest])) < 2:
+    held = held_out_rows(images.split, num, seed=seed, purpose="probe-choice")
+    rest = np.setdiff1d(np.arange(len(images)), held)
+    if len(held) == 0 or len(np.unique(labels[rest])) < 2:
         return STRENGTHS[1]
-    scores = []
-    for strength in STRENGTHS:
-        weight, bias = _fit(scaled[rest], split.labels[rest], strength, num_classes)
-        logits = scaled[rows] @ weight.T + bias
-        scores.append(float((logits.argmax(1) == split.labels[rows]).mean()))
-    return STRENGTHS[int(np.argmax(scores))]  # the strongest regularisation among equals
+    scores = [
+        _fitted(scaled[rest], labels[rest], strength).score(scaled[held], labels[held])
+        for strength in STRENGTHS
+    ]
+    return STRENGTHS[int(np.argmax(scores))]  # the strongest regularization among equals
 
 
-def _fit(
-    scaled: Float32, labels: NDArray[np.int64], strength: float, num_classes: int
-) -> tuple[Float32, Float32]:
-    """Multinomial logistic regression; classes without a row get no weight and a low bias."""
+def _fitted(scaled: Float32, labels: NDArray[np.int64], strength: float) -> FeatureHeadClassifier:
+    from sklearn.exceptions import ConvergenceWarning
+
     from featcache.heads.estimator import FeatureHeadClassifier
 
-    weight = np.zeros((num_classes, scaled.shape[1]), np.float32)
-    bias = np.full(num_classes, -10.0, np.float32)
-    fitted = FeatureHeadClassifier(strength=strength).fit(scaled, labels)
-    weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
-    return weight, bias
+    with warnings.catch_warnings():
+        # A starting point need not be the optimum.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return FeatureHeadClassifier(strength=strength).fit(scaled, labels)
 
 
 def head_to_start_from(file: TensorFile, info: BackboneInfo, class_names: list[str]) -> LinearHead:

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, kw_only=True)
 class FinetuneRun:
-    """Everything that a run holds while it lasts.
+    """Everything that a run works with.
 
-    `decisive` is all that decides its outcome, as JSON; `chosen_on` says in words which images
-    chose something; `read_seconds` is what reading and decoding took before the first epoch;
-    `checkpoint_s` is the least time between checkpoints.
+    `decisive` is everything that decides its outcome, as JSON; `chosen_on` says in words which
+    images a setting was chosen on; `read_seconds` is the time of reading and decoding before the
+    first epoch; `checkpoint_s` is the least time between checkpoints.
     """
 
     config: FinetuneConfig
@@ -58,11 +58,6 @@ class FinetuneRun:
     probe: dict[str, float] = field(default_factory=dict)
     checkpoint_s: float = 0.0
 
-    @property
-    def prep(self) -> Preprocessing:
-        """How a picture becomes the network's input."""
-        return self.info.preprocessing
-
 
 def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
@@ -72,7 +67,7 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Fine
         dataset: What to train and score on; what the settings name unless given.
 
     Raises:
-        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+        UserError: Wrong input, or an unreadable image under `on_error="fail"`.
     """
     recipe = resolve_recipe(config)
     head_file = _check_given(config)
@@ -132,7 +127,7 @@ def _noted(dataset: ImageDataset) -> ImageDataset:
 
 
 def check_files(config: FinetuneConfig, output: Path) -> None:
-    """Refuse to write over what is read, or over what no fine-tuning wrote.
+    """Refuse to replace an input, or a file that fine-tuning did not write.
 
     Raises:
         UserError: Naming the file.
@@ -169,7 +164,7 @@ def _place(model: nn.Module, placement: Placement) -> None:
 
 
 def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:
-    """See whether the network takes pictures of the size asked for.
+    """Check that the network takes images of the size asked for.
 
     Raises:
         UserError: It does not.
@@ -183,7 +178,7 @@ def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) ->
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(
-            f"{config.backbone} does not take pictures of {side} px ({reason}); "
+            f"{config.backbone} does not take images of {side} px ({reason}); "
             "choose another size with --image-px, for example 224"
         ) from error
 

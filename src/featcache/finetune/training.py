@@ -67,8 +67,8 @@ def finetune_report(
         What the run measured; the model file and the report file are written.
 
     Raises:
-        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
-        FeatcacheError: The loss is not finite any more, or the GPU's memory is too small.
+        UserError: Wrong input, or an unreadable image under `on_error="fail"`.
+        FeatcacheError: The loss is no longer finite, or the GPU's memory is too small.
         StorageError: A file could not be written, or another run is writing it.
     """
     import torch
@@ -88,7 +88,7 @@ def finetune_report(
                 return _finished(run) or _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
-            f"the memory of the GPU is too small for --batch-size {config.batch_size}: type a "
+            f"the memory of the GPU is too small for --batch-size {config.batch_size}: use a "
             "lower one, or --device cpu"
         ) from error
 
@@ -108,10 +108,10 @@ def _execute(run: FinetuneRun, start: float) -> RunReport:
         progress = Progress()
         _initialise_head(run)
     else:
-        say(f"going on after epoch {num_resumed} of {run.recipe.epochs} from {checkpoint}")
+        say(f"resuming after epoch {num_resumed} of {run.recipe.epochs} from {checkpoint}")
     start -= progress.seconds
     scores = _train(run, optimizer, progress, start)
-    assert run.trainable.frozen_sha256() == frozen, "a frozen part of the network moved"
+    assert run.trainable.frozen_sha256() == frozen, "a frozen part of the network changed"
     report = _report(run, progress, scores, num_resumed)
     _write_model(run, report)
     key = run_key(run.decisive)
@@ -124,7 +124,7 @@ def _execute(run: FinetuneRun, start: float) -> RunReport:
 
 
 def _finished(run: FinetuneRun) -> RunReport | None:
-    """The report of the same run, if its model is there as it was written."""
+    """The report of the same run, if it is finished and its model file is unchanged."""
     path = run.output.with_suffix(".json")
     if not (run.config.resume and run.output.is_file() and path.is_file()):
         return None
@@ -147,27 +147,25 @@ def _initialise_head(run: FinetuneRun) -> None:
         set_head(run.trainable.head, run.init_head.weight, run.init_head.bias)
     elif run.recipe.probe:
         num_classes = len(run.dataset.class_names)
-        run.probe = fit_probe(run.trainable, run.train, run.prep, run.placement, num_classes)
+        run.probe = fit_probe(run.trainable, run.train, run.placement, num_classes)
 
 
 def _train(
     run: FinetuneRun, optimizer: torch.optim.Optimizer, progress: Progress, start: float
 ) -> Scores:
-    """Train the epochs that are left; ends with the test scores of the model that is kept."""
+    """Train the remaining epochs; returns the test scores of the model that is kept."""
     recipe, trainable, scores = run.recipe, run.trainable, None
     for epoch in range(len(progress.epochs), recipe.epochs):
         if recipe.patience and progress.stale_epochs >= recipe.patience:
             say(f"stopped early: no gain since epoch {progress.best_epoch}")
             break
-        loss, seconds, wait = train_epoch(
-            trainable, optimizer, run.train, run.prep, run.placement, epoch
-        )
+        loss, seconds, wait = train_epoch(trainable, optimizer, run.train, run.placement, epoch)
         record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
         if run.held is not None:
-            _judge(run, progress, record)
+            _score_held_out(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
         if run.config.score == "epoch" or epoch + 1 == recipe.epochs:
-            scores = score(trainable.model, run.test, run.prep, run.placement)
+            scores = score(trainable.model, run.test, run.placement)
             record |= {"test_top1": scores.top1, "test_loss": scores.loss}
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
@@ -182,13 +180,13 @@ def _train(
     if progress.best and progress.best_epoch != len(progress.epochs):
         load_moving(trainable, progress.best)
         scores = None
-    return scores or score(trainable.model, run.test, run.prep, run.placement)
+    return scores or score(trainable.model, run.test, run.placement)
 
 
-def _judge(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
+def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
-    held = score(run.trainable.model, run.held, run.prep, run.placement)
+    held = score(run.trainable.model, run.held, run.placement)
     record |= {"val_top1": held.top1, "val_loss": held.loss, "val_seconds": held.seconds}
     if (held.top1, -held.loss) > progress.best_score:
         progress.best_score, progress.best_epoch = (held.top1, -held.loss), record["epoch"]
@@ -259,7 +257,7 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
     card = ModelCard(
         backbone=run.info.backbone,
         class_names=run.dataset.class_names,
-        preprocessing=run.prep,
+        preprocessing=run.info.preprocessing,
         provenance={**report.provenance, "recipe": report.more["recipe"]},
         scores=scores,
     )
@@ -270,7 +268,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     low, high = report["test_interval"]
     skipped = sum(report["num_skipped"].values())
-    left_out = f"; {skipped} unreadable pictures left out" if skipped else ""
+    left_out = f"; {skipped} unreadable images left out" if skipped else ""
     done = ["already trained, nothing to do; --no-resume trains again"] if report["hit"] else []
     return [
         *done,

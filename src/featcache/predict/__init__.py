@@ -1,4 +1,4 @@
-"""LoadedClassifier classifiers on new pictures."""
+"""Trained classifiers on new images."""
 
 from featcache.predict.classifier import Classifier, Prediction
 from featcache.predict.command import predict, summary_lines

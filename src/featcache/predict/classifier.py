@@ -1,4 +1,4 @@
-"""A trained classifier on new pictures: `Classifier.load(path).predict(pictures)`."""
+"""A trained classifier on new images: `Classifier.load(path).predict(pictures)`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featcache.engine import Engine
 
 Row = NDArray[np.float32]
-# Neighbours of many pictures are found together: the train rows are read once for all of them.
+# Neighbors of many images are found together: the train rows are read once for all of them.
 KNN_ROWS = 512
 # For all classifiers, since a lock cannot be pickled; engines are built one at a time anyway.
 _CHOOSING = threading.Lock()
@@ -38,7 +38,7 @@ _CHOOSING = threading.Lock()
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says about one picture.
+    """The predicted class of one image.
 
     Attributes:
         label: The likeliest class.
@@ -52,7 +52,7 @@ class Prediction:
 
 
 class Classifier:
-    """A head with its backbone, or a fine-tuned model, ready for pictures.
+    """A head with its backbone, or a fine-tuned model, ready for images.
 
     Several threads may use one; it pickles, and chooses its engine again where it arrives.
 
@@ -62,10 +62,10 @@ class Classifier:
             print(prediction.label, prediction.probability)
 
     Args:
-        trained: What `load_classifier` gave.
+        trained: From `load_classifier`.
         device: auto, cpu, cuda or mps.
         batch_size: Images per forward pass; measured unless given.
-        workers: Threads; as many as cores unless given.
+        workers: Threads; one per core unless given.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Classifier:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a picture becomes the network's input."""
+        """How an image becomes the network's input."""
         return self.trained.preprocessing
 
     @property
@@ -121,41 +121,41 @@ class Classifier:
         return self.trained.provenance
 
     def predict(self, pictures: Picture | Iterable[Picture], topk: int = 1) -> list[Prediction]:
-        """Classify pictures.
+        """Classify images.
 
         Args:
             pictures: One or many: paths, PIL images of any mode, files' bytes, files opened in
                 binary mode, or arrays uint8 [H, W], [H, W, C] or [N, H, W, C] with C of 1, 3 (RGB)
                 or 4 (RGBA).
-            topk: Name so many of the likeliest classes.
+            topk: Number of likeliest classes to return.
 
         Returns:
-            One prediction per picture, in their order.
+            One prediction per image, in order.
 
         Raises:
-            UserError: A picture cannot be read.
+            UserError: An image cannot be read.
         """
         return [self.prediction(row, topk) for row in self.predict_proba(pictures)]
 
     def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
-        """Probabilities [N, C] of pictures, which `predict` describes.
+        """Probabilities [N, C] of images; `predict` describes `pictures`.
 
         Raises:
-            UserError: A picture cannot be read.
+            UserError: An image cannot be read.
         """
         split = split_of(pictures)
         return _filled(split, self.stream(split), len(self.trained.class_names))
 
     def features(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
-        """Features [N, D] of pictures, which `predict` describes: what a cache has of them.
+        """Features [N, D] of images, as a cache would store them; `predict` describes `pictures`.
 
         Raises:
-            UserError: A picture cannot be read, or a fine-tuned model classifies.
+            UserError: An image cannot be read, or this is a fine-tuned model.
         """
         head = self.trained.head
         if head is None:
             raise UserError(
-                f"{self.trained.path} is a fine-tuned model, which gives classes alone: load a "
+                f"{self.trained.path} is a fine-tuned model, which gives classes only: load a "
                 "head that train-head wrote for features"
             )
         split = split_of(pictures)
@@ -171,7 +171,7 @@ class Classifier:
         return Prediction(best[0][0], best[0][1], best)
 
     def engine(self, num_images: int) -> Engine:
-        """What runs the network; chosen on first use, measured when there are many images."""
+        """The engine that runs the network; chosen on first use, measured for many images."""
         from featcache.engine import choose_engine
 
         with _CHOOSING:
@@ -188,14 +188,14 @@ class Classifier:
     def stream(
         self, split: ImageSplit, timer: StageTimer | None = None
     ) -> Generator[tuple[int, Row | BadImage], None, None]:
-        """Classify the pictures of a split in order, in bounded memory.
+        """Classify the images of a split in order, in bounded memory.
 
         Args:
-            split: The pictures.
-            timer: Gets seconds by stage.
+            split: The images.
+            timer: Records seconds by stage.
 
         Yields:
-            The row, and probabilities [C] or the reason why there are none.
+            The row, and its probabilities [C] or the reason why there are none.
         """
         timer = timer or StageTimer()
         together = KNN_ROWS if isinstance(self.trained.head, KnnHead) else 1
@@ -210,7 +210,7 @@ class Classifier:
     def _outputs(
         self, split: ImageSplit, timer: StageTimer
     ) -> Generator[tuple[int, Row | BadImage], None, None]:
-        """What the network gives for every picture, from the threads that extraction uses."""
+        """The network's output for every image, computed as extraction computes it."""
         with timer("choose_engine"):
             engine = self.engine(len(split))
         rows, prep = range(len(split)), self.trained.preprocessing
@@ -233,10 +233,10 @@ class Classifier:
 def _filled(
     split: ImageSplit, stream: Generator[tuple[int, Row | BadImage], None, None], width: int
 ) -> NDArray[np.float32]:
-    """Every picture's row, [N, width].
+    """Every image's row, [N, width].
 
     Raises:
-        UserError: A picture cannot be read.
+        UserError: An image cannot be read.
     """
     rows = np.zeros((len(split), width), np.float32)
     with contextlib.closing(stream):
@@ -250,7 +250,7 @@ def _filled(
 def _precision(trained: LoadedClassifier, device: str) -> Literal["float32", "amp"]:
     """How to compute, so that the features are those that the head was trained on.
 
-    The quantised network of int8 follows from train images that are not here.
+    An int8 network cannot be rebuilt: it was calibrated on train images, which are not here.
     """
     if trained.precision == "amp" and device == "cuda":
         return "amp"

@@ -60,8 +60,8 @@ def prediction_writer(
     Args:
         kind: table, csv or jsonl.
         output: A file, or standard output where there is none.
-        paths: Of every picture that may come, for the width of columns.
-        class_names: Likewise.
+        paths: Of every image, for the width of columns.
+        class_names: All of them, likewise.
         topk: Classes per prediction.
 
     Yields:
@@ -84,7 +84,7 @@ def prediction_writer(
 
 @contextlib.contextmanager
 def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes text; file names that are not UTF-8 come out as they went in."""
+    """A function that writes text; file names that are not UTF-8 keep their bytes."""
     if output is None:
         # A terminal gets no control characters; programs get names as they are.
         shown = _visible_line if sys.stdout.isatty() else str
@@ -166,17 +166,17 @@ BAR_DELAY_S = 1.0
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """Classify pictures and write what they are.
+    """Classify images and write their predictions.
 
     Args:
         config: The command's settings.
 
     Returns:
-        The JSON report; with `json`, all predictions are in it. `exit_code` is 1 where pictures
+        The JSON report; with `json`, all predictions are in it. `exit_code` is 1 where images
         were skipped.
 
     Raises:
-        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+        UserError: Wrong input, or an unreadable image under `on_error="fail"`.
         CacheError: The backbone's weights are not those that the head was trained on.
         StorageError: The output cannot be written.
     """
@@ -219,7 +219,7 @@ def _classify(
     writers: list[Write],
     timer: StageTimer,
 ) -> list[dict[str, str]]:
-    """Send every picture's prediction to the writers; returns the pictures that had none."""
+    """Send every image's prediction to the writers; returns the images that had none."""
     split, skipped = split_of(paths), []
     # Rows that scroll by on the same screen show the progress themselves.
     on_screen = config.output is None and not config.json and sys.stdout.isatty()
@@ -238,10 +238,11 @@ def _classify(
 
 
 def _skip(config: PredictConfig, path: str, bad: BadImage) -> dict[str, str]:
-    """Say which picture is unreadable, or end the run."""
+    """Report an unreadable image, or end the run."""
     if config.on_error == "fail":
         raise UserError(
-            f"{path}: {bad}; repair or remove it, or leave such pictures out with --on-error skip"
+            f"{path}: {bad}; repair or remove it, or leave unreadable images out with "
+            "--on-error skip"
         )
     say(f"skipped {path}: {bad}")
     return {"path": path, "reason": bad.reason, "detail": bad.detail}
@@ -283,7 +284,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     num, skipped = report["num_images"], report["num_skipped"]
     left_out = f", {skipped} unreadable and left out" if skipped else ""
     lines = [
-        f"{num - skipped} of {num} pictures classified{left_out}, in "
+        f"{num - skipped} of {num} images classified{left_out}, in "
         f"{report['seconds_total']:.1f} s by {report['classifier']}"
     ]
     return lines + ([f"predictions: {report['output']}"] if report["output"] else [])

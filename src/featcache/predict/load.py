@@ -1,4 +1,4 @@
-"""From a head or model file to the network that it was trained with, and proof that it is that one.
+"""A head or model file with the network that it was trained with, proven to be that one.
 
 A head file names its backbone's weights and their sha256; other weights would give other features,
 so they are refused. A model file holds all of its network.
@@ -17,11 +17,9 @@ from featcache.backbone import (
     feature_dim_of,
     file_sha256,
     head_of,
-    state_sha256,
-    weights_of,
 )
-from featcache.backbone.load import frozen_features, loaded_network
-from featcache.backbone.weights import NAMED_WEIGHTS, WeightsFile
+from featcache.backbone.load import OtherWeightsError, verified_network, without_head
+from featcache.backbone.weights import NAMED_WEIGHTS
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, UserError, one_of
 from featcache.heads import Head
@@ -37,7 +35,7 @@ CACHE_SUFFIXES = (".h5", ".hdf5", ".part")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedClassifier:
-    """What a classifier file stands for.
+    """A classifier loaded from a file.
 
     Attributes:
         path: The file.
@@ -45,7 +43,7 @@ class LoadedClassifier:
         network: Frozen, in eval mode, on the CPU: float32 images [N, 3, H, W] to [N, D] or [N, C].
         head: What turns features into classes; None for a model.
         class_names: C names.
-        preprocessing: How a picture becomes the network's input.
+        preprocessing: How an image becomes the network's input.
         backbone: The torchvision network's name.
         dtype: As which type the head's train features were stored.
         precision: How they were computed.
@@ -80,12 +78,12 @@ def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -
 
     Args:
         path: A file that train-head or finetune wrote.
-        weights: Where a head's backbone has its weights, if not where they are looked for: the
-            working directory and the head's own.
+        weights: The weights file of a head's backbone, if it is neither in the working directory
+            nor in the head's.
         seed: Draws the backbone's weights, if the head was trained on random ones.
 
     Raises:
-        UserError: The file is missing, damaged or neither of the two, or the weights cannot be had.
+        UserError: The file is missing, damaged or neither of the two, or the weights are missing.
         CacheError: The weights are not those that the head was trained on.
     """
     if path.suffix in CACHE_SUFFIXES and path.is_file():
@@ -128,7 +126,7 @@ def _backbone_of(head: Head, path: Path) -> BackboneInfo:
         info = BackboneInfo.from_dict(head.provenance["backbone"])
         for name in ("backbone", "weights", "weights_sha256"):
             if not isinstance(getattr(info, name), str):
-                raise TypeError(f"{name} is no text")
+                raise TypeError(f"{name} is not a string")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} does not say which backbone it is for ({error!s:.100}): run train-head again"
@@ -148,24 +146,21 @@ def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) 
     config = BackboneConfig(
         backbone=info.backbone, weights=weights or _find_weights(info, path), device="cpu"
     )
-    file = weights_of(config)
-    if file is not None:
-        _check_file(info, path, config, file)  # before it is called unfit for the network
-    network = loaded_network(config, seed, file)
-    if file is None:
-        what = f"the random weights that --seed {seed} draws here"
-        _check_hash(info, path, what, state_sha256(network), "give extract-features' --seed")
+    try:
+        network = verified_network(config, seed, info.weights_sha256)
+    except OtherWeightsError as error:
+        raise _trained_on_others(info, path, config, seed, error.found) from error
     dim = feature_dim_of(head_of(network)[1])
     wanted = info.stages.widths[-1] if info.stages else info.feature_dim
     if dim != wanted:
         raise CacheError(
             f"{path} is for {wanted} features, {info.backbone} gives {dim}: run train-head again"
         )
-    return frozen_features(network, info.stages)
+    return without_head(network, info.stages)
 
 
 def _find_weights(info: BackboneInfo, path: Path) -> str:
-    """The name that `--weights` would have: of weights by file, look here and beside the head."""
+    """What `--weights` would be; weights files are sought here and beside the head."""
     if info.weights in NAMED_WEIGHTS:
         return info.weights
     name = Path(info.weights).name
@@ -179,18 +174,18 @@ def _find_weights(info: BackboneInfo, path: Path) -> str:
     return str((right or there)[0])
 
 
-def _check_file(info: BackboneInfo, path: Path, config: BackboneConfig, file: WeightsFile) -> None:
-    what = str(file.path) if config.weights not in NAMED_WEIGHTS else f"--weights {config.weights}"
+def _trained_on_others(
+    info: BackboneInfo, path: Path, config: BackboneConfig, seed: int, found: str
+) -> CacheError:
+    what = f"--weights {config.weights}" if config.weights in NAMED_WEIGHTS else config.weights
     advice = "give the file that it was trained on as --weights FILE, or run train-head again"
-    _check_hash(info, path, what, file.sha256, advice)
-
-
-def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: str) -> None:
-    if found != info.weights_sha256:
-        raise CacheError(
-            f"{path} was trained on weights {info.weights} with sha256 {info.weights_sha256}, but "
-            f"{what} has {found}: {advice}"
-        )
+    if config.weights == "random":
+        what = f"the random weights that --seed {seed} draws here"
+        advice = "give extract-features' --seed"
+    return CacheError(
+        f"{path} was trained on weights {info.weights} with sha256 {info.weights_sha256}, but "
+        f"{what} has {found}: {advice}"
+    )
 
 
 def _load_model(file: TensorFile) -> LoadedClassifier:
@@ -209,7 +204,7 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
-                f"{path} is a damaged model, {name} holds values that are not finite: write it "
+                f"{path} is a damaged model, {name} has values that are not finite: write it "
                 "again with finetune"
             )
     return LoadedClassifier(

@@ -23,7 +23,7 @@ MAX_LIST_BYTES = 1 << 28
 
 
 def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[str]:
-    """Paths of the pictures that `inputs` name, in the order given.
+    """Paths of the images that `inputs` name, in the order given.
 
     Args:
         inputs: Files (whatever their names end in), folders, or "-".
@@ -34,8 +34,8 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
         Paths as given; those from folders sorted, under the folder's name as given.
 
     Raises:
-        UserError: A folder cannot be listed or holds no picture, nothing named exists, or
-            standard input is no list of paths.
+        UserError: A folder cannot be listed or has no image, nothing named exists, or
+            standard input is not a list of paths.
     """
     paths: list[str] = []
     for word in inputs:
@@ -46,15 +46,15 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
         else:
             paths.append(word)
     if not paths:
-        raise UserError("standard input named no picture: give paths, one a line or NUL-separated")
+        raise UserError("standard input named no image: give paths, one a line or NUL-separated")
     if STANDARD_INPUT not in inputs and all(map(_is_missing, paths)):
         more = f", nor any of {len(paths) - 1} others" if len(paths) > 1 else ""
-        raise UserError(f"there is no {paths[0]}{more}: give pictures, folders, or -")
+        raise UserError(f"there is no {paths[0]}{more}: give images, folders, or -")
     return paths
 
 
 def _is_missing(path: str) -> bool:
-    """Whether nothing is there; what may not be looked at is not missing."""
+    """Whether nothing is there; an unreadable path is not missing."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -80,7 +80,7 @@ def _entries(stdin: BinaryIO) -> Iterator[bytes]:
         separator = separator or (b"\0" if b"\0" in chunk else b"\n")
         *entries, rest = (rest + chunk).split(separator)
         if len(rest) > CHUNK_BYTES or num_bytes > MAX_LIST_BYTES:
-            raise UserError("standard input is no list of pictures: give paths, one a line")
+            raise UserError("standard input is not a list of paths: give one a line")
         yield from entries if separator == b"\0" else (entry.rstrip(b"\r") for entry in entries)
     yield rest.rstrip(b"\r\n")
 
@@ -93,37 +93,35 @@ def _read(stdin: BinaryIO) -> bytes:
 
 
 def pictures_below(folder: str) -> list[str]:
-    """Every picture in a folder and its subfolders, sorted by path.
+    """Every image in a folder and its subfolders, sorted by path.
 
     Hidden entries and systems' own folders (@eaDir, lost+found, …) are left out. Links to folders
     are followed, except back into a folder on the way down to them.
 
     Raises:
-        UserError: A folder cannot be listed, or there is no picture.
+        UserError: A folder cannot be listed, or there is no image.
     """
-    found = sorted(_walk(folder, ()))
+    found = sorted(_images_below(folder, ()))
     if not found:
-        raise UserError(
-            f"no picture in {folder}; file names that count end in {', '.join(EXTENSIONS)}"
-        )
+        raise UserError(f"no image in {folder}; names of images end in {', '.join(EXTENSIONS)}")
     return found
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _images_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not is_clutter(entry.name)]
     except OSError as error:
         raise UserError(
-            f"cannot list {folder}: {error.strerror}; make it readable, or name its pictures"
+            f"cannot list {folder}: {error.strerror}; make it readable, or name its images"
         ) from error
     here = (status.st_dev, status.st_ino)
     if here in above:
         return
     for entry in found:
         if os.path.isdir(entry.path):
-            yield from _walk(entry.path, (*above, here))
+            yield from _images_below(entry.path, (*above, here))
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
             yield entry.path
 
@@ -135,7 +133,7 @@ ACCEPTED = "a path, a PIL image, a file's bytes, a file opened in binary mode, o
 
 
 def split_of(pictures: Picture | Iterable[Picture]) -> ImageSplit:
-    """Pictures as a split; rows are in the order given, ids are the paths as given.
+    """Images as a split; rows are in the order given, ids are the paths as given.
 
     Raises:
         UserError: One is in none of the forms that `Picture` names.
@@ -146,7 +144,7 @@ def split_of(pictures: Picture | Iterable[Picture]) -> ImageSplit:
     elif isinstance(pictures, Iterable):
         many = list(pictures)
     else:
-        raise UserError(f"a {type(pictures).__name__} is no picture: give {ACCEPTED}, or a list")
+        raise UserError(f"not an image but {type(pictures).__name__}: give {ACCEPTED}, or a list")
     taken = [_taken(place, picture) for place, picture in enumerate(many)]
     ids = [p if isinstance(p, str) else f"picture {place}" for place, p in enumerate(taken)]
     return ImageSplit("pictures", ids, np.zeros(len(ids), np.int64), _Pictures(taken, ids))
@@ -208,14 +206,14 @@ class _Pictures:
         return self._files.read(position)
 
     def content(self, position: int) -> bytes:
-        """The sha256 of what the picture is. Raises BadImage."""
+        """The sha256 of the image's content. Raises BadImage."""
         picture = self._pictures[position]
         if isinstance(picture, bytes):
             return hashlib.sha256(picture).digest()
         return (self._files if isinstance(picture, str) else self._opened).content(position)
 
     def record(self, position: int, digest: bytes) -> None:
-        """Demand from now on that the picture has this sha256."""
+        """Require from now on that the image has this sha256."""
         if isinstance(self._pictures[position], str):  # else the caller's own object
             self._files.record(position, digest)
 
