@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_helpers import SIDE
 from featcache.config import ExtractConfig, FinetuneConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.extract import extract
@@ -15,12 +16,6 @@ from featcache.finetune import finetune
 from featcache.heads import load_head, train_head
 from featcache.results import RunReport
 from featcache.tensor_files import read_tensors
-from pictures import SIDE, make_pets
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pets(tmp_path_factory.mktemp("pets"))
 
 
 def shared(dataset: Path, tmp_path: Path) -> dict[str, object]:

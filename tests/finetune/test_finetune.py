@@ -14,7 +14,7 @@ import torch
 import featcache.finetune.images
 import featcache.finetune.run as run_module
 import featcache.finetune.setup as preparation
-from data_helpers import make_folder
+from data_helpers import SIDE, make_folder
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
 from featcache.data import load_dataset
@@ -27,13 +27,6 @@ from featcache.finetune.parts import Parts
 from featcache.finetune.plan import make_plan, rate_factor
 from featcache.results import RunReport
 from featcache.tensor_files import read_card, read_tensors
-from pictures import SIDE, make_pets
-
-
-@pytest.fixture(scope="session")
-def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes, 33 train images (one more than a batch) and 12 test images."""
-    return make_pets(tmp_path_factory.mktemp("pets"))
 
 
 def settings(dataset: Path, tmp_path: Path, **changes: object) -> FinetuneConfig:

@@ -6,6 +6,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
+from cache_helpers import blobs
 from featcache.errors import UserError
 from featcache.heads.choose import Tally
 from featcache.heads.closed_solvers import KnnSolver, RidgeSolver
@@ -19,7 +20,6 @@ from featcache.heads.ridge import (
 )
 from featcache.heads.rows import Rows
 from featcache.heads.solver import Answer
-from heads_data import blobs
 
 NAMES = ["ape", "bee", "cat"]
 

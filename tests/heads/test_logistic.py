@@ -5,13 +5,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from cache_helpers import blobs
 from featcache.heads.backends import SklearnPath, TorchPath
 from featcache.heads.lbfgs import minimise
 from featcache.heads.logistic import LogisticProblem, StrengthPath, moments
 from featcache.heads.precondition import second_moment_spectrum
 from featcache.heads.rows import Rows, balanced_weights
 from featcache.heads.softmax_loss import loss_in_memory
-from heads_data import blobs
 
 PATHS = [StrengthPath, SklearnPath, TorchPath]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache_helpers import blobs
 from featcache import random_order
 from featcache.errors import UserError
 from featcache.heads.rows import Rows
@@ -13,7 +14,6 @@ from featcache.heads.steps import (
     train_steps,
     train_steps_torch,
 )
-from heads_data import blobs
 
 
 def settings_of(optimizer="adam", lr=(1e-2,), decay=(0.0,), **changes):

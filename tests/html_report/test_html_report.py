@@ -20,7 +20,6 @@ from PIL import Image
 
 import featcache.html_report.build as build_module
 import featcache.html_report.read as read_module
-from curve_helpers import pair
 from featcache import cli
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import UserError
@@ -32,7 +31,7 @@ from featcache.html_report.read import read_runs
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.results import config_json, curve_advice, curve_points, points_json
 from featcache.results.plots import log_ticks
-from page_helpers import (
+from run_helpers import (
     HEAD,
     IDS,
     NAMES,
@@ -40,6 +39,7 @@ from page_helpers import (
     cell_report,
     extraction_json,
     head_report,
+    pair,
     predictions,
     save_pair,
     tune_report,

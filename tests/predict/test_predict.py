@@ -40,9 +40,9 @@ from featcache.predict.load import load_trained
 from featcache.tensor_files import read_tensors
 from trained_helpers import (
     PREP,
+    extracted_cache,
     knn_head,
     linear_head,
-    make_cache,
     make_model,
     write_head,
 )
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(root: Path) -> FeatureCache:
-    return make_cache(root)
+    return extracted_cache(root)
 
 
 @pytest.fixture(scope="module")
