@@ -2,7 +2,8 @@
 
 `synthetic_cache(path)` writes one; `copy_cache(path)` is the default one, made once. `expected`
 computes any row again from its place. `begin`, `fill` and `leave_unfinished` write step by step;
-`flip_bit` damages. (A cache that extract-features made of images: trained_helpers.)
+`flip_bit` damages. `rows_cache` writes rows that the test gives, `toy_cache` three classes of them.
+(A cache that extract-features made of images: trained_helpers.)
 """
 
 from __future__ import annotations
@@ -140,3 +141,46 @@ def assert_train(path: Path, num_rows: int) -> None:
     """The train split holds the right features."""
     wanted = expected("train", range(num_rows))[0]
     assert np.array_equal(FeatureCache(path).split("train").X, wanted)
+
+
+def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None):
+    """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels)."""
+    views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
+    num_views, _, dim = next(iter(views.values()))[0].shape
+    plans = [
+        SplitRows(
+            name=name,
+            ids=[f"{name}/{i:05d}" for i in range(len(y))],
+            labels=y.astype(np.int64),
+            content=np.stack([_digest(row) for row in X[0]]),
+            weights=None if weights is None else weights.get(name),
+        )
+        for name, (X, y) in views.items()
+    ]
+    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype)
+    with open_writer(path, meta, list(class_names), plans) as writer:
+        for name, (X, _) in views.items():
+            for rows in writer.pending(name):
+                block = np.ascontiguousarray(X[:, rows.start : rows.stop], np.float32)
+                writer.write_block(name, rows, block, np.zeros(len(rows), np.uint8))
+        writer.finish()
+    return path
+
+
+def _digest(row):
+    return np.frombuffer(hashlib.sha256(np.ascontiguousarray(row).tobytes()).digest(), np.uint8)
+
+
+def blobs(num_rows, dim=8, num_classes=3, *, spread=2.0, seed=0):
+    """Gaussian classes with overlapping means: features [N, D] float32, labels [N]."""
+    random = np.random.default_rng(seed)
+    means = np.random.default_rng(1234).normal(size=(num_classes, dim)) * 1.2
+    y = np.arange(num_rows) % num_classes
+    X = means[y] + spread * random.normal(size=(num_rows, dim))
+    return X.astype(np.float32), y
+
+
+def toy_cache(path: Path, **kwargs):
+    """240 train and 90 test rows of three classes, eight features."""
+    splits = {"train": blobs(240, seed=1), "test": blobs(90, seed=2)}
+    return rows_cache(path, splits, ["ape", "bee", "cat"], **kwargs)

@@ -12,6 +12,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+from data_helpers import make_pets
+
 # A shell's background jobs ignore Ctrl-C, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,8 +23,14 @@ CIFAR = REPO.parent / "shared" / "data" / "cifar10-2500"
 
 
 @pytest.fixture(scope="session")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three classes: 33 train images (one more than a batch) and 12 test images."""
+    return make_pets(tmp_path_factory.mktemp("pets"))
+
+
+@pytest.fixture(scope="session")
 def cifar() -> Path:
-    """Real CIFAR-10 pictures in class folders: 2,000 train and 500 test."""
+    """Real CIFAR-10 images in class folders: 2,000 train and 500 test."""
     if not CIFAR.is_dir():
         pytest.skip("needs the CIFAR-10 subset in ../shared/data, which this checkout lacks")
     return CIFAR

@@ -1,4 +1,4 @@
-"""Small trained classifiers for the tests of predict and export."""
+"""Caches that a small network extracted, and trained heads and models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from featcache.tensor_files import ModelCard, write_model
 PREP = Preprocessing(image_px=32, resize="squash", resize_px=32, mean=(0.4,) * 3, std=(0.3,) * 3)
 
 
-def make_cache(root: Path, **settings: object) -> FeatureCache:
+def extracted_cache(root: Path, **settings: object) -> FeatureCache:
     """Features of 16 train pictures under root/pets, by a random resnet18 at 32 px."""
     folder = make_folder(root / "pets", train=8, test=2)
     options = {"weights": "random", "image_px": 32, "cache_dir": root / "cache", "workers": 1}

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from data_helpers import SIDE, make_pets
 from featcache import cli
 from featcache.compare import compare, comparison, extraction, summary_lines
 from featcache.compare.budget import Budget, FinishedRun, finetune_pace
@@ -28,25 +28,12 @@ from featcache.finetune import finetune
 from featcache.heads import train_head
 from featcache.results import RunReport
 
-SIDE = 24
-CLASSES = {"cat": (150, 110, 110), "dog": (110, 150, 110), "eel": (110, 110, 150)}
-
-
-def draw(folder: Path, num: int, hue: tuple[int, int, int], seed: int) -> None:
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    for i in range(num):
-        pixels = np.clip(np.array(hue) + rng.integers(-60, 61, (SIDE, SIDE, 3)), 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
-
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 10 train and 6 test images each; a damaged one in each split."""
     root = tmp_path_factory.mktemp("pets")
-    for seed, (name, hue) in enumerate(CLASSES.items()):
-        draw(root / "train" / name, 10, hue, seed)
-        draw(root / "test" / name, 6, hue, 100 + seed)
+    make_pets(root, train=10, test=6)
     for split in ("train", "test"):
         (root / split / "dog" / "99.png").write_bytes(b"not a picture")
     return root

@@ -24,7 +24,7 @@ from featcache.export import export
 from featcache.export.graph import ClassifierGraph, head_layer
 from featcache.files import check_outputs
 from featcache.predict import Classifier
-from trained_helpers import knn_head, linear_head, make_cache, make_model, write_head
+from trained_helpers import extracted_cache, knn_head, linear_head, make_model, write_head
 
 NUMBERS = (3, 300, 700, 1001, 5000, 9, 77)
 
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(root: Path) -> FeatureCache:
-    return make_cache(root)
+    return extracted_cache(root)
 
 
 @pytest.fixture(scope="module")

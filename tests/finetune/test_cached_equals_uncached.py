@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_helpers import SIDE, make_pets
 from featcache.config import ExtractConfig, FinetuneConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.extract import extract
@@ -15,7 +16,6 @@ from featcache.finetune import finetune
 from featcache.heads import load_head, train_head
 from featcache.results import RunReport
 from featcache.tensor_files import read_tensor_file
-from pictures import SIDE, make_pets
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_helpers import SIDE
 from featcache.finetune.checkpoint import checkpoint_path, remove_checkpoint
 from featcache.tensor_files import model_card, read_tensor_file
-from pictures import SIDE, make_pets
 
 QUICK = ("--backbone", "shufflenet_v2_x0_5", "--weights", "random", "--image-px", str(SIDE))
-
-
-@pytest.fixture(scope="module")
-def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pets(tmp_path_factory.mktemp("pets"))
 
 
 def start(pets: Path, where: Path, *words: str) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ import torch
 import featcache.finetune.loop
 import featcache.finetune.setup as preparation
 import featcache.finetune.training as run_module
-from data_helpers import make_folder
+from data_helpers import SIDE, make_folder, make_pets
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig, Preprocessing
 from featcache.data import load_dataset
@@ -25,7 +25,6 @@ from featcache.finetune.loop import Images, _with_lone_merged, hold_out
 from featcache.finetune.trainable import TrainableModel, rate_factor, resolve_recipe
 from featcache.results import RunReport
 from featcache.tensor_files import model_card, read_tensor_file
-from pictures import SIDE, make_pets
 
 
 @pytest.fixture(scope="session")

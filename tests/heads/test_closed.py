@@ -6,13 +6,13 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
+from cache_helpers import blobs
 from featcache.heads.knn import KnnHead, nearest
 from featcache.heads.moments import Moments
 from featcache.heads.ridge import RidgeSolver, best_factor, ridge_from_few_rows, ridge_from_moments
 from featcache.heads.selection import HeldOutScores, best_candidate
 from featcache.heads.solver import HeldOutPredictions
 from featcache.heads.training_data import Rows
-from heads_data import blobs
 
 NAMES = ["ape", "bee", "cat"]
 

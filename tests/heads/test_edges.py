@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from cache_helpers import blobs, rows_cache, toy_cache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, train_head
 from featcache.heads.selection import assign_parts, same_rows
 from featcache.heads.training_data import check_rows
-from heads_data import blobs, make_cache, toy_cache
 
 NAMES = ["ape", "bee", "cat"]
 SOLVERS = ["logistic", "ridge", "knn", "auto"]
@@ -16,7 +16,7 @@ STREAMED = [(s, "off") for s in [*SOLVERS, "adam"]] + [("logistic", "on"), ("rid
 
 
 def run(path, splits, names=NAMES, weights=None, **settings):
-    cache = make_cache(path / "c.h5", splits, names, weights=weights)
+    cache = rows_cache(path / "c.h5", splits, names, weights=weights)
     report = train_head(TrainHeadConfig(cache=cache, cache_dir=path, **settings))
     return report, load_head(report["head"])
 

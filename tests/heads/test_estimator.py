@@ -6,8 +6,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from cache_helpers import blobs
 from featcache.heads.estimator import FeatureHeadClassifier
-from heads_data import blobs
 
 
 @parametrize_with_checks(

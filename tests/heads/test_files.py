@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from cache_helpers import blobs, make_meta
 from featcache import tensor_files
 from featcache.errors import CacheError, UserError
 from featcache.heads import KnnHead, LinearHead, check_head_fits, load_head, save_head
-from heads_data import blobs, cache_meta
 
 NAMES = ["ape", "bee", "cat"]
 
@@ -100,7 +100,7 @@ def test_head_refuses_features_of_another_width():
 
 
 def test_head_fits_the_features_it_was_trained_on_and_no_others():
-    meta = cache_meta(8)
+    meta = make_meta(dim=8)
     provenance = json.loads(meta.to_json())
     head = linear(provenance=provenance)
     check_head_fits(head, meta)

@@ -5,12 +5,12 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from cache_helpers import blobs
 from featcache.heads.backends import SklearnPath, TorchPath
 from featcache.heads.lbfgs import minimize, second_moment_spectrum
 from featcache.heads.logistic import LogisticPath, LogisticProblem
 from featcache.heads.softmax_loss import loss_in_memory
 from featcache.heads.training_data import Rows, balanced_weights
-from heads_data import blobs
 
 PATHS = [LogisticPath, SklearnPath, TorchPath]
 

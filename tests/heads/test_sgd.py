@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from cache_helpers import blobs
 from featcache import random_order
 from featcache.errors import UserError
 from featcache.heads.sgd import NumpyLayer, SgdSettings, TorchLayer, train_layer
 from featcache.heads.training_data import Rows
-from heads_data import blobs
 
 
 def settings_of(optimizer="adam", lr=(1e-2,), decay=(0.0,), **changes):

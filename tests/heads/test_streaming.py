@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from cache_helpers import blobs, rows_cache, toy_cache
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, streaming, summary_lines, train_head
 from featcache.heads.linear import all_finite, widen
 from featcache.heads.streaming import draw_held, open_data, read_ahead
-from heads_data import blobs, make_cache, toy_cache
 
 NAMES = ["ape", "bee", "cat"]
 
@@ -47,7 +47,7 @@ def test_same_head_as_in_memory(tmp_path, solver, standardize, class_weight):
         "test": np.ones(30, np.float32),
     }
     tests = (views[:, :30], y[:30])
-    cache = make_cache(
+    cache = rows_cache(
         tmp_path / "t.h5", {"train": (views, y), "test": tests}, NAMES, weights=weights
     )
     strength = {"C": 0.7} if solver == "logistic" else {"alpha": 0.7}
@@ -76,7 +76,7 @@ def test_chooses_and_scores(tmp_path):
 def test_adam_sees_every_row_once_per_epoch(tmp_path):
     X, y = blobs(100, seed=3)
     X[:, 0] = np.arange(100)
-    cache = make_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
+    cache = rows_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
     config = TrainHeadConfig(cache=cache, stream="on", solver="adam")
     selection = open_data(config, FeatureCache(cache), None).selection(config)
     [(rest, held)] = selection.pairs
@@ -99,7 +99,7 @@ def test_adam_sees_every_row_once_per_epoch(tmp_path):
 def test_held_rows_leave_every_class_something_to_fit(tmp_path):
     X, y = blobs(60, seed=3)
     y = np.where(np.arange(60) == 17, 2, y % 2)  # one row of the third class
-    cache = make_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
+    cache = rows_cache(tmp_path / "t.h5", {"train": (X, y), "test": (X, y)}, NAMES)
     split = FeatureCache(cache).split("train")
     for seed in range(30):
         held = draw_held(TrainHeadConfig(cache=cache, holdout=0.5, seed=seed), split, 3)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import featcache
+from cache_helpers import blobs, rows_cache, toy_cache
 from featcache import cli
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, summary_lines, train_head
-from heads_data import blobs, make_cache, toy_cache
 
 FIELDS = {
     "command", "head", "solver", "backend", "trainable_params", "val_top1", "test_top1",
@@ -36,7 +36,7 @@ def run(cache, **settings):
 
 def test_other_settings_and_other_caches_keep_the_earlier_head(cache, tmp_path):
     (tmp_path / "b").mkdir()
-    other = make_cache(
+    other = rows_cache(
         tmp_path / "b" / "toy.h5",
         {"train": blobs(60, seed=3), "test": blobs(30, seed=2)},
         ["ape", "bee", "cat"],
@@ -82,7 +82,7 @@ def test_report_has_what_others_rely_on(cache, solver):
     assert report["test_top1"] > 0.4
     assert report["test_interval"][0] < report["test_top1"] < report["test_interval"][1]
     assert report["per_class"].keys() == {"ape", "bee", "cat"}
-    assert report["provenance"]["backbone"]["weights_sha256"] == "0" * 64
+    assert report["provenance"]["backbone"]["weights_sha256"] == "ab" * 32
     text = "\n".join(summary_lines(report))
     assert f"{report['test_top1']:.3f}" in text
     assert report["head"] in text
@@ -167,7 +167,7 @@ def test_test_labels_do_not_influence_the_head(tmp_path):
     for solver in ("logistic", "adam"):
         heads = []
         for name, labels in (("a", y), ("b", (y + 1) % 3)):
-            path = make_cache(
+            path = rows_cache(
                 tmp_path / f"{solver}-{name}.h5", {"train": train, "test": (X, labels)}, names
             )
             heads.append(load_head(run(path, solver=solver)["head"]))
@@ -177,7 +177,7 @@ def test_test_labels_do_not_influence_the_head(tmp_path):
 
 def test_val_split_chooses_where_there_is_one(tmp_path):
     splits = {"train": blobs(120, seed=1), "val": blobs(60, seed=3), "test": blobs(60, seed=2)}
-    report = run(make_cache(tmp_path / "v.h5", splits, ["a", "b", "c"]))
+    report = run(rows_cache(tmp_path / "v.h5", splits, ["a", "b", "c"]))
     assert report["chosen_on"] == "the val split (60 rows)"
     assert report["num_train"] == 120
 
@@ -202,17 +202,17 @@ def test_contradictions_are_refused(cache, settings, message):
 
 
 def test_a_cache_without_test_split_is_refused(tmp_path):
-    path = make_cache(tmp_path / "t.h5", {"train": blobs(30)}, ["a", "b", "c"])
+    path = rows_cache(tmp_path / "t.h5", {"train": blobs(30)}, ["a", "b", "c"])
     with pytest.raises(UserError, match="has rows in train but none in test"):
         run(path)
 
 
 def test_no_heavy_import_where_none_is_needed(cache):
     code = (
-        "import sys; from featcache.cli import train_head\n"
+        "import sys; from featcache.cli import run_command\n"
         f"place = [{str(cache)!r}, '--cache-dir', {str(cache.parent)!r}]\n"
         "for words in ([], ['--solver', 'adam'], ['--backend', 'sklearn']):\n"
-        "    assert train_head([*place, *words]) == 0\n"
+        "    assert run_command('train-head', [*place, *words]) == 0\n"
         "    loaded = {'torch', 'h5py', 'sklearn', 'scipy'} & sys.modules.keys()\n"
         "    allowed = {'sklearn', 'scipy'} if 'sklearn' in words else set()\n"
         "    assert loaded <= allowed, (words, loaded)\n"

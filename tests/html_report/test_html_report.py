@@ -20,7 +20,6 @@ from PIL import Image
 
 import featcache.html_report.page as page_module
 import featcache.html_report.report_files as report_files_module
-from curve_helpers import pair
 from featcache import cli
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import UserError
@@ -33,7 +32,7 @@ from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
 from featcache.results import config_json, curve_advice, curve_points, curve_to_json
 from featcache.results.plots import Svg, log_ticks
-from page_helpers import (
+from run_helpers import (
     HEAD,
     IDS,
     NAMES,
@@ -41,6 +40,7 @@ from page_helpers import (
     cell_report,
     extraction_json,
     head_report,
+    pair,
     predictions,
     save_pair,
     tune_report,

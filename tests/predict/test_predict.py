@@ -39,9 +39,9 @@ from featcache.predict.pictures import find_pictures
 from featcache.tensor_files import read_tensor_file
 from trained_helpers import (
     PREP,
+    extracted_cache,
     knn_head,
     linear_head,
-    make_cache,
     make_model,
     write_head,
 )
@@ -54,7 +54,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache(root: Path) -> FeatureCache:
-    return make_cache(root)
+    return extracted_cache(root)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from curve_helpers import NUM_TEST, cell, pair
 from featcache.errors import UserError
 from featcache.results import (
     CURVE_HEADER,
@@ -20,6 +19,7 @@ from featcache.results import (
 )
 from featcache.results.learning_curve import holm
 from featcache.results.metrics import mcnemar
+from run_helpers import NUM_TEST, cell, pair
 
 
 def test_points_are_ordered_and_average_over_the_seeds_that_both_modes_have() -> None:

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from conftest import REPO
+from data_helpers import make_pets
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import train_head
 from featcache.results import Predictions, Row, RunReport, advice, benchmark_rows
 from featcache.results.metrics import wilson_interval
-from pictures import make_pets
 
 
 @pytest.fixture(scope="module")

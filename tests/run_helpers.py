@@ -1,4 +1,4 @@
-"""Report files of made-up runs, as the commands write them."""
+"""Invented runs: report files as the commands write them, and runs of a learning curve."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featcache.config import FinetuneConfig, TrainHeadConfig
-from featcache.results import Predictions, RunReport, config_json
+from featcache.results import CurveRun, Predictions, RunReport, config_json
 
 NAMES = ["cat", "dog", "eel"]
 LABELS = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -100,3 +102,43 @@ def extraction_json(path: Path) -> None:
     """What `extract-features --json` printed, kept by the user."""
     values = {"command": "extract-features", "cache": "cache/pets.h5", "seconds_total": 5.5}
     path.write_text(json.dumps(values))
+
+
+NUM_TEST = 500
+
+
+def cell(
+    mode: str,
+    size: str,
+    num_train: int,
+    num_right: int,
+    *,
+    seed: int = 0,
+    cost: float = 1.0,
+    trial: float = 0.5,
+    first_right: int = 0,
+) -> CurveRun:
+    """`num_right` of 500 test images right, counted from image `first_right` on."""
+    labels = np.arange(NUM_TEST) % 10
+    predicted = (labels + 1) % 10
+    right = slice(first_right, first_right + num_right)
+    predicted[right] = labels[right]
+    assert (labels == predicted).sum() == num_right
+    return CurveRun(
+        mode=mode,
+        size=size,
+        num_train=num_train,
+        seed=seed,
+        labels=labels,
+        predicted=predicted,
+        cost_seconds=cost,
+        trial_seconds=trial,
+    )
+
+
+def pair(size: str, num_train: int, cached: int, tuned: int, seed: int = 0) -> list[CurveRun]:
+    """Both modes; a fine-tune costs 120 s, a first head 6 s, each further one 0.5 s."""
+    return [
+        cell("cached", size, num_train, cached, seed=seed, cost=6.0, trial=0.5),
+        cell("finetune", size, num_train, tuned, seed=seed, cost=120.0, trial=120.0),
+    ]
