@@ -166,8 +166,8 @@ def test_digits_advice_compares_the_head_that_train_head_fits(
     rows = benchmark_rows(ran)
     said = advice(rows, script.p_values(ran))
     assert f"0.994 against {heads[script.DEFAULT_HEAD]:.3f} for {script.DEFAULT_HEAD}" in said[1]
-    assert said[1].startswith("Accuracy does not decide")
-    assert said[2].startswith("Pick the cached head here: it costs less")
+    assert said[1].startswith("No clear winner on accuracy")
+    assert said[2].startswith("Pick the cached head here: it takes less time")
 
 
 class TestOutput:

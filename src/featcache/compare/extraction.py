@@ -86,7 +86,9 @@ def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
     if seconds is None:
         done, seconds = _time_sample(config, cache)
         spent += seconds
-        how = f"measured on {done} images computed again, as no record tells what the cache took"
+        how = (
+            f"measured on {done} images computed again, as no usable record tells the cache's time"
+        )
     elif resumed:
         how = "as recorded on this machine when the cache was made"
     return Extraction(

@@ -49,7 +49,7 @@ class PlannedRun:
         """For people."""
         what = "cached head" if self.mode == "cached" else "fine-tune"
         count = "all" if self.size == "all" else f"{self.size} per class"
-        return f"{what}, {count} ({len(self.rows):,} images), draw {self.draw + 1}"
+        return f"{what}, {count} ({len(self.rows):,} images), seed {self.seed}"
 
 
 def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: int) -> Ints:

@@ -1,4 +1,4 @@
-"""Single runs of a comparison: do one, keep it as a report file, find it again."""
+"""Single runs of a comparison: train one and save its report, or load it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ComparisonSetup:
     Attributes:
         config: The command's settings.
         output: The comparison's folder.
-        dataset: Without the pictures that could not be read; its rows are the cache's.
+        dataset: Without the images that could not be read; its rows are the cache's.
         cache: The features; its train and test rows are the dataset's.
         extraction: What the features cost.
     """
@@ -50,7 +50,7 @@ class ComparisonSetup:
     extraction: Extraction
 
     def report_path(self, planned: PlannedRun) -> Path:
-        """Where a finished run is kept."""
+        """The report file of a run."""
         return self.output / "runs" / f"{planned.name}.json"
 
 
