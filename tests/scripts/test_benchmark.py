@@ -201,7 +201,7 @@ class TestOutput:
     def test_reading(self, script: ModuleType) -> None:
         lines = script.reading(self.result(script), [self.row(), self.cached()])
         assert lines == [
-            "The cache has paid for itself after 2 epochs of one run, or after 1 run of 3 epochs.",
+            "The cache pays for itself after 2 epochs of one run, or after 1 run of 3 epochs.",
             "Cached and uncached heads give the same answer on 499 of 500 test images.",
             "",
             "Faster: x.",

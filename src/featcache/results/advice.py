@@ -1,7 +1,7 @@
-"""Two or three plain sentences on which mode to pick, written from the figures.
+"""Two or three plain sentences on which mode to pick, derived from measurements.
 
-The figures are a run's totals on one machine and its scores on one test split. A difference in
-accuracy counts only where a paired test (or, without one, the intervals) puts it beyond chance;
+They are a run's times on one machine and its scores on one test split. A difference in accuracy
+counts only if a paired test (or, without one, the intervals) shows it to be significant;
 otherwise the sentences say that there is no clear winner on accuracy.
 """
 
@@ -18,12 +18,12 @@ from featcache.results.tables import MAJORITY, seconds_text, times_text
 def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> list[str]:
     """Say which mode was faster, which more accurate, and when to pick each, here.
 
-    The most accurate cached head is set against the most accurate full fine-tune. As the one ahead
-    is the best of several, the p value is multiplied by their number (Bonferroni), so that trying
-    many settings does not make a difference look surer than it is; taking the best of those behind
-    only works against the difference. A mode is called more accurate
-    only where it also beats always answering the most frequent class, and where balanced accuracy
-    does not say the opposite.
+    The most accurate cached head is compared with the most accurate full fine-tune. As the one
+    ahead is the best of several, the p value is multiplied by their number (Bonferroni), so that
+    trying many settings does not make a difference look more certain than it is; taking the best of
+    those behind only works against the difference. A mode is called more accurate only where it
+    also beats always answering the most frequent class, and where balanced accuracy does not say
+    the opposite.
 
     Args:
         rows: The comparison's lines.
@@ -51,7 +51,7 @@ def best_of(rows: Sequence[Row], approach: Approach) -> Row | None:
 
 
 def beside_top1(shares: Sequence[float | None], baseline_top1: float | None = None) -> str:
-    """What has to be read beside top-1 where classes differ in size, in brackets.
+    """What to read beside top-1 where classes differ in size, in parentheses.
 
     Args:
         shares: Balanced accuracies; the text is empty where one is not known.
@@ -91,7 +91,7 @@ class _Match:
         return "the cached head" if row is self.cached and self.num_heads == 1 else row.mode
 
     def evidence(self) -> str:
-        """What makes the difference sure, or not."""
+        """The evidence for or against the difference."""
         if self.p_value is None:
             return f"the 95 % intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
         text = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"

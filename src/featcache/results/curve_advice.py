@@ -17,8 +17,8 @@ from featcache.results.tables import MAJORITY, seconds_text
 class Crossing:
     """Whether one curve overtakes the other within the data.
 
-    `kind` is crosses (a lead beyond chance on either side), none (one mode leads significantly at
-    the largest size, and the other at none), level (a lead beyond chance is lost before the
+    `kind` is crosses (a significant lead on either side), none (one mode leads significantly at
+    the largest size, and the other at none), level (a significant lead is lost before the
     largest size), repeated (the lead changes more than once), or undecided. `before` and `after`
     are the sizes between which the curves cross, `num_train` where by interpolation over the
     logarithm of the number of images; `leader` leads at the larger sizes.
@@ -32,7 +32,7 @@ class Crossing:
 
 
 def crossing(points: Sequence[CurvePoint]) -> Crossing:
-    """Find where the lead changes hands."""
+    """Find where one mode overtakes the other."""
     measured = [point for point in points if point.difference is not None]
     decided = [p for p in measured if p.verdict in ("cached", "finetune")]
     if not decided:
@@ -183,7 +183,7 @@ def _switch(measured: Sequence[CurvePoint], found: Crossing) -> str:
 
 
 def _lead_in_doubt(last: CurvePoint, leader: CurveMode) -> str:
-    """The lead was beyond chance with fewer images, and is not with most."""
+    """The lead was significant with fewer images, and is not with most."""
     lead, gain = NAMES[leader], last.difference or 0.0
     if (gain > 0) == (leader == "finetune") and gain:
         return (
