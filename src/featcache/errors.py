@@ -72,3 +72,11 @@ def visible(text: str) -> str:
 def listed(names: Sequence[str], most: int) -> str:
     """The first `most` names with commas, and whether there are more."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def shown(text: str, most: int = 160) -> str:
+    """Text that others chose as part of a message: one line, printable, cut between words."""
+    clean = "".join(c if c.isprintable() else "?" for c in text[: 2 * most])
+    if len(clean) <= most:
+        return clean
+    return (clean[:most].rpartition(" ")[0] or clean[:most]).rstrip(" ,.;:(") + " …"

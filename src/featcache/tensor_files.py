@@ -1,4 +1,7 @@
-"""Fine-tuned models as files: tensors in safetensors, the rest as JSON in its metadata.
+"""Safetensors files, which hold heads, models and checkpoints; and what a model file says.
+
+A file is read once and nothing in its header is believed unchecked: `safetensors` checks types,
+shapes and places of tensors, this module the sizes and the metadata.
 
 A model file carries its own preprocessing under the key that weights files use, so it also serves
 as `--weights FILE`: features of a fine-tuned backbone can be cached like any others.
@@ -7,29 +10,178 @@ as `--weights FILE`: features of a fine-tuned backbone can be cached like any ot
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from featcache.backbone.checkpoint import State, parse_safetensors
 from featcache.config import Preprocessing
-from featcache.errors import UserError
+from featcache.errors import StorageError, UserError, shown
 from featcache.files import open_regular, replacing, storage_errors
 
-FORMAT, VERSION = "featcache-model", 1
-MARKS = re.compile(rb'"%s"' % FORMAT.encode())
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+State = dict[str, "torch.Tensor"]
+Arrays = dict[str, "NDArray[np.generic]"]
+
+MODEL_FORMAT, VERSION = "featcache-model", 1
+MARKS = re.compile(rb'"%s"' % MODEL_FORMAT.encode())
 MAX_CLASSES = 1_000_000
+MAX_FILE_BYTES = 16 << 30
+"""The largest network of torchvision with its optimizer's state takes 10 GB."""
+MAX_HEADER_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFile:
+    """A safetensors file that was read once, so that what is hashed is what is loaded.
+
+    Attributes:
+        path: Where it was.
+        data: Its bytes.
+        status: Of the file before it was read.
+    """
+
+    path: Path
+    data: bytes
+    status: os.stat_result
+
+    @cached_property
+    def sha256(self) -> str:
+        """sha256 of the bytes, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The string metadata.
+
+        Raises:
+            UserError: It is not a safetensors file, or its header is too large.
+        """
+        try:
+            return _header_metadata(self.data)
+        except (ValueError, RecursionError) as error:
+            raise self._refused(error) from error
+
+    def arrays(self) -> Arrays:
+        """Tensors by name, for numpy; torch is not imported.
+
+        Raises:
+            UserError: The file is damaged, or has a type that numpy lacks.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        assert self.metadata is not None  # the header is checked
+        try:
+            return load(self.data)
+        except KeyError as error:
+            raise self._refused(f"tensors of type {error}") from error
+        except (SafetensorError, ValueError) as error:
+            raise self._refused(error) from error
+
+    def tensors(self) -> State:
+        """Tensors by name, on the CPU.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        assert self.metadata is not None  # the header is checked
+        try:
+            state: State = load(self.data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise self._refused(error) from error
+        return state
+
+    def _refused(self, reason: object) -> UserError:
+        return UserError(
+            f"{self.path} is not a safetensors file ({shown(str(reason))}); give another file"
+        )
+
+
+def _header_metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the header: 8 bytes of its length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > len(data) - 8:
+        raise ValueError("it is shorter than its header")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has more than {MAX_HEADER_BYTES:,} bytes")
+    header = json.loads(data[8 : 8 + length].decode(), object_pairs_hook=_unique)
+    metadata = header.get("__metadata__") or {} if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("its header is not a table with metadata of strings")
+    return metadata
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"duplicate key {key} in its header")
+        table[key] = value
+    return table
+
+
+def read_tensor_file(path: Path) -> TensorFile:
+    """Read a safetensors file as a whole.
+
+    Raises:
+        UserError: There is no such file, it is not an ordinary file, or it is too large.
+        StorageError: It cannot be read.
+    """
+    return TensorFile(path, *read_bounded(path))
+
+
+def read_bounded(path: Path) -> tuple[bytes, os.stat_result]:
+    """All bytes of a file of tensors, and its status before it was read.
+
+    Raises:
+        UserError: There is no such file, it is not an ordinary file, or it is too large.
+        StorageError: It cannot be read.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size > MAX_FILE_BYTES:
+                raise UserError(
+                    f"{path} has {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that "
+                    "are read; give another file"
+                )
+            return file.read(), status
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: there is no such file; check the path") from error
+    except MemoryError as error:
+        raise too_large_for_memory(path) from error
+    except OSError as error:
+        reason = f"cannot read {path}: {error.strerror or error}"
+        if error.errno in (errno.EISDIR, errno.EINVAL):
+            raise UserError(f"{reason}; check the path") from error
+        raise StorageError(reason) from error
+
+
+def too_large_for_memory(path: Path) -> UserError:
+    """The error for a file of tensors that memory cannot hold."""
+    return UserError(f"{path} takes more memory than there is; give another file")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """What a model file says about its tensors.
 
-    `provenance` tells which weights it started from and which data it saw; `scores` holds the test
-    accuracy and how many images that stands on.
+    `provenance` says which weights it started from and which data it saw; `scores` has the test
+    accuracy and the number of test images.
     """
 
     backbone: str
@@ -72,31 +224,18 @@ def write_model(path: Path, state: State, card: ModelCard) -> None:
     """
     fields = dataclasses.asdict(card)
     metadata = {name: json.dumps(value) for name, value in fields.items() if name != "backbone"}
-    metadata |= {"format": FORMAT, "version": str(VERSION), "backbone": card.backbone}
+    metadata |= {"format": MODEL_FORMAT, "version": str(VERSION), "backbone": card.backbone}
     write_safetensors(path, state, metadata)
 
 
-def read_card(path: Path) -> ModelCard:
-    """Read what a model file says, without its tensors.
+def model_card(file: TensorFile) -> ModelCard:
+    """What a model file says.
 
     Raises:
         UserError: Not a model file, of another version, or its metadata is damaged.
     """
-    return _card(path, read_metadata(path))
-
-
-def read_model(path: Path) -> tuple[ModelCard, State]:
-    """Read a whole classifier: what it says and its tensors, by one read of the file.
-
-    Raises:
-        UserError: Not a model file, of another version, or damaged.
-    """
-    metadata, tensors = read_safetensors(path)
-    return _card(path, metadata), tensors
-
-
-def _card(path: Path, metadata: dict[str, str]) -> ModelCard:
-    if metadata.get("format") != FORMAT:
+    path, metadata = file.path, file.metadata
+    if metadata.get("format") != MODEL_FORMAT:
         raise UserError(f"{path} is not a fine-tuned model; give a file that finetune wrote")
     if metadata.get("version") != str(VERSION):
         raise UserError(
@@ -106,7 +245,7 @@ def _card(path: Path, metadata: dict[str, str]) -> ModelCard:
     try:
         names = json.loads(metadata["class_names"])
         if not _are_names(names):
-            raise UserError("class_names is not a list of different names")
+            raise UserError("class_names is not a list of distinct names")
         return ModelCard(
             backbone=metadata["backbone"],
             class_names=names,
@@ -126,44 +265,3 @@ def _are_names(names: object) -> bool:
         and all(isinstance(name, str) for name in names)
         and len(set(names)) == len(names)
     )
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file.
-
-    Raises:
-        UserError: There is no such file, or it is no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        os.close(open_regular(path))  # the library would wait for a pipe's writer
-        with safe_open(str(path), framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; check the path") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); give another") from error
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, str], State]:
-    """Metadata and tensors of a safetensors file, by one read: they belong together.
-
-    Raises:
-        UserError: There is no such file, or it is no safetensors file.
-    """
-    try:
-        return parse_safetensors(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; check the path") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); give another") from error
-
-
-def read_tensors(path: Path) -> State:
-    """Every tensor of a safetensors file, on the CPU.
-
-    Raises:
-        UserError: There is no such file, or it is no safetensors file.
-    """
-    return read_safetensors(path)[1]

@@ -19,8 +19,8 @@ from featcache.cache import FeatureCache
 from featcache.config import ExportConfig
 from featcache.data import to_pixels
 from featcache.errors import FeatcacheError, StorageError, UserError
+from featcache.export import command as export_run
 from featcache.export import export
-from featcache.export import run as export_run
 from featcache.export.graph import ClassifierGraph, head_layer
 from featcache.files import check_outputs
 from featcache.predict import Classifier

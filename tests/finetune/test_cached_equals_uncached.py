@@ -14,7 +14,7 @@ from featcache.extract import extract
 from featcache.finetune import finetune
 from featcache.heads import load_head, train_head
 from featcache.results import RunReport
-from featcache.tensor_files import read_tensors
+from featcache.tensor_files import read_tensor_file
 from pictures import SIDE, make_pets
 
 
@@ -58,7 +58,7 @@ def both_heads(
     train_head(
         TrainHeadConfig(cache=cache, solver=optimizer, standardize="off", output=cached, **recipe)
     )
-    tensors, head = read_tensors(loop), load_head(cached)
+    tensors, head = read_tensor_file(loop).tensors(), load_head(cached)
     in_loop = np.hstack([tensors["fc.weight"].numpy(), tensors["fc.bias"].numpy()[:, None]])
     reports = [RunReport.load(path.with_suffix(".json")) for path in (loop, cached)]
     return *reports, in_loop, np.hstack([head.weight, head.bias[:, None]])
@@ -121,7 +121,7 @@ class TestStartFromHead:
         # A rate of next to nothing leaves the head as it was.
         config = self.settings(pets, tmp_path, head, lr=1e-12, freeze_backbone=True)
         finetune(config)
-        weight = read_tensors(config.output)["fc.weight"].numpy()
+        weight = read_tensor_file(config.output).tensors()["fc.weight"].numpy()
         assert weight == pytest.approx(load_head(head).weight, abs=1e-6)
 
     @pytest.mark.parametrize(

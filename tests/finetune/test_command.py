@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from featcache.finetune.checkpoint import checkpoint_path, remove_checkpoint
-from featcache.tensor_files import read_card, read_tensors
+from featcache.tensor_files import model_card, read_tensor_file
 from pictures import SIDE, make_pets
 
 QUICK = ("--backbone", "shufflenet_v2_x0_5", "--weights", "random", "--image-px", str(SIDE))
@@ -129,7 +129,7 @@ def test_after_a_kill_the_same_command_ends_with_the_same_bits(
         "model.json",
         "model.safetensors",
     ]
-    ends = [where / "model.safetensors" for where in (killed, whole)]
-    assert read_card(ends[0]) == read_card(ends[1])  # scores among it
-    one, two = (read_tensors(path) for path in ends)
+    ends = [read_tensor_file(where / "model.safetensors") for where in (killed, whole)]
+    assert model_card(ends[0]) == model_card(ends[1])  # scores among it
+    one, two = (file.tensors() for file in ends)
     assert [name for name in one if not torch.equal(one[name], two[name])] == []

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import featcache.finetune.images
-import featcache.finetune.run as run_module
+import featcache.finetune.loop
 import featcache.finetune.setup as preparation
+import featcache.finetune.training as run_module
 from data_helpers import make_folder
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig
@@ -21,12 +21,10 @@ from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.finetune import finetune, finetune_report, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
-from featcache.finetune.images import Images, hold_out
-from featcache.finetune.loop import _with_lone_merged
-from featcache.finetune.parts import Parts
-from featcache.finetune.plan import make_plan, rate_factor
+from featcache.finetune.loop import Images, _with_lone_merged, hold_out
+from featcache.finetune.trainable import TrainableModel, rate_factor, resolve_recipe
 from featcache.results import RunReport
-from featcache.tensor_files import read_card, read_tensors
+from featcache.tensor_files import model_card, read_tensor_file
 from pictures import SIDE, make_pets
 
 
@@ -52,7 +50,7 @@ def settings(dataset: Path, tmp_path: Path, **changes: object) -> FinetuneConfig
 
 
 def weights_of(report: dict) -> dict[str, torch.Tensor]:
-    return read_tensors(Path(report["model"]))
+    return read_tensor_file(Path(report["model"])).tensors()
 
 
 def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -84,13 +82,13 @@ class TestReport:
         assert json.loads(json.dumps(report)) == report
 
     def test_the_defaults_are_the_notebooks(self) -> None:
-        plan = make_plan(FinetuneConfig(dataset="digits"))
+        recipe = resolve_recipe(FinetuneConfig(dataset="digits"))
         wanted = {
             "epochs": 3, "lr": 1e-3, "backbone_lr": 1e-3, "batch_size": 32, "optimizer": "adam",
             "weight_decay": 0.0, "schedule": "constant", "flip": True, "bn_eval": False,
             "probe": False, "patience": None, "seed": 42,
         }  # fmt: skip
-        assert {name: getattr(plan, name) for name in wanted} == wanted
+        assert {name: getattr(recipe, name) for name in wanted} == wanted
 
     def test_the_file_has_the_predictions(self, full: tuple[FinetuneConfig, dict]) -> None:
         config, report = full
@@ -104,7 +102,7 @@ class TestReport:
 
     def test_the_model_file_says_what_it_is(self, full: tuple[FinetuneConfig, dict]) -> None:
         config, report = full
-        card = read_card(config.output)
+        card = model_card(read_tensor_file(config.output))
         assert card.backbone == "resnet18"
         assert card.class_names == ["cat", "dog", "eel"]
         assert card.preprocessing.image_px == SIDE
@@ -139,7 +137,10 @@ class TestWhatTrains:
     )
     def test_parameter_counts_for_ten_classes(self, changes: dict, count: int) -> None:
         config = FinetuneConfig(dataset="digits", weights="random", **changes)
-        assert Parts(build_classifier(config, 10, 0), make_plan(config)).trainable_params == count
+        assert (
+            TrainableModel(build_classifier(config, 10, 0), resolve_recipe(config)).trainable_params
+            == count
+        )
 
     def test_a_frozen_backbone_does_not_move(self, pets: Path, tmp_path: Path) -> None:
         config = settings(pets, tmp_path, freeze_backbone=True)
@@ -176,7 +177,9 @@ class TestWhatTrains:
         config = FinetuneConfig(
             dataset="digits", weights="random", recipe="good", lr=0.01, backbone_lr=0.002
         )
-        groups = Parts(build_classifier(config, 10, 0), make_plan(config)).make_optimizer()
+        groups = TrainableModel(
+            build_classifier(config, 10, 0), resolve_recipe(config)
+        ).make_optimizer()
         seen = {
             (g["base_lr"], g["weight_decay"] > 0, sum(p.numel() for p in g["params"]))
             for g in groups.param_groups
@@ -191,20 +194,20 @@ class TestWhatTrains:
 
     def test_good_keeps_its_ratio_of_rates(self) -> None:
         config = FinetuneConfig(dataset="digits", recipe="good")
-        ratio = make_plan(config).backbone_lr / make_plan(config).lr
-        plan = make_plan(dataclasses.replace(config, lr=0.5))
-        assert plan.backbone_lr / plan.lr == pytest.approx(ratio)
-        assert make_plan(dataclasses.replace(config, backbone_lr=0.7)).backbone_lr == 0.7
+        ratio = resolve_recipe(config).backbone_lr / resolve_recipe(config).lr
+        recipe = resolve_recipe(dataclasses.replace(config, lr=0.5))
+        assert recipe.backbone_lr / recipe.lr == pytest.approx(ratio)
+        assert resolve_recipe(dataclasses.replace(config, backbone_lr=0.7)).backbone_lr == 0.7
 
 
 class TestSchedule:
     def test_constant(self) -> None:
-        plan = make_plan(FinetuneConfig(dataset="digits"))
-        assert {rate_factor(plan, step, 9) for step in range(9)} == {1.0}
+        recipe = resolve_recipe(FinetuneConfig(dataset="digits"))
+        assert {rate_factor(recipe, step, 9) for step in range(9)} == {1.0}
 
     def test_cosine_rises_over_a_tenth_then_falls(self) -> None:
-        plan = make_plan(FinetuneConfig(dataset="digits", schedule="cosine"))
-        factors = [rate_factor(plan, step, 100) for step in range(100)]
+        recipe = resolve_recipe(FinetuneConfig(dataset="digits", schedule="cosine"))
+        factors = [rate_factor(recipe, step, 100) for step in range(100)]
         assert factors[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])
         assert factors[55] == pytest.approx(0.5)  # half-way between step 10 and the end
         assert np.diff(factors[10:]).max() < 0
@@ -231,7 +234,7 @@ class TestSameAgain:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         config, report = full
-        monkeypatch.setattr(featcache.finetune.images, "DECODED_BYTES", 0)
+        monkeypatch.setattr(featcache.finetune.loop, "DECODED_BYTES", 0)
         again = finetune(
             dataclasses.replace(config, workers=2, output=tmp_path / "again.safetensors")
         )
@@ -491,7 +494,7 @@ class TestBadPictures:
     def test_skip_leaves_them_out_and_counts(
         self, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded_bytes: int
     ) -> None:
-        monkeypatch.setattr(featcache.finetune.images, "DECODED_BYTES", decoded_bytes)
+        monkeypatch.setattr(featcache.finetune.loop, "DECODED_BYTES", decoded_bytes)
         config = settings(damaged, tmp_path, on_error="skip", freeze_backbone=True)
         report = finetune(config)
         assert report["num_skipped"] == {"train": 1, "test": 1}
@@ -545,7 +548,7 @@ class TestStart:
     def test_another_file_is_no_head(
         self, full: tuple[FinetuneConfig, dict], pets: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(UserError, match="is no linear head"):
+        with pytest.raises(UserError, match="is not a head file: give one that train-head wrote"):
             finetune(settings(pets, tmp_path, init_head=full[0].output))
         with pytest.raises(UserError, match=r"none\.safetensors: there is no such file"):
             finetune(settings(pets, tmp_path, init_head=tmp_path / "none.safetensors"))
@@ -555,10 +558,10 @@ def test_mixed_precision_trains_and_scores(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path that GPUs take, tried in bfloat16 on the CPU."""
-    choose = preparation.choose_machine
+    choose = preparation.choose_placement
     monkeypatch.setattr(
         preparation,
-        "choose_machine",
+        "choose_placement",
         lambda config: dataclasses.replace(choose(config), amp=True),
     )
     config = settings(pets, tmp_path, backbone="resnet18", lr=1e-4)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from featcache import tensor_files
 from featcache.errors import CacheError, UserError
 from featcache.heads import KnnHead, LinearHead, check_head_fits, load_head, save_head
 from heads_data import blobs, cache_meta
@@ -118,14 +123,17 @@ def test_head_fits_the_features_it_was_trained_on_and_no_others():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a head file"),
-        (b"12345678", "not a head file"),
-        (pickle.dumps({"weight": [1.0]}), "not a head file"),
-        (b"\xff" * 64, "not a head file"),
-        ((40).to_bytes(8, "little") + b"{" * 40, "header is not JSON"),
-        ((2).to_bytes(8, "little") + b"[]", "no short table"),
-        ((10).to_bytes(8, "little") + b'{"a":  1} ', "tensor 'a'"),
-        ((1 << 60).to_bytes(8, "little") + b"{}", "not a head file"),
+        (b"", "is not a safetensors file .*give another file"),
+        (b"12345678", "is not a safetensors file .*give another file"),
+        (pickle.dumps({"weight": [1.0]}), "is not a safetensors file .*give another file"),
+        (b"\xff" * 64, "is not a safetensors file .*give another file"),
+        (
+            (40).to_bytes(8, "little") + b"{" * 40,
+            "safetensors file .*Expecting property name",
+        ),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not a table"),
+        ((10).to_bytes(8, "little") + b'{"a":  1} ', "not a head file"),
+        ((1 << 60).to_bytes(8, "little") + b"{}", "is not a safetensors file .*give another file"),
         (save({"weight": np.ones((3, 8), np.float32)}), "not a head file"),
         (saved_linear(format="other"), "not a head file"),
         (saved_linear(version="2"), "version '2'; this featcache reads version 1"),
@@ -134,10 +142,15 @@ def test_head_fits_the_features_it_was_trained_on_and_no_others():
         (saved_linear(tensors={"bias": np.full(3, np.nan, np.float32)}), "not finite"),
         (saved_linear(tensors={"mean": np.ones(7, np.float32)}), "mean has shape"),
         (saved_linear(tensors={"extra": np.ones(7, np.float32)}), "unknown parts extra"),
-        (saved_linear(tensors={"weight": np.ones((3, 8), np.int8)}), "tensor 'weight'"),
+        (saved_linear(tensors={"weight": np.ones((3, 8), np.int8)}), "tensor 'weight' is int8"),
+        (saved_linear(tensors={"weight": np.ones((1, 3, 8))}), "'weight' is float64 .1, 3, 8"),
+        (saved_linear(tensors={"weight": np.ones((0, 8))}), "'weight' is float64 .0, 8"),
+        (saved_linear().replace(b"F32", b"F99"), "not a safetensors file"),
+        (saved_linear().replace(b'"version":', b'"format": '), "duplicate key format"),
+        (saved_linear().replace(b'"weight":', b'"bias":  '), "duplicate key bias"),
         (saved_linear(head={"class_names": ["a"]}), "1 class names for 3 outputs"),
-        (saved_linear(head={"class_names": "abc"}), "no list of names"),
-        (saved_linear(head={"provenance": 3}), "provenance is no table"),
+        (saved_linear(head={"class_names": "abc"}), "is not a list of names"),
+        (saved_linear(head={"provenance": 3}), "provenance is not a table"),
         (saved_linear(head={"other": 3}), "unknown parts other"),
     ],
 )
@@ -156,10 +169,10 @@ def test_claims_beyond_the_file_are_refused(tmp_path):
     text = json.dumps(header).encode()
     path = tmp_path / "h.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length :])
-    with pytest.raises(UserError, match="tensor 'weight'"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         load_head(path)
     path.write_bytes(good[:-4])
-    with pytest.raises(UserError, match="damaged head file"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         load_head(path)
 
 
@@ -180,11 +193,39 @@ def test_impossible_neighbours_are_refused(change):
         KnnHead(**(fields | change))
 
 
-def test_missing_file_says_what_writes_one(tmp_path):
-    with pytest.raises(UserError, match=r"there is no head file .*; train-head writes one"):
+def test_only_ordinary_files_are_read(tmp_path):
+    with pytest.raises(UserError, match=r"none.safetensors: there is no such file; check the path"):
         load_head(tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match="is not a file"):
-        load_head(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "pipe", "it is not an ordinary file"),
+        (Path("/dev/zero"), "it is not an ordinary file"),
+    ):
+        with pytest.raises(UserError, match=rf"^cannot read {path}: {reason}; check the path$"):
+            load_head(path)
+
+
+def test_files_and_headers_are_bounded(tmp_path, monkeypatch):
+    path = tmp_path / "h.safetensors"
+    path.write_bytes(saved_linear())
+    monkeypatch.setattr(tensor_files, "MAX_HEADER_BYTES", 64)
+    with pytest.raises(UserError, match="its header has more than 64 bytes"):
+        load_head(path)
+    with path.open("wb") as file:
+        file.truncate(tensor_files.MAX_FILE_BYTES + 1)  # sparse
+    with pytest.raises(UserError, match="17,179,869,185 bytes, more than the 17,179,869,184 that"):
+        load_head(path)
+
+
+def test_reading_a_head_imports_no_torch(tmp_path):
+    save_head(tmp_path / "h.safetensors", linear())
+    code = (
+        "import sys; from featcache.heads import load_head; load_head(sys.argv[1]);"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "h.safetensors")]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"False\n"
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:

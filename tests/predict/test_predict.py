@@ -34,10 +34,10 @@ from featcache.files import check_outputs
 from featcache.heads import load_head, train_head
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
-from featcache.predict.formats import MARKS, prediction_writer
-from featcache.predict.inputs import find_pictures
-from featcache.predict.load import load_trained
-from featcache.tensor_files import read_tensors
+from featcache.predict.command import MARKS, prediction_writer
+from featcache.predict.load import load_classifier
+from featcache.predict.pictures import find_pictures
+from featcache.tensor_files import read_tensor_file
 from trained_helpers import (
     PREP,
     knn_head,
@@ -161,7 +161,7 @@ class TestSamePath:
     def test_a_model_scores_as_its_network(self, root: Path) -> None:
         file = make_model(root / "model.safetensors")
         network = build_classifier(BackboneConfig(weights="random"), 3, 0).eval()
-        network.load_state_dict(read_tensors(file))
+        network.load_state_dict(read_tensor_file(file).tensors())
         pictures = [picture(n) for n in (3, 700)]
         pixels = np.stack([to_pixels(p, PREP) for p in pictures])
         with torch.inference_mode():
@@ -569,7 +569,7 @@ class TestInputs:
             def read(self, size: int | None = -1) -> bytes:
                 return chunk * (size or 0)
 
-        monkeypatch.setattr("featcache.predict.inputs.MAX_LIST_BYTES", 1 << 20)
+        monkeypatch.setattr("featcache.predict.pictures.MAX_LIST_BYTES", 1 << 20)
         with pytest.raises(UserError, match="standard input is no list of pictures"):
             find_pictures(["-"], Endless())
 
@@ -642,16 +642,16 @@ class TestWeights:
     ) -> None:
         head, weights = by_file
         monkeypatch.chdir(tmp_path)
-        load_trained(head)
+        load_classifier(head)
         alone = Path(shutil.copy(head, tmp_path / "moved.safetensors"))
-        load_trained(alone, weights=str(weights))
+        load_classifier(alone, weights=str(weights))
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
         sha256 = file_sha256(weights)
         with pytest.raises(UserError, match=rf"mine\.safetensors \(sha256 {sha256}\).*--weights"):
-            load_trained(alone)
+            load_classifier(alone)
         shutil.copy(weights, tmp_path / "here" / "mine.safetensors")
-        load_trained(alone)
+        load_classifier(alone)
 
     def test_other_weights_are_refused_with_both_hashes(
         self, by_file: tuple[Path, Path], tmp_path: Path
@@ -660,12 +660,12 @@ class TestWeights:
         other = tmp_path / "mine.safetensors"
         save_file({"x": torch.zeros(1)}, other)
         with pytest.raises(CacheError) as caught:
-            load_trained(head, weights=str(other))
+            load_classifier(head, weights=str(other))
         assert file_sha256(weights) in str(caught.value)
         assert file_sha256(other) in str(caught.value)
         alone = Path(shutil.copy(head, tmp_path / "head.safetensors"))
         with pytest.raises(CacheError, match="was trained on weights"):
-            load_trained(alone)
+            load_classifier(alone)
 
     def test_random_weights_need_their_seed(
         self, head_file: Path, capsys: pytest.CaptureFixture[str]
@@ -678,12 +678,12 @@ class TestWeights:
     def test_bundled_weights_and_a_foreign_hash(self, cache: FeatureCache, tmp_path: Path) -> None:
         head = write_head(tmp_path / "h.safetensors", linear_head(cache), weights="bundled")
         with pytest.raises(CacheError, match="but --weights bundled has"):
-            load_trained(head)
+            load_classifier(head)
         from featcache.backbone import BUNDLED_FILE
 
         sha256 = file_sha256(BUNDLED_FILE)
         write_head(head, linear_head(cache), weights="bundled", weights_sha256=sha256)
-        assert load_trained(head).describe() == "logistic head on resnet18 (bundled), 32 px crop"
+        assert load_classifier(head).describe() == "logistic head on resnet18 (bundled), 32 px crop"
 
 
 class TestForeignFiles:
@@ -712,12 +712,12 @@ class TestForeignFiles:
 
     def test_other_kinds_of_file(self, cache: FeatureCache, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is a cache, not a classifier: type train-head"):
-            load_trained(cache.path)
-        with pytest.raises(UserError, match="not a safetensors file"):
-            load_trained(tmp_path)
+            load_classifier(cache.path)
+        with pytest.raises(UserError, match="it is a folder; check the path"):
+            load_classifier(tmp_path)
         save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
         with pytest.raises(UserError, match="neither a head nor a fine-tuned model"):
-            load_trained(tmp_path / "x.safetensors")
+            load_classifier(tmp_path / "x.safetensors")
 
     def test_a_cut_file_is_refused(self, head_file: Path, tmp_path: Path) -> None:
         data = head_file.read_bytes()
@@ -725,7 +725,7 @@ class TestForeignFiles:
         for size in (9, len(data) // 2, len(data) - 1):
             file.write_bytes(data[:size])
             with pytest.raises(UserError):
-                load_trained(file)
+                load_classifier(file)
 
     @pytest.mark.parametrize(
         ("backbone", "said"),
@@ -743,12 +743,12 @@ class TestForeignFiles:
     ) -> None:
         file = write_head(tmp_path / "h.safetensors", linear_head(cache), **backbone)
         with pytest.raises(UserError, match=said):
-            load_trained(file)
+            load_classifier(file)
 
     def test_a_model_that_does_not_hold(self, tmp_path: Path) -> None:
         file = make_model(tmp_path / "m.safetensors", class_names=["cat", "dog"])
         with pytest.raises(UserError, match="not those of a resnet18 with 2 classes"):
-            load_trained(file)
+            load_classifier(file)
 
 
 def test_the_library_gives_what_the_command_reports(root: Path, loaded: Classifier) -> None:

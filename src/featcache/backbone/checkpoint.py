@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 import pickletools
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from featcache.errors import UserError, listed
-
-if TYPE_CHECKING:
-    import torch
-
-State = dict[str, "torch.Tensor"]
+from featcache.errors import UserError, listed, shown
+from featcache.tensor_files import State
 
 # Wrappers that training scripts put around a state dict, outermost first.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "backbone")
@@ -29,23 +24,6 @@ _TENSOR_MODULES = {
     *("collections", "builtins", "__builtin__", "_codecs", "torch", "torch._utils"),
     *("torch._tensor", "torch.storage", "torch.nn.parameter"),
 }
-
-
-def parse_safetensors(data: bytes) -> tuple[dict[str, str], State]:
-    """Metadata and tensors of a safetensors file's bytes.
-
-    Raises:
-        ValueError: They are not those of a safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors: State = load(data)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-    end = 8 + int.from_bytes(data[:8], "little")  # the library has checked it
-    return dict(json.loads(data[8:end]).get("__metadata__") or {}), tensors
 
 
 def parse_checkpoint(data: bytes, name: str) -> State:
@@ -91,14 +69,6 @@ def _not_tensors(foreign: Sequence[str], texts: set[str], name: str) -> str:
         f"tensors alone in Python: c = torch.load({name!r}, weights_only=False); "
         f"torch.save(c{part}, 'tensors.pth')"
     )
-
-
-def shown(text: str, most: int = 160) -> str:
-    """A stranger's text as part of a message: one line, printable, cut between words."""
-    clean = "".join(c if c.isprintable() else "?" for c in text[: 2 * most])
-    if len(clean) <= most:
-        return clean
-    return (clean[:most].rpartition(" ")[0] or clean[:most]).rstrip(" ,.;:(") + " …"
 
 
 def _unwrapped(loaded: object, name: str) -> State:

@@ -20,6 +20,7 @@ from featcache.backbone.weights import (
 )
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.file_hashes import Memo, is_settled, stamp_of
+from featcache.files import open_regular
 from featcache.runtime import version_of
 
 
@@ -90,5 +91,5 @@ def _remembered(memo: Memo, key: str) -> dict[str, Any] | None:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -98,5 +98,5 @@ def loaded_network(config: BackboneConfig, seed: int, file: WeightsFile | None) 
         return build_network(config.backbone, seed=seed)
     model = build_network(config.backbone, seed=None)
     source = "torchvision's weights" if config.weights == "imagenet" else str(file.path)
-    load_matching(model, file.state, source, config.backbone)
+    load_matching(model, file.tensors(), source, config.backbone)
     return model

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone.checkpoint import State, parse_checkpoint, parse_safetensors, shown
+from featcache.backbone.checkpoint import parse_checkpoint
 from featcache.backbone.networks import classifiers, head_of
 from featcache.config import BackboneConfig, Preprocessing
-from featcache.errors import UserError, listed, one_of
+from featcache.errors import UserError, listed, one_of, shown
 from featcache.runtime import import_torchvision, say
+from featcache.tensor_files import State, TensorFile, read_bounded, too_large_for_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,75 +31,40 @@ WAYS_OUT = (
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".tar")  # .tar as in .pth.tar
 
 
-@dataclass(frozen=True, eq=False)
-class WeightsFile:
-    """A weights file that was read once, so that what is hashed is what is loaded.
-
-    Attributes:
-        path: Where it lay.
-        data: Its bytes.
-        status: Of the file before it was read.
-    """
-
-    path: Path
-    data: bytes
-    status: os.stat_result
+class WeightsFile(TensorFile):
+    """A weights file that was read once: safetensors, or what torch.save wrote."""
 
     @cached_property
-    def sha256(self) -> str:
-        """sha256 of the bytes, in hex."""
-        return hashlib.sha256(self.data).hexdigest()
-
-    @cached_property
-    def _parsed(self) -> tuple[dict[str, str], State]:
-        try:
-            if self.path.suffix != ".safetensors":
-                return {}, parse_checkpoint(self.data, str(self.path))
-            return parse_safetensors(self.data)
-        except UserError:
-            raise
-        except MemoryError as error:
-            raise UserError(
-                f"{self.path} takes more memory than there is; give another file"
-            ) from error
-        except ValueError as error:
-            raise UserError(
-                f"{self.path} is not a safetensors file ({shown(str(error))}); give another file"
-            ) from error
-
-    @property
-    def state(self) -> State:
-        """Tensors by name.
-
-        Raises:
-            UserError: The file is no weights file, or holds something else.
-        """
-        return self._parsed[1]
-
-    @property
     def metadata(self) -> dict[str, str]:
-        """The string metadata of a safetensors file; none of other files.
+        """The string metadata of a safetensors file; other files have none.
 
         Raises:
             UserError: Not a safetensors file, though its name says so.
         """
-        return self._parsed[0] if self.path.suffix == ".safetensors" else {}
+        return super().metadata if self.path.suffix == ".safetensors" else {}
+
+    def tensors(self) -> State:
+        """Tensors by name; nothing in the file is executed.
+
+        Raises:
+            UserError: The file is not a weights file, or takes too much memory.
+        """
+        try:
+            if self.path.suffix == ".safetensors":
+                return super().tensors()
+            return parse_checkpoint(self.data, str(self.path))
+        except MemoryError as error:
+            raise too_large_for_memory(self.path) from error
 
 
 def read_weights(path: Path) -> WeightsFile:
     """Read a weights file as a whole.
 
     Raises:
-        UserError: It cannot be read, or memory is too small for it.
+        UserError: There is no such file, it is not an ordinary file, or it is too large.
+        StorageError: It cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            return WeightsFile(path, file.read(), status)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-    except MemoryError as error:
-        raise UserError(f"{path} takes more memory than there is; give another file") from error
+    return WeightsFile(path, *read_bounded(path))
 
 
 def weights_of(config: BackboneConfig) -> WeightsFile | None:
@@ -233,7 +196,7 @@ def read_state(path: Path) -> State:
     Raises:
         UserError: The file is not one, or holds something else.
     """
-    return read_weights(path).state
+    return read_weights(path).tensors()
 
 
 def _without_prefix(state: State, body: State, source: str) -> tuple[State, list[str]]:

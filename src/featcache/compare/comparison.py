@@ -34,7 +34,7 @@ from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatt
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
-from featcache.finetune.plan import make_plan as make_finetune_plan
+from featcache.finetune.trainable import resolve_recipe
 from featcache.heads.data import open_cache
 from featcache.heads.train import provenance_of
 from featcache.html_report.provenance import command_line
@@ -179,7 +179,7 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
-    tuning = dataclasses.asdict(make_finetune_plan(finetune_config(config, None, config.seed)))
+    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
     del tuning["seed"]
     return {
         "cached": {**same, "solver": config.solver},
@@ -218,7 +218,7 @@ class Schedule:
         epochs = 1
         if planned.mode == "finetune":
             config = finetune_config(self.setup.config, len(planned.rows), planned.seed)
-            epochs = make_finetune_plan(config).epochs
+            epochs = resolve_recipe(config).epochs
         return self.budget.estimate(planned.mode, len(planned.rows), epochs)
 
     def next_run(self) -> PlannedRun | None:

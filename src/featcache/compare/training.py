@@ -20,7 +20,7 @@ from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
-from featcache.finetune.plan import make_plan
+from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head_report
 from featcache.results import RunReport, config_json
 from featcache.runtime import say
@@ -101,7 +101,7 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
 
     This also loads the libraries of fine-tuning, outside the time of the first run.
     """
-    import sklearn.linear_model  # noqa: F401 - the linear probe's, before the clock runs
+    import featcache.heads.estimator  # noqa: F401 - the linear probe's, before the clock runs
 
     config, splits = setup.config, setup.dataset.splits
     tuning = finetune_config(config, None, config.seed)
@@ -158,9 +158,9 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
     tuning = FinetuneConfig(**values, seed=seed, score="end")
     if num_train is None:
         return tuning
-    plan = make_plan(tuning)
-    per_epoch = math.ceil(num_train / plan.batch_size)
-    epochs = max(plan.epochs, math.ceil(config.min_steps / per_epoch))
+    recipe = resolve_recipe(tuning)
+    per_epoch = math.ceil(num_train / recipe.batch_size)
+    epochs = max(recipe.epochs, math.ceil(config.min_steps / per_epoch))
     return dataclasses.replace(tuning, epochs=epochs)
 
 

@@ -1,5 +1,5 @@
-"""Trained classifiers as files for other runtimes: ONNX and torch.export."""
+"""LoadedClassifier classifiers as files for other runtimes: ONNX and torch.export."""
 
-from featcache.export.run import export, summary_lines
+from featcache.export.command import export, summary_lines
 
 __all__ = ["export", "summary_lines"]

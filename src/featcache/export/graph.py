@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from featcache.heads import Head, KnnHead
 from featcache.heads.knn import TEMPERATURE
-from featcache.predict import Trained
+from featcache.predict import LoadedClassifier
 
 # Shares of votes become logits; no votes at all would be minus infinity.
 SMALLEST_SHARE = 1e-12
@@ -23,7 +23,7 @@ class ClassifierGraph(nn.Module):
             [N, 3, H, W], already normalised.
     """
 
-    def __init__(self, trained: Trained, takes_pixels: bool) -> None:
+    def __init__(self, trained: LoadedClassifier, takes_pixels: bool) -> None:
         super().__init__()
         self.network = trained.network
         self.head = head_layer(trained.head) if trained.head else nn.Identity()

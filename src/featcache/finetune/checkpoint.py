@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone.checkpoint import State
 from featcache.config import flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
-from featcache.finetune.parts import Parts
+from featcache.finetune.trainable import TrainableModel
 from featcache.results import RunReport
-from featcache.tensor_files import read_metadata, read_safetensors, write_safetensors
+from featcache.tensor_files import State, read_tensor_file, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ def save_checkpoint(
     path: Path,
     decisive: dict[str, Any],
     progress: Progress,
-    parts: Parts,
+    trainable: TrainableModel,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Write a run's state, atomically; `decisive` is all that decides its outcome.
@@ -78,7 +77,7 @@ def save_checkpoint(
     Raises:
         StorageError: The file system refused.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in parts.moving_state().items()}
+    tensors = {f"model/{name}": tensor for name, tensor in trainable.moving_state().items()}
     tensors |= {f"best/{name}": tensor for name, tensor in progress.best.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{n}": t for n, t in state.items() if t is not None}
@@ -95,7 +94,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def load_checkpoint(
-    path: Path, key: str, parts: Parts, optimizer: torch.optim.Optimizer
+    path: Path, key: str, trainable: TrainableModel, optimizer: torch.optim.Optimizer
 ) -> Progress | None:
     """Put a run back to where its checkpoint was written.
 
@@ -108,13 +107,14 @@ def load_checkpoint(
     if not path.is_file():
         return None
     try:
-        metadata, tensors = read_safetensors(path)
+        file = read_tensor_file(path)
+        metadata = file.metadata
         if metadata.get("format") != FORMAT or metadata.get("key") != key:
             return None
         counters = json.loads(metadata["progress"])
         counters["best_score"] = tuple(counters["best_score"])
-        groups = _grouped(tensors)
-        load_moving(parts, groups["model"])
+        groups = _grouped(file.tensors())
+        load_moving(trainable, groups["model"])
         _load_optimizer(optimizer, groups["optimizer"])
         return Progress(**{**counters, "best": groups["best"]})
     except (UserError, KeyError, ValueError, TypeError) as error:
@@ -164,7 +164,7 @@ def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        metadata = read_metadata(path)
+        metadata = read_tensor_file(path).metadata
         if "settings" not in metadata:  # of version 0.1.0
             return {"key": metadata["key"]}
         return dict(json.loads(metadata["settings"]))
@@ -180,7 +180,7 @@ def _grouped(tensors: State) -> dict[str, State]:
     return groups
 
 
-def load_moving(parts: Parts, tensors: State) -> None:
+def load_moving(trainable: TrainableModel, tensors: State) -> None:
     """Copy tensors into the model in place, so that the memory layout stays.
 
     Raises:
@@ -188,7 +188,7 @@ def load_moving(parts: Parts, tensors: State) -> None:
     """
     import torch
 
-    own = parts.moving_state()
+    own = trainable.moving_state()
     if own.keys() != tensors.keys():
         raise ValueError(f"{sorted(own.keys() ^ tensors.keys())[:3]} do not match")
     with torch.no_grad():

@@ -6,29 +6,26 @@ what it knows; a head that already fits the frozen features does not.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.backbone import WeightsFile
-from featcache.config import BackboneInfo, Preprocessing, flatten
+from featcache.config import BackboneInfo, Preprocessing
 from featcache.data import iterate_batches
 from featcache.data.sampling import held_out_rows, stratified_rows
-from featcache.errors import UserError, listed
-from featcache.finetune.images import Images
-from featcache.finetune.loop import Machine
-from featcache.finetune.parts import Parts
-from featcache.finetune.plan import EVAL_BATCH_SIZE
+from featcache.errors import CacheError, UserError, listed
+from featcache.finetune.loop import Images, Placement
+from featcache.finetune.trainable import EVAL_BATCH_SIZE, TrainableModel
+from featcache.heads import LinearHead, check_head_fits
+from featcache.heads.files import parse_head
+from featcache.heads.linear import Floats
+from featcache.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-HEAD_FORMAT = ("featcache-head", "1")
 MAX_PROBE_ROWS = 20_000
 """More rows hardly move a starting point, and their features would have to fit in memory."""
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -38,8 +35,8 @@ CHOICE_SHARE = 0.2
 Float32 = NDArray[np.float32]
 
 
-def set_head(head: nn.Module, weight: Float32, bias: Float32) -> None:
-    """Copy weight [C, D] and bias [C] into a linear head."""
+def set_head(head: nn.Module, weight: Floats, bias: Floats) -> None:
+    """Copy weight [C, D] and bias [C] into the network's head."""
     import torch
 
     with torch.no_grad():
@@ -48,21 +45,23 @@ def set_head(head: nn.Module, weight: Float32, bias: Float32) -> None:
             parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
 
 
-def frozen_features(parts: Parts, images: Images, prep: Preprocessing, machine: Machine) -> Float32:
+def frozen_features(
+    trainable: TrainableModel, images: Images, prep: Preprocessing, placement: Placement
+) -> Float32:
     """What enters the head, for every image, the network in eval mode: float32 [N, D]."""
     import torch
 
     caught: list[torch.Tensor] = []
-    handle = parts.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    features = np.empty((len(images), parts.head_width()), np.float32)
-    parts.model.eval()
+    handle = trainable.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    features = np.empty((len(images), trainable.head_width()), np.float32)
+    trainable.model.eval()
     batches = iterate_batches(
-        images.source, np.arange(len(images)), EVAL_BATCH_SIZE, prep, workers=machine.workers
+        images.source, np.arange(len(images)), EVAL_BATCH_SIZE, prep, workers=placement.workers
     )
     try:
         with torch.inference_mode():
             for pixels, _, rows in batches:
-                parts.model(machine.inputs(pixels, prep))
+                trainable.model(placement.inputs(pixels, prep))
                 features[rows] = caught.pop().float().cpu().numpy()
     finally:
         handle.remove()
@@ -70,7 +69,11 @@ def frozen_features(parts: Parts, images: Images, prep: Preprocessing, machine: 
 
 
 def fit_probe(
-    parts: Parts, images: Images, prep: Preprocessing, machine: Machine, num_classes: int
+    trainable: TrainableModel,
+    images: Images,
+    prep: Preprocessing,
+    placement: Placement,
+    num_classes: int,
 ) -> dict[str, float]:
     """Start the head from logistic regression on the frozen features of the train images.
 
@@ -79,12 +82,12 @@ def fit_probe(
     Returns:
         What was chosen: the strength C and the number of images.
     """
-    seed = parts.plan.seed
+    seed = trainable.recipe.seed
     if len(images) > MAX_PROBE_ROWS:
         split = images.split
         rows = stratified_rows(split.ids, split.labels, MAX_PROBE_ROWS, seed=seed, purpose="probe")
         images = images.subset(rows, "train")
-    features, labels = frozen_features(parts, images, prep, machine), images.split.labels
+    features, labels = frozen_features(trainable, images, prep, placement), images.split.labels
     # One scale for all: scaling each feature by itself would blow up those that hardly vary here
     # but begin to once the backbone moves.
     mean = features.mean(0)
@@ -94,7 +97,7 @@ def fit_probe(
     weight, bias = _fit(scaled, labels, strength, num_classes)
     # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
     weight = weight / np.float32(scale)
-    set_head(parts.head, weight, bias - weight @ mean)
+    set_head(trainable.head, weight, bias - weight @ mean)
     return {"C": strength, "num_images": len(images)}
 
 
@@ -118,60 +121,36 @@ def _fit(
     scaled: Float32, labels: NDArray[np.int64], strength: float, num_classes: int
 ) -> tuple[Float32, Float32]:
     """Multinomial logistic regression; classes without a row get no weight and a low bias."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+    from featcache.heads.estimator import FeatureHeadClassifier
 
     weight = np.zeros((num_classes, scaled.shape[1]), np.float32)
     bias = np.full(num_classes, -10.0, np.float32)
-    solver = LogisticRegression(C=strength, max_iter=200)
-    with warnings.catch_warnings():
-        # A starting point need not be the optimum.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        solver.fit(scaled, labels)
-    if len(solver.classes_) == 2:  # scikit-learn keeps one row of weights for two classes
-        rows = np.concatenate([-solver.coef_, solver.coef_]) / 2
-        biases = np.concatenate([-solver.intercept_, solver.intercept_]) / 2
-    else:
-        rows, biases = solver.coef_, solver.intercept_
-    weight[solver.classes_], bias[solver.classes_] = rows, biases
+    fitted = FeatureHeadClassifier(strength=strength).fit(scaled, labels)
+    weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
     return weight, bias
 
 
-def init_from_file(
-    parts: Parts, file: WeightsFile, info: BackboneInfo, class_names: list[str]
-) -> None:
-    """Start the head from a file that train-head wrote.
+def head_to_start_from(file: TensorFile, info: BackboneInfo, class_names: list[str]) -> LinearHead:
+    """The head in a file that train-head wrote, for this network and these classes.
 
     Raises:
         UserError: Not a linear head, or one for other classes or another network.
     """
-    path, metadata = file.path, file.metadata
-    is_head = (metadata.get("format"), metadata.get("version")) == HEAD_FORMAT
-    if not is_head or not {"weight", "bias"} <= file.state.keys():
-        raise UserError(f"--init-head {path} is no linear head: give one that train-head wrote")
-    try:
-        rest = json.loads(metadata["head"])
-        names, theirs = rest["class_names"], flatten(rest["provenance"]["backbone"])
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"--init-head {path} is damaged: run train-head again") from error
-    if names != class_names:
+    head = parse_head(file)
+    if not isinstance(head, LinearHead):
+        raise UserError(f"--init-head {file.path} is a knn head: give a linear one")
+    if head.class_names != class_names:
         raise UserError(
-            f"--init-head {path} is for {_some(names)}, the dataset has "
+            f"--init-head {file.path} is for {_some(head.class_names)}, the dataset has "
             f"{_some(class_names)}: train a head on a cache of this dataset"
         )
-    ours = flatten(json.loads(json.dumps(dataclasses.asdict(info))))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name != "weights" and ours.get(name) != theirs.get(name):
-            raise UserError(
-                f"--init-head {path} is for features with {name} {theirs.get(name)!r:.80}, this "
-                f"run has {ours.get(name)!r:.80}: give the same --weights and preprocessing"
-            )
-    weight, bias = (file.state[name].float().numpy() for name in ("weight", "bias"))
-    if weight.shape != (len(class_names), info.feature_dim) or bias.shape != (len(class_names),):
-        raise UserError(f"--init-head {path} is damaged: shapes {weight.shape}, {bias.shape}")
-    set_head(parts.head, weight, bias)
+    try:
+        check_head_fits(head, info)
+    except CacheError as error:
+        raise UserError(f"--init-head {file.path}: {error}") from error
+    return head
 
 
 def _some(names: list[str]) -> str:
     """How many classes, and the first ones."""
-    return f"{len(names)} classes ({listed([str(name) for name in names], 4)[:200]})"
+    return f"{len(names)} classes ({listed(names, 4)[:200]})"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone import WeightsFile, build_classifier, identify, read_weights
+from featcache.backbone import build_classifier, identify
 from featcache.cache import check_unlocked
 from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
@@ -17,21 +17,22 @@ from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
 from featcache.finetune.checkpoint import checkpoint_path, run_key
-from featcache.finetune.images import Images, hold_out, read_images
-from featcache.finetune.loop import Machine
-from featcache.finetune.parts import Parts
-from featcache.finetune.plan import Plan, make_plan
+from featcache.finetune.loop import Images, Placement, hold_out, read_images
+from featcache.finetune.probe import head_to_start_from
+from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve_recipe
+from featcache.heads import LinearHead
 from featcache.results import report_marks
 from featcache.results.metrics import checked_weights
 from featcache.runtime import num_cores, numeric_versions, pick_device, say
 from featcache.tensor_files import MARKS as MODEL_MARKS
+from featcache.tensor_files import TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass(eq=False, kw_only=True)
-class Run:
+class FinetuneRun:
     """Everything that a run holds while it lasts.
 
     `decisive` is all that decides its outcome, as JSON; `chosen_on` says in words which images
@@ -40,15 +41,15 @@ class Run:
     """
 
     config: FinetuneConfig
-    plan: Plan
+    recipe: TrainingRecipe
     info: BackboneInfo
     dataset: ImageDataset
-    machine: Machine
-    parts: Parts
+    placement: Placement
+    trainable: TrainableModel
     train: Images
     test: Images
     held: Images | None
-    init_head: WeightsFile | None
+    init_head: LinearHead | None
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
@@ -63,7 +64,7 @@ class Run:
         return self.info.preprocessing
 
 
-def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
+def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
 
     Args:
@@ -73,33 +74,34 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
     Raises:
         UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
     """
-    plan = make_plan(config)
-    init_head = _check_given(config)
+    recipe = resolve_recipe(config)
+    head_file = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
     if (weights := dataset.splits["train"].weights) is not None:
         checked_weights(weights, "train")
-    machine = choose_machine(config)
-    num_classes = len(dataset.class_names)
-    network = build_classifier(config, num_classes, config.seed, info.weights_sha256)
-    parts = Parts(network, plan)
-    check_input(parts.model, info, config)
-    _place(parts.model, machine)
+    names = dataset.class_names
+    init_head = head_to_start_from(head_file, info, names) if head_file else None
+    placement = choose_placement(config)
+    network = build_classifier(config, len(names), config.seed, info.weights_sha256)
+    trainable = TrainableModel(network, recipe)
+    check_input(trainable.model, info, config)
+    _place(trainable.model, placement)
     start = time.perf_counter()
-    images, skipped = _read_splits(dataset, info.preprocessing, config, machine.workers)
+    images, skipped = _read_splits(dataset, info.preprocessing, config, placement.workers)
     read_seconds = time.perf_counter() - start
     train, held, chosen_on = images["train"], None, "nothing: no setting was chosen by a score"
-    if plan.patience:
+    if recipe.patience:
         train, held, chosen_on = hold_out(train, images.get("val"), config)
-    _check_batches(parts, len(train))
-    decisive = _decisive(plan, info, dataset, machine, images, init_head)
-    return Run(
+    _check_batches(trainable, len(train))
+    decisive = _decisive(recipe, info, dataset, placement, images, head_file)
+    return FinetuneRun(
         config=config,
-        plan=plan,
+        recipe=recipe,
         info=info,
         dataset=dataset,
-        machine=machine,
-        parts=parts,
+        placement=placement,
+        trainable=trainable,
         train=train,
         test=images["test"],
         held=held,
@@ -109,20 +111,18 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Run:
         read_seconds=read_seconds,
         decisive=decisive,
         output=config.output
-        or config.cache_dir / _file_name(plan, info, dataset, run_key(decisive)),
+        or config.cache_dir / _file_name(recipe, info, dataset, run_key(decisive)),
     )
 
 
-def _check_given(config: FinetuneConfig) -> WeightsFile | None:
-    """Check the files that the settings name; returns the head to start from, if any."""
-    if config.init_head is not None and not config.init_head.is_file():
-        raise UserError(f"--init-head {config.init_head}: there is no such file; check the path")
+def _check_given(config: FinetuneConfig) -> TensorFile | None:
+    """Check the files that the settings name; returns that of the head to start from, if any."""
     if config.output is not None:
         if config.output.suffix != ".safetensors":
             raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
         check_unlocked(config.output)
         check_files(config, config.output)
-    return read_weights(config.init_head) if config.init_head else None
+    return read_tensor_file(config.init_head) if config.init_head else None
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
@@ -145,7 +145,7 @@ def check_files(config: FinetuneConfig, output: Path) -> None:
     check_outputs(outputs, [config.weights, config.dataset, config.init_head or ""])
 
 
-def choose_machine(config: FinetuneConfig) -> Machine:
+def choose_placement(config: FinetuneConfig) -> Placement:
     """Where and how to compute.
 
     The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
@@ -158,14 +158,14 @@ def choose_machine(config: FinetuneConfig) -> Machine:
     # The frozen network has to give the features that a cache would hold: float32.
     amp = device == "cuda" and not config.freeze_backbone and torch.cuda.is_bf16_supported()
     workers = num_cores() if config.workers is None else config.workers
-    return Machine(device=device, amp=amp, channels_last=device != "mps", workers=workers)
+    return Placement(device=device, amp=amp, channels_last=device != "mps", workers=workers)
 
 
-def _place(model: nn.Module, machine: Machine) -> None:
+def _place(model: nn.Module, placement: Placement) -> None:
     import torch
 
-    layout = torch.channels_last if machine.channels_last else torch.preserve_format
-    model.to(machine.device).to(memory_format=layout)
+    layout = torch.channels_last if placement.channels_last else torch.preserve_format
+    model.to(placement.device).to(memory_format=layout)
 
 
 def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:
@@ -200,13 +200,13 @@ def _read_splits(
     return images, skipped
 
 
-def _check_batches(parts: Parts, num_train: int) -> None:
+def _check_batches(trainable: TrainableModel, num_train: int) -> None:
     """BatchNorm in train mode cannot average over one image.
 
     Raises:
         UserError: It would have to.
     """
-    if parts.uses_batch_statistics() and min(num_train, parts.plan.batch_size) < 2:
+    if trainable.uses_batch_statistics() and min(num_train, trainable.recipe.batch_size) < 2:
         what = "--batch-size 1" if num_train > 1 else "one train image"
         raise UserError(
             f"{what} gives BatchNorm nothing to average over: use at least 2, or --bn-eval True"
@@ -214,29 +214,29 @@ def _check_batches(parts: Parts, num_train: int) -> None:
 
 
 def _decisive(
-    plan: Plan,
+    recipe: TrainingRecipe,
     info: BackboneInfo,
     dataset: ImageDataset,
-    machine: Machine,
+    placement: Placement,
     images: dict[str, Images],
-    init_head: WeightsFile | None,
+    head_file: TensorFile | None,
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
     for name in sorted(images):
         kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
     return {
-        "plan": dataclasses.asdict(plan),
+        "plan": dataclasses.asdict(recipe),
         "backbone": dataclasses.asdict(info),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
-        "init_head": init_head.sha256 if init_head else None,
-        "device": machine.device,
+        "init_head": head_file.sha256 if head_file else None,
+        "device": placement.device,
         "versions": numeric_versions(),
     }
 
 
-def _file_name(plan: Plan, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
-    what = "head" if plan.freeze_backbone else "+".join(plan.unfreeze) or "finetuned"
+def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
+    what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     weights = Path(info.weights).stem
     return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"

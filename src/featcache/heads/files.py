@@ -8,34 +8,24 @@ Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], wit
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from featcache.config import CacheMeta, flatten
-from featcache.errors import CacheError, StorageError, UserError
-from featcache.files import open_regular, write_atomically
+from featcache.config import BackboneInfo, CacheMeta, flatten
+from featcache.errors import CacheError, UserError
+from featcache.files import write_atomically
 from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead
+from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
 
 FORMAT, VERSION = "featcache-head", "1"
 MARKS = re.compile(rb'"%s"' % FORMAT.encode())
-MAX_FILE_BYTES = 8 << 30
-MAX_HEADER_BYTES = 16 << 20
-DTYPES = {
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "I64": np.int64,
-}
+DTYPES = ("float16", "float32", "float64", "int64")
 Head = LinearHead | KnnHead
-Tensors = dict[str, NDArray[Any]]
 
 
 def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) -> None:
@@ -68,11 +58,19 @@ def load_head(path: Path | str) -> Head:
     """Read a head file.
 
     Raises:
-        UserError: It is no head file, is damaged, or is of another version.
+        UserError: It is not a head file, is damaged, or is of another version.
         StorageError: It cannot be read.
     """
-    path = Path(path)
-    tensors, metadata = _read_tensors(path)
+    return parse_head(read_tensor_file(Path(path)))
+
+
+def parse_head(file: TensorFile) -> Head:
+    """The head in a file that was read.
+
+    Raises:
+        UserError: It is not a head file, is damaged, or is of another version.
+    """
+    path, metadata = file.path, file.metadata
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a head file: give one that train-head wrote")
     if metadata.get("version") != VERSION:
@@ -80,15 +78,16 @@ def load_head(path: Path | str) -> Head:
             f"{path} is of head format version {metadata.get('version')!r:.20}; this featcache "
             f"reads version {VERSION}: upgrade featcache, or run train-head again"
         )
+    tensors = file.arrays()
     try:
         rest = json.loads(metadata["head"])
         kind = KnnHead if "rows" in tensors else LinearHead
         names = {item.name for item in dataclasses.fields(kind)}
         if unknown := (rest.keys() | tensors.keys()) - names:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
+        _check_types(rest, tensors)
         parts: dict[str, Any] = {**rest, **tensors}
         head = kind(**parts)
-        _check_types(rest)
         _check_values(head, tensors)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
@@ -97,14 +96,14 @@ def load_head(path: Path | str) -> Head:
     return head
 
 
-def check_head_fits(head: Head, meta: CacheMeta) -> None:
+def check_head_fits(head: Head, features: CacheMeta | BackboneInfo) -> None:
     """Refuse a head for features that another network or preprocessing made.
 
-    Where the weights file lay does not matter, its content does.
+    The weights file's name does not matter, its content does.
 
     Args:
         head: With the provenance of the cache it was trained on.
-        meta: Of the features to be classified.
+        features: How the features to be classified were made.
 
     Raises:
         CacheError: Naming the first field that differs.
@@ -112,84 +111,33 @@ def check_head_fits(head: Head, meta: CacheMeta) -> None:
     theirs = head.provenance.get("backbone")
     if not isinstance(theirs, dict):
         raise CacheError("the head does not say which features it is for: run train-head again")
-    ours = flatten(json.loads(json.dumps(dataclasses.asdict(meta.backbone))))
+    info = features if isinstance(features, BackboneInfo) else features.backbone
+    ours = flatten(json.loads(json.dumps(dataclasses.asdict(info))))
     recorded = flatten(theirs)
     for name in sorted(ours.keys() | recorded.keys()):
         if name != "weights" and ours.get(name) != recorded.get(name):
             raise CacheError(
-                f"the head was trained on features with {name} {recorded.get(name)!r}, these have "
-                f"{ours.get(name)!r}: run train-head on this cache, or extract-features with the "
-                "head's settings"
+                f"the head was trained on features with {name} {recorded.get(name)!r:.80}, these "
+                f"have {ours.get(name)!r:.80}: use the head's weights and preprocessing, or run "
+                "train-head on a cache of these features"
             )
 
 
-def _read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """All tensors of a safetensors file and its metadata; every claim of its header is checked."""
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not 8 < size <= MAX_FILE_BYTES:
-                raise UserError(f"{path} has {size} bytes: not a head file")
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise UserError(f"{path} is not a head file: give one that train-head wrote")
-            header = _parse_header(file.read(length), path)
-            body = file.read()
-    except FileNotFoundError:
-        raise UserError(f"there is no head file {path}; train-head writes one") from None
-    except OSError as error:
-        if error.errno in (errno.EISDIR, errno.EINVAL):
-            raise UserError(
-                f"{path} is not a file ({error.strerror}): give a head that train-head wrote"
-            ) from error
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} is not a head file: its metadata is no table")
-    return {name: _tensor(name, entry, body, path) for name, entry in header.items()}, metadata
-
-
-def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a head file: its header is not JSON") from error
-    if not isinstance(header, dict) or len(header) > 16:
-        raise UserError(f"{path} is not a head file: its header is no short table")
-    return header
-
-
-def _tensor(name: str, entry: Any, body: bytes, path: Path) -> NDArray[Any]:
-    """One tensor, if its claims about type, shape and place agree."""
-    try:
-        dtype = np.dtype(DTYPES[entry["dtype"]])
-        shape = [int(side) for side in entry["shape"]]
-        start, stop = (int(offset) for offset in entry["data_offsets"])
-        count = 1
-        for side in shape:
-            count *= side
-        if min(shape, default=0) < 0 or len(shape) > 2 or count == 0:
-            raise ValueError(f"shape {shape}")
-        if not 0 <= start <= stop <= len(body) or stop - start != count * dtype.itemsize:
-            raise ValueError(f"{stop - start} bytes for shape {shape}")
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is a damaged head file (tensor {name!r:.40}: {error})") from error
-    # A copy: writable, aligned, and the file's bytes can go.
-    return np.frombuffer(body[start:stop], dtype.newbyteorder("<")).astype(dtype).reshape(shape)
-
-
-def _check_types(rest: dict[str, Any]) -> None:
+def _check_types(rest: dict[str, Any], tensors: Arrays) -> None:
+    for name, values in tensors.items():
+        if values.dtype not in DTYPES or values.ndim > 2 or not values.size:
+            raise UserError(f"tensor {name!r:.40} is {values.dtype} {list(values.shape)}")
     names = rest["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError("class_names is no list of names")
+        raise UserError("class_names is not a list of names")
     for key in ("chosen", "scores", "provenance"):
         if not isinstance(rest.get(key, {}), dict):
-            raise UserError(f"{key} is no table")
+            raise UserError(f"{key} is not a table")
 
 
-def _check_values(head: Head, tensors: Tensors) -> None:
+def _check_values(head: Head, tensors: Arrays) -> None:
     for name, values in tensors.items():
         if not np.isfinite(values).all():
-            raise UserError(f"{name} holds values that are not finite")
+            raise UserError(f"{name} has values that are not finite")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")

@@ -1,14 +1,14 @@
-"""Trained classifiers on new pictures."""
+"""LoadedClassifier classifiers on new pictures."""
 
 from featcache.predict.classifier import Classifier, Prediction
-from featcache.predict.load import Trained, load_trained, provenance_json
-from featcache.predict.run import predict, summary_lines
+from featcache.predict.command import predict, summary_lines
+from featcache.predict.load import LoadedClassifier, load_classifier, provenance_json
 
 __all__ = [
     "Classifier",
+    "LoadedClassifier",
     "Prediction",
-    "Trained",
-    "load_trained",
+    "load_classifier",
     "predict",
     "provenance_json",
     "summary_lines",

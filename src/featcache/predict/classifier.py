@@ -20,7 +20,7 @@ from featcache.data import BadImage, ImageSplit
 from featcache.engine.inference import computed_chunks
 from featcache.errors import UserError
 from featcache.heads import KnnHead, softmax
-from featcache.predict.load import Trained, load_trained
+from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
 from featcache.runtime import StageTimer, num_cores, pick_device, say, torch_threads_kept
 
@@ -60,7 +60,7 @@ class Classifier:
             print(prediction.label, prediction.probability)
 
     Args:
-        trained: What `load_trained` gave.
+        trained: What `load_classifier` gave.
         device: auto, cpu, cuda or mps.
         batch_size: Images per forward pass; measured unless given.
         workers: Threads; as many as cores unless given.
@@ -68,7 +68,7 @@ class Classifier:
 
     def __init__(
         self,
-        trained: Trained,
+        trained: LoadedClassifier,
         *,
         device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
         batch_size: int | None = None,
@@ -103,7 +103,7 @@ class Classifier:
             CacheError: The weights are not those that the head was trained on.
         """
         with python_errors(PredictConfig):
-            trained = load_trained(Path(path), weights=weights, seed=seed)
+            trained = load_classifier(Path(path), weights=weights, seed=seed)
         return cls(trained, **how)
 
     @property
@@ -252,7 +252,7 @@ def _filled(
     return rows
 
 
-def _precision(trained: Trained, device: str) -> Literal["float32", "amp"]:
+def _precision(trained: LoadedClassifier, device: str) -> Literal["float32", "amp"]:
     """How to compute, so that the features are those that the head was trained on.
 
     The quantised network of int8 follows from train images that are not here.

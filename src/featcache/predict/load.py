@@ -23,9 +23,11 @@ from featcache.backbone import (
 from featcache.backbone.load import loaded_network, without_head
 from featcache.backbone.weights import NAMED_WEIGHTS, WeightsFile
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
-from featcache.errors import CacheError, StorageError, UserError, one_of
-from featcache.heads import Head, load_head
-from featcache.tensor_files import read_metadata, read_model
+from featcache.errors import CacheError, UserError, one_of
+from featcache.heads import Head
+from featcache.heads.files import FORMAT as HEAD_FORMAT
+from featcache.heads.files import parse_head
+from featcache.tensor_files import MODEL_FORMAT, TensorFile, model_card, read_tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +36,7 @@ CACHE_SUFFIXES = (".h5", ".hdf5", ".part")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Trained:
+class LoadedClassifier:
     """What a classifier file stands for.
 
     Attributes:
@@ -73,7 +75,7 @@ class Trained:
         return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
 
 
-def load_trained(path: Path, *, weights: str | None = None, seed: int = 42) -> Trained:
+def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -> LoadedClassifier:
     """Load a head with its backbone, or a fine-tuned model.
 
     Args:
@@ -88,26 +90,24 @@ def load_trained(path: Path, *, weights: str | None = None, seed: int = 42) -> T
     """
     if path.suffix in CACHE_SUFFIXES and path.is_file():
         raise UserError(f"{path} is a cache, not a classifier: type train-head {path} first")
-    try:
-        kind = read_metadata(path).get("format")
-        if kind == "featcache-model":
-            return _load_model(path)
-        if kind == "featcache-head":
-            return _load_with_backbone(path, weights, seed)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    file = read_tensor_file(path)
+    kind = file.metadata.get("format")
+    if kind == MODEL_FORMAT:
+        return _load_model(file)
+    if kind == HEAD_FORMAT:
+        return _load_with_backbone(file, weights, seed)
     raise UserError(
         f"{path} is neither a head nor a fine-tuned model: give a file that train-head or finetune "
         "wrote"
     )
 
 
-def _load_with_backbone(path: Path, weights: str | None, seed: int) -> Trained:
-    head = load_head(path)
+def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> LoadedClassifier:
+    path, head = file.path, parse_head(file)
     info = _backbone_of(head, path)
     network = _network_of(info, path, weights, seed)
     provenance = head.provenance
-    return Trained(
+    return LoadedClassifier(
         path=path,
         kind="head",
         network=network,
@@ -195,14 +195,14 @@ def _check_hash(info: BackboneInfo, path: Path, what: str, found: str, advice: s
         )
 
 
-def _load_model(path: Path) -> Trained:
-    card, tensors = read_model(path)
+def _load_model(file: TensorFile) -> LoadedClassifier:
+    path, card = file.path, model_card(file)
     if card.backbone not in classifiers():
         raise UserError(f"{path}: {one_of(card.backbone, classifiers(), 'backbone')}")
     config = BackboneConfig(backbone=card.backbone, weights="random", device="cpu")
     network = build_classifier(config, len(card.class_names), 0)
     try:
-        network.load_state_dict(tensors)
+        network.load_state_dict(file.tensors())
     except RuntimeError as error:
         raise UserError(
             f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
@@ -214,7 +214,7 @@ def _load_model(path: Path) -> Trained:
                 f"{path} is a damaged model, {name} holds values that are not finite: write it "
                 "again with finetune"
             )
-    return Trained(
+    return LoadedClassifier(
         path=path,
         kind="model",
         network=network.requires_grad_(False).eval(),
@@ -229,7 +229,7 @@ def _load_model(path: Path) -> Trained:
     )
 
 
-def provenance_json(trained: Trained) -> dict[str, Any]:
+def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
     """What classifies and what it was made from, as JSON for reports and exported files."""
     return {
         "kind": trained.kind,

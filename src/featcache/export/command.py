@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import io
+import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +23,8 @@ import numpy as np
 
 from featcache.config import ExportConfig
 from featcache.errors import FeatcacheError, UserError
-from featcache.export.formats import (
-    OUTPUT_NAMES,
-    Runner,
-    onnx_bytes,
-    onnx_runner,
-    pt2_bytes,
-    pt2_runner,
-)
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
-from featcache.predict import Trained, load_trained, provenance_json
+from featcache.predict import LoadedClassifier, load_classifier, provenance_json
 from featcache.results import config_json
 from featcache.runtime import environment, version_of
 
@@ -38,6 +32,91 @@ if TYPE_CHECKING:
     import torch
 
     from featcache.export.graph import ClassifierGraph
+
+METADATA_FILE = "featcache.json"
+OUTPUT_NAMES = ["logits", "probabilities"]
+# What protobuf can hold in one message.
+MAX_ONNX_BYTES = 2**31 - 1
+
+Runner = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def onnx_bytes(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """An ONNX file; every entry of `about` becomes one of its metadata properties, as JSON.
+
+    Raises:
+        UserError: The network is too large for one ONNX file.
+    """
+    import torch
+
+    converted = torch.onnx.export(
+        program,
+        (),
+        input_names=[about["input"]["name"]],
+        output_names=OUTPUT_NAMES,
+        dynamo=True,
+        verbose=False,
+    )
+    assert converted is not None
+    model = converted.model_proto
+    for prop, value in about.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        model.metadata_props.add(key=prop, value=text)
+    _tidy(model.graph)
+    if model.ByteSize() > MAX_ONNX_BYTES:
+        raise UserError(
+            f"the network takes {model.ByteSize() / 1e9:.1f} GB, an ONNX file holds 2 GB: give "
+            "--output FILE.pt2"
+        )
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _tidy(graph: Any) -> None:
+    """Call the free dimension "batch", and drop the exporter's notes (some hold source paths)."""
+    values = [*graph.input, *graph.output, *graph.value_info]
+    free = {dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim if dim.dim_param}
+    for value in values:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in free:
+                dim.dim_param = "batch"
+    for noted in (graph, *graph.node, *graph.initializer, *values):
+        noted.ClearField("metadata_props")
+
+
+def onnx_runner(path: Path, input_name: str) -> Runner:
+    """The file at `path` in onnxruntime: from an input batch to logits and probabilities."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda batch: list(session.run(OUTPUT_NAMES, {input_name: batch}))
+
+
+def pt2_bytes(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """A torch.export file; `about` is its extra file featcache.json."""
+    import torch
+
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # holds paths of this machine
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(about)})
+    return buffer.getvalue()
+
+
+def pt2_runner(path: Path) -> Runner:
+    """The file at `path` in torch: from an input batch to logits and probabilities."""
+    import torch
+
+    module = torch.export.load(path).module()
+
+    def run(batch: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [output.numpy() for output in module(torch.from_numpy(batch))]
+
+    return run
+
 
 # Largest difference allowed between the file's outputs and torch's, relative to the largest output.
 TOLERANCE = 1e-4
@@ -69,7 +148,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     check_outputs({path: MARKS}, [config.model, config.weights or ""])
     if path.suffix == ".onnx":
         require_onnx()
-    trained = load_trained(config.model, weights=config.weights, seed=config.seed)
+    trained = load_classifier(config.model, weights=config.weights, seed=config.seed)
     about = describe(trained, config)
     file_bytes, worst, relative = _write(path, trained, about)
     return {
@@ -107,7 +186,7 @@ def require_onnx() -> None:
             ) from error
 
 
-def describe(trained: Trained, config: ExportConfig) -> dict[str, Any]:
+def describe(trained: LoadedClassifier, config: ExportConfig) -> dict[str, Any]:
     """What the file says about itself, as JSON."""
     side = trained.preprocessing.image_px
     if config.input == "uint8":
@@ -126,7 +205,9 @@ def describe(trained: Trained, config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, float, float]:
+def _write(
+    path: Path, trained: LoadedClassifier, about: dict[str, Any]
+) -> tuple[int, float, float]:
     """Write a draft, check it, and only then give it its name.
 
     Returns:
@@ -155,7 +236,7 @@ def _write(path: Path, trained: Trained, about: dict[str, Any]) -> tuple[int, fl
     return len(data), worst, relative
 
 
-def sample_batches(trained: Trained, about: dict[str, Any]) -> list[torch.Tensor]:
+def sample_batches(trained: LoadedClassifier, about: dict[str, Any]) -> list[torch.Tensor]:
     """Sample pictures in batches of several sizes, as the graph takes them."""
     import torch
 
@@ -200,7 +281,7 @@ def differences(
 
 
 @contextlib.contextmanager
-def _named_failures(trained: Trained) -> Iterator[None]:
+def _named_failures(trained: LoadedClassifier) -> Iterator[None]:
     """Say in one line that a network defeats the exporter, whatever the exporter raises."""
     try:
         yield

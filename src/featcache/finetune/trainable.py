@@ -1,37 +1,138 @@
-"""Which parts of a network train: parameters, modes and learning rates."""
+"""What a fine-tuning run trains and how: the recipe, and the network divided by it."""
 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, cast
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from featcache.backbone import head_of
+from featcache.config import FinetuneConfig
 from featcache.errors import UserError, one_of
-from featcache.finetune.plan import Plan
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+EVAL_BATCH_SIZE = 64
+WARM_UP_SHARE = 0.1
+SGD_LR = 1e-2
+"""As in train-head; Adam's rate would be too timid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """Every choice that changes the outcome, none left open.
+
+    `lr` is the head's rate, `backbone_lr` that of everything else; `probe` starts from a linear
+    probe; `patience` counts epochs without gain on the held-out part of train, None never stops.
+    """
+
+    epochs: int
+    lr: float
+    backbone_lr: float
+    batch_size: int
+    optimizer: Literal["adam", "adamw", "sgd"]
+    weight_decay: float
+    schedule: Literal["constant", "cosine"]
+    freeze_backbone: bool
+    unfreeze: tuple[str, ...]
+    bn_eval: bool
+    flip: bool
+    probe: bool
+    patience: int | None
+    holdout: float
+    seed: int
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "notebook": {
+        "epochs": 3,
+        "lr": 1e-3,
+        "optimizer": "adam",
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "bn_eval": False,
+        "flip": True,
+    },
+    "good": {
+        "epochs": 5,
+        "lr": 1e-3,
+        "backbone_lr": 1e-4,
+        "optimizer": "adamw",
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "bn_eval": True,
+        "flip": True,
+    },
+}
+
+
+def resolve_recipe(config: FinetuneConfig) -> TrainingRecipe:
+    """Resolve a command's settings: what the user gave wins over the recipe."""
+    chosen = dict(RECIPES[config.recipe])
+    for name in (*RECIPES["good"],):
+        given = getattr(config, name)
+        if given is not None:
+            chosen[name] = given
+    if config.lr is not None and config.backbone_lr is None and config.recipe == "good":
+        # Keep the recipe's ratio when only the one rate is given.
+        good = RECIPES["good"]
+        chosen["backbone_lr"] = config.lr * good["backbone_lr"] / good["lr"]
+    if config.lr is None and config.optimizer == "sgd":
+        chosen["lr"] = SGD_LR
+    chosen.setdefault("backbone_lr", chosen["lr"])
+    names = (part.strip(" .") for part in (config.unfreeze or "").split(","))
+    return TrainingRecipe(
+        **chosen,
+        batch_size=config.batch_size,
+        freeze_backbone=config.freeze_backbone,
+        unfreeze=tuple(name for name in names if name),
+        probe=config.recipe == "good" and config.init_head is None,
+        patience=config.patience,
+        holdout=config.holdout,
+        seed=config.seed,
+    )
+
+
+def rate_factor(recipe: TrainingRecipe, step: int, num_steps: int) -> float:
+    """What a step multiplies every learning rate by.
+
+    Cosine: a linear rise over the first tenth of the steps, then half a cosine down towards zero.
+
+    Args:
+        recipe: Whose schedule counts.
+        step: Counted from 0 over the whole run.
+        num_steps: Of the whole run.
+    """
+    if recipe.schedule == "constant":
+        return 1.0
+    warm_up = max(1, round(WARM_UP_SHARE * num_steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    done = (step - warm_up) / max(1, num_steps - warm_up)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
 
 MOMENTUM = 0.9
 
 
-class Parts:
+class TrainableModel:
     """A classifier divided into what trains and what stays.
 
     Frozen modules are in eval mode throughout, so their BatchNorm buffers do not move either.
 
     Args:
         model: The whole classifier.
-        plan: Says what trains: everything, the head, or the head and named modules.
+        recipe: Says what trains: everything, the head, or the head and named modules.
 
     Raises:
-        UserError: `plan.unfreeze` names no module of this network.
+        UserError: `recipe.unfreeze` names no module of this network.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: nn.Module, recipe: TrainingRecipe) -> None:
+        self.model, self.recipe = model, recipe
         self.head_name, self.head = head_of(model)
         self._prefixes = self._trained_prefixes()
         for name, parameter in model.named_parameters():
@@ -39,23 +140,23 @@ class Parts:
 
     def _trained_prefixes(self) -> tuple[str, ...] | None:
         """Dotted names whose modules train; None trains all."""
-        if self.plan.freeze_backbone:
+        if self.recipe.freeze_backbone:
             return (self.head_name,)
-        if not self.plan.unfreeze:
+        if not self.recipe.unfreeze:
             return None
         with_parameters = [
             name
             for name, module in self.model.named_modules()
             if name and any(True for _ in module.parameters())
         ]
-        for prefix in self.plan.unfreeze:
+        for prefix in self.recipe.unfreeze:
             if prefix not in with_parameters:
                 top = [name for name, _ in self.model.named_children() if name in with_parameters]
                 raise UserError(
                     f"--unfreeze: {one_of(prefix, top, 'module')}; a deeper one is named with "
                     "dots, for example layer4.1"
                 )
-        return (*self.plan.unfreeze, self.head_name)
+        return (*self.recipe.unfreeze, self.head_name)
 
     def trains(self, name: str) -> bool:
         """Whether the parameter, buffer or module of this dotted name trains."""
@@ -86,10 +187,10 @@ class Parts:
         from torch.nn.modules.batchnorm import _BatchNorm
 
         for name, module in self.model.named_modules():
-            still = self.plan.bn_eval and isinstance(module, _BatchNorm)
+            still = self.recipe.bn_eval and isinstance(module, _BatchNorm)
             # A container's own mode matters for those that drop whole blocks.
             module.training = self.trains(name) and not still
-        if self.plan.freeze_backbone:
+        if self.recipe.freeze_backbone:
             self.model.eval()
 
     def uses_batch_statistics(self) -> bool:
@@ -109,25 +210,25 @@ class Parts:
 
         groups: list[dict[str, Any]] = []
         for is_head in (False, True):
-            rate = self.plan.lr if is_head else self.plan.backbone_lr
+            rate = self.recipe.lr if is_head else self.recipe.backbone_lr
             for decays in (True, False):
                 params = [
                     p
                     for name, p in self.model.named_parameters()
                     if p.requires_grad
                     and name.startswith(f"{self.head_name}.") == is_head
-                    and (p.ndim > 1 or self.plan.optimizer != "adamw") == decays
+                    and (p.ndim > 1 or self.recipe.optimizer != "adamw") == decays
                 ]
-                decay = self.plan.weight_decay if decays else 0.0
+                decay = self.recipe.weight_decay if decays else 0.0
                 if params:
                     groups.append(
                         {"params": params, "lr": rate, "base_lr": rate, "weight_decay": decay}
                     )
         # One pass over memory instead of several: a tenth of a step's time on a CPU.
         fused = next(self.model.parameters()).device.type in ("cpu", "cuda")
-        if self.plan.optimizer == "sgd":
+        if self.recipe.optimizer == "sgd":
             return torch.optim.SGD(groups, momentum=MOMENTUM, fused=fused)
-        kind = torch.optim.AdamW if self.plan.optimizer == "adamw" else torch.optim.Adam
+        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, fused=fused)
 
     def head_width(self) -> int:

@@ -28,8 +28,8 @@ from featcache.finetune.checkpoint import (
     save_checkpoint,
 )
 from featcache.finetune.loop import Scores, score, train_epoch
-from featcache.finetune.probe import fit_probe, init_from_file
-from featcache.finetune.setup import Run, check_files, prepare
+from featcache.finetune.probe import fit_probe, set_head
+from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.results import Predictions, RunReport, config_json
 from featcache.results.metrics import wilson_interval
 from featcache.runtime import environment, say
@@ -93,25 +93,25 @@ def finetune_report(
         ) from error
 
 
-def _execute(run: Run, start: float) -> RunReport:
+def _execute(run: FinetuneRun, start: float) -> RunReport:
     """Train from the beginning or from the checkpoint, score, write model and report."""
-    state = run.parts.model.state_dict().values()
+    state = run.trainable.model.state_dict().values()
     check_writable(run.output, sum(tensor.nbytes for tensor in state))
-    optimizer = run.parts.make_optimizer()
-    frozen = run.parts.frozen_sha256()
+    optimizer = run.trainable.make_optimizer()
+    frozen = run.trainable.frozen_sha256()
     checkpoint = checkpoint_path(run.output)
     progress = None
     if run.config.resume:
-        progress = load_checkpoint(checkpoint, run_key(run.decisive), run.parts, optimizer)
+        progress = load_checkpoint(checkpoint, run_key(run.decisive), run.trainable, optimizer)
     num_resumed = len(progress.epochs) if progress else 0
     if progress is None:
         progress = Progress()
         _initialise_head(run)
     else:
-        say(f"going on after epoch {num_resumed} of {run.plan.epochs} from {checkpoint}")
+        say(f"going on after epoch {num_resumed} of {run.recipe.epochs} from {checkpoint}")
     start -= progress.seconds
     scores = _train(run, optimizer, progress, start)
-    assert run.parts.frozen_sha256() == frozen, "a frozen part of the network moved"
+    assert run.trainable.frozen_sha256() == frozen, "a frozen part of the network moved"
     report = _report(run, progress, scores, num_resumed)
     _write_model(run, report)
     key = run_key(run.decisive)
@@ -123,7 +123,7 @@ def _execute(run: Run, start: float) -> RunReport:
     return report
 
 
-def _finished(run: Run) -> RunReport | None:
+def _finished(run: FinetuneRun) -> RunReport | None:
     """The report of the same run, if its model is there as it was written."""
     path = run.output.with_suffix(".json")
     if not (run.config.resume and run.output.is_file() and path.is_file()):
@@ -142,51 +142,57 @@ def _finished(run: Run) -> RunReport | None:
     return dataclasses.replace(report, more={**report.more, "hit": True})
 
 
-def _initialise_head(run: Run) -> None:
+def _initialise_head(run: FinetuneRun) -> None:
     if run.init_head is not None:
-        init_from_file(run.parts, run.init_head, run.info, run.dataset.class_names)
-    elif run.plan.probe:
+        set_head(run.trainable.head, run.init_head.weight, run.init_head.bias)
+    elif run.recipe.probe:
         num_classes = len(run.dataset.class_names)
-        run.probe = fit_probe(run.parts, run.train, run.prep, run.machine, num_classes)
+        run.probe = fit_probe(run.trainable, run.train, run.prep, run.placement, num_classes)
 
 
-def _train(run: Run, optimizer: torch.optim.Optimizer, progress: Progress, start: float) -> Scores:
+def _train(
+    run: FinetuneRun, optimizer: torch.optim.Optimizer, progress: Progress, start: float
+) -> Scores:
     """Train the epochs that are left; ends with the test scores of the model that is kept."""
-    plan, parts, scores = run.plan, run.parts, None
-    for epoch in range(len(progress.epochs), plan.epochs):
-        if plan.patience and progress.stale_epochs >= plan.patience:
+    recipe, trainable, scores = run.recipe, run.trainable, None
+    for epoch in range(len(progress.epochs), recipe.epochs):
+        if recipe.patience and progress.stale_epochs >= recipe.patience:
             say(f"stopped early: no gain since epoch {progress.best_epoch}")
             break
-        loss, seconds, wait = train_epoch(parts, optimizer, run.train, run.prep, run.machine, epoch)
+        loss, seconds, wait = train_epoch(
+            trainable, optimizer, run.train, run.prep, run.placement, epoch
+        )
         record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
         if run.held is not None:
             _judge(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
-        if run.config.score == "epoch" or epoch + 1 == plan.epochs:
-            scores = score(parts.model, run.test, run.prep, run.machine)
+        if run.config.score == "epoch" or epoch + 1 == recipe.epochs:
+            scores = score(trainable.model, run.test, run.prep, run.placement)
             record |= {"test_top1": scores.top1, "test_loss": scores.loss}
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
         if "test_top1" in record or run.config.verbose:
-            say(epoch_line(record, plan.epochs))
+            say(epoch_line(record, recipe.epochs))
         elapsed = time.perf_counter() - start
-        if epoch + 1 < plan.epochs and elapsed - progress.seconds >= run.checkpoint_s:
+        if epoch + 1 < recipe.epochs and elapsed - progress.seconds >= run.checkpoint_s:
             progress.seconds = elapsed
-            save_checkpoint(checkpoint_path(run.output), run.decisive, progress, parts, optimizer)
+            save_checkpoint(
+                checkpoint_path(run.output), run.decisive, progress, trainable, optimizer
+            )
     if progress.best and progress.best_epoch != len(progress.epochs):
-        load_moving(parts, progress.best)
+        load_moving(trainable, progress.best)
         scores = None
-    return scores or score(parts.model, run.test, run.prep, run.machine)
+    return scores or score(trainable.model, run.test, run.prep, run.placement)
 
 
-def _judge(run: Run, progress: Progress, record: dict[str, Any]) -> None:
+def _judge(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
-    held = score(run.parts.model, run.held, run.prep, run.machine)
+    held = score(run.trainable.model, run.held, run.prep, run.placement)
     record |= {"val_top1": held.top1, "val_loss": held.loss, "val_seconds": held.seconds}
     if (held.top1, -held.loss) > progress.best_score:
         progress.best_score, progress.best_epoch = (held.top1, -held.loss), record["epoch"]
-        progress.best = {n: t.detach().clone() for n, t in run.parts.moving_state().items()}
+        progress.best = {n: t.detach().clone() for n, t in run.trainable.moving_state().items()}
 
 
 def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
@@ -200,13 +206,13 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
     )
 
 
-def _report(run: Run, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
+def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
     split, num_test = run.test.split, len(run.test)
     right = int((scores.predicted == split.labels).sum())
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
-        trainable_params=run.parts.trainable_params,
+        trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
         test_interval=wilson_interval(right, num_test),
         seconds_total=0.0,  # known once the model is written
@@ -219,7 +225,7 @@ def _report(run: Run, progress: Progress, scores: Scores, num_resumed: int) -> R
             "dataset": dataclasses.asdict(run.dataset.info(run.config)),
             "cache": None,
         },
-        environment=environment() | run.machine.describe(),
+        environment=environment() | run.placement.describe(),
         more={
             "model": str(run.output),
             "seconds_per_epoch": seconds,
@@ -230,7 +236,7 @@ def _report(run: Run, progress: Progress, scores: Scores, num_resumed: int) -> R
             "num_resumed_epochs": num_resumed,
             "kept_epoch": progress.best_epoch or len(progress.epochs),
             "read_seconds": run.read_seconds,
-            "recipe": dataclasses.asdict(run.plan),
+            "recipe": dataclasses.asdict(run.recipe),
             "probe": run.probe,
         },
         class_names=run.dataset.class_names,
@@ -243,7 +249,7 @@ def _report(run: Run, progress: Progress, scores: Scores, num_resumed: int) -> R
     )
 
 
-def _write_model(run: Run, report: RunReport) -> None:
+def _write_model(run: FinetuneRun, report: RunReport) -> None:
     scores = {
         "test_top1": report.test_top1,
         "test_interval": list(report.test_interval),
@@ -257,7 +263,7 @@ def _write_model(run: Run, report: RunReport) -> None:
         provenance={**report.provenance, "recipe": report.more["recipe"]},
         scores=scores,
     )
-    write_model(run.output, run.parts.model.state_dict(), card)
+    write_model(run.output, run.trainable.model.state_dict(), card)
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
