@@ -4,12 +4,12 @@
     python scripts/benchmark.py path/to/folder --weights bundled
 
 The notebook's four modes: a head with the frozen network in the loop, the same head on cached
-features (the two must agree), and full fine-tuning at two rates. Beside them, each side at its
-best: the head as `train-head` fits it unless told otherwise, and fine-tuning with `--recipe good`.
-The advice compares the best of each side.
+features (the two must agree), and full fine-tuning at two rates. Beside them, both at
+their best: the head as `train-head` fits it by default, and fine-tuning with `--recipe good`. The
+advice compares the best head with the best fine-tune.
 
 Every mode trains on the same images from the same seed and is scored on the same test images; the
-notebook's modes also see them in the same order. A mode's time is wall time from an empty hand:
+notebook's modes also see them in the same order. A mode's time is wall time from the start:
 building the network, reading and decoding, training, and scoring the test split after every epoch.
 A cached mode's time has the extraction in it, computed afresh. Before the clock starts, libraries
 are loaded and the images are listed and hashed once, so that the first mode does not pay for the
@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +109,7 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         return values | {"weights": self.chosen_weights, "workers": self.workers}
 
     def extract_config(self) -> ExtractConfig:
-        """How features are cached; always afresh, or their time would be a lie."""
+        """How features are cached; always anew, so that their time is measured."""
         views = "flip" if self.flips else "none"
         output = self.folder / "features.h5"
         return ExtractConfig(**self._shared(), views=views, output=output, force=True)
@@ -145,16 +144,16 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         )
 
 
-Mode = tuple[str, Approach, RunReport, float]
+MeasuredRun = tuple[str, Approach, RunReport, float]
 
 
-def run_modes(config: BenchmarkConfig) -> list[Mode]:
+def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
     """Run the modes, one after another: name, kind, report, seconds of extraction.
 
     The head in the loop comes first and its twin on the cache second. All cached heads share one
     extraction, whose seconds count for each.
     """
-    modes: list[Mode] = []
+    modes: list[MeasuredRun] = []
     extraction = 0.0
     planned = plan_modes(config)
     for number, (mode, approach, settings) in enumerate(planned, start=1):
@@ -200,13 +199,11 @@ def run_extraction(config: BenchmarkConfig) -> float:
     """Cache the features afresh; returns the seconds that it took."""
     from featcache.extract import extract
 
-    start = time.perf_counter()
-    extract(config.extract_config())
-    return time.perf_counter() - start
+    return float(extract(config.extract_config())["seconds_total"])
 
 
 def warm_up(config: BenchmarkConfig) -> BackboneInfo:
-    """Load libraries and weights and hash the images, which would burden the first mode alone."""
+    """Load libraries and weights and hash the images, outside the time of the first mode."""
     import torch
 
     import featcache.engine
@@ -229,7 +226,7 @@ def warm_up(config: BenchmarkConfig) -> BackboneInfo:
     return info
 
 
-def p_values(modes: list[Mode]) -> dict[str, float]:
+def p_values(modes: list[MeasuredRun]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
     from featcache.results.metrics import mcnemar
 
@@ -246,7 +243,9 @@ def p_values(modes: list[Mode]) -> dict[str, float]:
     return values
 
 
-def make_result(config: BenchmarkConfig, info: BackboneInfo, modes: list[Mode]) -> dict[str, Any]:
+def make_result(
+    config: BenchmarkConfig, info: BackboneInfo, modes: list[MeasuredRun]
+) -> dict[str, Any]:
     """Everything measured and what follows from it, as JSON."""
     rows = results.benchmark_rows(modes)
     tests = p_values(modes)
@@ -288,7 +287,7 @@ def break_even(rows: list[Row]) -> dict[str, int | None]:
     }
 
 
-def same_predictions(modes: list[Mode]) -> int:
+def same_predictions(modes: list[MeasuredRun]) -> int:
     """On how many test images the cached head and the head in the loop say the same."""
     one, two = modes[0][2].test, modes[1][2].test
     assert one is not None
@@ -303,7 +302,7 @@ def notes(config: BenchmarkConfig, info: BackboneInfo) -> list[str]:
     own = own_preprocessing(config.extract_config())
     prep = info.preprocessing
     lines = [
-        "Total time is wall time from an empty hand: building the network, reading and decoding, "
+        "Total time is wall time from the start: building the network, reading and decoding, "
         "training, and scoring the test split after every epoch; that of a cached mode includes "
         "the extraction. Time per epoch is the training pass alone.",
         "Speed-up is against the slowest mode's total. Accuracy is on "
@@ -332,7 +331,7 @@ def reading(result: dict[str, Any], rows: list[Row]) -> list[str]:
         paid = "The cache does not pay for itself here: the head in the loop is no slower."
     else:
         paid = (
-            f"The cache has paid for itself after {counted(epochs, 'epoch')} of one run, or after "
+            f"The cache pays for itself after {counted(epochs, 'epoch')} of one run, or after "
             f"{counted(trials, 'run')} of {counted(rows[1].num_epochs, 'epoch')}."
         )
     agree = f"Cached and uncached heads give the same answer on {same} of {num_test} test images."
@@ -345,7 +344,7 @@ def counted(number: int, what: str) -> str:
 
 
 def title_of(
-    config: BenchmarkConfig, info: BackboneInfo, rows: list[Row], modes: list[Mode]
+    config: BenchmarkConfig, info: BackboneInfo, rows: list[Row], modes: list[MeasuredRun]
 ) -> str:
     """One line that says what was compared."""
     network = f"{info.backbone} ({info.weights}) at {info.preprocessing.image_px} px"
@@ -385,7 +384,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         info = warm_up(config)
         modes = run_modes(config)
     except KeyboardInterrupt:
-        say("benchmark: interrupted; times would be wrong if it went on, so it starts afresh")
+        say("benchmark: interrupted; its times cannot be resumed, so the same command starts over")
         raise SystemExit(cli.EXIT_INTERRUPTED) from None
     rows = results.benchmark_rows(modes)
     result = make_result(config, info, modes)

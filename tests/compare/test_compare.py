@@ -111,7 +111,7 @@ def test_report_is_saved_and_says_what_it_should(done: tuple[CompareConfig, dict
     assert len(report["advice"]) == 3
     assert report["left_out"] == []
     assert re.match(r"Extraction runs at \d+ images per second, measured", report["notes"][0])
-    assert report["notes"][1].startswith("Sizes with one draw")
+    assert report["notes"][1].startswith("Sizes with one seed")
     lines = summary_lines(report)
     assert lines[0].startswith("train images")
     words = shlex.split(lines[-1].removeprefix("next: featcache report "))
@@ -195,7 +195,7 @@ def test_a_folder_of_other_settings_is_refused_by_name(
     with pytest.raises(UserError) as caught:
         compare(dataclasses.replace(config, solver="ridge", lr=0.01))
     assert str(caught.value) == (
-        f"{config.output} is of a comparison with other settings (solver logistic there, ridge "
+        f"{config.output} holds a comparison with different settings (solver logistic there, ridge "
         "here, lr None there, 0.01 here): give another --output"
     )
     compare(dataclasses.replace(config, sizes="3", workers=1))  # goes on
@@ -261,7 +261,7 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
         path.write_text(json.dumps({**record, **changes}))
         found = extraction.shared_cache(config, tmp_path)
         assert found.seconds_per_image == 0.2
-        assert found.how.startswith("measured on 10 images computed again, as no record")
+        assert found.how.startswith("measured on 10 images computed again, as no usable record")
 
 
 def test_no_time_leaves_out_all_but_a_first_run_of_each_mode(pets: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_no_time_leaves_out_all_but_a_first_run_of_each_mode(pets: Path, tmp_pat
     ]  # fmt: skip
     assert len(report["left_out"]) == 5
     note = report["notes"][-1]
-    assert note.startswith("Left out for lack of time: fine-tune, all (30 images), draw 1 and 4")
+    assert note.startswith("Skipped for lack of time: fine-tune, all (30 images), seed 42 and 4")
     assert "--budget" in note
 
 
@@ -323,7 +323,7 @@ def test_the_largest_size_is_made_before_others_use_its_time_up(
         "finetune-all-draw0", "finetune-2-draw0", "finetune-3-draw0", "finetune-2-draw1",
     ]  # fmt: skip
     assert [point["verdict"] == "unmeasured" for point in report["points"]] == [False] * 3
-    assert report["left_out"][0]["title"] == "fine-tune, all (30 images), draw 2"
+    assert report["left_out"][0]["title"] == "fine-tune, all (30 images), seed 43"
 
 
 def test_what_does_not_fit_makes_room_for_the_largest_that_does(

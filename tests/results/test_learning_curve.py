@@ -95,15 +95,15 @@ def test_crossing_kinds() -> None:
 def test_sentences_where_the_curves_cross() -> None:
     assert curve_advice(curve_points(CLEAR)) == [
         "With all 2,000 images, fine-tuning is more accurate: 0.900 against 0.700 for the cached "
-        "head on the same 500 test images, beyond chance (p < 0.001, corrected for 3 sizes); with "
-        "fewer, the cached head leads beyond chance (5 per class) and the figures do not decide "
-        "(20 per class).",
-        "The curves cross between 5 per class and all 2,000 images, near 200 images in all: with "
-        "fewer, pick the cached head; with more, pick fine-tuning when 20.0 points are worth 114 s "
-        "more.",
+        "head on the same 500 test images, a significant difference (p < 0.001, corrected for 3 "
+        "sizes); with fewer, the cached head leads significantly (5 per class) and there is no "
+        "clear winner (20 per class).",
+        "The curves cross between 5 per class and all 2,000 images, at about 200 images in total: "
+        "with fewer, pick the cached head; with more, pick fine-tuning if 20.0 percentage points "
+        "are worth 114 s more.",
         "With all 2,000 images, a first cached head takes 6.0 s (5.5 s of it extraction), every "
-        "further one 0.500 s, a fine-tune 120 s: the cache has paid for itself with the first "
-        "head, and each point that fine-tuning gains costs 5.7 s.",
+        "further one 0.500 s, a fine-tune 120 s: the cache pays for itself with the first "
+        "head, and each percentage point that fine-tuning gains costs 5.7 s.",
     ]
 
 
@@ -111,12 +111,13 @@ def test_sentences_where_the_order_is_reversed() -> None:
     said = curve_advice(curve_points(REVERSED))
     assert said[0] == (
         "With all 2,000 images, the cached head is more accurate: 0.900 against 0.700 for "
-        "fine-tuning on the same 500 test images, beyond chance (p < 0.001, corrected for 2 sizes);"
-        " with fewer, fine-tuning leads beyond chance (5 per class)."
+        "fine-tuning on the same 500 test images, a significant difference (p < 0.001, corrected "
+        "for 2 sizes);"
+        " with fewer, fine-tuning leads significantly (5 per class)."
     )
     assert said[1].endswith(
-        "with fewer, pick fine-tuning; with more, pick the cached head: 20.0 points better and "
-        "114 s less."
+        "with fewer, pick fine-tuning; with more, pick the cached head: 20.0 percentage points "
+        "better and 114 s less."
     )
     assert "each point" not in said[2]
 
@@ -124,37 +125,37 @@ def test_sentences_where_the_order_is_reversed() -> None:
 def test_sentences_where_one_mode_leads_throughout() -> None:
     said = curve_advice(curve_points(HEAD_WINS))
     assert said[0].startswith("With all 2,000 images, the cached head is more accurate")
-    assert said[0].endswith("; with fewer, the cached head leads beyond chance (5 per class).")
+    assert said[0].endswith("; with fewer, the cached head leads significantly (5 per class).")
     assert said[1] == (
         "The curves do not cross within the data: the cached head stays ahead of fine-tuning up to "
-        "all 2,000 images, so pick the cached head: 20.0 points better and 114 s less."
+        "all 2,000 images, so pick the cached head: 20.0 percentage points better and 114 s less."
     )
 
 
 def test_sentences_where_nothing_is_decided() -> None:
     said = curve_advice(curve_points(UNDECIDED))
     assert said[0] == (
-        "With all 2,000 images, accuracy does not decide: the cached head has 0.800 and "
-        "fine-tuning 0.796 on the same 500 test images, which may be chance (p = 0.5, corrected "
-        "for 2 sizes); with fewer, the figures do not decide (5 per class)."
+        "With all 2,000 images, there is no clear winner on accuracy: the cached head has 0.800 "
+        "and fine-tuning 0.796 on the same 500 test images, which may be chance (p = 0.5, "
+        "corrected for 2 sizes); with fewer, there is no clear winner (5 per class)."
     )
     assert said[1] == (
-        "Whether the curves cross, these figures do not say: pick the cached head, which costs "
-        "114 s less; more test images or seeds could decide."
+        "These results do not show whether the curves cross: pick the cached head, which costs "
+        "114 s less; more test images or seeds could settle it."
     )
 
 
 def test_sentences_where_a_lead_is_lost_or_changes_twice() -> None:
     assert curve_advice(curve_points(LEVEL))[1] == (
-        "The curves do not cross beyond chance within the data, but the cached head loses its lead "
+        "The curves do not cross significantly within the data, but the cached head loses its lead "
         "with all 2,000 images: pick the cached head, which costs 114 s less; more test images or "
-        "seeds could decide."
+        "seeds could settle it."
     )
     ahead = [*pair("5", 50, 100, 200), *pair("all", 2000, 400, 402)]
     assert curve_advice(curve_points(ahead))[1] == (
         "The curves do not cross within the data: fine-tuning is ahead with all 2,000 images too, "
-        "by 0.4 points, but that may be chance: pick the cached head, which costs 114 s less; more "
-        "test images or seeds could decide."
+        "by 0.4 percentage points, but that may be chance: pick the cached head, which costs 114 s "
+        "less; more test images or seeds could settle it."
     )
     assert curve_advice(curve_points(REPEATED))[1].startswith("The lead changes more than once")
 
@@ -164,12 +165,12 @@ def test_the_first_sentence_says_when_the_largest_size_was_not_measured() -> Non
     said = curve_advice(curve_points(cells))
     assert said[0] == (
         "Fine-tuning with all 2,000 images was not measured. With 5 per class, the cached head is "
-        "more accurate: 0.400 against 0.200 for fine-tuning on the same 500 test images, beyond "
-        "chance (p < 0.001)."
+        "more accurate: 0.400 against 0.200 for fine-tuning on the same 500 test images, a "
+        "significant difference (p < 0.001)."
     )
     assert said[1] == (
-        "One size does not show whether the curves cross: pick the cached head: 20.0 points better "
-        "and 114 s less."
+        "One size does not show whether the curves cross: pick the cached head: 20.0 percentage "
+        "points better and 114 s less."
     )
 
 
@@ -180,8 +181,8 @@ def test_a_tie_and_draws_that_disagree() -> None:
     )
     cells = [*pair("all", 100, 100, 400, 0), *pair("all", 100, 150, 140, 1)]
     assert curve_advice(curve_points(cells))[0] == (
-        "With all 100 images, accuracy does not decide: fine-tuning has 0.540 and the cached head "
-        "0.250 on the same 500 test images, but not with every draw (p < 0.001)."
+        "With all 100 images, there is no clear winner on accuracy: fine-tuning has 0.540 and the "
+        "cached head 0.250 on the same 500 test images, but not with every seed (p < 0.001)."
     )
 
 
@@ -223,7 +224,7 @@ def test_more_accurate_is_never_said_of_what_does_not_beat_the_baseline() -> Non
         "; with fewer, neither beats always answering the most frequent class (5 per class)."
     )
     assert (
-        "beyond chance (p < 0.001, corrected for 2 sizes) (balanced accuracy"
+        "a significant difference (p < 0.001, corrected for 2 sizes) (balanced accuracy"
         in (curve_advice(curve_points([*few, *every]))[0])
     )
 
@@ -234,8 +235,8 @@ def test_balanced_accuracy_that_says_the_opposite_leaves_it_undecided() -> None:
     assert points[0].p_value < 0.001
     assert (points[0].verdict, points[0].useful) == ("undecided", True)
     assert curve_advice(points)[0] == (
-        "With all 900 images, accuracy does not decide: fine-tuning has 0.930 and the cached head "
-        "0.840 on the same 500 test images (p < 0.001), but the cached head leads by "
+        "With all 900 images, there is no clear winner on accuracy: fine-tuning has 0.930 and the "
+        "cached head 0.840 on the same 500 test images (p < 0.001), but the cached head leads by "
         "balanced accuracy, where rare classes count as much as common ones (balanced accuracy "
         "0.856 and 0.876; always answering the most frequent class: 0.670)."
     )

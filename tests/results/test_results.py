@@ -251,61 +251,61 @@ class TestAdvice:
     def test_clear_for_fine_tuning(self):
         assert advice(four_rows(slow_tune=0.72), {SLOW_TUNE: 0.0002}) == [
             "Faster: the cached head, 6.3 s with its extraction, 2.9× as fast as head only "
-            "(network in the loop) and 7.6× as fast as full fine-tune (lr 1e-4); a further run on "
-            "the cache takes 0.300 s.",
+            "(network in the loop) and 7.6× as fast as full fine-tune (lr 1e-4); each further run "
+            "on the cache takes 0.300 s.",
             "More accurate: full fine-tune (lr 1e-4), 0.720 against 0.640 for the cached head on "
-            "the same 500 test images; the difference is beyond chance (p < 0.001, corrected for "
-            "2 fine-tunes).",
-            "Pick fine-tuning here when 8.0 points of accuracy are worth 41.7 s more; pick the "
-            "cached head for a quick answer and for trying many settings.",
+            "the same 500 test images; the difference is statistically significant (p < 0.001, "
+            "corrected for 2 fine-tunes).",
+            "Pick fine-tuning here if 8.0 percentage points of accuracy are worth 41.7 s more; "
+            "pick the cached head for a quick answer and for trying many settings.",
         ]
 
     def test_clear_for_the_cached_head(self):
         rows = four_rows(slow_tune=0.55, tune=0.57)
         assert advice(rows, {TUNE: 0.01, SLOW_TUNE: 1e-6})[1:] == [
             "More accurate: the cached head, 0.640 against 0.570 for full fine-tune (lr 1e-3) on "
-            "the same 500 test images; the difference is beyond chance (p = 0.01).",
-            "Pick the cached head here: 7.0 points better and 41.7 s faster; fine-tuning would "
-            "need other rates, more epochs or more data, which this run did not try.",
+            "the same 500 test images; the difference is statistically significant (p = 0.01).",
+            "Pick the cached head here: 7.0 percentage points better and 41.7 s faster; this run "
+            "did not try other learning rates, more epochs or more data for fine-tuning.",
         ]
 
     def test_reversed_fine_tuning_faster_and_better(self):
         rows = four_rows(slow_tune=0.72, tune_total=5.0)
         assert advice(rows, {SLOW_TUNE: 0.001}) == [
             "Faster: full fine-tune (lr 1e-4), 5.0 s, 1.3× as fast as the cached head, whose "
-            "extraction took 6.0 s; a further run on the cache takes 0.300 s.",
+            "extraction took 6.0 s; each further run on the cache takes 0.300 s.",
             "More accurate: full fine-tune (lr 1e-4), 0.720 against 0.640 for the cached head on "
-            "the same 500 test images; the difference is beyond chance (p = 0.002, corrected for 2 "
-            "fine-tunes).",
-            "Pick fine-tuning here: 8.0 points better and 1.3 s faster; the cache pays only when "
-            "many heads are tried.",
+            "the same 500 test images; the difference is statistically significant (p = 0.002, "
+            "corrected for 2 fine-tunes).",
+            "Pick fine-tuning here: 8.0 percentage points better and 1.3 s faster; the cache pays "
+            "off only if you try many heads.",
         ]
 
     def test_reversed_the_head_slower_but_better(self):
         rows = four_rows(slow_tune=0.55, tune=0.5, tune_total=5.0)
         assert advice(rows, {SLOW_TUNE: 0.001})[2] == (
-            "Pick the cached head here: 9.0 points better and worth its 1.3 s more; fine-tuning "
-            "would need other rates, more epochs or more data, which this run did not try."
+            "Pick the cached head here: 9.0 percentage points better and worth its 1.3 s more; "
+            "this run did not try other learning rates, more epochs or more data for fine-tuning."
         )
 
     def test_undecided(self):
         assert advice(four_rows(), {TUNE: 0.001, SLOW_TUNE: 0.3})[1:] == [
-            "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.664 against 0.640 for the "
+            "No clear winner on accuracy: full fine-tune (lr 1e-4) has 0.664 against 0.640 for the "
             "cached head on the same 500 test images, which may be chance (p = 0.6, corrected for "
             "2 fine-tunes).",
-            "Pick the cached head here: it costs less and nothing here shows fine-tuning to be "
-            "better; more test images, more train images or other rates could.",
+            "Pick the cached head here: it takes less time, and nothing here shows that "
+            "fine-tuning is better; more test images, train images or learning rates could.",
         ]
 
     def test_undecided_and_fine_tuning_faster(self):
         assert advice(four_rows(tune_total=5.0), {SLOW_TUNE: 0.3})[2] == (
-            "Pick by time here: one fine-tune saves 1.3 s, but the cached head wins as soon as "
-            "several heads are tried."
+            "Pick by time here: a single fine-tune is 1.3 s faster, but the cached head wins as "
+            "soon as you try several heads."
         )
 
     def test_a_tie(self):
         assert advice(four_rows(slow_tune=0.64), {SLOW_TUNE: 1.0})[1] == (
-            "Accuracy does not decide: full fine-tune (lr 1e-4) and the cached head both have "
+            "No clear winner on accuracy: full fine-tune (lr 1e-4) and the cached head both have "
             "0.640 on the same 500 test images."
         )
 
@@ -313,7 +313,7 @@ class TestAdvice:
         # p = 0.03 alone would be beyond chance; as the better of two fine-tunes it is 0.06.
         assert "may be chance (p = 0.06" in advice(four_rows(), {SLOW_TUNE: 0.03})[1]
         assert (
-            "beyond chance (p = 0.03)"
+            "statistically significant (p = 0.03)"
             in advice([row for row in four_rows() if row.mode != TUNE], {SLOW_TUNE: 0.03})[1]
         )
 
@@ -325,11 +325,11 @@ class TestAdvice:
         assert best_of(rows, "cached").mode == "default head"
         said = advice(rows, {SLOW_TUNE: 0.18, CACHED: 1e-9})
         assert said[1] == (
-            "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.994 against 0.981 for "
+            "No clear winner on accuracy: full fine-tune (lr 1e-4) has 0.994 against 0.981 for "
             "default head on the same 500 test images, which may be chance (p = 0.36, corrected "
             "for 2 fine-tunes)."
         )
-        assert said[2].startswith("Pick the cached head here: it costs less")
+        assert said[2].startswith("Pick the cached head here: it takes less time")
         assert "17." not in " ".join(said)
 
     def test_equally_good_heads_are_ranked_by_time(self):
@@ -346,7 +346,7 @@ class TestAdvice:
         ]
         said = advice(rows, {SLOW_TUNE: 1e-9})
         assert said[1] == (
-            "Accuracy does not decide: full fine-tune (lr 1e-4) has 0.660 against 0.300 for the "
+            "No clear winner on accuracy: full fine-tune (lr 1e-4) has 0.660 against 0.300 for the "
             "cached head on the same 500 test images (balanced accuracy 0.550 and 0.400), and "
             "neither beats always answering the most frequent class (0.669)."
         )
@@ -365,7 +365,7 @@ class TestAdvice:
             "count as much as common ones, the cached head leads, 0.700 against 0.612."
         )
         assert said[2].startswith(
-            "Pick full fine-tune (lr 1e-4) where every image counts alike, the cached head where "
+            "Pick full fine-tune (lr 1e-4) if every image matters equally, the cached head if "
             "every class does;"
         )
         agreed = [dataclasses.replace(row, balanced_top1=row.test_top1) for row in rows]
@@ -378,14 +378,14 @@ class TestAdvice:
     def test_without_a_paired_test_the_intervals_decide(self):
         assert "may be chance (the 95 % intervals overlap)" in advice(four_rows())[1]
         assert (
-            "beyond chance (the 95 % intervals do not overlap)"
+            "statistically significant (the 95 % intervals do not overlap)"
             in advice(four_rows(slow_tune=0.75))[1]
         )
 
     def test_without_a_fine_tune_only_speed_is_compared(self):
         assert advice(four_rows()[:2]) == [
             "Faster: the cached head, 6.3 s with its extraction, 2.9× as fast as head only "
-            "(network in the loop); a further run on the cache takes 0.300 s."
+            "(network in the loop); each further run on the cache takes 0.300 s."
         ]
 
     def test_without_a_cached_head_there_is_nothing_to_say(self):

@@ -1,4 +1,4 @@
-"""How long the next run will take, from those that are done."""
+"""How long the next run will take, estimated from the finished ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from featcache.results import CurveMode, CurveRun, RunReport
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What a run took, in parts that grow with different numbers.
+    """The time of a run, split into parts that scale with different counts.
 
     Attributes:
         passes: Train images seen, epochs counted.
         per_pass: Seconds of one of them.
         per_train: Seconds for each train image, once: reading, and the linear probe's pass.
         per_test: Seconds for each test image: reading and scoring.
-        fixed: Seconds that stay as they are.
+        fixed: Seconds that do not depend on any count.
     """
 
     passes: int
@@ -35,20 +35,20 @@ class Pace:
 
 
 def head_pace(report: RunReport, spent: float) -> Pace:
-    """Of a cached head; what is not fitting is taken to stay as it is.
+    """The pace of a cached head; everything but fitting counts as fixed.
 
     Args:
-        report: Of the run.
-        spent: Seconds that it took in all.
+        report: The run's.
+        spent: Its seconds in total.
     """
     fitting, num_train = float(report.more["fit_seconds"]), int(report.more["num_train"])
     return Pace(passes=num_train, per_pass=fitting / num_train, fixed=max(spent - fitting, 0.0))
 
 
 def finetune_pace(report: RunReport, spent: float) -> Pace:
-    """Of a fine-tune; arguments as of `head_pace`.
+    """The pace of a fine-tune; the arguments are those of `head_pace`.
 
-    The fastest epoch counts: slower ones were the first, or shared the machine with other work.
+    The fastest epoch counts: the first is slower, and others may have shared the machine.
     """
     more = report.more
     num_train, num_test = int(more["num_train"]), int(more["num_test"])
@@ -94,7 +94,7 @@ class FinishedRun:
 
 @dataclass
 class Budget:
-    """Seconds to spend on runs, and what runs have taken so far."""
+    """Seconds to spend on runs, seconds spent so far, and estimates for the next run."""
 
     seconds: float
     num_test: int
@@ -107,7 +107,7 @@ class Budget:
         self._paces.setdefault(mode, []).append(pace)
 
     def estimate(self, mode: CurveMode, num_train: int, num_epochs: int) -> float | None:
-        """Seconds of another run, from the known run nearest in length; None: none is known."""
+        """Seconds of another run, from the known run closest in length; None if there is none."""
         if mode not in self._paces:
             return None
         passes = num_train * num_epochs
@@ -115,5 +115,5 @@ class Budget:
         return nearest.seconds(num_train, num_epochs, self.num_test)
 
     def allows(self, seconds: float | None) -> bool:
-        """Whether a run of this length still fits; one of unknown length does."""
+        """Whether a run of this length still fits; a run of unknown length does."""
         return seconds is None or self.spent + seconds <= self.seconds

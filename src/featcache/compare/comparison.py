@@ -1,7 +1,7 @@
-"""`compare`: extract once, make the runs that the budget allows, say what follows from them.
+"""`compare`: extract once, train what the budget allows, and advise from the results.
 
-The protocol: every draw of train images is shared by both modes and nested (a size's images are
-among those of the next); settings of the head are chosen on a held-out part of exactly those
+The protocol: both modes share every draw of train images, and draws are nested (a size's images
+are among those of the next); settings of the head are chosen on a held-out part of exactly those
 images; the test split is scored once per run and chooses nothing.
 """
 
@@ -66,10 +66,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
     Returns:
         The report as `--json` prints it; it is also written to the comparison's folder, beside
-        the reports of the single runs.
+        the reports of its runs.
 
     Raises:
-        UserError: Wrong input, or an unreadable picture under `on_error="fail"`.
+        UserError: Wrong input, or an unreadable image under `on_error="fail"`.
         StorageError: A file could not be written.
     """
     start = time.perf_counter()
@@ -81,11 +81,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator[None]:
-    """Keep others out of the comparison's folder, and out of one with other settings.
+    """Lock the comparison's folder, and refuse one with different settings.
 
     Raises:
-        UserError: It is of other settings, or a stranger's file would be replaced.
-        StorageError: Another run is writing it, or it cannot be written.
+        UserError: The folder has different settings, or another program's file would be replaced.
+        StorageError: Another run is writing to it, or it cannot be written.
     """
     marks = re.compile(report_marks("compare").pattern + rb'|\A\{\s*"cache": |\A\{\s*"settings": ')
     names = ("compare.json", "extraction.json", "settings.json")
@@ -98,14 +98,15 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         if differ:
             said = ", ".join(f"{n} {there[n]!s:.40} there, {asked[n]!s:.40} here" for n in differ)
             raise UserError(
-                f"{output} is of a comparison with other settings ({said}): give another --output"
+                f"{output} holds a comparison with different settings ({said}): give another "
+                "--output"
             )
         write_json(output / "settings.json", {"settings": asked})
         yield
 
 
 def _asked_before(output: Path) -> dict[str, Any]:
-    """Settings of the comparison that a folder holds; none where it holds none."""
+    """Settings of the comparison in a folder; empty if there is none."""
     for name, key in (("settings.json", "settings"), ("compare.json", "config")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             asked = dict(json.loads(read_regular(output / name, MAX_BYTES))[key])
@@ -117,21 +118,21 @@ def _asked_before(output: Path) -> dict[str, Any]:
 def _compare(
     config: CompareConfig, dataset: ImageDataset, output: Path, start: float
 ) -> dict[str, Any]:
-    """Make and write the comparison in its folder, which nobody else writes."""
+    """Run the comparison and write its report; the folder is locked."""
     setup = prepare(config, dataset, output)
     train = setup.dataset.splits["train"]
     planned = plan_runs(config, train.ids, train.labels, _decisive(setup))
-    load_optimizers()  # or the first fine-tune alone would pay for it
+    load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
     write_json(setup.output / "compare.json", report)
     with contextlib.suppress(OSError):
-        (setup.output / "work").rmdir()  # empty, unless a killed run may still go on from it
+        (setup.output / "work").rmdir()  # not empty if a killed run can be resumed
     return report
 
 
 def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> ComparisonSetup:
-    """Extract or find the cache, and see which images both modes can use."""
+    """Extract or find the cache, and keep the images that both modes can use."""
     extraction = shared_cache(config, output)
     head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
     cache = open_cache(head)
@@ -139,7 +140,7 @@ def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Compa
     for name in ("train", "test"):
         rows = cache.split(name).rows
         usable[name] = dataset.splits[name].subset(rows)
-        # Both modes learn from the same pictures: those that the features were made from.
+        # Both modes learn from the same images: those that the features were made from.
         usable[name].record(cache.rows(name).content[rows])
     return ComparisonSetup(
         config=config,
@@ -151,7 +152,7 @@ def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Compa
 
 
 def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
-    """A folder per dataset and settings; more draws, sizes or minutes go on in the same one."""
+    """A folder per dataset and settings; more seeds, sizes or minutes resume in the same one."""
     text = json.dumps(_asked(config), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     weights = Path(config.weights).stem
@@ -159,7 +160,7 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
 
 
 def _asked(config: CompareConfig) -> dict[str, Any]:
-    """The settings that make a comparison another one."""
+    """The settings that identify a comparison."""
     asked = flatten(config_json(extract_config(config)))
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
@@ -282,7 +283,7 @@ def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
 
 
 def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
-    """Everything that was found, as plain JSON values."""
+    """The command's report, as plain JSON values."""
     config, num_test = setup.config, len(setup.dataset.splits["test"])
     done, skipped, spent = schedule.finished(), schedule.skipped(), schedule.budget.spent
     points = curve_points(run.curve_run for run in done.values())
@@ -313,21 +314,21 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
 def _notes(
     setup: ComparisonSetup, points: list[CurvePoint], skipped: list[SkippedRun], spent: float
 ) -> list[str]:
-    """What a reader has to know to judge the figures."""
+    """What a reader needs to judge the results."""
     config, rate = setup.config, 1 / setup.extraction.seconds_per_image
     notes = [f"Extraction runs at {rate:,.0f} images per second, {setup.extraction.how}."]
     draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
     if draws and min(draws) < 2:
         notes.append(
-            "Sizes with one draw of train images do not show how much the draw matters; "
+            "Sizes with one seed do not show how much the choice of train images matters: "
             "give a larger --budget or --num-seeds."
         )
     if skipped:
         needed = spent + sum(run.estimated_seconds or 0.0 for run in skipped)
         others = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         notes.append(
-            f"Left out for lack of time: {skipped[0].title}{others}; the same command with "
-            f"--budget {max(1, round(needed / MINUTE * 1.1 + 0.5))} makes them too (now "
+            f"Skipped for lack of time: {skipped[0].title}{others}; rerun the same command with "
+            f"--budget {max(1, round(needed / MINUTE * 1.1 + 0.5))} to include them (now "
             f"{config.budget:g} minutes)."
         )
     return notes
@@ -346,7 +347,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _report_command(report: dict[str, Any]) -> str:
-    """What makes the page, with pictures."""
+    """The command that writes the HTML report, with images."""
     names = {field.name for field in dataclasses.fields(ReportConfig)} - {"output"}
     shared = {name: value for name, value in report["config"].items() if name in names}
     return command_line("report", {**shared, "runs": report["output"]})

@@ -1,4 +1,4 @@
-"""The cache that all runs share, and what it cost."""
+"""The cache that all runs share, and what its extraction took."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
 SAMPLE_IMAGES = 256
-"""Enough for a steady rate, few enough not to be noticed."""
+"""Enough for a steady rate, few enough to take little time."""
 SPEED_SETTINGS = ("device", "engine", "precision", "batch_size", "workers")
 """Settings that change the time of an extraction, not its features."""
 
@@ -31,7 +31,7 @@ SPEED_SETTINGS = ("device", "engine", "precision", "batch_size", "workers")
 class Extraction:
     """Where the features are, and what one image took.
 
-    `how` says in words where the seconds come from; `spent_seconds` is what this comparison waited.
+    `how` explains where the seconds come from; `spent_seconds` is what this comparison spent.
     """
 
     cache: str
@@ -55,7 +55,7 @@ def extract_config(config: CompareConfig) -> ExtractConfig:
 
 
 def shared_cache(config: CompareConfig, output: Path) -> Extraction:
-    """Extract every image once, or find that done, and know what it cost.
+    """Extract every image once, or find its cache, and what extraction takes.
 
     The record beside the cache tells what it cost, if it is of this machine and these settings.
     Otherwise a sample is computed again and timed. The result is saved in the comparison's folder.
@@ -86,7 +86,9 @@ def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
     if seconds is None:
         done, seconds = _time_sample(config, cache)
         spent += seconds
-        how = f"measured on {done} images computed again, as no record tells what the cache took"
+        how = (
+            f"measured on {done} images computed again, as no usable record tells the cache's time"
+        )
     elif resumed:
         how = "as recorded on this machine when the cache was made"
     return Extraction(
@@ -114,7 +116,7 @@ def _recorded_seconds(
 
 
 def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float]:
-    """Compute features of some train images without keeping them; their number, and seconds."""
+    """Compute features of some train images and discard them; their number, and seconds."""
     from featcache.engine import EngineSettings, choose_engine
 
     say(f"computing up to {SAMPLE_IMAGES} cached images again, to measure what extraction takes")
@@ -132,10 +134,10 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
 
 
 def _remembered(record: Path, digest: str) -> Extraction | None:
-    """What an earlier start found about the same cache."""
+    """What an earlier start saved about the same cache."""
     try:
         found = Extraction(**json.loads(read_regular(record, MAX_BYTES)))
         right = found.cache_digest == digest and found.seconds_per_image > 0
     except (OSError, ValueError, TypeError, RecursionError):
-        return None  # it is measured again
+        return None  # measure again
     return found if right and math.isfinite(found.spent_seconds) else None

@@ -16,7 +16,7 @@ from featcache.results import CurveMode
 
 Ints = NDArray[np.int64]
 FORMAT = 1
-"""Raised whenever the same settings come to mean another run."""
+"""Increased whenever the same settings come to mean a different run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,12 +24,12 @@ class PlannedRun:
     """One run.
 
     Attributes:
-        mode: What is trained.
+        mode: What to train.
         size: Train images per class as text, or "all".
         draw: Which draw of train images, from 0.
         seed: Of the draw and of training.
-        rows: Train rows, [n], places among the usable train images, ascending.
-        key: Names all that decides the outcome: 64 hex digits.
+        rows: Train rows, [n], indices of the usable train images, ascending.
+        key: A hash of everything that decides the outcome: 64 hex digits.
     """
 
     mode: CurveMode
@@ -49,11 +49,11 @@ class PlannedRun:
         """For people."""
         what = "cached head" if self.mode == "cached" else "fine-tune"
         count = "all" if self.size == "all" else f"{self.size} per class"
-        return f"{what}, {count} ({len(self.rows):,} images), draw {self.draw + 1}"
+        return f"{what}, {count} ({len(self.rows):,} images), seed {self.seed}"
 
 
 def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: int) -> Ints:
-    """Train rows of one size: `per_class` of every class, or all there are.
+    """Train rows of one size: `per_class` of every class, or all of them.
 
     A class's rows are ranked by a hash of seed and id, so the rows of a size are among those of
     every larger one, and do not depend on the order of the dataset.
@@ -62,7 +62,7 @@ def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: i
         ids: Names of the train images, [N].
         labels: Their classes, [N].
         per_class: How many of each class; None for all.
-        seed: Other seeds draw other rows.
+        seed: Different seeds draw different rows.
 
     Returns:
         Row numbers, ascending.
@@ -83,16 +83,16 @@ def plan_runs(
     labels: Ints,
     decisive: dict[CurveMode, dict[str, Any]],
 ) -> list[PlannedRun]:
-    """Every run in the order of importance: all sizes of a draw before the next draw.
+    """Every run, the most important first: all sizes of a draw before the next draw.
 
-    Within a draw the largest size comes first, since it is what a user has, then the others from
-    the smallest up. A size that takes in every train image is the same as all, and made once.
+    Within a draw the largest size comes first, since it is the data that a user has, then the
+    others from the smallest up. A size that includes every train image counts as "all".
 
     Args:
         config: The command's settings.
         ids: Names of the usable train images, [N].
         labels: Their classes, [N].
-        decisive: By mode, what besides the samples decides a run's outcome.
+        decisive: By mode, what decides a run's outcome besides its samples and seed.
     """
     largest = int(np.bincount(labels).max())
     sizes: list[int | None] = [n for n in config.wanted_sizes() if n is not None and n < largest]

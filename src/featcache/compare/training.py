@@ -1,4 +1,4 @@
-"""Single runs of a comparison: do one, keep it as a report file, find it again."""
+"""Single runs of a comparison: train one and save its report, or load it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from featcache.results import RunReport, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
-"""A small train set's epoch takes less time than writing the network's state."""
+"""An epoch over few images takes less time than writing a checkpoint."""
 TIMED_BATCHES, TIMED_EPOCHS = 2, 2
-"""Of a fine-tune that is only timed: the first epoch warms up."""
+"""For a fine-tune that is only timed: the first epoch warms up."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +38,7 @@ class ComparisonSetup:
     Attributes:
         config: The command's settings.
         output: The comparison's folder.
-        dataset: Without the pictures that could not be read; its rows are the cache's.
+        dataset: Without the images that could not be read; its rows are the cache's.
         cache: The features; its train and test rows are the dataset's.
         extraction: What the features cost.
     """
@@ -50,7 +50,7 @@ class ComparisonSetup:
     extraction: Extraction
 
     def report_path(self, planned: PlannedRun) -> Path:
-        """Where a finished run is kept."""
+        """The report file of a run."""
         return self.output / "runs" / f"{planned.name}.json"
 
 
@@ -89,7 +89,7 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
 
 
 def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
-    """Fit a head without keeping it, so that the first run's time holds no loading of libraries."""
+    """Fit a head and discard it, so that loading libraries is not in the first run's time."""
     with tempfile.TemporaryDirectory() as folder:
         config = head_config(setup, planned)
         path = Path(folder) / "head.safetensors"
@@ -97,9 +97,9 @@ def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
 
 
 def time_finetuning(setup: ComparisonSetup) -> Pace:
-    """Fine-tune on a few images without keeping anything, to tell what whole runs will take.
+    """Fine-tune on a few images and discard the model, to estimate what whole runs will take.
 
-    It also loads fine-tuning's libraries, which the first run would pay for.
+    This also loads the libraries of fine-tuning, outside the time of the first run.
     """
     import featcache.heads.estimator  # noqa: F401 - the linear probe's, before the clock runs
 
@@ -121,7 +121,7 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
 
 
 def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
-    """The settings of train-head that a cached run stands for."""
+    """The settings of train-head for a run on the cache."""
     return TrainHeadConfig(
         cache=Path(setup.extraction.cache),
         solver=setup.config.solver,
@@ -134,7 +134,7 @@ def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
 def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
     """Fit a head on the cached features of some train images; head and report are written."""
     path = setup.report_path(planned)
-    # An earlier start's report of other settings must not stand beside the new head.
+    # An old report with different settings must not remain beside the new head.
     path.unlink(missing_ok=True)
     report = train_head_report(head_config(setup, planned), planned.rows)
     fitting = float(report.more["fit_seconds"])
@@ -142,30 +142,30 @@ def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport,
 
 
 def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
-    """The settings of finetune that a fine-tuning run stands for.
+    """The settings of finetune for a run.
 
     Args:
         config: The comparison's.
-        num_train: Train images; few get more epochs. None leaves the epochs as they are.
+        num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
     """
     ours = {field.name for field in dataclasses.fields(CompareConfig)}
     theirs = {field.name for field in dataclasses.fields(FinetuneConfig)}
     shared = (ours & theirs) - {"json", "verbose", "output", "seed"}
     values: dict[str, Any] = {name: getattr(config, name) for name in shared}
-    # Random weights are drawn from the seed: every run has to start from those of the cache.
+    # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
     tuning = FinetuneConfig(**values, seed=seed, score="end")
     if num_train is None:
         return tuning
-    plan = resolve_recipe(tuning)
-    per_epoch = math.ceil(num_train / plan.batch_size)
-    epochs = max(plan.epochs, math.ceil(config.min_steps / per_epoch))
+    recipe = resolve_recipe(tuning)
+    per_epoch = math.ceil(num_train / recipe.batch_size)
+    epochs = max(recipe.epochs, math.ceil(config.min_steps / per_epoch))
     return dataclasses.replace(tuning, epochs=epochs)
 
 
 def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fine-tune on some train images; the model itself is not kept."""
+    """Fine-tune on some train images; the model is not saved."""
     config = finetune_config(setup.config, len(planned.rows), planned.seed)
     test = np.arange(len(setup.dataset.splits["test"]))
     report = _tune(setup, config, planned.name, train=planned.rows, test=test)
@@ -174,7 +174,7 @@ def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, f
 
 
 def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
-    """Fine-tune on these rows of train, score on these of test; only the report is kept."""
+    """Fine-tune on these rows of train and score on these of test; return only the report."""
     model = setup.output / "work" / f"{name}.safetensors"
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in setup.dataset.splits.items()}
@@ -183,7 +183,7 @@ def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Int
     kept = {name: value for name, value in report.more.items() if name != "model"}
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
-    lock_path(model).unlink(missing_ok=True)  # nobody else writes this comparison
+    lock_path(model).unlink(missing_ok=True)  # the folder is locked
     return dataclasses.replace(report, more=kept, config=config_json(config))
 
 

@@ -124,7 +124,7 @@ def _execute(run: FinetuneRun, start: float) -> RunReport:
 
 
 def _finished(run: FinetuneRun) -> RunReport | None:
-    """The report of the same run, if it is finished and its model file is unchanged."""
+    """The report of the same run, if its model is there as it was written."""
     path = run.output.with_suffix(".json")
     if not (run.config.resume and run.output.is_file() and path.is_file()):
         return None

@@ -1,8 +1,8 @@
-"""Two or three plain sentences on which mode to pick, written from the figures.
+"""Two or three plain sentences on which mode to pick, derived from measurements.
 
-The figures are a run's totals on one machine and its scores on one test split. A difference in
-accuracy counts only where a paired test (or, without one, the intervals) puts it beyond chance;
-otherwise the sentences say that accuracy does not decide.
+They are a run's times on one machine and its scores on one test split. A difference in accuracy
+counts only if a paired test (or, without one, the intervals) shows it to be significant;
+otherwise the sentences say that there is no clear winner on accuracy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from featcache.results.tables import MAJORITY, seconds_text, times_text
 def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> list[str]:
     """Say which mode was faster, which more accurate, and when to pick each, here.
 
-    The most accurate cached head is set against the most accurate full fine-tune. As the one ahead
-    is the best of several, the p value is multiplied by their number (Bonferroni), so that trying
-    many settings does not make a difference look surer than it is; taking the best of those behind
-    only works against the difference. A mode is called more accurate
-    only where it also beats always answering the most frequent class, and where balanced accuracy
-    does not say the opposite.
+    The most accurate cached head is compared with the most accurate full fine-tune. As the one
+    ahead is the best of several, the p value is multiplied by their number (Bonferroni), so that
+    trying many settings does not make a difference look more certain than it is; taking the best of
+    those behind only works against the difference. A mode is called more accurate only where it
+    also beats always answering the most frequent class, and where balanced accuracy does not say
+    the opposite.
 
     Args:
         rows: The comparison's lines.
@@ -51,7 +51,7 @@ def best_of(rows: Sequence[Row], approach: Approach) -> Row | None:
 
 
 def beside_top1(shares: Sequence[float | None], baseline_top1: float | None = None) -> str:
-    """What has to be read beside top-1 where classes differ in size, in brackets.
+    """What to read beside top-1 where classes differ in size, in parentheses.
 
     Args:
         shares: Balanced accuracies; the text is empty where one is not known.
@@ -91,7 +91,7 @@ class _Match:
         return "the cached head" if row is self.cached and self.num_heads == 1 else row.mode
 
     def evidence(self) -> str:
-        """What makes the difference sure, or not."""
+        """The evidence for or against the difference."""
         if self.p_value is None:
             return f"the 95 % intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
         text = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
@@ -100,7 +100,7 @@ class _Match:
 
 
 def _speed(cached: Row, others: Sequence[Row]) -> str:
-    again = f"a further run on the cache takes {seconds_text(cached.later_seconds)}"
+    again = f"each further run on the cache takes {seconds_text(cached.later_seconds)}"
     fastest = min([cached, *others], key=lambda row: row.seconds_total)
     total = seconds_text(fastest.seconds_total)
     if fastest is cached:
@@ -127,39 +127,39 @@ def _accuracy(match: _Match) -> str:
         balanced = beside_top1(shares, match.ahead.baseline_top1 if match.useful else None)
     if match.sure:
         return (
-            f"More accurate: {ahead}, {scores}{balanced}; the difference is beyond chance "
-            f"({match.evidence()})."
+            f"More accurate: {ahead}, {scores}{balanced}; the difference is statistically "
+            f"significant ({match.evidence()})."
         )
     if not match.useful:
         return (
-            f"Accuracy does not decide: {ahead} has {scores}{balanced}, and neither beats "
+            f"No clear winner on accuracy: {ahead} has {scores}{balanced}, and neither beats "
             f"{MAJORITY} ({match.ahead.baseline_top1:.3f})."
         )
     if match.cached.test_top1 == match.tune.test_top1:
         return (
-            f"Accuracy does not decide: {ahead} and {behind} both have "
+            f"No clear winner on accuracy: {ahead} and {behind} both have "
             f"{match.tune.test_top1:.3f} {test}{balanced}."
         )
     if match.beyond_chance:
         return (
-            f"Accuracy does not decide: {ahead} has {scores} ({match.evidence()}), but by balanced "
-            f"accuracy, where rare classes count as much as common ones, {behind} leads, "
+            f"No clear winner on accuracy: {ahead} has {scores} ({match.evidence()}), but by "
+            f"balanced accuracy, where rare classes count as much as common ones, {behind} leads, "
             f"{match.behind.balanced_top1:.3f} against {match.ahead.balanced_top1:.3f}."
         )
     return (
-        f"Accuracy does not decide: {ahead} has {scores}{balanced}, which may be chance "
+        f"No clear winner on accuracy: {ahead} has {scores}{balanced}, which may be chance "
         f"({match.evidence()})."
     )
 
 
 def _pick(match: _Match) -> str:
     if not match.useful:
-        return "Pick neither yet: first try more train images or other weights."
+        return "Pick neither yet: try more train images or other weights first."
     if match.beyond_chance and not match.sure:
         common, rare = match.name(match.ahead), match.name(match.behind)
         return (
-            f"Pick {common} where every image counts alike, {rare} where every class does; more "
-            "images of the rare classes could decide."
+            f"Pick {common} if every image matters equally, {rare} if every class does; more "
+            "images of the rare classes could settle it."
         )
     return _pick_by_time(match.cached, match.tune, match.sure)
 
@@ -170,26 +170,26 @@ def _pick_by_time(cached: Row, tune: Row, sure: bool) -> str:
     points = abs(tune.test_top1 - cached.test_top1) * 100
     if not sure and cached_faster:
         return (
-            "Pick the cached head here: it costs less and nothing here shows fine-tuning to be "
-            "better; more test images, more train images or other rates could."
+            "Pick the cached head here: it takes less time, and nothing here shows that "
+            "fine-tuning is better; more test images, train images or learning rates could."
         )
     if not sure:
         return (
-            f"Pick by time here: one fine-tune saves {gap}, but the cached head wins as soon as "
-            "several heads are tried."
+            f"Pick by time here: a single fine-tune is {gap} faster, but the cached head wins as "
+            "soon as you try several heads."
         )
     if tune.test_top1 < cached.test_top1:
         time = f"{gap} faster" if cached_faster else f"worth its {gap} more"
         return (
-            f"Pick the cached head here: {points:.1f} points better and {time}; fine-tuning would "
-            "need other rates, more epochs or more data, which this run did not try."
+            f"Pick the cached head here: {points:.1f} percentage points better and {time}; this "
+            "run did not try other learning rates, more epochs or more data for fine-tuning."
         )
     if cached_faster:
         return (
-            f"Pick fine-tuning here when {points:.1f} points of accuracy are worth {gap} more; "
-            "pick the cached head for a quick answer and for trying many settings."
+            f"Pick fine-tuning here if {points:.1f} percentage points of accuracy are worth {gap} "
+            "more; pick the cached head for a quick answer and for trying many settings."
         )
     return (
-        f"Pick fine-tuning here: {points:.1f} points better and {gap} faster; the cache pays only "
-        "when many heads are tried."
+        f"Pick fine-tuning here: {points:.1f} percentage points better and {gap} faster; the cache "
+        "pays off only if you try many heads."
     )

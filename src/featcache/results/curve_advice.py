@@ -17,8 +17,8 @@ from featcache.results.tables import MAJORITY, seconds_text
 class Crossing:
     """Whether one curve overtakes the other within the data.
 
-    `kind` is crosses (a lead beyond chance on either side), none (one mode leads beyond chance at
-    the largest size, and the other at none), level (a lead beyond chance is lost before the
+    `kind` is crosses (a significant lead on either side), none (one mode leads significantly at
+    the largest size, and the other at none), level (a significant lead is lost before the
     largest size), repeated (the lead changes more than once), or undecided. `before` and `after`
     are the sizes between which the curves cross, `num_train` where by interpolation over the
     logarithm of the number of images; `leader` leads at the larger sizes.
@@ -32,7 +32,7 @@ class Crossing:
 
 
 def crossing(points: Sequence[CurvePoint]) -> Crossing:
-    """Find where the lead changes hands."""
+    """Find where one mode overtakes the other."""
     measured = [point for point in points if point.difference is not None]
     decided = [p for p in measured if p.verdict in ("cached", "finetune")]
     if not decided:
@@ -125,19 +125,21 @@ def _standing(point: CurvePoint, num_tests: int) -> str:
     if point.verdict == ahead:
         return (
             f"{NAMES[ahead]} is more accurate: {ours.top1:.3f} against {theirs.top1:.3f} for "
-            f"{NAMES[behind]} {test}, beyond chance ({chance}){shown}"
+            f"{NAMES[behind]} {test}, a significant difference ({chance}){shown}"
         )
     if not point.useful:
         return f"neither mode beats {MAJORITY} ({point.baseline_top1:.3f}): {both} {test}{shown}"
     if point.contradicted and p_value < SIGNIFICANCE:
         return (
-            f"accuracy does not decide: {both} {test} ({chance}), but {NAMES[behind]} leads by "
-            f"balanced accuracy, where rare classes count as much as common ones{shown}"
+            f"there is no clear winner on accuracy: {both} {test} ({chance}), but {NAMES[behind]} "
+            f"leads by balanced accuracy, where rare classes count as much as common ones{shown}"
         )
     if ours.top1 == theirs.top1:
-        return f"accuracy does not decide: both modes have {ours.top1:.3f} {test}{shown}"
-    why = "which may be chance" if p_value >= SIGNIFICANCE else "but not with every draw"
-    return f"accuracy does not decide: {both} {test}, {why} ({chance}){shown}"
+        return (
+            f"there is no clear winner on accuracy: both modes have {ours.top1:.3f} {test}{shown}"
+        )
+    why = "which may be chance" if p_value >= SIGNIFICANCE else "but not with every seed"
+    return f"there is no clear winner on accuracy: {both} {test}, {why} ({chance}){shown}"
 
 
 def _smaller(points: Sequence[CurvePoint]) -> str:
@@ -147,13 +149,13 @@ def _smaller(points: Sequence[CurvePoint]) -> str:
     for mode in leaders:
         won = [point for point in points if point.verdict == mode]
         if won:
-            parts.append(f"{NAMES[mode]} leads beyond chance ({_sizes(won)})")
+            parts.append(f"{NAMES[mode]} leads significantly ({_sizes(won)})")
     lost = [point for point in points if point.verdict == "undecided" and not point.useful]
     if lost:
         parts.append(f"neither beats {MAJORITY} ({_sizes(lost)})")
     open_ = [point for point in points if point.verdict == "undecided" and point.useful]
     if open_:
-        parts.append(f"the figures do not decide ({_sizes(open_)})")
+        parts.append(f"there is no clear winner ({_sizes(open_)})")
     return _and(parts)
 
 
@@ -163,14 +165,14 @@ def _switch(measured: Sequence[CurvePoint], found: Crossing) -> str:
         return _crosses(measured, found)
     if found.kind == "repeated":
         return (
-            "The lead changes more than once, which no one rule explains: trust the size nearest "
+            "The lead changes more than once, so no single rule fits: rely on the size closest "
             "to yours, and repeat it with more seeds."
         )
     if len(measured) == 1:
         advice = _by_cost(last) if found.leader is None else _pick_leader(last, found.leader)
         return f"One size does not show whether the curves cross: {advice}."
     if found.leader is None:
-        return f"Whether the curves cross, these figures do not say: {_by_cost(last)}."
+        return f"These results do not show whether the curves cross: {_by_cost(last)}."
     lead, other = NAMES[found.leader], NAMES[_other(found.leader)]
     if found.kind == "level":
         return f"{_lead_in_doubt(last, found.leader)}: {_by_cost(last)}."
@@ -181,15 +183,15 @@ def _switch(measured: Sequence[CurvePoint], found: Crossing) -> str:
 
 
 def _lead_in_doubt(last: CurvePoint, leader: CurveMode) -> str:
-    """The lead was beyond chance with fewer images, and is not with most."""
+    """The lead was significant with fewer images, and is not with most."""
     lead, gain = NAMES[leader], last.difference or 0.0
     if (gain > 0) == (leader == "finetune") and gain:
         return (
             f"The curves do not cross within the data: {lead} is ahead with {size_text(last)} too, "
-            f"by {abs(gain) * 100:.1f} points, but that may be chance"
+            f"by {abs(gain) * 100:.1f} percentage points, but that may be chance"
         )
     return (
-        f"The curves do not cross beyond chance within the data, but {lead} loses its lead with "
+        f"The curves do not cross significantly within the data, but {lead} loses its lead with "
         f"{size_text(last)}"
     )
 
@@ -199,7 +201,7 @@ def _crosses(measured: Sequence[CurvePoint], found: Crossing) -> str:
     last = measured[-1]
     by_size = {point.size: point for point in measured}
     before, after = by_size[found.before or ""], by_size[found.after or ""]
-    near = f", near {found.num_train:,} images in all" if found.num_train else ""
+    near = f", at about {found.num_train:,} images in total" if found.num_train else ""
     above = (
         _pick_leader(last, found.leader)
         if last.verdict == found.leader
@@ -216,7 +218,7 @@ def _other(mode: CurveMode) -> CurveMode:
 
 
 def _pick_leader(last: CurvePoint, leader: CurveMode) -> str:
-    """What to do where one mode leads beyond chance, as part of a sentence."""
+    """What to do where one mode leads significantly, as part of a sentence."""
     assert last.cached is not None
     assert last.finetune is not None
     points = abs(last.difference or 0.0) * 100
@@ -224,22 +226,22 @@ def _pick_leader(last: CurvePoint, leader: CurveMode) -> str:
     gap = seconds_text(abs(more))
     if leader == "cached":
         time = f"and {gap} less" if more > 0 else f"for {gap} more"
-        return f"pick the cached head: {points:.1f} points better {time}"
+        return f"pick the cached head: {points:.1f} percentage points better {time}"
     if more > 0:
-        return f"pick fine-tuning when {points:.1f} points are worth {gap} more"
-    return f"pick fine-tuning: {points:.1f} points better and {gap} less"
+        return f"pick fine-tuning if {points:.1f} percentage points are worth {gap} more"
+    return f"pick fine-tuning: {points:.1f} percentage points better and {gap} less"
 
 
 def _by_cost(last: CurvePoint) -> str:
-    """What to do where accuracy does not decide, as part of a sentence."""
+    """What to do where there is no clear winner on accuracy, as part of a sentence."""
     if not last.useful:
-        return "pick neither yet, and first try more train images or other weights"
+        return "pick neither yet, and try more train images or other weights first"
     assert last.cached is not None
     assert last.finetune is not None
     cached_cheaper = last.cached.cost_seconds <= last.finetune.cost_seconds
     cheaper = NAMES["cached" if cached_cheaper else "finetune"]
     gap = seconds_text(abs(last.finetune.cost_seconds - last.cached.cost_seconds))
-    return f"pick {cheaper}, which costs {gap} less; more test images or seeds could decide"
+    return f"pick {cheaper}, which costs {gap} less; more test images or seeds could settle it"
 
 
 def _cost(last: CurvePoint) -> str:
@@ -255,14 +257,15 @@ def _cost(last: CurvePoint) -> str:
     )
     per_point = last.seconds_per_point
     if per_point is not None and last.verdict == "finetune":
-        return f"{text}, and each point that fine-tuning gains costs {seconds_text(per_point)}."
+        gain = f"each percentage point that fine-tuning gains costs {seconds_text(per_point)}"
+        return f"{text}, and {gain}."
     return f"{text}."
 
 
 def _pays(last: CurvePoint) -> str:
     trials = last.pays_after_trials
     if trials is None:
-        return "the cache never pays for itself, as a head takes no less than a fine-tune"
+        return "the cache never pays for itself, because a head takes as long as a fine-tune"
     if trials == 1:
-        return "the cache has paid for itself with the first head"
-    return f"the cache has paid for itself after {trials:,} heads"
+        return "the cache pays for itself with the first head"
+    return f"the cache pays for itself after {trials:,} heads"

@@ -1,9 +1,9 @@
 """From single runs to the points of a learning curve, each with a paired test.
 
 Both modes of a point learned from the same images and were scored on the same test images. Over
-several seeds, every test image still counts once: what is tested is whether more images were
-classified rightly more often by one mode than by the other. Counting an image once per seed would
-take the same image for several independent ones and make chance look sure.
+several seeds, every test image still counts once: the test asks whether one mode
+classifies more images correctly more often than the other. Counting an image once per seed would
+treat it as several independent images and make chance look significant.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CurveRun:
         num_train: Train images.
         seed: Which draw of train images.
         labels: Classes of the test images, [N] int64.
-        predicted: What the classifier said, [N] int64.
+        predicted: Predicted classes, [N] int64.
         cost_seconds: What the classifier costs from labelled images on: reading, extraction of its
             train images where there is one, choosing and training; scoring is left out.
         trial_seconds: What another try costs; with a cache, all but the extraction.
@@ -93,7 +93,7 @@ class CurveRun:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each test image was classified rightly, [N]."""
+        """Whether each test image was classified correctly, [N]."""
         return np.asarray(self.labels == self.predicted)
 
     @property
@@ -125,7 +125,7 @@ class CurvePoint:
     """Both modes at one size.
 
     `p_value` is that of the paired test, corrected for the number of sizes (Holm); `verdict` names
-    the more accurate mode where the difference is beyond chance, every seed agrees, the mode is
+    the more accurate mode if the difference is significant, every seed agrees, the mode is
     `useful`, and balanced accuracy does not say the opposite. `baseline_top1` is what answering the
     most frequent class of the test images reaches (None in files of 0.1.0); `imbalanced` tells
     whether that class is so common that balanced accuracy has to be read too.
@@ -171,9 +171,9 @@ class CurvePoint:
 
     @property
     def seconds_per_point(self) -> float | None:
-        """Further seconds for each further point (hundredth) of accuracy that fine-tuning brings.
+        """Additional seconds for each percentage point of accuracy that fine-tuning gains.
 
-        None where it brings none, or costs nothing more.
+        None if it gains none, or takes no longer.
         """
         gain = self.difference
         if self.cached is None or self.finetune is None or not gain or gain < 0:
@@ -196,10 +196,10 @@ def size_text(point: CurvePoint) -> str:
 
 
 def curve_points(runs: Iterable[CurveRun]) -> list[CurvePoint]:
-    """Put runs together by size, fewest images first.
+    """Group runs by size, fewest images first.
 
-    Where both modes have runs of the same seeds, only those count, so that both have seen the same
-    images.
+    Where both modes have runs with the same seeds, only those count, so that both modes have seen
+    the same images.
     """
     groups: dict[str, list[CurveRun]] = {}
     for run in runs:
@@ -229,7 +229,7 @@ def _p_value(cached: dict[int, CurveRun], tuned: dict[int, CurveRun]) -> float |
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction: the chance that any of several true zeros looks like a difference.
+    """Holm's correction of p values for the number of tests.
 
     Args:
         p_values: Uncorrected; None where there was no test.
@@ -308,7 +308,7 @@ def curve_from_json(values: Any) -> list[CurvePoint]:
     """Rebuild what `curve_to_json` made and JSON carried.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is not that.
     """
     try:
         return [_point_from_json(dict(value)) for value in values]
@@ -350,7 +350,7 @@ def _scores_from_json(value: Any) -> ModeScores | None:
 
 
 def _optional_share(value: Any) -> float | None:
-    """A share; what a file of 0.1.0 does not tell stays None."""
+    """A share; None where it is missing, as in files of 0.1.0."""
     return None if value is None else _number(value, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""How good a classifier is, and how sure of that we can be. Labels are class indices from 0."""
+"""How good a classifier is, and how certain that is. Labels are class indices from 0."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checked_weights(weights: ArrayLike, split: str) -> NDArray[np.float64]:
 
 
 def top1(labels: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of rows whose predicted class is right; NaN for no rows.
+    """Share of rows whose predicted class is correct; NaN for no rows.
 
     Args:
         labels: True classes [N].
@@ -103,7 +103,7 @@ def confusion(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> NDAr
 
 
 def per_class(labels: ArrayLike, predicted: ArrayLike, num_classes: int) -> list[float]:
-    """Recall of every class: the share of its rows that were found; NaN for a class without rows.
+    """Recall of every class: the share of its rows predicted correctly; NaN for an empty class.
 
     Args:
         labels: True classes [N].
@@ -178,7 +178,7 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     """Two-sided p value that two classifiers, scored on the same rows, are equally good.
 
     Only rows on which they differ tell them apart. Up to 1,000 of those the binomial test is exact;
-    beyond, the normal approximation with continuity correction is as good as equal.
+    beyond that, the normal approximation with continuity correction is used.
 
     Args:
         correct_a: Whether the first was right, [N] bool.

@@ -22,7 +22,7 @@ Approach = Literal["loop", "cached", "finetune"]
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What a model said about every test image.
+    """A model's predictions for every test image.
 
     The four lists have one entry per image: its id, the numbers of its true and its predicted
     class, and the probability given to the predicted one.
@@ -39,7 +39,7 @@ class Predictions:
             raise UserError(f"test predictions with columns of different lengths: {lengths}")
 
     def correct(self) -> list[bool]:
-        """Whether each image was classified rightly."""
+        """Whether each image was classified correctly."""
         return [a == b for a, b in zip(self.labels, self.predicted, strict=True)]
 
     def balanced(self) -> float:
@@ -77,7 +77,7 @@ class RunReport:
         hidden = ("more", "class_names", "test")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
-        # Through text, so that what is returned, printed and saved are the same plain values.
+        # Through text, so that returned, printed and saved values are the same plain ones.
         plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
         return plain
 
@@ -99,7 +99,7 @@ class RunReport:
         """Rebuild from what `save` or `to_json` made.
 
         Raises:
-            UserError: A field is missing or is something else.
+            UserError: A field is missing or has the wrong type.
         """
         try:
             known = {f.name for f in dataclasses.fields(cls)} - {"more"}
@@ -122,7 +122,7 @@ class RunReport:
         """Read a report file.
 
         Raises:
-            UserError: There is no such file, or it is none.
+            UserError: The file is missing, or is not a report.
         """
         try:
             values = json.loads(read_regular(path, MAX_BYTES))
@@ -136,7 +136,7 @@ class RunReport:
 
 
 def report_marks(command: str) -> re.Pattern[bytes]:
-    """What tells a command's report file from other JSON."""
+    """Matches a command's report file, not other JSON."""
     return re.compile(rb'"command":\s*"%s"' % command.encode())
 
 

@@ -25,8 +25,8 @@ CURVE_HEADER = (
     "difference",
     "p value",
     "more accurate",
-    "cached, time",
-    "tuning, time",
+    "head time",
+    "fine-tune time",
     "time per point",
     "cache pays after",
 )
