@@ -348,10 +348,10 @@ def _line_search(
     direction: Doubles,
     curvature: Doubles | None,
 ) -> tuple[Doubles, float, Doubles] | None:
-    """Halve the step until the objective falls enough; None when it does not.
+    """Shorten the step until the objective falls enough; None when it does not.
 
-    Fitting a parabola would shorten more: where rows are separable the objective is flat and then
-    jumps, so that it proposes a tenth of the step time after time.
+    A parabola proposes the next length, but not where the objective jumped: where rows are
+    separable it is flat before, and a parabola would propose a tenth of the step time after time.
     """
     point, value, decrement = here
     length = 1.0
@@ -360,5 +360,8 @@ def _line_search(
         new_value, gradient = _penalized(loss, lam, new_point, curvature)
         if new_value <= value - 1e-4 * length * decrement + NOISE * abs(value):
             return new_point, new_value, gradient
-        length /= 2
+        bent = new_value - value + length * decrement
+        jumped = not new_value < 2 * value
+        parabola = 0.0 if jumped else decrement * length**2 / (2 * bent)
+        length = min(max(parabola, (0.5 if jumped else 0.1) * length), 0.5 * length)
     return None
