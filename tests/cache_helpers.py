@@ -35,6 +35,7 @@ def make_meta(
             weights_sha256="ab" * 32,
             feature_dim=dim,
             preprocessing=prep,
+            stages=changes.get("stages"),
         ),
         dataset=DatasetInfo(
             name="toy",
@@ -143,7 +144,7 @@ def assert_train(path: Path, num_rows: int) -> None:
     assert np.array_equal(FeatureCache(path).split("train").X, wanted)
 
 
-def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None):
+def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None, stages=None):
     """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels)."""
     views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
     num_views, _, dim = next(iter(views.values()))[0].shape
@@ -157,7 +158,7 @@ def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None
         )
         for name, (X, y) in views.items()
     ]
-    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype)
+    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype, stages=stages)
     with open_writer(path, meta, list(class_names), plans) as writer:
         for name, (X, _) in views.items():
             for rows in writer.pending(name):

@@ -372,12 +372,12 @@ def test_weights_replaced_after_they_were_identified_are_refused(
     state = bb.read_state(bb.BUNDLED_FILE)
     save_file(state, path)
     config = BackboneConfig(weights=str(path) if weights == "file" else "random")
-    sha256 = bb.identify(config, 0, tmp_path).weights_sha256
-    assert bb.load_backbone(config, 0, sha256)
+    info = bb.identify(config, 0, tmp_path)
+    assert bb.load_backbone(config, 0, info)
     save_file({**state, "bn1.bias": state["bn1.bias"] + 1}, path)
-    for load in (bb.load_backbone, lambda c, s, h: bb.build_classifier(c, 3, s, h)):
+    for load in (bb.load_backbone, lambda c, s, i: bb.build_classifier(c, 3, s, i.weights_sha256)):
         with pytest.raises(UserError, match="changed during the run: run the same command again"):
-            load(config, 1, sha256)
+            load(config, 1, info)
 
 
 def test_what_is_hashed_is_what_is_loaded(tmp_path: Path) -> None:
@@ -426,12 +426,10 @@ def test_downloaded_weights_are_hashed_as_they_are_loaded(
     torch.save(saved.state_dict(), file)
     info = bb.identify(BackboneConfig(), 0, tmp_path)
     assert info.weights_sha256 == bb.file_sha256(file)
-    assert torch.equal(
-        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256).conv1.weight, saved.conv1.weight
-    )
+    assert torch.equal(bb.load_backbone(BackboneConfig(), 0, info).conv1.weight, saved.conv1.weight)
     torch.save({**saved.state_dict(), "bn1.bias": torch.ones(64)}, file)
     with pytest.raises(UserError, match=r"f37072fd\.pth changed during the run"):
-        bb.load_backbone(BackboneConfig(), 0, info.weights_sha256)
+        bb.load_backbone(BackboneConfig(), 0, info)
 
 
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path: Path) -> None:

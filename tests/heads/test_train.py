@@ -267,7 +267,7 @@ def test_the_old_name_of_the_flags_still_works(cache, capsys, solver, flag, valu
     place = [str(cache), "--cache-dir", str(cache.parent), "--solver", solver, "--json"]
     found = {}
     for name in (flag, "strength"):
-        assert cli.train_head([*place, f"--{name}", value]) == 0
+        assert cli.run_command("train-head", [*place, f"--{name}", value]) == 0
         printed = capsys.readouterr()
         found[name] = json.loads(printed.out)
         note = f"--strength is the old name of --{flag}: give --{flag} {value} for {solver}\n"

@@ -52,6 +52,7 @@ class TestRun:
             script.LOOP,
             script.CACHED,
             script.DEFAULT_HEAD,
+            script.STAGES_HEAD,
             "full fine-tune (lr 0.001)",
             "full fine-tune (lr 0.0001)",
             script.GOOD_TUNE,
@@ -62,17 +63,21 @@ class TestRun:
         }  # fmt: skip
         assert all(wanted <= row.keys() for row in result["rows"])
         params = [row["trainable_params"] for row in result["rows"]]
+        assert params.pop(3) in (1539, 3 * 1921)
         assert params == [1539] * 3 + [11178051] * 3
         # train-head's default has no epochs, the good recipe has five.
-        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 2, 2, 5]
-        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 2, 2, 5]
+        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 0, 2, 2, 5]
+        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 1, 2, 2, 5]
 
     def test_rows_refer_to_their_runs_by_id(self, ran: tuple[Path, dict, int]) -> None:
         folder, result, _ = ran
         stems = ["head-in-loop", "cached-head", "default-head", "finetune-0.001",
                  "finetune-0.0001", "finetune-good"]  # fmt: skip
         ids = [json.loads((folder / f"{stem}.json").read_text())["run"] for stem in stems]
-        assert [row["run"] for row in result["rows"]] == ids
+        runs = [row["run"] for row in result["rows"]]
+        stages = [folder / f"stages-{kind}-head.json" for kind in ("frozen", "adapt")]
+        assert runs.pop(3) in [json.loads(path.read_text())["run"] for path in stages]
+        assert runs == ids
         assert len(set(ids)) == 6
         assert all(re.fullmatch("[0-9a-f]{16}", run) for run in ids)
 

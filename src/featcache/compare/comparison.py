@@ -161,7 +161,12 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
 
 def _asked(config: CompareConfig) -> dict[str, Any]:
     """The settings that identify a comparison."""
-    asked = flatten(config_json(extract_config(config)))
+    extraction = extract_config(config)
+    asked = flatten(config_json(extraction)) | {"dtype": extraction.stored_dtype}
+    if config.layers == "last":
+        del asked["layers"], asked["pool"]  # as in version 0.1.0
+    if config.batchnorm == "frozen":
+        del asked["batchnorm"]
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
     places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")

@@ -109,6 +109,9 @@ class TrainHeadConfig(OutputConfig):
     """Folds of --select cv."""
     standardize: Literal["auto", "on", "off"] = "auto"
     """Scale every feature to unit variance on train; auto chooses on the held-out part."""
+    columns: Literal["auto", "last", "all"] = "auto"
+    """With a cache of --layers stages, learn from the columns of the last layer or from all; auto
+    chooses on the held-out part (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
     shots: Optional[int] = None
@@ -245,7 +248,7 @@ class VerifyConfig(OutputConfig, ImagePathsConfig):
 
 
 @settings
-class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
+class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
     """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
     Rerun the same command to resume after an interruption: finished runs are kept.

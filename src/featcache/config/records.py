@@ -112,6 +112,13 @@ class BackboneInfo:
         except ValueError as error:
             raise UserError(f"not a backbone's record: {error}") from error
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; without stages it is what version 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if self.stages is None:
+            del values["stages"]
+        return values
+
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
@@ -178,11 +185,8 @@ class CacheMeta:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; `stages` is there only where the features have stages, as in version 0.1.0."""
-        values = dataclasses.asdict(self)
-        if self.backbone.stages is None:
-            del values["backbone"]["stages"]
-        return values
+        """As JSON."""
+        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -51,7 +51,7 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     train = dataset.splits["train"]
     num_images = min(len(train), MAX_IMAGES)
     decides = {
-        "backbone": dataclasses.asdict(info),
+        "backbone": info.to_dict(),
         "dataset": dataset.fingerprint,
         "num_images": num_images,
         "seed": config.seed,

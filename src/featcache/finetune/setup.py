@@ -222,7 +222,7 @@ def _decisive(
         kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
     return {
         "plan": dataclasses.asdict(recipe),
-        "backbone": dataclasses.asdict(info),
+        "backbone": info.to_dict(),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
         "init_head": head_file.sha256 if head_file else None,

@@ -219,7 +219,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
         chosen_on=run.chosen_on,
         config=config_json(run.config),
         provenance={
-            "backbone": dataclasses.asdict(run.info),
+            "backbone": run.info.to_dict(),
             "dataset": dataclasses.asdict(run.dataset.info(run.config)),
             "cache": None,
         },

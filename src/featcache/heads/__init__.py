@@ -3,7 +3,8 @@
 from featcache.heads.files import Head, check_head_fits, load_head, save_head
 from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead, softmax
-from featcache.heads.train import summary_lines, train_head, train_head_report
+from featcache.heads.summary import summary_lines
+from featcache.heads.train import train_head, train_head_report
 
 __all__ = [
     "Head",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import TrainHeadConfig
+from featcache.config import StageColumns, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
 from featcache.heads.knn import KnnSolver
@@ -109,12 +110,11 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
         save_head(path, head)
-    more = {"head": str(path), **more, "extraction": extraction_of(cache)}
-    more |= {"run": run_key(config, cache, rows)[:16]}
-    more |= solver_fields(run, test, cache.class_names)
+    more |= {"head": str(path), "extraction": extraction_of(cache)}
+    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
     report = RunReport(
         command="train-head",
-        trainable_params=head.num_params,
+        trainable_params=num_params(head, cache.meta.backbone.stages),
         test_top1=run.test_top1,
         test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
         seconds_total=timer.seconds["total"],
@@ -148,15 +148,15 @@ def run_all(
     Returns:
         The run, the test split, and fields for the report.
     """
-    data = open_data(config, cache, rows)
+    data, stages = open_data(config, cache, rows), cache.meta.backbone.stages
     test = open_test(config, cache, in_memory=not data.streamed)
     more: dict[str, Any] = {"streamed": data.streamed}
     if config.shots is None or rows is not None:
-        return run_protocol(config, data, test), test, more
+        return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
     labels, names = data.train.y, data.train.class_names
     samples = [draw_shots(labels, config.shots, config.seed, i) for i in range(config.num_seeds)]
-    runs = [run_protocol(config, data.take(index), test) for index in samples]
+    runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
     scores = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
         for i, run in enumerate(runs)
@@ -165,7 +165,10 @@ def run_all(
 
 
 def run_protocol(
-    config: TrainHeadConfig, data: InMemoryData | StreamedData, test: TestSplit
+    config: TrainHeadConfig,
+    data: InMemoryData | StreamedData,
+    test: TestSplit,
+    stages: StageColumns | None = None,
 ) -> HeadRun:
     """Choose, fit all of train, score test once.
 
@@ -173,6 +176,7 @@ def run_protocol(
         config: The command's settings.
         data: What to learn from.
         test: What scores.
+        stages: Which columns are which, if the features have several stages.
     """
     timer = StageTimer()
     with timer("fit"):
@@ -180,6 +184,8 @@ def run_protocol(
         train = selection.train
         with threads_for(train.num_values * train.num_classes):
             solvers = make_solvers(config, test, streamed=data.streamed)
+            if stages is not None and not data.streamed:
+                solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
@@ -242,6 +248,8 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError(f"--lr is for adam and sgd: leave it out for {solver}")
     if config.standardize != "auto" and solver == "knn":
         raise UserError("knn compares features as they are: leave --standardize out")
+    if config.columns == "last" and (solver == "knn" or config.stream == "on"):
+        raise UserError("--columns last needs a linear solver and rows in memory: leave it out")
     for owner, flag in STRENGTH_FLAGS.items():
         if getattr(config, flag) is not None and owner != solver:
             own = STRENGTH_FLAGS.get(solver, "weight-decay")
@@ -301,8 +309,7 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
 
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
-    meta = dataclasses.asdict(cache.meta)
-    return {**meta, "cache": cache.path.name, "cache_digest": cache.digest.hex()}
+    return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 
 
 def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
@@ -313,8 +320,9 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
     return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
-def solver_fields(run: HeadRun, test: TestSplit, class_names: list[str]) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
     """The report's fields that only this command has."""
+    class_names = run.fitted.head.class_names
     num_classes = len(class_names)
     recalls = metrics.per_class(test.y, run.predicted, num_classes)
     return {
@@ -333,56 +341,3 @@ def solver_fields(run: HeadRun, test: TestSplit, class_names: list[str]) -> dict
         "num_train": run.num_train,
         "num_test": test.num_rows,
     }
-
-
-def summary_lines(report: dict[str, Any]) -> list[str]:
-    """What `train-head` prints for people.
-
-    Args:
-        report: What `train_head` returned.
-    """
-    lines = [
-        f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.4f}, "
-        f"test accuracy {epoch['test_top1']:.3f}, {epoch['seconds']:.3f} s"
-        for epoch in report["epochs"]
-    ]
-    low, high = report["test_interval"]
-    chosen = report["chosen"]
-    for row in chosen.get("solvers", ()):
-        lines.append(
-            f"{row['solver']:<8} {_settings(row)}: best held-out accuracy {row['score']:.3f}, "
-            f"{row['seconds']:.2f} s"
-        )
-    chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
-    lines.append(f"{report['solver']} ({report['backend']}): {_settings(chosen)}; {chosen_on}")
-    if report["val_top1"] is not None:
-        lines.append(f"held-out accuracy {report['val_top1']:.3f}")
-    lines.append(
-        f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
-        f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
-    )
-    if shots := report.get("shots"):
-        spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
-        lines.append(
-            f"{shots['shots']} rows per class, {shots['num_seeds']} samples: mean test accuracy "
-            f"{shots['mean']:.3f}{spread}; the lines above and the head are the first sample's"
-        )
-        if shots["short_classes"]:
-            lines.append(f"classes with fewer rows: {', '.join(shots['short_classes'])}")
-    lines.append(
-        f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
-        f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
-    )
-    return lines
-
-
-def _settings(values: dict[str, Any]) -> str:
-    # "strength" is the name of C and alpha in reports of version 0.1.
-    named = ("C", "alpha", "strength", "k", "metric", "lr", "weight_decay", "standardize")
-    return ", ".join(f"{name} {_text(values[name])}" for name in named if name in values)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -94,6 +94,10 @@ class Rows:
             self, views=self.views[:, index], y=self.y[index], weights=self.weights[index]
         )
 
+    def on_columns(self, columns: slice) -> Rows:
+        """The same rows with some of their features, not copied."""
+        return dataclasses.replace(self, views=self.views[..., columns])
+
     def stacked(self) -> tuple[Floats, Ints, Doubles]:
         """Every view as a row of its own: features [V * N, D], labels, weights over V.
 
