@@ -157,6 +157,7 @@ def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         share = config.num_train / len(dataset.splits["train"])
         total = max(1, round(len(splits["val"]) * share))
         splits["val"] = _fewer(dataset, splits["val"], total, config.seed)
+    _check_width(splits)
     drew = any(total is not None for total in wanted.values()) and not _has_own_order(dataset)
     return dataclasses.replace(
         dataset,
@@ -165,7 +166,6 @@ def _reduced(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
         notes=(
             *dataset.notes,
             *_notes_on_classes(dataset, splits["train"]),
-            *_notes_on_width(splits),
         ),
     )
 
@@ -197,23 +197,24 @@ def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ..
     )
 
 
-def _notes_on_width(splits: dict[str, ImageSplit]) -> tuple[str, ...]:
-    """Name an image whose long path makes the cache large: it stores all paths at one width.
+def _check_width(splits: dict[str, ImageSplit]) -> None:
+    """Refuse an image whose long path makes the cache large: it stores all paths at one width.
 
     Only if the padding takes more than WIDE_BYTES and most of the space.
+
+    Raises:
+        UserError: Naming the image.
     """
-    notes = []
     for split in splits.values():
         sizes = [len(os.fsencode(sample_id)) for sample_id in split.ids]
         width, total = max(sizes, default=0), sum(sizes)
         if len(sizes) * width > max(WIDE_BYTES, 4 * total):
-            longest = split.ids[sizes.index(width)]
-            notes.append(
-                f"the paths of the {split.name} images take {len(sizes) * width / 1e6:.0f} MB in "
-                f"the cache, because each takes the space of the longest ({width} bytes: "
+            longest, padded = split.ids[sizes.index(width)], len(sizes) * width / 1e6
+            raise UserError(
+                f"the paths of the {split.name} images would take {padded:.0f} MB in the cache, "
+                f"because each takes the space of the longest ({width} bytes: "
                 f"{longest:.60}…): shorten that path, or remove the image"
             )
-    return tuple(notes)
 
 
 def _fewer(dataset: ImageDataset, split: ImageSplit, total: int, seed: int) -> ImageSplit:
