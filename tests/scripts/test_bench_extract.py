@@ -126,7 +126,7 @@ def test_choices_are_compared_with_fixed_ones(script: ModuleType, tmp_path: Path
         choices=True, image_px=32, num_images=20, rounds=1, folder=tmp_path
     )  # fmt: skip
     report = script.bench(config)
-    assert report["images_per_s"].keys() >= {"chosen", "torch batch 8", "torch batch 16"}
+    assert report["images_per_s"].keys() >= {"automatic", "torch batch 8", "torch batch 16"}
     assert report["share_of_best_fixed"] > 0
 
 
