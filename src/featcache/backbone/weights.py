@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
-from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,6 +176,8 @@ def download(backbone: str) -> None:
     file = weights_file(BackboneConfig(backbone=backbone, weights="imagenet"))
     if file is not None and file.is_file():
         return
+    from http.client import HTTPException  # late: its import takes as long as a cache hit's checks
+
     try:
         # torch.hub announces downloads on stdout, which belongs to the JSON; its bar is on stderr.
         with contextlib.redirect_stdout(io.StringIO()):
