@@ -21,7 +21,14 @@ from PIL import Image
 import featcache.html_report.page as page_module
 import featcache.html_report.report_files as report_files_module
 from featcache import cli
-from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
+from featcache.config import (
+    CompareConfig,
+    DataConfig,
+    FinetuneConfig,
+    ReportConfig,
+    TrainHeadConfig,
+)
+from featcache.data import load_dataset
 from featcache.errors import UserError
 from featcache.html_report import summary_lines, write_report
 from featcache.html_report.compared_runs import compared_runs
@@ -471,8 +478,18 @@ def pictures_in(page: Outline) -> list[Image.Image]:
     return found
 
 
+def made_with(folder: Path, images: Path) -> Path:
+    """The runs in a folder, as if they had been made with these images."""
+    config = DataConfig(dataset=str(images), cache_dir=images.parent / "cache")
+    fingerprint = load_dataset(config).fingerprint
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text().replace("cd" * 32, fingerprint))
+    return folder
+
+
 def test_pictures_of_confidently_wrong_images(tmp_path: Path, pets: Path) -> None:
-    page, markdown, _ = report(tmp_path, save_pair(tmp_path / "runs"), dataset=str(pets))
+    runs = made_with(save_pair(tmp_path / "runs"), pets)
+    page, markdown, _ = report(tmp_path, runs, dataset=str(pets))
     pictures = pictures_in(page)
     # The head's two mistakes, the surer one (image 6) first; then the fine-tune's.
     greys = [int(np.asarray(picture).mean()) for picture in pictures]
@@ -494,6 +511,13 @@ def test_another_dataset_is_refused(tmp_path: Path, pets: Path) -> None:
     shutil.move(pets / IDS[3], pets / "test" / "cat" / "renamed.png")
     with pytest.raises(UserError, match=r"has no test image 'test/cat/3.png'.*omit --dataset"):
         report(tmp_path, save_pair(tmp_path / "runs"), dataset=str(pets))
+
+
+def test_a_dataset_that_changed_since_the_runs_is_refused(tmp_path: Path, pets: Path) -> None:
+    runs = made_with(save_pair(tmp_path / "runs"), pets)
+    (pets / IDS[3]).write_bytes((pets / IDS[4]).read_bytes())
+    with pytest.raises(UserError, match=r"pets has changed since the runs: .*or omit --dataset"):
+        report(tmp_path, runs, dataset=str(pets))
 
 
 def test_only_pages_are_replaced(tmp_path: Path) -> None:
@@ -702,7 +726,7 @@ FLAGS = (
 def test_in_a_browser(tmp_path: Path, pets: Path, width: int, look: int) -> None:
     """Opens without a complaint, light and dark, and is not an empty sheet."""
     assert CHROMIUM is not None
-    folder = comparison_json(tmp_path / "cmp")
+    folder = made_with(comparison_json(tmp_path / "cmp"), pets)
     report(tmp_path, folder, dataset=str(pets))
     picture = tmp_path / "shot.png"
     out = subprocess.run(

@@ -175,7 +175,7 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
     from featcache.data import load_dataset
 
     names = ("num_train", "num_test", "test_fraction")
-    split = load_dataset(
+    dataset = load_dataset(
         DataConfig(
             dataset=config.dataset,
             data_root=config.data_root,
@@ -186,12 +186,21 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
             seed=run.dataset.get("seed") or 0,
             **{name: run.dataset.get(name) for name in names},
         )
-    ).splits["test"]
+    )
+    split = dataset.splits["test"]
     missing = set(run.test.ids) - set(split.ids)
     if missing:
         raise UserError(
             f"--dataset {config.dataset} has no test image {min(missing)!r:.80}, which the runs "
             "were scored on; name the dataset of these runs, or omit --dataset"
+        )
+    # Every read is compared with the hashes behind the fingerprint. Fine-tunes of a comparison
+    # record that of their own sample, its cached heads that of the whole dataset.
+    recorded = {other.dataset.get("fingerprint") for other in compared if other.test}
+    if not recorded & {None, dataset.fingerprint}:
+        raise UserError(
+            f"--dataset {config.dataset} has changed since the runs: its images or labels are not "
+            "those that the runs were made with; name the dataset of these runs, or omit --dataset"
         )
     return split
 
