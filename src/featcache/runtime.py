@@ -139,18 +139,6 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    import random
-
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
     """Restore torch's thread count, which is global to the process, when the block ends.

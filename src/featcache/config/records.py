@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from featcache.config.checks import check_range, record_from_json
+from featcache.config.checks import Record, check_range, record_from_json
 from featcache.errors import UserError
 
 Resize = Literal["squash", "crop"]
@@ -54,10 +54,7 @@ class Preprocessing:
         Raises:
             UserError: A field is missing, unknown or out of range.
         """
-        try:
-            return record_from_json(cls, values)
-        except ValueError as error:
-            raise UserError(f"not a preprocessing record: {error}") from error
+        return _from_dict(cls, values, "a preprocessing record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +104,7 @@ class BackboneInfo:
         Raises:
             UserError: A field is missing, unknown or out of range.
         """
-        try:
-            return record_from_json(cls, values)
-        except ValueError as error:
-            raise UserError(f"not a backbone's record: {error}") from error
+        return _from_dict(cls, values, "a backbone's record")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without stages it is what version 0.1.0 wrote."""
@@ -195,16 +189,20 @@ class CacheMeta:
         Raises:
             UserError: A field is missing, unknown or out of range.
         """
-        try:
-            return record_from_json(cls, values)
-        except ValueError as error:
-            raise UserError(f"not a cache's metadata: {error}") from error
+        return _from_dict(cls, values, "a cache's metadata")
 
     def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
         """Fields in which `wanted` differs, as (dotted name, value here, value wanted)."""
         here, there = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(wanted))
         names = sorted(here.keys() | there.keys())
         return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
+
+
+def _from_dict(kind: type[Record], values: dict[str, Any], what: str) -> Record:
+    try:
+        return record_from_json(kind, values)
+    except ValueError as error:
+        raise UserError(f"not {what}: {error}") from error
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

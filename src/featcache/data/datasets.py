@@ -70,7 +70,7 @@ def _load(config: DataConfig, name: str | None) -> ImageDataset:
     elif name is not None:
         dataset = load_torchvision(config, name, _memo(config, config.data_root / name))
     else:
-        dataset = _load_path(config, Path(config.dataset).expanduser())
+        dataset = _load_path(config, Path(config.dataset))
     return _reduced(dataset, config)
 
 

@@ -209,7 +209,7 @@ class _ImageRoot:
     """
 
     def __init__(self, config: DataConfig, file: Path) -> None:
-        given = file.parent if config.image_root is None else config.image_root.expanduser()
+        given = file.parent if config.image_root is None else config.image_root
         if config.image_root is not None and not given.is_dir():
             raise UserError(f"--image-root {given} is not a folder that can be read; check it")
         self.path = os.path.realpath(given)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.backbone import identify, load_backbone
-from featcache.config import BackboneConfig, BackboneInfo, ExtractConfig
+from featcache.config import BackboneInfo, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, iterate_batches, normalize
 from featcache.data.sampling import stratified_rows
 from featcache.errors import UserError
@@ -44,9 +44,7 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     """
     if config.batchnorm == "frozen":
         return config
-    plain = BackboneConfig(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(BackboneConfig)}
-    )
+    plain = dataclasses.replace(config, layers="last")  # the file is of the network itself
     info = identify(plain, config.seed, config.cache_dir)
     train = dataset.splits["train"]
     num_images = min(len(train), MAX_IMAGES)
