@@ -29,8 +29,8 @@ import heads_stream
 from featcache import cli
 from featcache.config import OutputConfig
 from featcache.errors import UserError
-from featcache.heads.logistic import SELECTION_TOLERANCE, LogisticPath, LogisticProblem
-from featcache.heads.ridge import alpha_grid, ridge_from_moments
+from featcache.heads.solvers.logistic import SELECTION_TOLERANCE, LogisticPath, LogisticProblem
+from featcache.heads.solvers.ridge import alpha_grid, ridge_from_moments
 from featcache.heads.training_data import Rows
 from featcache.runtime import environment, say
 from heads_stream import make_cache

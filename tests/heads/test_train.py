@@ -224,7 +224,7 @@ def test_a_series_ends_where_ties_bring_more_loss():
     from types import SimpleNamespace
 
     from featcache.heads.selection import evaluate_grid
-    from featcache.heads.solver import HeldOutPredictions
+    from featcache.heads.solvers.base import HeldOutPredictions
     from featcache.heads.training_data import Rows
 
     held = Rows(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from featcache.heads import Head, KnnHead
-from featcache.heads.knn import TEMPERATURE
+from featcache.heads.solvers.knn import TEMPERATURE
 from featcache.predict import LoadedClassifier
 
 # Shares of votes become logits; no votes at all would be minus infinity.

@@ -14,8 +14,8 @@ import numpy as np
 
 from featcache.config import StageColumns, TrainHeadConfig
 from featcache.heads.linear import Floats, LinearHead
-from featcache.heads.sgd import SgdSolver
-from featcache.heads.solver import FittedHead, HeldOutPredictions, Prepared, Settings, Solver
+from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Prepared, Settings, Solver
+from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.training_data import Rows, TrainRows
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from featcache.heads.linear import Floats, LinearHead, softmax
-from featcache.heads.logistic import LogisticPath, LogisticProblem
-from featcache.heads.ridge import ridge_of
-from featcache.heads.solver import FittedHead, threads_for
+from featcache.heads.solvers.base import FittedHead, threads_for
+from featcache.heads.solvers.logistic import LogisticPath, LogisticProblem
+from featcache.heads.solvers.ridge import ridge_of
 from featcache.heads.training_data import Rows, balanced_weights
 
 # Tight, so that the same problem stated in different ways gets the same solution.

@@ -18,8 +18,8 @@ import numpy as np
 from featcache.config import BackboneInfo, CacheMeta, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
-from featcache.heads.knn import KnnHead
 from featcache.heads.linear import LinearHead
+from featcache.heads.solvers.knn import KnnHead
 from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
 
 FORMAT, VERSION = "featcache-head", "1"

@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.heads.linear import Ints
-from featcache.heads.solver import HeldOutPredictions, NotConverged, Prepared, Settings, Solver
+from featcache.heads.solvers.base import (
+    HeldOutPredictions,
+    NotConverged,
+    Prepared,
+    Settings,
+    Solver,
+)
 from featcache.heads.training_data import (
     Rows,
     TrainRows,

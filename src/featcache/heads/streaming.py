@@ -20,9 +20,9 @@ from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.linear import Doubles, Floats, Ints, widen
-from featcache.heads.moments import Moments
 from featcache.heads.selection import InMemoryData, Selection, load_data
-from featcache.heads.softmax_loss import Block
+from featcache.heads.solvers.moments import Moments
+from featcache.heads.solvers.softmax_loss import Block
 from featcache.heads.training_data import (
     FETCH_BATCHES,
     Batch,

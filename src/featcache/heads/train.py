@@ -17,13 +17,13 @@ from featcache.files import check_outputs
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.knn import KnnSolver
 from featcache.heads.linear import Floats, Ints
-from featcache.heads.logistic import LogisticSolver
-from featcache.heads.ridge import RidgeSolver
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
-from featcache.heads.sgd import SgdSolver
-from featcache.heads.solver import FittedHead, Solver, threads_for
+from featcache.heads.solvers.base import FittedHead, Solver, threads_for
+from featcache.heads.solvers.knn import KnnSolver
+from featcache.heads.solvers.logistic import LogisticSolver
+from featcache.heads.solvers.ridge import RidgeSolver
+from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.training_data import TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks

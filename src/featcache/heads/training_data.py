@@ -16,7 +16,7 @@ from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.linear import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
-from featcache.heads.moments import Moments
+from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
 

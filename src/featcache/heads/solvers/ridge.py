@@ -20,8 +20,13 @@ from typing import Literal
 import numpy as np
 
 from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks
-from featcache.heads.moments import Moments
-from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings, standardize_choices
+from featcache.heads.solvers.base import (
+    FittedHead,
+    HeldOutPredictions,
+    Settings,
+    standardize_choices,
+)
+from featcache.heads.solvers.moments import Moments
 from featcache.heads.training_data import Rows, TrainRows
 
 # Rows on which the probabilities are calibrated.

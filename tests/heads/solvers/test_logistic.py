@@ -6,10 +6,10 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from cache_helpers import blobs
-from featcache.heads.backends import SklearnPath, TorchPath
-from featcache.heads.lbfgs import minimize, second_moment_spectrum
-from featcache.heads.logistic import LogisticPath, LogisticProblem
-from featcache.heads.softmax_loss import loss_in_memory
+from featcache.heads.solvers.backends import SklearnPath, TorchPath
+from featcache.heads.solvers.lbfgs import minimize, second_moment_spectrum
+from featcache.heads.solvers.logistic import LogisticPath, LogisticProblem
+from featcache.heads.solvers.softmax_loss import loss_in_memory
 from featcache.heads.training_data import Rows, balanced_weights
 
 PATHS = [LogisticPath, SklearnPath, TorchPath]
@@ -102,7 +102,7 @@ def test_warm_path_ends_where_cold_fits_end():
 
 
 def test_float32_rows_reach_the_same_objective(monkeypatch):
-    from featcache.heads import logistic
+    from featcache.heads.solvers import logistic
 
     X, y = blobs(300, dim=30)
     exact = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(1.0, 1e-12)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.heads.linear import Doubles, Floats
-from featcache.heads.softmax_loss import SoftmaxLoss
+from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 from featcache.runtime import progress
 
 MEMORY = 30

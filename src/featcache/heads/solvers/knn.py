@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
 from featcache.heads.linear import Floats, checked_features, row_blocks
-from featcache.heads.solver import FittedHead, HeldOutPredictions, Settings
+from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
 Metric = Literal["cosine", "euclidean"]

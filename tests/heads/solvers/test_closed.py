@@ -7,11 +7,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 
 from cache_helpers import blobs
-from featcache.heads.knn import KnnHead, nearest
-from featcache.heads.moments import Moments
-from featcache.heads.ridge import RidgeSolver, best_factor, ridge_from_few_rows, ridge_from_moments
 from featcache.heads.selection import HeldOutScores, best_candidate
-from featcache.heads.solver import HeldOutPredictions
+from featcache.heads.solvers.base import HeldOutPredictions
+from featcache.heads.solvers.knn import KnnHead, nearest
+from featcache.heads.solvers.moments import Moments
+from featcache.heads.solvers.ridge import (
+    RidgeSolver,
+    best_factor,
+    ridge_from_few_rows,
+    ridge_from_moments,
+)
 from featcache.heads.training_data import Rows
 
 NAMES = ["ape", "bee", "cat"]
@@ -173,7 +178,7 @@ def test_knn_finds_a_row_itself_at_any_distance_from_the_origin():
 
 
 def test_knn_works_in_blocks_and_with_more_neighbours_than_rows(monkeypatch):
-    from featcache.heads import knn
+    from featcache.heads.solvers import knn
 
     X, y = blobs(30)
     fresh, _ = blobs(25, seed=3)

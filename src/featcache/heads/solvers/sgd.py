@@ -17,7 +17,7 @@ import numpy as np
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.linear import Doubles, Ints, LinearHead, Singles
-from featcache.heads.solver import (
+from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
     Settings,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.heads.lbfgs import TOLERANCE, Solution, start_point
 from featcache.heads.linear import Doubles, LinearHead
-from featcache.heads.logistic import LogisticProblem
-from featcache.heads.solver import FittedHead
+from featcache.heads.solvers.base import FittedHead
+from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, start_point
+from featcache.heads.solvers.logistic import LogisticProblem
 
 if TYPE_CHECKING:
     import torch

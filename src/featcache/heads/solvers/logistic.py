@@ -18,17 +18,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from featcache.heads.lbfgs import (
-    TOLERANCE,
-    Solution,
-    Spectrum,
-    minimize,
-    second_moment_spectrum,
-)
 from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks, widen
-from featcache.heads.moments import Moments
-from featcache.heads.softmax_loss import Block, SoftmaxLoss, loss_in_memory
-from featcache.heads.solver import (
+from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
     NotConverged,
@@ -36,6 +27,15 @@ from featcache.heads.solver import (
     cross_entropy_predictions,
     standardize_choices,
 )
+from featcache.heads.solvers.lbfgs import (
+    TOLERANCE,
+    Solution,
+    Spectrum,
+    minimize,
+    second_moment_spectrum,
+)
+from featcache.heads.solvers.moments import Moments
+from featcache.heads.solvers.softmax_loss import Block, SoftmaxLoss, loss_in_memory
 from featcache.heads.streaming import StreamedRows
 from featcache.heads.training_data import CACHED_ROWS, SMALL, Rows, TrainRows
 
@@ -249,7 +249,7 @@ class PreparedLogistic:
             self._problem = LogisticProblem(self._rows.sample)
         if self._solver.backend == "numpy":
             return LogisticPath(self._problem, standardize=scaled)
-        from featcache.heads import backends
+        from featcache.heads.solvers import backends
 
         sklearn = self._solver.backend == "sklearn"
         kind = backends.SklearnPath if sklearn else backends.TorchPath

@@ -7,7 +7,7 @@ import torch
 from cache_helpers import blobs
 from featcache import random_order
 from featcache.errors import UserError
-from featcache.heads.sgd import NumpyLayer, SgdSettings, TorchLayer, train_layer
+from featcache.heads.solvers.sgd import NumpyLayer, SgdSettings, TorchLayer, train_layer
 from featcache.heads.training_data import Rows
 
 
