@@ -2,7 +2,8 @@
 
 Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], with `mean` and `scale`
 [D] when features were standardised (already folded into weight and bias); or, for knn, `rows`
-[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest.
+[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest;
+without `decision`, which 0.1.0 did not write, nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from featcache.config import BackboneInfo, CacheMeta, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
+from featcache.heads.decision import PLAIN, Decision
 from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.knn import KnnHead
 from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
@@ -43,11 +45,14 @@ def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) 
 
     if provenance is not None:
         head = head.replace(provenance=provenance)
-    tensors, rest = {}, {}
+    tensors: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for item in dataclasses.fields(head):
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
             tensors[item.name] = np.ascontiguousarray(value)
+        elif isinstance(value, Decision):
+            rest |= {} if value == PLAIN else {item.name: value.to_json()}
         elif value is not None:
             rest[item.name] = value
     metadata = {"format": FORMAT, "version": VERSION, "head": json.dumps(rest, sort_keys=True)}
@@ -87,6 +92,8 @@ def parse_head(file: TensorFile) -> Head:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
         parts: dict[str, Any] = {**rest, **tensors}
+        if "decision" in rest:
+            parts["decision"] = Decision.from_json(rest["decision"])
         head = kind(**parts)
         _check_values(head, tensors)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:

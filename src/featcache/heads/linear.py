@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
+from featcache.heads.decision import PLAIN, Decision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,12 +34,6 @@ _FRACTION_BITS = 23 - 10
 # Exponents count from 15 in halves and from 127 in singles; also right for values below 2**-14.
 _BIAS = np.float32(2.0 ** (127 - 15))
 _CHUNK = 1 << 16  # values that stay in a core's cache between the steps
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities from logits, along the last axis, without overflow."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 def row_blocks(X: Floats, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, Floats]]:
@@ -95,6 +90,7 @@ class LinearHead:
         chosen: The settings it was fitted with, and how they were chosen.
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
+        decision: How logits become probabilities and a class.
     """
 
     weight: Floats
@@ -106,6 +102,7 @@ class LinearHead:
     chosen: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    decision: Decision = PLAIN
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
@@ -141,11 +138,11 @@ class LinearHead:
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Probabilities [N, C] of features [N, D]."""
-        return softmax(self.decision_function(X))
+        return self.decision.probabilities(self.decision_function(X))
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Class indices [N] of features [N, D]."""
-        return np.asarray(self.decision_function(X).argmax(axis=1), np.int64)
+        return self.decision.predict(self.decision_function(X))
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Top-1 accuracy on features [N, D] with class indices [N]."""

@@ -14,10 +14,11 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import StageColumns, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.heads.calibration import fit_decision, out_of_fold
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.linear import Ints
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
@@ -25,9 +26,11 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.training_data import TestSplit, open_cache, open_test
+from featcache.heads.training_data import TestPredictions, TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.runs import Predictions
+from featcache.results.scores import score_predictions
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -42,8 +45,7 @@ class HeadRun:
         solver: The one that won.
         choice: How its settings were chosen.
         fitted: On all of train.
-        predicted: Classes of the test rows, [N].
-        confidence: The probability given to each, [N].
+        tested: Predictions of the test rows.
         test_top1: The share that is right.
         fit_seconds: Wall time of choosing and fitting.
         num_train: Rows that were fitted, views not counted.
@@ -53,8 +55,7 @@ class HeadRun:
     solver: Solver
     choice: Choice
     fitted: FittedHead[Head]
-    predicted: Ints
-    confidence: Floats
+    tested: TestPredictions
     test_top1: float
     fit_seconds: float
     num_train: int
@@ -112,11 +113,13 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         save_head(path, head)
     more |= {"head": str(path), "extraction": extraction_of(cache)}
     more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
+    correct = run.tested.classes == test.y
+    decision = run.fitted.head.decision
     report = RunReport(
         command="train-head",
         trainable_params=num_params(head, cache.meta.backbone.stages),
         test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
+        test_interval=metrics.wilson_interval(int(correct.sum()), test.num_rows),
         seconds_total=timer.seconds["total"],
         epochs=run.fitted.epochs,
         scored_on=test.name,
@@ -126,11 +129,20 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         environment=environment(),
         more=more,
         class_names=cache.class_names,
+        scores=score_predictions(
+            test.y, run.tested.classes, run.tested.probabilities, cache.class_names
+        ),
+        calibration=CalibrationReport(
+            temperature=decision.temperature,
+            fitted_on=decision.fitted_on,
+            before=reliability(correct, run.tested.uncalibrated),
+            after=reliability(correct, run.tested.confidence),
+        ),
         test=Predictions(
             ids=test.ids,
             labels=test.y.tolist(),
-            predicted=run.predicted.tolist(),
-            confidence=[round(p, 6) for p in run.confidence.tolist()],
+            predicted=run.tested.classes.tolist(),
+            confidence=[round(p, 6) for p in run.tested.confidence.tolist()],
         ),
     )
     report.save(path.with_suffix(".json"))
@@ -188,15 +200,17 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
+            held = out_of_fold(solver, choice.settings, selection)
+    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    fitted = dataclasses.replace(fitted, head=fitted.head.replace(decision=decision))
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
-    predicted, confidence = test.score(fitted.head)
+    tested = test.predict(fitted.head)
     return HeadRun(
         solver=solver,
         choice=choice,
         fitted=fitted,
-        predicted=predicted,
-        confidence=confidence,
-        test_top1=metrics.top1(test.y, predicted),
+        tested=tested,
+        test_top1=metrics.top1(test.y, tested.classes),
         fit_seconds=timer.seconds["fit"] - scoring,
         num_train=train.num_rows,
         compared=compared,
@@ -223,7 +237,7 @@ def make_solvers(config: TrainHeadConfig, test: TestSplit, *, streamed: bool) ->
     if config.solver in ("adam", "sgd"):
 
         def score(head: Head) -> float:
-            return metrics.top1(test.y, test.score(head)[0])
+            return metrics.top1(test.y, test.predict(head).classes)
 
         return [SgdSolver(config=config, score_epoch=score)]
     return [solver for solver in (logistic, ridge, knn) if solver.name == config.solver]
@@ -323,13 +337,13 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
 def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
     """The report's fields that only this command has."""
     class_names = run.fitted.head.class_names
-    num_classes = len(class_names)
-    recalls = metrics.per_class(test.y, run.predicted, num_classes)
+    num_classes, predicted = len(class_names), run.tested.classes
+    recalls = metrics.per_class(test.y, predicted, num_classes)
     return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
-        "balanced_top1": metrics.balanced(test.y, run.predicted, num_classes),
+        "balanced_top1": metrics.balanced(test.y, predicted, num_classes),
         "per_class": {
             name: None if math.isnan(recall) else recall
             for name, recall in zip(class_names, recalls, strict=True)

@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
+from featcache.results.reliability import CalibrationReport
+from featcache.results.scores import Scores
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -54,7 +57,7 @@ class RunReport:
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
     `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
-    as is the run's id under "run" (missing from reports of 0.1.0).
+    as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
     """
 
     command: str
@@ -70,6 +73,8 @@ class RunReport:
     environment: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
+    scores: Scores | None = None
+    calibration: CalibrationReport | None = None
     test: Predictions | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +83,8 @@ class RunReport:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
-        plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
+        text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:
@@ -106,6 +112,9 @@ class RunReport:
             own = {name: values[name] for name in known & values.keys()}
             low, high = (float(bound) for bound in own["test_interval"])
             test = own.pop("test", None)
+            for name, kind in (("scores", Scores), ("calibration", CalibrationReport)):
+                if own.get(name) is not None:
+                    own[name] = record_from_json(kind, own[name])
             report = cls(
                 **{**own, "test_interval": (low, high)},
                 more={name: value for name, value in values.items() if name not in known},
