@@ -167,7 +167,10 @@ def run_all(
         return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
     labels, names = data.train.y, data.train.class_names
-    samples = [draw_shots(labels, config.shots, config.seed, i) for i in range(config.num_seeds)]
+    samples = [
+        draw_shots(labels, config.shots, config.seed, i, data.groups)
+        for i in range(config.num_seeds)
+    ]
     runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
     scores = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
