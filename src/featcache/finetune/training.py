@@ -31,9 +31,9 @@ from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.results import Predictions, RunReport, config_json
-from featcache.results.metrics import wilson_interval
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import score_predictions
+from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
 
@@ -210,12 +210,20 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
     split, num_test = run.test.split, len(run.test)
     correct = scores.predicted == split.labels
     calibrated = reliability(correct, scores.confidence)
+    test_scores = score_predictions(
+        split.labels,
+        scores.predicted,
+        scores.probabilities,
+        run.dataset.class_names,
+        groups=split.groups,
+        seed=run.config.seed,
+    )
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=wilson_interval(int(correct.sum()), num_test),
+        test_interval=test_scores.top1_interval(int(correct.sum()), num_test),
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -241,9 +249,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "probe": run.probe,
         },
         class_names=run.dataset.class_names,
-        scores=score_predictions(
-            split.labels, scores.predicted, scores.probabilities, run.dataset.class_names
-        ),
+        scores=test_scores,
         calibration=CalibrationReport(
             temperature=1.0, fitted_on="nothing", before=calibrated, after=calibrated
         ),
@@ -283,6 +289,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         *done,
         f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters",
+        *score_lines(RunReport.from_dict(report)),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
         f"{report['seconds_total']:.1f} s in all{left_out}",
         f"model: {report['model']}",

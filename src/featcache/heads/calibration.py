@@ -1,7 +1,7 @@
 """Fitting a head's `Decision` on train rows that it did not learn from.
 
-The winning settings are fitted once more to the part of train that was fitted while choosing, and
-that head's logits of the held-out rows are what the final head's logits of new rows are like.
+The logits come from the protocol that chooses: a head with the winning settings, fitted to the
+other part of train, sees the held-out rows as the final head sees new ones.
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ import numpy as np
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.decision import Decision, Threshold, Wanted, softmax
-from featcache.heads.linear import Doubles, Floats, Ints
-from featcache.heads.selection import Selection
+from featcache.heads.linear import (
+    TEMPERATURES,
+    Decision,
+    Doubles,
+    Floats,
+    Ints,
+    Threshold,
+    Wanted,
+    softmax,
+)
+from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver
+from featcache.heads.training_data import Rows
 from featcache.results.scores import rank
 
-# The range of temperatures, and how exactly its logarithm is found.
-TEMPERATURES = (1e-2, 1e2)
+# How often the range of temperatures is halved.
 NUM_STEPS = 30
 
 
@@ -38,24 +46,33 @@ class OutOfFold:
     weights: Doubles
 
 
-def out_of_fold(solver: Solver, settings: Settings, selection: Selection) -> OutOfFold | None:
+def out_of_fold(solver: Solver, choice: Choice, selection: Selection) -> OutOfFold | None:
     """Logits of all held-out rows; None where no row was held out.
 
-    Of streamed rows, the head is fitted to the sample that is in memory.
+    Those of the choice are taken where it kept them. Otherwise the settings are fitted again; of
+    streamed rows, to the sample that is in memory.
     """
     found = []
-    for rows, held in selection.pairs:
-        try:
-            head = solver.prepare(rows.sample, [settings]).fit(settings).head
-        except NotConverged:
-            return None
+    for number, (rows, held) in enumerate(selection.pairs):
+        if choice.logits is not None:
+            logits = choice.logits[number]
+        else:
+            try:
+                logits = _fitted_logits(solver, choice.settings, rows.sample, held)
+            except NotConverged:
+                return None
         known = np.isin(held.y, rows.sample.y)  # a val split may have classes that train lacks
-        parts = (head.decision_function(held.plain), held.y, held.weights)
-        found.append([values[known] for values in parts])
+        found.append([values[known] for values in (logits, held.y, held.weights)])
     if not any(len(y) for _, y, _ in found):
         return None
     logits, y, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return OutOfFold(logits=logits, y=y, weights=weights)
+
+
+def _fitted_logits(solver: Solver, settings: Settings, rows: Rows, held: Rows) -> Floats:
+    prepared = solver.prepare(rows, [settings])
+    logits = prepared.predict(settings, held).logits
+    return prepared.fit(settings).head.decision_function(held.plain) if logits is None else logits
 
 
 def fit_decision(

@@ -19,8 +19,7 @@ import numpy as np
 from featcache.config import BackboneInfo, CacheMeta, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
-from featcache.heads.decision import PLAIN, Decision
-from featcache.heads.linear import LinearHead
+from featcache.heads.linear import PLAIN, Decision, LinearHead
 from featcache.heads.solvers.knn import KnnHead
 from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
 

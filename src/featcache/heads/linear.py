@@ -1,17 +1,17 @@
-"""The linear head, which a head file holds and which scores features; and features as float32."""
+"""The linear head, which a head file holds; how logits become a class; features as float32."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config.checks import check_range, record_from_json
 from featcache.errors import UserError
-from featcache.heads.decision import PLAIN, Decision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +20,13 @@ Floats = NDArray[np.floating[Any]]
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Wanted = Literal["precision", "recall"]
 
 BLOCK_ROWS = 8192
 # Weight zero and this bias: a class without train rows is never predicted.
 ABSENT_BIAS = -1e4
+# The range of temperatures.
+TEMPERATURES = (1e-2, 1e2)
 # `widen` moves bits and multiplies, without branches. numpy converts float16 one by one, with
 # branches that zeros among other values make unpredictable: a whole streamed run then takes 20 to
 # 30 % more processor time.
@@ -74,6 +77,89 @@ def widen(features: NDArray[np.floating[Any]], out: Singles | None = None) -> Si
         bits &= _BITS
         found[rows] *= _BIAS
     return found
+
+
+def softmax(logits: Floats) -> Floats:
+    """Probabilities from logits, along the last axis, without overflow."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """From which probability on a picture counts as one of two classes.
+
+    Attributes:
+        positive: That class's number, 0 or 1.
+        probability: The threshold.
+        wanted: What was asked for.
+        level: How much of it.
+        precision: Reached on the held-out rows.
+        recall: Likewise.
+    """
+
+    positive: int
+    probability: float
+    wanted: Wanted
+    level: float
+    precision: float
+    recall: float
+
+    def __post_init__(self) -> None:
+        check_range("positive", self.positive, 0, 1)
+        for name in ("probability", "level", "precision", "recall"):
+            check_range(name, getattr(self, name), 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How a head's logits become probabilities and a class, fitted on rows it had not learned from.
+
+    Attributes:
+        temperature: What logits are divided by before the softmax.
+        threshold: For two classes, if one was asked for; without one, the likeliest class wins.
+        fitted_on: The rows that decided, in words.
+    """
+
+    temperature: float = 1.0
+    threshold: Threshold | None = None
+    fitted_on: str = "nothing"
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, *TEMPERATURES)
+
+    def probabilities(self, logits: Floats) -> Floats:
+        """Calibrated probabilities, along the last axis."""
+        return softmax(logits if self.temperature == 1 else logits / self.temperature)
+
+    def classes(self, probabilities: Floats) -> Ints:
+        """The class of each row of calibrated probabilities [N, C]."""
+        if self.threshold is None:
+            return np.asarray(probabilities.argmax(axis=1), np.int64)
+        positive = self.threshold.positive
+        reached = probabilities[:, positive] >= self.threshold.probability
+        return np.where(reached, positive, 1 - positive).astype(np.int64)
+
+    def predict(self, logits: Floats) -> Ints:
+        """The class of each row of logits [N, C]."""
+        return self.classes(logits if self.threshold is None else self.probabilities(logits))
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a head file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Rebuild from what `to_json` returned.
+
+        Raises:
+            ValueError: A field is unknown, has another type, or is out of range.
+        """
+        return record_from_json(cls, value)
+
+
+PLAIN = Decision()
+"""Nothing fitted: softmax, and the likeliest class."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

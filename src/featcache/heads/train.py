@@ -14,11 +14,12 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import StageColumns, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
-from featcache.heads.calibration import fit_decision, out_of_fold
+from featcache.heads.calibration import fit_decision, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
 from featcache.heads.linear import Ints
+from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
@@ -26,7 +27,7 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.training_data import TestPredictions, TestSplit, open_cache, open_test
+from featcache.heads.training_data import open_cache
 from featcache.results import RunReport, config_json, metrics, report_marks
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.runs import Predictions
@@ -101,6 +102,8 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         check_settings(config)
         config = without_strength(config)
         cache = open_cache(config)
+        if config.threshold_for is not None:
+            positive_class(config, cache.class_names)
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
@@ -115,11 +118,19 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
     more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
     correct = run.tested.classes == test.y
     decision = run.fitted.head.decision
+    test_scores = score_predictions(
+        test.y,
+        run.tested.classes,
+        run.tested.probabilities,
+        cache.class_names,
+        groups=test.groups,
+        seed=config.seed,
+    )
     report = RunReport(
         command="train-head",
         trainable_params=num_params(head, cache.meta.backbone.stages),
         test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(int(correct.sum()), test.num_rows),
+        test_interval=test_scores.top1_interval(int(correct.sum()), test.num_rows),
         seconds_total=timer.seconds["total"],
         epochs=run.fitted.epochs,
         scored_on=test.name,
@@ -129,9 +140,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         environment=environment(),
         more=more,
         class_names=cache.class_names,
-        scores=score_predictions(
-            test.y, run.tested.classes, run.tested.probabilities, cache.class_names
-        ),
+        scores=test_scores,
         calibration=CalibrationReport(
             temperature=decision.temperature,
             fitted_on=decision.fitted_on,
@@ -203,7 +212,7 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
-            held = out_of_fold(solver, choice.settings, selection)
+            held = out_of_fold(solver, choice, selection)
     decision = fit_decision(held, config, fitted.head.class_names, selection.name)
     fitted = dataclasses.replace(fitted, head=fitted.head.replace(decision=decision))
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
@@ -339,7 +348,7 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
 
 def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
     """The report's fields that only this command has."""
-    class_names = run.fitted.head.class_names
+    class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
     num_classes, predicted = len(class_names), run.tested.classes
     recalls = metrics.per_class(test.y, predicted, num_classes)
     return {
@@ -351,6 +360,8 @@ def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
             name: None if math.isnan(recall) else recall
             for name, recall in zip(class_names, recalls, strict=True)
         },
+        "threshold": threshold
+        and {"class": class_names[threshold.positive], **dataclasses.asdict(threshold)},
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
         "converged": run.fitted.converged,

@@ -111,6 +111,7 @@ check_run = record(
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
+        "scores? calibration?": OBJECT,
     }
 )
 check_row = record(

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
-from featcache.heads.decision import PLAIN, Decision
-from featcache.heads.linear import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, Floats, checked_features, row_blocks
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
 from featcache.heads.training_data import Rows, TrainRows
 

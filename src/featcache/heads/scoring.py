@@ -1,0 +1,121 @@
+"""The test split: what a head predicts of it, and what the predictions are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featcache.cache import FeatureCache
+from featcache.config import TrainHeadConfig
+from featcache.heads.files import Head
+from featcache.heads.linear import Floats, Ints, Singles, softmax
+from featcache.heads.training_data import BLOCK_ROWS, check_finite, load_rows, surely_finite
+
+# Probabilities of all classes are kept for a test split of at most this many.
+MAX_KEPT = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TestPredictions:
+    """What a head says of the test rows.
+
+    Attributes:
+        classes: Predicted classes [N].
+        confidence: The probability given to each [N].
+        uncalibrated: The same with a temperature of one [N].
+        probabilities: Of all classes [N, C]; None where they would take too much memory.
+    """
+
+    __test__ = False  # pytest: not a test
+
+    classes: Ints
+    confidence: Singles
+    uncalibrated: Singles
+    probabilities: Singles | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TestSplit:
+    """The rows that heads are scored on, block by block.
+
+    Attributes:
+        y: Class indices [N].
+        ids: N sample ids.
+        groups: Each row's group [N], if there are groups.
+        num_views: Views that count: all with --tta, else the plain one.
+        blocks: Makes an iterator of consecutive rows: features [n, D] of each view that counts.
+    """
+
+    __test__ = False  # pytest: not a test
+
+    y: Ints
+    ids: list[str]
+    groups: NDArray[np.str_] | None = None
+    num_views: int
+    blocks: Callable[[], Iterator[list[Floats]]]
+
+    @property
+    def num_rows(self) -> int:
+        """Number N of rows."""
+        return len(self.y)
+
+    @property
+    def name(self) -> str:
+        """What was scored, in words."""
+        views = f"mean over {self.num_views} views" if self.num_views > 1 else "view 0"
+        return f"test, {views} ({self.num_rows} rows)"
+
+    def predict(self, head: Head) -> TestPredictions:
+        """Predict every row; probabilities are means over the views that count."""
+        kept = self.num_rows * len(head.class_names) <= MAX_KEPT
+        blocks: list[tuple[Ints, Singles, Singles]] = []
+        tables: list[Singles] = []
+        for views in self.blocks():
+            logits = [head.decision_function(view) for view in views]
+            table = np.mean([head.decision.probabilities(z) for z in logits], axis=0)
+            plain = np.mean([softmax(z) for z in logits], axis=0)
+            classes = head.decision.classes(table)
+            own = (np.arange(len(classes)), classes)
+            blocks.append((classes, table[own].astype(np.float32), plain[own].astype(np.float32)))
+            if kept:
+                tables.append(table.astype(np.float32))
+        classes, confidence, plain = (np.concatenate(p) for p in zip(*blocks, strict=True))
+        return TestPredictions(
+            classes=classes,
+            confidence=confidence,
+            uncalibrated=plain,
+            probabilities=np.concatenate(tables) if kept else None,
+        )
+
+
+def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) -> TestSplit:
+    """The test split, mapped, or read anew each time in bounded memory.
+
+    Raises:
+        UserError: A row cannot be scored.
+    """
+    split = cache.split("test")
+    num_views = split.num_views if config.tta else 1
+    mapped = load_rows(split, cache.class_names).views[:num_views] if in_memory else None
+
+    def blocks() -> Iterator[list[Floats]]:
+        if mapped is not None:
+            for start in range(0, mapped.shape[1], BLOCK_ROWS):
+                yield list(mapped[:, start : start + BLOCK_ROWS])
+            return
+        for start in range(0, split.num_places, BLOCK_ROWS):
+            places = range(start, min(start + BLOCK_ROWS, split.num_places))
+            kept, features = split.read(places)
+            views = [features, *(split.read(places, v)[1] for v in range(1, num_views))]
+            for view in views:
+                if not surely_finite(view):
+                    check_finite(view, split.ids[kept], "test")
+            if len(features):
+                yield views
+
+    return TestSplit(
+        y=split.y, ids=split.ids, groups=split.groups, num_views=num_views, blocks=blocks
+    )
