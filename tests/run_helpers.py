@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from featcache.config import FinetuneConfig, TrainHeadConfig
-from featcache.results import CurveRun, Predictions, RunReport, config_json
+from featcache.config import FinetuneConfig, TrainHeadConfig, config_json
+from featcache.results import Predictions, RunReport
+from featcache.results.learning_curve import CurveRun
 
 NAMES = ["cat", "dog", "eel"]
 LABELS = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -28,7 +28,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, config_json
 from featcache.data import (
     BadImage,
     ImageDataset,
@@ -39,7 +39,6 @@ from featcache.data import (
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
