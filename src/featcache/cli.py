@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import io
@@ -12,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from featcache.config.settings import command_line, description_of
 from featcache.errors import FeatcacheError, UserError, one_of
@@ -27,8 +26,7 @@ Report = dict[str, Any]
 Config = TypeVar("Config")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """One command: its settings class, and where to import its worker and summary from.
 
     `resumes`: whether the same command, typed again, resumes an interrupted run.

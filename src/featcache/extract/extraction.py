@@ -103,7 +103,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     check_unlocked(path)
     earlier = EarlierRows.find(config, path)
     with torch_threads_kept():
-        _compute(dataclasses.replace(request, path=path), earlier, run)
+        _compute(request._replace(path=path), earlier, run)
     report = _report(path, request.dataset, run)
     finish_cost(path, part_path(path), _cost(config, report, earlier.seconds))
     return report
