@@ -36,6 +36,7 @@ from featcache.config.records import (
     Views,
     flatten,
 )
+from featcache.config.settings import config_json
 
 __all__ = [
     "HALF",
@@ -66,5 +67,6 @@ __all__ = [
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",
+    "config_json",
     "flatten",
 ]

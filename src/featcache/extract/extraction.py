@@ -28,7 +28,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, config_json
 from featcache.data import (
     BadImage,
     ImageDataset,
@@ -40,7 +40,6 @@ from featcache.data import (
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
     check_unlocked(path)
     earlier = EarlierRows.find(config, path)
     with torch_threads_kept():
-        _compute(dataclasses.replace(request, path=path), earlier, run)
+        _compute(request._replace(path=path), earlier, run)
     report = _report(path, request.dataset, run)
     finish_cost(path, part_path(path), _cost(config, report, earlier.seconds))
     return report

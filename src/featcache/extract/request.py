@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -35,8 +34,7 @@ from featcache.runtime import numeric_versions, recorded_engine
 IMMATERIAL = ("dataset.name",)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """What a run asks for.
 
     Attributes:
@@ -139,8 +137,7 @@ def find_hit(request: Request) -> Path | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlierRows:
+class EarlierRows(NamedTuple):
     """What earlier runs left: an unfinished cache, and the finished one that `--update` replaces.
 
     `engine` made these rows. `seconds` were spent on them, None if that is not known.

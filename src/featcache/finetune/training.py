@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -30,7 +30,7 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import Predictions, RunReport, config_json
+from featcache.results import Predictions, RunReport
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import score_predictions
 from featcache.results.tables import score_lines

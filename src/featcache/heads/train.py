@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig
+from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.heads.calibration import fit_decision, out_of_fold, positive_class
@@ -28,7 +28,7 @@ from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.training_data import open_cache
-from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results import RunReport, metrics, report_marks
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.runs import Predictions
 from featcache.results.scores import score_predictions

@@ -149,12 +149,6 @@ def report_marks(command: str) -> re.Pattern[bytes]:
     return re.compile(rb'"command":\s*"%s"' % command.encode())
 
 
-def config_json(config: Any) -> dict[str, Any]:
-    """A command's settings as JSON; paths become strings."""
-    fields = dataclasses.asdict(config)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One mode of a comparison: a line of its table and a line of its plot.
