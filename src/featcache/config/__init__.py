@@ -33,6 +33,7 @@ from featcache.config.records import (
     Preprocessing,
     Resize,
     StageColumns,
+    StageInput,
     Views,
     flatten,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Resize",
     "Solver",
     "StageColumns",
+    "StageInput",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",

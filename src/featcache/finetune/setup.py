@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.finetune.activations import StageCache
 from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
 from featcache.finetune.checkpoint import checkpoint_path, run_key
-from featcache.finetune.loop import Images, Placement, hold_out, read_images
 from featcache.finetune.probe import head_to_start_from
+from featcache.finetune.samples import Placement, Samples, hold_out, read_images
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve_recipe
 from featcache.heads import LinearHead
 from featcache.results import report_marks
@@ -37,7 +37,8 @@ class FinetuneRun:
 
     `decisive` is everything that decides its outcome, as JSON; `chosen_on` says in words which
     images a setting was chosen on; `read_seconds` is the time of reading and decoding before the
-    first epoch; `checkpoint_s` is the least time between checkpoints.
+    first epoch; `checkpoint_s` is the least time between checkpoints; `stage_cache` holds the
+    input of the stage that training starts from.
     """
 
     config: FinetuneConfig
@@ -46,9 +47,10 @@ class FinetuneRun:
     dataset: ImageDataset
     placement: Placement
     trainable: TrainableModel
-    train: Images
-    test: Images
-    held: Images | None
+    train: Samples
+    test: Samples
+    held: Samples | None
+    stage_cache: StageCache | None
     init_head: LinearHead | None
     chosen_on: str
     num_skipped: dict[str, int]
@@ -59,12 +61,15 @@ class FinetuneRun:
     checkpoint_s: float = 0.0
 
 
-def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> FinetuneRun:
+def prepare(
+    config: FinetuneConfig, dataset: ImageDataset | None = None, activations: Path | None = None
+) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
 
     Args:
         config: The command's settings.
         dataset: What to train and score on; what the settings name unless given.
+        activations: For `from_stage`, a cache of these images and perhaps others.
 
     Raises:
         UserError: Wrong input, or an unreadable image under `on_error="fail"`.
@@ -82,14 +87,19 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Fine
     trainable = TrainableModel(network, recipe)
     check_input(trainable.model, info, config)
     _place(trainable.model, placement)
+    if trainable.network is not trainable.model:
+        _place(trainable.network, placement)  # constants of its own
+    stage_cache = _stage_cache(config, recipe, dataset, activations)
     start = time.perf_counter()
-    images, skipped = _read_splits(dataset, info.preprocessing, config, placement.workers)
+    samples = _read_splits(dataset, info.preprocessing, config, placement.workers, stage_cache)
     read_seconds = time.perf_counter() - start
-    train, held, chosen_on = images["train"], None, "nothing: no setting was chosen by a score"
+    train, held, chosen_on = samples["train"], None, "nothing: no setting was chosen by a score"
     if recipe.patience:
-        train, held, chosen_on = hold_out(train, images.get("val"), config)
+        train, held, chosen_on = hold_out(train, samples.get("val"), config)
     _check_batches(trainable, len(train))
-    decisive = _decisive(recipe, info, dataset, placement, images, head_file)
+    decisive = _decisive(recipe, info, dataset, placement, samples, head_file)
+    if stage_cache is not None:
+        decisive["activations"] = stage_cache.cache.digest.hex()
     return FinetuneRun(
         config=config,
         recipe=recipe,
@@ -98,11 +108,12 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Fine
         placement=placement,
         trainable=trainable,
         train=train,
-        test=images["test"],
+        test=samples["test"],
         held=held,
+        stage_cache=stage_cache,
         init_head=init_head,
         chosen_on=chosen_on,
-        num_skipped=skipped,
+        num_skipped={n: len(dataset.splits[n]) - len(split) for n, split in samples.items()},
         read_seconds=read_seconds,
         decisive=decisive,
         output=config.output
@@ -183,16 +194,33 @@ def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) ->
         ) from error
 
 
+def _stage_cache(
+    config: FinetuneConfig,
+    recipe: TrainingRecipe,
+    dataset: ImageDataset,
+    activations: Path | None,
+) -> StageCache | None:
+    """The input of the stage to train from; None where the whole network runs in every step."""
+    if recipe.from_stage is None:
+        return None
+    if activations is not None:
+        return StageCache.at(activations)
+    return StageCache.made_or_found(config, flip=recipe.flip, dataset=dataset)
+
+
 def _read_splits(
-    dataset: ImageDataset, prep: Preprocessing, config: FinetuneConfig, workers: int
-) -> tuple[dict[str, Images], dict[str, int]]:
+    dataset: ImageDataset,
+    prep: Preprocessing,
+    config: FinetuneConfig,
+    workers: int,
+    stage_cache: StageCache | None,
+) -> dict[str, Samples]:
     wanted = ["train", "test"]
     if config.patience and "val" in dataset.splits:
         wanted.append("val")
-    images, skipped = {}, {}
-    for name in wanted:
-        images[name], skipped[name] = read_images(dataset.splits[name], prep, config, workers)
-    return images, skipped
+    if stage_cache is not None:
+        return {name: stage_cache.samples(dataset.splits[name]) for name in wanted}
+    return {name: read_images(dataset.splits[name], prep, config, workers) for name in wanted}
 
 
 def _check_batches(trainable: TrainableModel, num_train: int) -> None:
@@ -213,15 +241,15 @@ def _decisive(
     info: BackboneInfo,
     dataset: ImageDataset,
     placement: Placement,
-    images: dict[str, Images],
+    samples: dict[str, Samples],
     head_file: TensorFile | None,
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
-    for name in sorted(images):
-        kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
+    for name in sorted(samples):
+        kept.update("\0".join([name, *samples[name].split.ids, ""]).encode())
     return {
-        "plan": dataclasses.asdict(recipe),
+        "plan": recipe.to_dict(),
         "backbone": info.to_dict(),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
@@ -233,5 +261,6 @@ def _decisive(
 
 def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
+    what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
     weights = Path(info.weights).stem
     return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"
