@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+import heads_gains
 import heads_quality
 import heads_stream
 from featcache import cli
@@ -81,7 +82,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     elif config.views_of is not None:
         report = heads_quality.views(config.views_of, config.work_dir)
     elif config.gains:
-        report = heads_quality.gains(config.gains, config.work_dir, config.wise_seeds)
+        report = heads_gains.gains(config.gains, config.work_dir, config.wise_seeds)
     elif config.stream:
         report = heads_stream.run(config.work_dir, config.stream_rows, config.feature_dim)
     else:
