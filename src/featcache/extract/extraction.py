@@ -137,10 +137,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         request.path,
         meta,
         dataset.class_names,
-        [
-            SplitRows(s.name, s.ids, s.labels, s.content, s.weights, s.groups)
-            for s in dataset.splits.values()
-        ],
+        [split_rows(split) for split in dataset.splits.values()],
         force=config.force,
         reuse=earlier.cache,
     )
@@ -155,6 +152,13 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         assert state_sha256(network) == before, "the frozen network changed"
         with run.timer("finish"):
             writer.finish()
+
+
+def split_rows(split: ImageSplit) -> SplitRows:
+    """What is known of a split before extraction."""
+    return SplitRows(
+        split.name, split.ids, split.labels, split.content, split.weights, split.groups
+    )
 
 
 def fill_split(
