@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from featcache.config.checks import record_from_json
-from featcache.results.scores import Scores, rank, resample, score_predictions
+from featcache.results.ranking import rank, resample
+from featcache.results.scores import Scores, score_predictions
 
 NAMES = ["ape", "bee", "cat", "dog"]
 

@@ -31,9 +31,8 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import Predictions, RunReport
-from featcache.results.reliability import CalibrationReport, reliability
-from featcache.results.scores import score_predictions
+from featcache.results import RunReport
+from featcache.results.evaluation import Evaluation, evaluate
 from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
@@ -214,23 +213,14 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
-    split, num_test = run.test.split, len(run.test)
-    correct = scores.predicted == split.labels
-    calibrated = reliability(correct, scores.confidence)
-    test_scores = score_predictions(
-        split.labels,
-        scores.predicted,
-        scores.probabilities,
-        run.dataset.class_names,
-        groups=split.groups,
-        seed=run.config.seed,
-    )
+    num_test = len(run.test)
+    found = _evaluated(run, scores)
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=test_scores.top1_interval(int(correct.sum()), num_test),
+        test_interval=found.interval,
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -257,16 +247,23 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             **_tail_fields(run),
         },
         class_names=run.dataset.class_names,
-        scores=test_scores,
-        calibration=CalibrationReport(
-            temperature=1.0, fitted_on="nothing", before=calibrated, after=calibrated
-        ),
-        test=Predictions(
-            ids=split.ids,
-            labels=split.labels.tolist(),
-            predicted=scores.predicted.tolist(),
-            confidence=[round(float(c), 6) for c in scores.confidence],
-        ),
+        scores=found.scores,
+        calibration=found.calibration,
+        test=found.test,
+    )
+
+
+def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
+    split = run.test.split
+    return evaluate(
+        split.labels,
+        scores.predicted,
+        scores.probabilities,
+        ids=split.ids,
+        class_names=run.dataset.class_names,
+        confidence=scores.confidence,
+        groups=split.groups,
+        seed=run.config.seed,
     )
 
 

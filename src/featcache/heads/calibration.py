@@ -25,7 +25,7 @@ from featcache.heads.linear import (
 from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver
 from featcache.heads.training_data import Rows
-from featcache.results.scores import rank
+from featcache.results.ranking import rank
 
 # How often the range of temperatures is halved.
 NUM_STEPS = 30

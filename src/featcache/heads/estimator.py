@@ -109,11 +109,13 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Probabilities [N, C] of features [N, D]."""
-        return self.decision_.probabilities(self._scores(X))
+        scores = self._scores(X)
+        return self.decision_.probabilities(scores)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Labels [N] of features [N, D]."""
-        return np.asarray(self.classes_[self.decision_.predict(self._scores(X))])
+        scores = self._scores(X)
+        return np.asarray(self.classes_[self.decision_.predict(scores)])
 
     def _scores(self, X: ArrayLike) -> Floats:
         check_is_fitted(self)

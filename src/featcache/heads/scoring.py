@@ -13,6 +13,7 @@ from featcache.config import TrainHeadConfig
 from featcache.heads.files import Head
 from featcache.heads.linear import Floats, Ints, Singles, softmax
 from featcache.heads.training_data import BLOCK_ROWS, check_finite, load_rows, surely_finite
+from featcache.results.evaluation import Evaluation, evaluate
 
 # Probabilities of all classes are kept for a test split of at most this many.
 MAX_KEPT = 1 << 24
@@ -88,6 +89,28 @@ class TestSplit:
             confidence=confidence,
             uncalibrated=plain,
             probabilities=np.concatenate(tables) if kept else None,
+        )
+
+    def evaluate(self, found: TestPredictions, head: Head, seed: int) -> Evaluation:
+        """What a head's predictions are worth.
+
+        Args:
+            found: What `predict` returned.
+            head: Made them.
+            seed: Of the bootstrap.
+        """
+        return evaluate(
+            self.y,
+            found.classes,
+            found.probabilities,
+            ids=self.ids,
+            class_names=head.class_names,
+            confidence=found.confidence,
+            uncalibrated=found.uncalibrated,
+            temperature=head.decision.temperature,
+            fitted_on=head.decision.fitted_on,
+            groups=self.groups,
+            seed=seed,
         )
 
 

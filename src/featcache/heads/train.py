@@ -29,9 +29,6 @@ from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.training_data import open_cache
 from featcache.results import RunReport, metrics, report_marks
-from featcache.results.reliability import CalibrationReport, reliability
-from featcache.results.runs import Predictions
-from featcache.results.scores import score_predictions
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -114,23 +111,14 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
         save_head(path, head)
+        found = test.evaluate(run.tested, head, config.seed)
     more |= {"head": str(path), "extraction": extraction_of(cache)}
     more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
-    correct = run.tested.classes == test.y
-    decision = run.fitted.head.decision
-    test_scores = score_predictions(
-        test.y,
-        run.tested.classes,
-        run.tested.probabilities,
-        cache.class_names,
-        groups=test.groups,
-        seed=config.seed,
-    )
     report = RunReport(
         command="train-head",
         trainable_params=num_params(head, cache.meta.backbone.stages),
         test_top1=run.test_top1,
-        test_interval=test_scores.top1_interval(int(correct.sum()), test.num_rows),
+        test_interval=found.interval,
         seconds_total=timer.seconds["total"],
         epochs=run.fitted.epochs,
         scored_on=test.name,
@@ -140,19 +128,9 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         environment=environment(),
         more=more,
         class_names=cache.class_names,
-        scores=test_scores,
-        calibration=CalibrationReport(
-            temperature=decision.temperature,
-            fitted_on=decision.fitted_on,
-            before=reliability(correct, run.tested.uncalibrated),
-            after=reliability(correct, run.tested.confidence),
-        ),
-        test=Predictions(
-            ids=test.ids,
-            labels=test.y.tolist(),
-            predicted=run.tested.classes.tolist(),
-            confidence=[round(p, 6) for p in run.tested.confidence.tolist()],
-        ),
+        scores=found.scores,
+        calibration=found.calibration,
+        test=found.test,
     )
     report.save(path.with_suffix(".json"))
     return report

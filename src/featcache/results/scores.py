@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.config.checks import check_range
 from featcache.results.metrics import wilson_interval
+from featcache.results.ranking import Doubles, rank, ratio, resample
 
-Doubles = NDArray[np.float64]
 Interval = tuple[float, float]
 
 NUM_RESAMPLES = 200
@@ -136,80 +136,6 @@ def _check_shares(shares: dict[str, float | None], intervals: dict[str, Interval
             check_range(f"the interval of {name}", end, 0, 1)
 
 
-class Ranking(NamedTuple):
-    """Rows by the K different values of a score, highest first, in B resamples.
-
-    Attributes:
-        thresholds: The values [K].
-        true: Weight of the positive rows with each value [K, B].
-        false: Weight of the other rows, likewise.
-    """
-
-    thresholds: Doubles
-    true: Doubles
-    false: Doubles
-
-    def auroc(self) -> Doubles:
-        """Area under the ROC curve [B]; NaN without rows of either kind."""
-        above = self.true.cumsum(axis=0)
-        area: Doubles = np.einsum("kb,kb->b", above - self.true / 2, self.false)
-        return _ratio(area, above[-1] * self.false.sum(axis=0))
-
-    def average_precision(self) -> Doubles:
-        """Precision averaged over gains in recall [B]; NaN without positive rows."""
-        above = self.true.cumsum(axis=0)
-        precision = above / np.maximum(above + self.false.cumsum(axis=0), 1e-9)
-        gained: Doubles = np.einsum("kb,kb->b", precision, self.true)
-        return _ratio(gained, above[-1])
-
-
-def rank(positive: ArrayLike, score: ArrayLike, weights: ArrayLike | None = None) -> Ranking:
-    """Count rows by the values of a score.
-
-    Args:
-        positive: Whether a row is positive [N] bool.
-        score: [N].
-        weights: Of rows in each resample [N, B]; unless given, all rows count once.
-    """
-    truth, values = np.asarray(positive, bool), np.asarray(score, np.float64)
-    order = np.argsort(-values, kind="stable")
-    values = values[order]
-    drawn = np.ones((len(values), 1)) if weights is None else np.asarray(weights)
-    drawn = drawn[order]
-    true = drawn * truth[order][:, None]
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-    if len(starts) < len(values):  # rows of equal score are above a threshold together
-        drawn, true = np.add.reduceat(drawn, starts), np.add.reduceat(true, starts)
-    return Ranking(values[starts], true, drawn - true)
-
-
-def _ratio(part: Doubles, whole: Doubles) -> Doubles:
-    ratio: Doubles = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-    return ratio
-
-
-def resample(num_rows: int, num_resamples: int, groups: ArrayLike | None, seed: int) -> Doubles:
-    """How often each row is drawn, [N, 1 + num_resamples]; in the first, every row once.
-
-    Args:
-        num_rows: N.
-        num_resamples: Bootstrap draws with replacement.
-        groups: Each row's group [N]; whole groups are drawn where given, since rows of
-            one group err together.
-        seed: Of the draws.
-    """
-    unit = np.arange(num_rows)
-    if groups is not None:
-        _, unit = np.unique(np.asarray(groups), return_inverse=True)
-    num_units = int(unit.max()) + 1
-    random = np.random.default_rng([seed, 0xB007])
-    drawn = random.integers(num_units, size=(num_units, num_resamples))
-    drawn = drawn * num_resamples + np.arange(num_resamples)
-    counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_units)
-    counts = counts.reshape(num_units, num_resamples)[unit]
-    return np.concatenate([np.ones((num_rows, 1)), counts], axis=1)
-
-
 @dataclass(frozen=True, eq=False)
 class _Resampled:
     """Each score of every class and resample [B, C]; resample 0 is the test split itself."""
@@ -313,9 +239,9 @@ def _by_class(
     either = (support > 0) | (named > 0)
     return _Resampled(
         support=support,
-        precision=np.where(either, np.nan_to_num(_ratio(right, named)), np.nan),
-        recall=_ratio(right, support),
-        f1=_ratio(2 * right, support + named),
+        precision=np.where(either, np.nan_to_num(ratio(right, named)), np.nan),
+        recall=ratio(right, support),
+        f1=ratio(2 * right, support + named),
         auroc=auroc,
         average_precision=average,
     )
@@ -327,7 +253,7 @@ def _over_classes(found: _Resampled) -> dict[str, Doubles]:
     def mean(values: Doubles, weights: Doubles | None = None) -> Doubles:
         known = ~np.isnan(values)
         counted = known if weights is None else known * weights
-        return _ratio((np.nan_to_num(values) * counted).sum(axis=1), counted.sum(axis=1) * 1.0)
+        return ratio((np.nan_to_num(values) * counted).sum(axis=1), counted.sum(axis=1) * 1.0)
 
     return {
         "macro_f1": mean(found.f1),
