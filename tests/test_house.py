@@ -49,6 +49,7 @@ HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "open
 LATE = {
     "fusion.py",
     "stages.py",
+    "tail.py",
     "gpu.py",
     "torch_cpu.py",
     "estimator.py",
