@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve
 from featcache.heads import LinearHead
 from featcache.results import report_marks
 from featcache.results.metrics import checked_weights
-from featcache.runtime import StageTimer, num_cores, numeric_versions, pick_device, say
+from featcache.runtime import num_cores, numeric_versions, pick_device, say
 from featcache.tensor_files import MARKS as MODEL_MARKS
 from featcache.tensor_files import TensorFile, read_tensor_file
 
@@ -76,18 +77,22 @@ def prepare(
     recipe = resolve_recipe(config)
     head_file = _check_given(config)
     info = identify(config, config.seed, config.cache_dir)
-    dataset = _checked(dataset or _noted(load_dataset(config)))
+    dataset = dataset or _noted(load_dataset(config))
+    if (weights := dataset.splits["train"].weights) is not None:
+        checked_weights(weights, "train")
     names = dataset.class_names
     init_head = head_to_start_from(head_file, info, names) if head_file else None
     placement = choose_placement(config)
     network = build_classifier(config, len(names), config.seed, info.weights_sha256)
     trainable = TrainableModel(network, recipe)
     check_input(trainable.model, info, config)
-    _place(trainable, placement)
+    _place(trainable.model, placement)
+    if trainable.network is not trainable.model:
+        _place(trainable.network, placement)  # constants of its own
     stage_cache = _stage_cache(config, recipe, dataset, activations)
-    timer = StageTimer()
-    with timer("read"):
-        samples = _read_splits(dataset, info.preprocessing, config, placement.workers, stage_cache)
+    start = time.perf_counter()
+    samples = _read_splits(dataset, info.preprocessing, config, placement.workers, stage_cache)
+    read_seconds = time.perf_counter() - start
     train, held, chosen_on = samples["train"], None, "nothing: no setting was chosen by a score"
     if recipe.patience:
         train, held, chosen_on = hold_out(train, samples.get("val"), config)
@@ -109,7 +114,7 @@ def prepare(
         init_head=init_head,
         chosen_on=chosen_on,
         num_skipped={n: len(dataset.splits[n]) - len(split) for n, split in samples.items()},
-        read_seconds=timer.seconds["read"],
+        read_seconds=read_seconds,
         decisive=decisive,
         output=config.output
         or config.cache_dir / _file_name(recipe, info, dataset, run_key(decisive)),
@@ -124,12 +129,6 @@ def _check_given(config: FinetuneConfig) -> TensorFile | None:
         check_unlocked(config.output)
         check_files(config, config.output)
     return read_tensor_file(config.init_head) if config.init_head else None
-
-
-def _checked(dataset: ImageDataset) -> ImageDataset:
-    if (weights := dataset.splits["train"].weights) is not None:
-        checked_weights(weights, "train")
-    return dataset
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
@@ -168,12 +167,11 @@ def choose_placement(config: FinetuneConfig) -> Placement:
     return Placement(device=device, amp=amp, channels_last=device != "mps", workers=workers)
 
 
-def _place(trainable: TrainableModel, placement: Placement) -> None:
+def _place(model: nn.Module, placement: Placement) -> None:
     import torch
 
     layout = torch.channels_last if placement.channels_last else torch.preserve_format
-    for module in (trainable.model, trainable.network):  # a tail has constants of its own
-        module.to(placement.device).to(memory_format=layout)
+    model.to(placement.device).to(memory_format=layout)
 
 
 def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:

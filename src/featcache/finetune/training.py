@@ -32,7 +32,7 @@ from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.results import RunReport
-from featcache.results.evaluation import Evaluation, evaluate
+from featcache.results.runs import Evaluation, evaluate
 from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model

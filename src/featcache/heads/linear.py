@@ -1,10 +1,11 @@
-"""The linear head, which a head file holds; how logits become a class; features as float32."""
+"""The linear head; what every head knows of probabilities and other classes; float32 features."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -163,6 +164,92 @@ PLAIN = Decision()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class KnownRows:
+    """What tells images of the known classes from others, by conformal p-values.
+
+    An image is strange if no class is likely, or if its features are far from those of all train
+    images. Both are ranked among held-out train rows, Fisher's method joins the two ranks, and the
+    joint score is ranked again: of images like the held-out ones, a share of `level` has a p-value
+    of at most `level`, whatever the network (Bates et al. 2023, "Testing for Outliers with
+    Conformal p-values").
+
+    Attributes:
+        rows: Some train rows, scaled to length one [m, D] float16.
+        confidence: Probability of the likeliest class of n held-out rows, ascending.
+        distance: Their distance to the nearest of `rows`: one less the cosine, ascending.
+        strangeness: Their joint scores, ascending.
+    """
+
+    rows: NDArray[np.float16]
+    confidence: Singles
+    distance: Singles
+    strangeness: Singles
+
+    def __post_init__(self) -> None:
+        ranked = (self.confidence, self.distance, self.strangeness)
+        if self.rows.ndim != 2 or len({a.shape for a in ranked}) > 1 or ranked[0].ndim != 1:
+            raise UserError("known rows need rows [m, D] and three columns of equal length")
+        if not all((a[1:] >= a[:-1]).all() for a in ranked):
+            raise UserError("the columns of known rows are not ascending")
+
+    @classmethod
+    def ranking(cls, rows: NDArray[np.float16], confidence: Floats, distance: Floats) -> KnownRows:
+        """Rank held-out rows.
+
+        Args:
+            rows: Train rows, scaled to length one [m, D].
+            confidence: Of held-out rows [n], in any order.
+            distance: Of the same rows to train rows without them [n].
+        """
+        ranks = cls(
+            rows=rows,
+            confidence=np.sort(confidence).astype(np.float32),
+            distance=np.sort(distance).astype(np.float32),
+            strangeness=np.zeros(len(confidence), np.float32),
+        )
+        # A held-out row counts itself, as `p_values` counts the row that is asked about.
+        strangeness = ranks._joint(confidence.astype(np.float32), distance.astype(np.float32), 0)
+        return dataclasses.replace(ranks, strangeness=np.sort(strangeness).astype(np.float32))
+
+    @cached_property
+    def _bank(self) -> Singles:
+        return widen(self.rows)
+
+    def p_values(self, features: Floats, confidence: Floats) -> Doubles:
+        """How usual rows are among held-out ones [N]: low for other classes.
+
+        Args:
+            features: [N, D].
+            confidence: The probability of each row's likeliest class [N].
+        """
+        distance = nearest_distance(self._bank, features)
+        joint = self._joint(confidence.astype(np.float32), distance, 1).astype(np.float32)
+        stranger = len(self.strangeness) - np.searchsorted(self.strangeness, joint, side="left")
+        return np.asarray((1 + stranger) / (len(self.strangeness) + 1))
+
+    def _joint(self, confidence: Singles, distance: Singles, own: int) -> Doubles:
+        less_sure = np.searchsorted(self.confidence, confidence, side="right")
+        farther = len(self.distance) - np.searchsorted(self.distance, distance, side="left")
+        total = 2 * np.log(len(self.distance) + 1)
+        return np.asarray(total - np.log(own + less_sure) - np.log(own + farther))
+
+
+def unit_rows(features: Floats) -> NDArray[np.float16]:
+    """Features [N, D] scaled to length one; zeros stay zeros."""
+    wide = widen(features)
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.where(length > 0, length, 1), np.float16)
+
+
+def nearest_distance(bank: Singles, features: Floats) -> Singles:
+    """One less the largest cosine between each of features [N, D] and unit rows [m, D]."""
+    found = np.empty(len(features), np.float32)
+    for cut, block in row_blocks(features, 1024):
+        found[cut] = 1 - (widen(unit_rows(block)) @ bank.T).max(axis=1)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LinearHead:
     """Logits are `X @ weight.T + bias` of raw features; standardization is already folded in.
 
@@ -177,6 +264,7 @@ class LinearHead:
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
         decision: How logits become probabilities and a class.
+        known: Tells images of other classes, if rows were held out.
     """
 
     weight: Floats
@@ -189,6 +277,7 @@ class LinearHead:
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     decision: Decision = PLAIN
+    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.heads.files import Head
-from featcache.heads.linear import Floats, Ints, Singles, softmax
+from featcache.heads.linear import Doubles, Floats, Ints, Singles, softmax
 from featcache.heads.training_data import BLOCK_ROWS, check_finite, load_rows, surely_finite
-from featcache.results.evaluation import Evaluation, evaluate
+from featcache.results.runs import Evaluation, evaluate
 
 # Probabilities of all classes are kept for a test split of at most this many.
 MAX_KEPT = 1 << 24
+# Test rows that are compared with held-out ones, if they are not more, and levels to report.
+MAX_JUDGED, LEVELS = 20_000, (0.01, 0.05, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +30,8 @@ class TestPredictions:
         confidence: The probability given to each [N].
         uncalibrated: The same with a temperature of one [N].
         probabilities: Of all classes [N, C]; None where they would take too much memory.
+        p_values: How usual each row is among held-out ones [N]; None where the head cannot tell,
+            or the rows are too many.
     """
 
     __test__ = False  # pytest: not a test
@@ -36,6 +40,27 @@ class TestPredictions:
     confidence: Singles
     uncalibrated: Singles
     probabilities: Singles | None
+    p_values: Doubles | None
+
+    def rejections(self, correct: NDArray[np.bool_]) -> list[dict[str, float | None]]:
+        """What `predict --reject` would do at some levels.
+
+        Args:
+            correct: Whether each row was classified correctly [N].
+
+        Returns:
+            Per level, the share of rows called unknown and the accuracy on the others.
+        """
+        if self.p_values is None:
+            return []
+        found: list[dict[str, float | None]] = []
+        for level in LEVELS:
+            known = self.p_values > level
+            answered = float(correct[known].mean()) if known.any() else None
+            found.append(
+                {"level": level, "unknown": float((~known).mean()), "answered_top1": answered}
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +99,8 @@ class TestSplit:
         kept = self.num_rows * len(head.class_names) <= MAX_KEPT
         blocks: list[tuple[Ints, Singles, Singles]] = []
         tables: list[Singles] = []
+        p_values: list[Doubles] = []
+        judged = head.known is not None and self.num_rows <= MAX_JUDGED
         for views in self.blocks():
             logits = [head.decision_function(view) for view in views]
             table = np.mean([head.decision.probabilities(z) for z in logits], axis=0)
@@ -83,12 +110,15 @@ class TestSplit:
             blocks.append((classes, table[own].astype(np.float32), plain[own].astype(np.float32)))
             if kept:
                 tables.append(table.astype(np.float32))
+            if judged and head.known is not None:
+                p_values.append(head.known.p_values(views[0], table.max(axis=1)))
         classes, confidence, plain = (np.concatenate(p) for p in zip(*blocks, strict=True))
         return TestPredictions(
             classes=classes,
             confidence=confidence,
             uncalibrated=plain,
             probabilities=np.concatenate(tables) if kept else None,
+            p_values=np.concatenate(p_values) if judged else None,
         )
 
     def evaluate(self, found: TestPredictions, head: Head, seed: int) -> Evaluation:

@@ -7,6 +7,9 @@ from typing import Any
 from featcache.results.runs import RunReport
 from featcache.results.tables import score_lines
 
+# The level that the summary shows.
+REJECT = 0.05
+
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """What `train-head` prints for people.
@@ -35,6 +38,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
     lines += score_lines(RunReport.from_dict(report)) + _threshold_lines(report)
+    lines += _rejection_lines(report)
     if shots := report.get("shots"):
         spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
         lines.append(
@@ -48,6 +52,17 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
     return lines
+
+
+def _rejection_lines(report: dict[str, Any]) -> list[str]:
+    """What rejecting strange rows would do on the test split."""
+    for row in report.get("rejections") or ():
+        if row["level"] == REJECT and row["answered_top1"] is not None:
+            return [
+                f"predict --reject {REJECT:g} would call {row['unknown']:.1%} of the test rows "
+                f"unknown; accuracy on the others {row['answered_top1']:.3f}"
+            ]
+    return []
 
 
 def _threshold_lines(report: dict[str, Any]) -> list[str]:

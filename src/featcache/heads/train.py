@@ -14,7 +14,7 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
-from featcache.heads.calibration import fit_decision, out_of_fold, positive_class
+from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
@@ -190,9 +190,11 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
-            held = out_of_fold(solver, choice, selection)
+            held = out_of_fold(solver, choice, selection, config.seed)
     decision = fit_decision(held, config, fitted.head.class_names, selection.name)
-    fitted = dataclasses.replace(fitted, head=fitted.head.replace(decision=decision))
+    known = fit_known(held, decision, train.sample, config.seed)
+    head = fitted.head.replace(decision=decision, known=known)
+    fitted = dataclasses.replace(fitted, head=head)
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
     tested = test.predict(fitted.head)
     return HeadRun(
@@ -340,6 +342,7 @@ def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
         },
         "threshold": threshold
         and {"class": class_names[threshold.positive], **dataclasses.asdict(threshold)},
+        "rejections": run.tested.rejections(predicted == test.y),
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
         "converged": run.fitted.converged,
