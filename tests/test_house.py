@@ -54,6 +54,7 @@ LATE = {
     "torch_cpu.py",
     "estimator.py",
     "graph.py",
+    "small_maps.py",
 }
 
 

@@ -104,6 +104,9 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[
         check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
     earlier = EarlierRows.find(config, path)
+    if request.meta.backbone.stage_input is not None:
+        num_bytes = _num_bytes(request.meta, request.dataset)
+        say(f"caching {rows_text(request.meta)}, {num_bytes / 1e6:,.1f} MB: {path}")
     with torch_threads_kept():
         _compute(request._replace(path=path), earlier, run)
     report = _report(path, request.dataset, run)
@@ -131,8 +134,6 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     if config.verbose:
         say(f"engine: {run.engine.sentence()}")
     meta = dataclasses.replace(wanted, engine=run.engine.recorded)
-    if meta.backbone.stage_input is not None:
-        say(f"caching {rows_text(meta)}, {_num_bytes(meta, dataset) / 1e6:,.1f} MB: {request.path}")
     writer = open_writer(
         request.path,
         meta,

@@ -89,6 +89,10 @@ class StageCache:
         places = np.array([place_of[name] for name in usable.ids], np.int64)
         return Activations(usable, cached, places, cut.shape)
 
+    def decisive(self) -> dict[str, Any]:
+        """What of it decides a run's outcome."""
+        return {"activations": self.cache.digest.hex()}
+
     def describe(self) -> dict[str, Any]:
         """For reports."""
         meta = self.cache.meta

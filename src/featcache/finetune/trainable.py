@@ -158,8 +158,10 @@ class TrainableModel:
             return (self.head_name,)
         if self.recipe.from_stage is not None:
             from featcache.backbone.tail import names_in_tail, tail_of
+            from featcache.finetune.small_maps import with_small_maps
 
-            self.network = tail = tail_of(self.model, self.recipe.from_stage)
+            tail = tail_of(self.model, self.recipe.from_stage)
+            self.network = with_small_maps(tail)
             return names_in_tail(self.model, tail)
         if not self.recipe.unfreeze:
             return None

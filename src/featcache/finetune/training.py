@@ -226,11 +226,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
         scored_on=f"test split ({num_test} images)",
         chosen_on=run.chosen_on,
         config=config_json(run.config),
-        provenance={
-            "backbone": run.info.to_dict(),
-            "dataset": dataclasses.asdict(run.dataset.info(run.config)),
-            "cache": run.stage_cache.cache.path.name if run.stage_cache else None,
-        },
+        provenance=_provenance(run),
         environment=environment() | run.placement.describe(),
         more={
             "model": str(run.output),
@@ -265,6 +261,14 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
         groups=split.groups,
         seed=run.config.seed,
     )
+
+
+def _provenance(run: FinetuneRun) -> dict[str, Any]:
+    return {
+        "backbone": run.info.to_dict(),
+        "dataset": dataclasses.asdict(run.dataset.info(run.config)),
+        "cache": run.stage_cache.cache.path.name if run.stage_cache else None,
+    }
 
 
 def _tail_fields(run: FinetuneRun) -> dict[str, Any]:

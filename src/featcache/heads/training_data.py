@@ -213,12 +213,6 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
         UserError: It is no cache, or has no train or test split.
     """
     cache = FeatureCache(config.cache)
-    if (cut := cache.meta.backbone.stage_input) is not None:
-        raise UserError(
-            f"{config.cache} holds the input of {cut.stage}, not features: type featcache finetune "
-            f"DATASET --from-stage {cut.stage} to train on it, or extract-features without "
-            "--from-stage for a cache that heads can use"
-        )
     for name in ("train", "test"):
         if not cache.splits.get(name):
             filled = ", ".join(split for split, rows in cache.splits.items() if rows)
