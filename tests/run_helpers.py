@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from featcache.config import FinetuneConfig, TrainHeadConfig
-from featcache.results import CurveRun, Predictions, RunReport, config_json
+from featcache.config import FinetuneConfig, TrainHeadConfig, config_json
+from featcache.results import Predictions, RunReport
+from featcache.results.learning_curve import CurveRun
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import score_predictions
 

@@ -27,6 +27,7 @@ from featcache.config import (
     FinetuneConfig,
     ReportConfig,
     TrainHeadConfig,
+    config_json,
 )
 from featcache.data import load_dataset
 from featcache.errors import UserError
@@ -37,7 +38,8 @@ from featcache.html_report.page import make_page
 from featcache.html_report.provenance import command_line
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
-from featcache.results import config_json, curve_advice, curve_points, curve_to_json
+from featcache.results.curve_advice import curve_advice
+from featcache.results.learning_curve import curve_points, curve_to_json
 from featcache.results.plots import Svg, log_ticks
 from run_helpers import (
     HEAD,

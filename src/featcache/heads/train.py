@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig
+from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
@@ -28,7 +28,7 @@ from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.training_data import open_cache
-from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results import RunReport, metrics, report_marks
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -98,7 +98,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
     with timer("total"):
         check_settings(config)
         config = without_strength(config)
-        cache = open_cache(config)
+        cache = _of_features(open_cache(config))
         if config.threshold_for is not None:
             positive_class(config, cache.class_names)
         path = head_path(config, cache)
@@ -311,6 +311,21 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     if rows is not None:
         asked["rows"] = hashlib.sha256(rows.tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _of_features(cache: FeatureCache) -> FeatureCache:
+    """The cache, unless it is one of activations.
+
+    Raises:
+        UserError: It is one.
+    """
+    if (cut := cache.meta.backbone.stage_input) is not None:
+        raise UserError(
+            f"{cache.path} holds the input of {cut.stage}, not features: type featcache finetune "
+            f"DATASET --from-stage {cut.stage} to train on it, or extract-features without "
+            "--from-stage for a cache that heads can use"
+        )
+    return cache
 
 
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:

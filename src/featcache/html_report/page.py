@@ -22,15 +22,9 @@ from featcache.html_report.mistakes import (
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.html_report.scores import overview, run_scores
-from featcache.results import (
-    CURVE_HEADER,
-    CurvePoint,
-    CurveRun,
-    Row,
-    curve_advice,
-    curve_cells,
-    curve_points,
-)
+from featcache.results import Row
+from featcache.results.curve_advice import curve_advice
+from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
 from featcache.results.plots import (
     Line,
     curve_lines,
@@ -38,7 +32,7 @@ from featcache.results.plots import (
     lines_of,
     seconds_tick,
 )
-from featcache.results.tables import HEADER, seconds_text, table_cells
+from featcache.results.tables import CURVE_HEADER, HEADER, curve_cells, seconds_text, table_cells
 
 MAX_DETAILED = 6
 

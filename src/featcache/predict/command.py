@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featcache.config import Format, PredictConfig
+from featcache.config import Format, PredictConfig, config_json
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, replacing, storage_errors
 from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import find_pictures, split_of
-from featcache.results import config_json
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 from featcache.streams import stdout_errors
 
