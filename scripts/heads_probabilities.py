@@ -83,7 +83,10 @@ def unknown_of(cache: FeatureCache, folder: Path) -> dict[str, Any]:
             "test": (np.asarray(test.X)[other], np.searchsorted(kept, test.y[other])),
         }
         path = folder / f"{cache.path.stem}-without-{draw}.h5"
-        make_cache(path, splits, len(kept))
+        groups = None
+        if train.groups is not None:
+            groups = {"train": list(train.groups[known]), "test": list(test.groups[other])}
+        make_cache(path, splits, len(kept), groups)
         head = load_head(train_head(TrainHeadConfig(cache=path))["head"])
         assert head.known is not None
         sure = head.predict_proba(test.X).max(axis=1)
