@@ -16,9 +16,10 @@ from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, FinetuneConfig, StageColumns, TrainHeadConfig
 from featcache.config.commands import Solver
 from featcache.groups import assign_parts, same_content
+from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData, load_data
 from featcache.heads.train import run_protocol
-from featcache.heads.training_data import Rows, TestSplit, load_rows
+from featcache.heads.training_data import Rows, load_rows
 from featcache.results.metrics import top1
 from featcache.runtime import say
 
