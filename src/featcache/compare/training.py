@@ -6,6 +6,7 @@ import dataclasses
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import train_head_report
-from featcache.results import RunReport, config_json
+from featcache.heads import Network, train_best_head, train_head_report
+from featcache.results import CurveMode, RunReport, config_json
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -39,15 +40,25 @@ class ComparisonSetup:
         config: The command's settings.
         output: The comparison's folder.
         dataset: Without the images that could not be read; its rows are the cache's.
-        cache: The features; its train and test rows are the dataset's.
-        extraction: What the features cost.
+        caches: The features of each network; their train and test rows are the dataset's.
+        extractions: What the features of each cost.
     """
 
     config: CompareConfig
     output: Path
     dataset: ImageDataset
-    cache: FeatureCache
-    extraction: Extraction
+    caches: dict[Network, FeatureCache]
+    extractions: dict[Network, Extraction]
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The first network's."""
+        return next(iter(self.caches.values()))
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of all extractions that the choice among networks needs."""
+        return sum(extraction.seconds_per_image for extraction in self.extractions.values())
 
     def report_path(self, planned: PlannedRun) -> Path:
         """The report file of a run."""
@@ -71,8 +82,7 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
         StorageError: The report could not be written.
     """
     start = time.perf_counter()
-    train = _train_head if planned.mode == "cached" else _finetune
-    report, cost, trial = train(setup, planned)
+    report, cost, trial = TRAINERS[planned.mode](setup, planned)
     cell = {
         "key": planned.key,
         "mode": planned.mode,
@@ -91,9 +101,9 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
 def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
     """Fit a head and discard it, so that loading libraries is not in the first run's time."""
     with tempfile.TemporaryDirectory() as folder:
-        config = head_config(setup, planned)
         path = Path(folder) / "head.safetensors"
-        train_head_report(dataclasses.replace(config, output=path), planned.rows)
+        for config in head_configs(setup, planned).values():
+            train_head_report(dataclasses.replace(config, output=path), planned.rows)
 
 
 def time_finetuning(setup: ComparisonSetup) -> Pace:
@@ -120,25 +130,32 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
     return finetune_pace(report, time.perf_counter() - start)
 
 
-def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
-    """The settings of train-head for a run on the cache."""
-    return TrainHeadConfig(
-        cache=Path(setup.extraction.cache),
-        solver=setup.config.solver,
-        seed=planned.seed,
-        cache_dir=setup.config.cache_dir,
-        output=setup.report_path(planned).with_suffix(".safetensors"),
-    )
+def head_configs(setup: ComparisonSetup, planned: PlannedRun) -> dict[Network, TrainHeadConfig]:
+    """The settings of train-head for a run on each cache."""
+    output = setup.report_path(planned).with_suffix(".safetensors")
+    return {
+        network: TrainHeadConfig(
+            cache=Path(extraction.cache),
+            solver=setup.config.solver,
+            seed=planned.seed,
+            cache_dir=setup.config.cache_dir,
+            output=output,
+        )
+        for network, extraction in setup.extractions.items()
+    }
 
 
 def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fit a head on the cached features of some train images; head and report are written."""
-    path = setup.report_path(planned)
+    """Fit a head on cached features of some train images; head and report are written.
+
+    With features of several networks, held-out rows among these images choose; choosing and all
+    extractions count.
+    """
     # An old report with different settings must not remain beside the new head.
-    path.unlink(missing_ok=True)
-    report = train_head_report(head_config(setup, planned), planned.rows)
-    fitting = float(report.more["fit_seconds"])
-    return report, setup.extraction.seconds_per_image * len(planned.rows) + fitting, fitting
+    setup.report_path(planned).unlink(missing_ok=True)
+    report = train_best_head(head_configs(setup, planned), planned.rows)
+    fitting = sum(float(each["fit_seconds"]) for each in report.more["alternatives"])
+    return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
 def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
@@ -193,3 +210,8 @@ def _finetune_seconds(report: RunReport) -> float:
     num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])
     reading = float(report.more["read_seconds"]) * num_test / (num_train + num_test)
     return max(report.seconds_total - scoring - reading, 0.0)
+
+
+# By mode, what trains a run: its report, its seconds from labeled images on, a further trial's.
+TRAINERS: dict[CurveMode, Callable[[ComparisonSetup, PlannedRun], tuple[RunReport, float, float]]]
+TRAINERS = {"cached": _train_head, "finetune": _finetune}

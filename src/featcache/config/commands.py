@@ -13,7 +13,7 @@ from featcache.config.options import (
     ImagePathsConfig,
     OutputConfig,
 )
-from featcache.config.records import Views
+from featcache.config.records import Pool, Views
 from featcache.config.settings import settings
 from featcache.errors import UserError
 
@@ -248,12 +248,20 @@ class VerifyConfig(OutputConfig, ImagePathsConfig):
 
 
 @settings
-class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
+class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
     Rerun the same command to resume after an interruption: finished runs are kept.
     """
 
+    layers: Literal["auto", "last", "stages"] = "auto"
+    """The features of the cached head, as in extract-features; auto caches all stages where the
+    network has them, and held-out train images choose between the last layer and all."""
+    pool: Pool = "avg+std"
+    """With all stages, how a stage's output becomes columns, as in extract-features."""
+    batchnorm: Literal["auto", "frozen", "adapt"] = "auto"
+    """BatchNorm statistics of the cached head's network, as in extract-features; auto extracts with
+    both, if the second takes at most a quarter of --budget, and held-out train images choose."""
     sizes: str = "5,20,50,all"
     """Train images per class to try, separated by commas; all is the whole train split."""
     num_seeds: int = 3
