@@ -3,8 +3,8 @@
 
 For each dataset: heads on the last layer, on all stages, on a network with adapted BatchNorm
 statistics, and on both; the head that `compare` takes, on all stages of the network that held-out
-train rows prefer; and fine-tuning with the notebook's settings at two rates and with the good recipe.
-The test split scores each once.
+train rows prefer; and fine-tuning with the notebook's settings at two rates and with the good
+recipe. The test split scores each once.
 
     python scripts/bench_answer.py digits ../shared/data/cifar10-2500 ../shared/data/sign-digits
 

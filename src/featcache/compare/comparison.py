@@ -51,6 +51,7 @@ from featcache.results import (
     curve_points,
     curve_text,
     curve_to_json,
+    forecasts,
     report_marks,
 )
 from featcache.results.runs import MAX_BYTES
@@ -314,7 +315,8 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "dataset": setup.cache.meta.dataset.name,
         "points": curve_to_json(points),
         "crossing": dataclasses.asdict(crossing(points)),
-        "advice": curve_advice(points),
+        "forecast": [dataclasses.asdict(found) for found in forecasts(points)],
+        "advice": curve_advice(points, config.price_per_hour),
         "left_out": [dataclasses.asdict(run) for run in skipped],
         "notes": _notes(setup, points, skipped, spent),
         "runs": [f"runs/{planned.name}.json" for planned in done],

@@ -283,11 +283,14 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Threads that read and decode images. By default chosen from the number of cores."""
     output: Optional[Path] = None
     """The folder for the runs and the report. By default a folder in --cache-dir."""
+    price_per_hour: Optional[float] = None
+    """What an hour of this machine costs, to say what each way costs in money."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
         self.wanted_sizes()
+        check_positive("price_per_hour", self.price_per_hour)
         check_range("num_seeds", self.num_seeds, 1, 1000)
         check_positive("budget", self.budget)
         check_range("epochs", self.epochs, 1, 100_000)

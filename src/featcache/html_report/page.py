@@ -22,12 +22,12 @@ from featcache.html_report.mistakes import (
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.results import (
-    CURVE_HEADER,
     CurvePoint,
     CurveRun,
     Row,
     curve_advice,
     curve_cells,
+    curve_header,
     curve_points,
 )
 from featcache.results.plots import (
@@ -132,7 +132,7 @@ def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart | None:
         return None
     return _chart(
         curve_lines(points),
-        header=CURVE_HEADER,
+        header=curve_header(points),
         rows=curve_cells(points),
         x_label="training images (log scale)",
         x_text=lambda number: f"{number:,.0f}",

@@ -2,14 +2,14 @@
 
 from featcache.results.advice import advice, beside_top1, best_of
 from featcache.results.curve_advice import Crossing, crossing, curve_advice
+from featcache.results.curve_json import curve_from_json, curve_to_json
+from featcache.results.forecast import Forecast, forecasts
 from featcache.results.learning_curve import (
     CurveMode,
     CurvePoint,
     CurveRun,
     ModeScores,
-    curve_from_json,
     curve_points,
-    curve_to_json,
     size_text,
 )
 from featcache.results.plots import plot_accuracy_against_seconds
@@ -26,6 +26,7 @@ from featcache.results.runs import (
 from featcache.results.tables import (
     CURVE_HEADER,
     curve_cells,
+    curve_header,
     curve_text,
     markdown_table,
     text_table,
@@ -37,6 +38,7 @@ __all__ = [
     "CurveMode",
     "CurvePoint",
     "CurveRun",
+    "Forecast",
     "ModeScores",
     "Predictions",
     "Row",
@@ -51,9 +53,11 @@ __all__ = [
     "curve_advice",
     "curve_cells",
     "curve_from_json",
+    "curve_header",
     "curve_points",
     "curve_text",
     "curve_to_json",
+    "forecasts",
     "markdown_table",
     "plot_accuracy_against_seconds",
     "report_marks",
