@@ -24,6 +24,7 @@ from featcache.cache import sole_writer
 from featcache.compare.budget import Budget, FinishedRun
 from featcache.compare.extraction import MINUTE, extract_configs, record_name, shared_caches
 from featcache.compare.planned_runs import PlannedRun, plan_runs
+from featcache.compare.shifted import ShiftedTest, shifted_images
 from featcache.compare.training import (
     ComparisonSetup,
     finetune_config,
@@ -78,9 +79,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
-        return _compare(config, dataset, output, start)
+        setup = prepare(config, dataset, shifted, output)
+        return _compare(setup, start)
 
 
 @contextlib.contextmanager
@@ -119,13 +122,10 @@ def _asked_before(output: Path) -> dict[str, Any]:
     return {}
 
 
-def _compare(
-    config: CompareConfig, dataset: ImageDataset, output: Path, start: float
-) -> dict[str, Any]:
+def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
     """Run the comparison and write its report; the folder is locked."""
-    setup = prepare(config, dataset, output)
     train = setup.dataset.splits["train"]
-    planned = plan_runs(config, train.ids, train.labels, _decisive(setup))
+    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup))
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -135,8 +135,16 @@ def _compare(
     return report
 
 
-def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> ComparisonSetup:
+def prepare(
+    config: CompareConfig, dataset: ImageDataset, shifted: ImageDataset | None, output: Path
+) -> ComparisonSetup:
     """Extract or find the caches, and keep the images that both modes can use.
+
+    Args:
+        config: The command's settings.
+        dataset: Train and test images.
+        shifted: The second test set, if there is one.
+        output: The comparison's folder.
 
     Raises:
         UserError: Wrong input, or images that changed between two extractions.
@@ -162,6 +170,7 @@ def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> Compa
         dataset=dataclasses.replace(dataset, splits=usable),
         caches=caches,
         extractions=extractions,
+        shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
     )
 
 
@@ -182,6 +191,8 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         del asked["layers"], asked["pool"]  # as in version 0.1.0
     if config.batchnorm == "frozen":
         del asked["batchnorm"]
+    if config.test_shifted is not None:
+        asked["test_shifted"] = config.test_shifted.name
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
     places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")
@@ -199,6 +210,8 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
+    if setup.shifted is not None:
+        same["shifted"] = setup.shifted.digest
     digests = [cache.digest.hex() for cache in setup.caches.values()]
     tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
     del tuning["seed"]
@@ -323,6 +336,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "num_planned": len(schedule.planned),
         "spent_seconds": spent,
         "extractions": {name: dataclasses.asdict(e) for name, e in setup.extractions.items()},
+        "shifted": setup.shifted and setup.shifted.describe(),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",
         "chosen_on": "a held-out part of each run's own train images",
@@ -344,6 +358,11 @@ def _notes(
         f"second, {extraction.how}."
         for name, extraction in setup.extractions.items()
     ]
+    if setup.shifted is not None and setup.shifted.num_in_train:
+        notes.append(
+            f"{setup.shifted.num_in_train:,} images of the second test set are train images too: "
+            "remove them from either."
+        )
     draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
     if draws and min(draws) < 2:
         notes.append(

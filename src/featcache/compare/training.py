@@ -17,6 +17,7 @@ from featcache.cache import FeatureCache, lock_path
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
+from featcache.compare.shifted import ShiftedTest
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data import ImageDataset
 from featcache.errors import UserError
@@ -42,6 +43,7 @@ class ComparisonSetup:
         dataset: Without the images that could not be read; its rows are the cache's.
         caches: The features of each network; their train and test rows are the dataset's.
         extractions: What the features of each cost.
+        shifted: The second test set, if there is one.
     """
 
     config: CompareConfig
@@ -49,6 +51,7 @@ class ComparisonSetup:
     dataset: ImageDataset
     caches: dict[Network, FeatureCache]
     extractions: dict[Network, Extraction]
+    shifted: ShiftedTest | None = None
 
     @property
     def cache(self) -> FeatureCache:
@@ -126,7 +129,7 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
         rows = nested_rows(splits[name].ids, labels, each, config.seed)
         places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
         few[name] = rows[places]
-    report = _tune(setup, tuning, "timing", **few)
+    report = _tune(setup, tuning, "timing", None, **few)
     return finetune_pace(report, time.perf_counter() - start)
 
 
@@ -155,6 +158,9 @@ def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport,
     setup.report_path(planned).unlink(missing_ok=True)
     report = train_best_head(head_configs(setup, planned), planned.rows)
     fitting = sum(float(each["fit_seconds"]) for each in report.more["alternatives"])
+    if setup.shifted is not None:
+        shifted = {"shifted": setup.shifted.score_head(report)}
+        report = dataclasses.replace(report, more=report.more | shifted)
     return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
@@ -185,12 +191,18 @@ def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, f
     """Fine-tune on some train images; the model is not saved."""
     config = finetune_config(setup.config, len(planned.rows), planned.seed)
     test = np.arange(len(setup.dataset.splits["test"]))
-    report = _tune(setup, config, planned.name, train=planned.rows, test=test)
+    report = _tune(setup, config, planned.name, setup.shifted, train=planned.rows, test=test)
     cost = _finetune_seconds(report)
     return report, cost, cost
 
 
-def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
+def _tune(
+    setup: ComparisonSetup,
+    config: FinetuneConfig,
+    name: str,
+    shifted: ShiftedTest | None,
+    **rows: Ints,
+) -> RunReport:
     """Fine-tune on these rows of train and score on these of test; return only the report."""
     model = setup.output / "work" / f"{name}.safetensors"
     config = dataclasses.replace(config, output=model)
@@ -198,6 +210,8 @@ def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Int
     dataset = dataclasses.replace(setup.dataset, splits=splits)
     report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     kept = {name: value for name, value in report.more.items() if name != "model"}
+    if shifted is not None:
+        kept["shifted"] = shifted.score_model(model, setup.config)
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
     lock_path(model).unlink(missing_ok=True)  # the folder is locked

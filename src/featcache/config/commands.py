@@ -277,6 +277,9 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
     """Learning rate of fine-tuning. By default the recipe's."""
+    test_shifted: Optional[Path] = None
+    """A second test set from other conditions: a folder of class folders with the same names. Both
+    ways are scored on it too; it chooses nothing."""
     min_steps: int = 60
     """Fine-tune small train sets for more epochs, up to at least this many steps."""
     workers: Optional[int] = None

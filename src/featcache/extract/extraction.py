@@ -75,11 +75,12 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
+        dataset: The images; those that the settings name unless given.
 
     Returns:
         The command's JSON report.
@@ -90,7 +91,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config)
+    request = Request.of(config, dataset)
     for note in request.dataset.notes:
         say(note)
     found = None if config.force else find_hit(request)

@@ -49,13 +49,17 @@ class Request:
     path: Path
 
     @classmethod
-    def of(cls, config: ExtractConfig) -> Self:
+    def of(cls, config: ExtractConfig, dataset: ImageDataset | None = None) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
+
+        Args:
+            config: The command's settings.
+            dataset: The images; those that the settings name unless given.
 
         Raises:
             UserError: There is no such dataset or weights.
         """
-        dataset = load_dataset(config)
+        dataset = dataset or load_dataset(config)
         config = with_adapted_batchnorm(config, dataset)
         meta = CacheMeta(
             backbone=identify(config, config.seed, config.cache_dir),

@@ -31,8 +31,9 @@ def train_best_head(
         rows: See `train_head_report`.
 
     Returns:
-        The winner's report. It has `features`, what the head learned from, in words, and
-        `alternatives`: for every cache `features`, `val_top1`, `seconds_total` and `fit_seconds`.
+        The winner's report. It has `network`, the winner's key; `features`, what the head learned
+        from, in words; and `alternatives`: for every cache `features`, `val_top1`, `seconds_total`
+        and `fit_seconds`.
 
     Raises:
         UserError: A cache or the settings are wrong.
@@ -42,8 +43,9 @@ def train_best_head(
     best = max(fitted, key=lambda network: fitted[network][0].more["val_top1"] or 0.0)
     report, head = fitted[best]
     alternatives = [_alternative(network, each) for network, (each, _) in fitted.items()]
-    chosen = {"features": features_text(best, report), "alternatives": alternatives}
-    report = dataclasses.replace(report, more=report.more | chosen)
+    chosen = {"network": best, "features": features_text(best, report)}
+    more = report.more | chosen | {"alternatives": alternatives}
+    report = dataclasses.replace(report, more=more)
     write_head(report, head)
     return report
 
