@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featcache.results import CurvePoint, curve_advice, curve_points, forecasts
-from featcache.results.forecast import FACTORS, extrapolate
+from featcache.results.curve_advice import curve_advice
+from featcache.results.forecast import FACTORS, extrapolate, forecasts
+from featcache.results.learning_curve import CurvePoint, curve_points
 from featcache.results.plots import curve_lines, x_range, y_range
 from run_helpers import cell, pair
 

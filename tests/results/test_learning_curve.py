@@ -9,20 +9,11 @@ import numpy as np
 import pytest
 
 from featcache.errors import UserError
-from featcache.results import (
-    CURVE_HEADER,
-    CurveRun,
-    crossing,
-    curve_advice,
-    curve_cells,
-    curve_from_json,
-    curve_header,
-    curve_points,
-    curve_text,
-    curve_to_json,
-)
-from featcache.results.learning_curve import holm
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.curve_json import curve_from_json, curve_to_json
+from featcache.results.learning_curve import CurveRun, curve_points, holm
 from featcache.results.metrics import mcnemar
+from featcache.results.tables import CURVE_HEADER, curve_cells, curve_header, curve_text
 from run_helpers import NUM_TEST, cell, pair
 
 

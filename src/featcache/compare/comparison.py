@@ -33,7 +33,7 @@ from featcache.compare.training import (
     train_and_save,
     warm_up,
 )
-from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
+from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, config_json, flatten
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
@@ -42,21 +42,13 @@ from featcache.heads import Network
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
-from featcache.results import (
-    CurveMode,
-    CurvePoint,
-    config_json,
-    crossing,
-    curve_advice,
-    curve_from_json,
-    curve_points,
-    curve_text,
-    curve_to_json,
-    forecasts,
-    report_marks,
-)
+from featcache.results import report_marks
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.curve_json import curve_from_json, curve_to_json
+from featcache.results.forecast import forecasts
+from featcache.results.learning_curve import CurveMode, CurvePoint, curve_points
 from featcache.results.runs import MAX_BYTES
-from featcache.results.tables import seconds_text
+from featcache.results.tables import curve_text, seconds_text
 from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
 NETWORKS: dict[Network, str] = {"frozen": "", "adapt": "with adapted BatchNorm statistics "}
@@ -125,7 +117,7 @@ def _asked_before(output: Path) -> dict[str, Any]:
 def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
     """Run the comparison and write its report; the folder is locked."""
     train = setup.dataset.splits["train"]
-    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup))
+    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -193,9 +185,11 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         del asked["batchnorm"]
     if config.test_shifted is not None:
         asked["test_shifted"] = config.test_shifted.name
+    if config.group_from is None:
+        del asked["group_from"]
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
-    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")
+    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside", "strict")
     for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     return asked
@@ -213,7 +207,7 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
     if setup.shifted is not None:
         same["shifted"] = setup.shifted.digest
     digests = [cache.digest.hex() for cache in setup.caches.values()]
-    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
+    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
     del tuning["seed"]
     return {
         "cached": {**same, "caches": digests, "solver": config.solver},

@@ -12,7 +12,8 @@ from typing import Any
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import CompareConfig, ExtractConfig
+from featcache.config import CompareConfig, ExtractConfig, config_json
+from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
@@ -20,7 +21,6 @@ from featcache.extract import extract
 from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
 from featcache.heads import Network
-from featcache.results import config_json
 from featcache.results.tables import seconds_text
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
@@ -51,19 +51,16 @@ class Extraction:
 
 def extract_configs(config: CompareConfig) -> dict[Network, ExtractConfig]:
     """The comparison's settings as those of extractions; held-out rows choose if there are two."""
-    names = {field.name for field in dataclasses.fields(ExtractConfig)}
-    others = ("json", "verbose", "output", "batchnorm")
-    shared = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in names and field.name not in others
-    }
-    if config.layers == "auto":
-        shared["layers"] = "stages"  # the last layer's columns are among them
+    but = ("json", "verbose", "output", "layers", "batchnorm")
+    shared = carried_over(config, ExtractConfig, but=but)
+    # The last layer's columns are among those of all stages.
+    layers = "stages" if config.layers == "auto" else config.layers
     networks: tuple[Network, ...] = ("frozen", "adapt")
     if config.batchnorm != "auto":
         networks = (config.batchnorm,)
-    return {network: ExtractConfig(**shared, batchnorm=network) for network in networks}
+    return {
+        network: ExtractConfig(**shared, layers=layers, batchnorm=network) for network in networks
+    }
 
 
 def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extraction]:

@@ -21,7 +21,7 @@ from featcache.errors import UserError
 from featcache.extract import extract
 from featcache.extract.request import Request
 from featcache.heads import Network, load_head
-from featcache.heads.training_data import open_test
+from featcache.heads.scoring import open_test
 from featcache.predict import Classifier
 from featcache.results import RunReport
 from featcache.results.metrics import wilson_interval
@@ -97,6 +97,7 @@ class ShiftedTest:
                 num_train=None,
                 num_test=None,
                 test_fraction=None,
+                group_from=None,
             )
             caches[network] = FeatureCache(extract(wanted, dataset)["cache"])
         first = next(iter(caches.values()))
@@ -121,8 +122,8 @@ class ShiftedTest:
         """Scores of the head that `train_best_head` wrote, for its report."""
         cache = self.caches[report.more["network"]]
         test = open_test(TrainHeadConfig(cache=cache.path), cache, in_memory=True)
-        predicted, _ = test.score(load_head(Path(report.more["head"])))
-        return self._scores(predicted.tolist())
+        predicted = test.predict(load_head(Path(report.more["head"])))
+        return self._scores(predicted.classes.tolist())
 
     def score_model(self, path: Path, config: CompareConfig) -> dict[str, Any]:
         """Scores of a fine-tuned model, for its report."""
