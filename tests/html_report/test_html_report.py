@@ -153,7 +153,15 @@ def test_scores_by_class_reliability_and_curves(tmp_path: Path) -> None:
     assert any(page.cells[i : i + 5] == wanted for i in range(len(page.cells)))
     assert page.count("svg", role="img") == 2 * 3  # reliability, ROC, precision-recall
     assert "without the temperature of 1.50, fitted on a held-out 20% of train." in page.text
-    for title in ("Scores by class", "Reliability", "ROC curve", "Precision-recall curve"):
+    place = page.cells.index("predict --reject")
+    assert page.cells[place + 3 : place + 6] == ["0.05", "10.0%", "0.889"]
+    for title in (
+        "Scores by class",
+        "Unknown images",
+        "Reliability",
+        "ROC curve",
+        "Precision-recall curve",
+    ):
         assert title in page.text
         assert f"**{title}**" in markdown
 
