@@ -12,13 +12,12 @@ from typing import Any
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import CompareConfig, ExtractConfig
+from featcache.config import CompareConfig, ExtractConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error, load_dataset
 from featcache.engine.inference import computed_rows
 from featcache.extract import extract
 from featcache.files import read_regular, write_json
-from featcache.results import config_json
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20

@@ -15,14 +15,14 @@ from featcache.cache import FeatureCache, lock_path
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
-from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
+from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head_report
-from featcache.results import RunReport, config_json
+from featcache.results import RunReport
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
