@@ -39,7 +39,8 @@ from featcache.html_report.provenance import command_line
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
 from featcache.results.curve_advice import curve_advice
-from featcache.results.learning_curve import curve_points, curve_to_json
+from featcache.results.curve_json import curve_to_json
+from featcache.results.learning_curve import curve_points
 from featcache.results.plots import Svg, log_ticks
 from run_helpers import (
     HEAD,
@@ -129,7 +130,7 @@ def test_table_figures_scores_and_origin(tmp_path: Path) -> None:
     for text in ("resnet18, bundled (sha256 abababababab…), 64 px squash", "abacus"):
         assert text in page.cells
     assert "train-head cache/pets.h5" in page.text
-    assert "finetune pets --weights bundled --epochs 2 --lr 0.0001" in page.text
+    assert "finetune pets --weights bundled --recipe notebook --epochs 2 --lr 0.0001" in page.text
     assert result["advice"][0].startswith("Faster: the cached head, 6.0 s")
     assert "No clear winner on accuracy" in result["advice"][1]
     assert summary_lines(result)[-1].endswith("r.md")

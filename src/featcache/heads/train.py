@@ -94,6 +94,21 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
             replaced.
         StorageError: The head cannot be written.
     """
+    report, head = fit_and_score(config, rows)
+    write_head(report, head)
+    return report
+
+
+def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
+    """What `train_head_report` does, but for writing files, whose names are checked.
+
+    Args:
+        config: The command's settings.
+        rows: See `train_head_report`.
+
+    Returns:
+        What the run measured, and the head.
+    """
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
@@ -110,7 +125,6 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         head = run.fitted.head.replace(
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
-        save_head(path, head)
         found = test.evaluate(run.tested, head, config.seed)
     more |= {"head": str(path), "extraction": extraction_of(cache)}
     more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
@@ -132,8 +146,18 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         calibration=found.calibration,
         test=found.test,
     )
+    return report, head
+
+
+def write_head(report: RunReport, head: Head) -> None:
+    """Write a head where its report says, and the report beside it.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    path = Path(report.more["head"])
+    save_head(path, head)
     report.save(path.with_suffix(".json"))
-    return report
 
 
 def run_all(

@@ -13,7 +13,8 @@ from typing import Any, get_args
 from featcache.errors import UserError
 from featcache.files import read_regular
 from featcache.results import Row, RunReport
-from featcache.results.learning_curve import CurvePoint, CurveRun, curve_from_json
+from featcache.results.curve_json import curve_from_json
+from featcache.results.learning_curve import CurvePoint, CurveRun
 from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
