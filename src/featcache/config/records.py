@@ -14,6 +14,8 @@ from featcache.errors import UserError
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "avg+std"]
+Task = Literal["multiclass", "multilabel", "regression"]
+"""What an image has: one class, any number of labels, or a number."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -156,6 +158,7 @@ class DatasetInfo:
     num_test: int | None
     test_fraction: float | None
     seed: int
+    task: Task = "multiclass"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +182,11 @@ class CacheMeta:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        """As JSON; with one class per image it is what version 0.1.0 wrote."""
+        values = {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        if self.dataset.task == "multiclass":
+            del values["dataset"]["task"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

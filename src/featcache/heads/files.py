@@ -1,7 +1,8 @@
 """Head files: safetensors with JSON metadata; no pickle, and nothing believed unchecked.
 
 Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], with `mean` and `scale`
-[D] when features were standardised (already folded into weight and bias); or, for knn, `rows`
+[D] when features were standardised (already folded into weight and bias), and `thresholds` [C] for
+several labels per image; or, for knn, `rows`
 [N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest.
 """
 
@@ -11,11 +12,11 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from featcache.config import BackboneInfo, CacheMeta, flatten
+from featcache.config import BackboneInfo, CacheMeta, Task, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
 from featcache.heads.linear import LinearHead
@@ -48,8 +49,8 @@ def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) 
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
             tensors[item.name] = np.ascontiguousarray(value)
-        elif value is not None:
-            rest[item.name] = value
+        elif value is not None and (item.name, value) != ("task", "multiclass"):
+            rest[item.name] = value  # the task is not in files of 0.1.0
     metadata = {"format": FORMAT, "version": VERSION, "head": json.dumps(rest, sort_keys=True)}
     write_atomically(path, save(tensors, metadata=metadata))
 
@@ -130,6 +131,8 @@ def _check_types(rest: dict[str, Any], tensors: Arrays) -> None:
     names = rest["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("class_names is not a list of names")
+    if rest.get("task", "multiclass") not in get_args(Task):
+        raise UserError(f"task {rest['task']!r:.40}")
     for key in ("chosen", "scores", "provenance"):
         if not isinstance(rest.get(key, {}), dict):
             raise UserError(f"{key} is not a table")
@@ -141,3 +144,8 @@ def _check_values(head: Head, tensors: Arrays) -> None:
             raise UserError(f"{name} has values that are not finite")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")
+    if isinstance(head, LinearHead) and head.task == "multilabel":
+        if head.thresholds is None or head.thresholds.shape != head.bias.shape:
+            raise UserError("thresholds are missing or have another shape than bias")
+    elif isinstance(head, LinearHead) and head.task == "regression" and len(head.bias) != 1:
+        raise UserError(f"{len(head.bias)} outputs for one number")

@@ -116,7 +116,8 @@ class InMemoryData:
         counted = np.flatnonzero(train.weights)  # rows of weight 0 do not count
         if len(counted) < train.num_rows:
             train = train.take(counted)
-        check_classes(train.y, train.class_names)
+        if train.values is None:
+            check_classes(train.y, train.class_names)
         if config.class_weight == "balanced":
             weights = balanced_weights(train.y, train.weights, train.num_classes)
             train = dataclasses.replace(train, weights=weights)

@@ -50,12 +50,14 @@ class Rows:
         y: Class indices [N].
         weights: What each row counts for, [N], above zero.
         class_names: C names, whether or not each class has rows.
+        values: Numbers to estimate instead of classes [N]; `y` is then 0 throughout.
     """
 
     views: Floats
     y: Ints
     weights: Doubles
     class_names: list[str]
+    values: Doubles | None = None
 
     @property
     def num_rows(self) -> int:
@@ -91,7 +93,11 @@ class Rows:
     def take(self, index: Ints) -> Rows:
         """The rows at `index`, all their views, copied."""
         return dataclasses.replace(
-            self, views=self.views[:, index], y=self.y[index], weights=self.weights[index]
+            self,
+            views=self.views[:, index],
+            y=self.y[index],
+            weights=self.weights[index],
+            values=None if self.values is None else self.values[index],
         )
 
     def on_columns(self, columns: slice) -> Rows:
