@@ -250,7 +250,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
 def _write_model(run: FinetuneRun, report: RunReport) -> None:
     scores = {
         "test_top1": report.test_top1,
-        "test_interval": list(report.test_interval),
+        "test_interval": list(report.test_interval or ()),
         "num_test": len(run.test),
         "chosen_on": report.chosen_on,
     }

@@ -73,7 +73,7 @@ class RowReader:
 
     def weights(self, kept: slice | Ints) -> Doubles:
         """What some rows count for."""
-        factor = self.class_factor[self.split.y[kept]]
+        factor: Doubles = self.class_factor[self.split.y[kept]]
         return factor if self.own is None else factor * self.own[kept]
 
     def rows(self, index: Ints, views: Floats) -> Rows:

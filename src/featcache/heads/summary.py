@@ -11,6 +11,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     Args:
         report: What `train_head` returned.
     """
+    if report["test_top1"] is None:
+        return target_lines(report)
     lines = [
         f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.4f}, "
         f"test accuracy {epoch['test_top1']:.3f}, {epoch['seconds']:.3f} s"
@@ -39,11 +41,50 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         )
         if shots["short_classes"]:
             lines.append(f"classes with fewer rows: {', '.join(shots['short_classes'])}")
-    lines.append(
+    return [*lines, _last_line(report)]
+
+
+def target_lines(report: dict[str, Any]) -> list[str]:
+    """The summary where images have several labels or a number."""
+    scores, of_value = report["scores"], report["task"] == "regression"
+    if of_value:
+        what = "R squared"
+        (low, high), (least, most) = scores["r2_interval"], scores["mae_interval"]
+        lines = [
+            f"ridge: {_settings(report['chosen'])}; chosen on {report['chosen_on']}",
+            f"test R squared {scores['r2']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean "
+            f"absolute error {scores['mae']:.4g} ({least:.4g} to {most:.4g}; always the median of "
+            f"train: {scores['baseline_mae']:.4g}), on {report['scored_on']}",
+        ]
+    else:
+        what = "mean average precision"
+        low, high = scores["interval"]
+        lines = [
+            f"logistic, one per label; settings and thresholds chosen on {report['chosen_on']}",
+            *(_label_line(name, label) for name, label in list(scores["per_label"].items())),
+            f"test mean average precision {scores['mean_average_precision']:.3f} (95 % interval "
+            f"{low:.3f} to {high:.3f}), macro F1 {scores['macro_f1']:.3f}, all labels right in "
+            f"{scores['exact_match']:.3f}, on {report['scored_on']}",
+        ]
+    if report["val_score"] is not None:
+        lines.insert(1, f"held-out {what} {report['val_score']:.3f}")
+    return [*lines, _last_line(report)]
+
+
+def _label_line(name: str, label: dict[str, Any]) -> str:
+    if label["average_precision"] is None:
+        return f"  {name}: no test image has it"
+    return (
+        f"  {name}: average precision {label['average_precision']:.3f}, precision "
+        f"{label['precision']:.3f}, recall {label['recall']:.3f}, {label['support']} test images"
+    )
+
+
+def _last_line(report: dict[str, Any]) -> str:
+    return (
         f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
-    return lines
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
+from featcache.heads.targets import run_targets
 from featcache.heads.training_data import TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks
 from featcache.results.runs import Predictions
@@ -103,38 +104,78 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
-        run, test, more = run_all(config, cache, rows)
         provenance = provenance_of(cache)
-        scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
-        head = run.fitted.head.replace(
-            chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
-        )
-        save_head(path, head)
-    more |= {"head": str(path), "extraction": extraction_of(cache)}
-    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
+        if cache.meta.dataset.task == "multiclass":
+            head, fields = _class_head(config, cache, rows)
+        else:
+            head, fields = _target_head(config, cache)
+        save_head(path, head.replace(provenance=provenance))
+    more = {"head": str(path), "extraction": extraction_of(cache)}
+    more |= {"run": run_key(config, cache, rows)[:16], **fields.pop("more")}
     report = RunReport(
         command="train-head",
-        trainable_params=num_params(head, cache.meta.backbone.stages),
-        test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
         seconds_total=timer.seconds["total"],
-        epochs=run.fitted.epochs,
-        scored_on=test.name,
-        chosen_on=run.choice.chosen_on,
         config=config_json(config),
         provenance=provenance,
         environment=environment(),
-        more=more,
         class_names=cache.class_names,
-        test=Predictions(
+        more=more,
+        **fields,
+    )
+    report.save(path.with_suffix(".json"))
+    return report
+
+
+def _class_head(
+    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
+) -> tuple[Head, dict[str, Any]]:
+    """A head for images of one class each, and the report's fields that depend on it."""
+    run, test, more = run_all(config, cache, rows)
+    scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
+    head = run.fitted.head.replace(chosen=json.loads(json.dumps(run.chosen())), scores=scores)
+    num_right = int((run.predicted == test.y).sum())
+    return head, {
+        "trainable_params": num_params(head, cache.meta.backbone.stages),
+        "test_top1": run.test_top1,
+        "test_interval": metrics.wilson_interval(num_right, test.num_rows),
+        "epochs": run.fitted.epochs,
+        "scored_on": test.name,
+        "chosen_on": run.choice.chosen_on,
+        "more": more | solver_fields(run, test),
+        "test": Predictions(
             ids=test.ids,
             labels=test.y.tolist(),
             predicted=run.predicted.tolist(),
             confidence=[round(p, 6) for p in run.confidence.tolist()],
         ),
-    )
-    report.save(path.with_suffix(".json"))
-    return report
+    }
+
+
+def _target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Head, dict[str, Any]]:
+    """As `_class_head`, for images with several labels or a number."""
+    run = run_targets(config, cache)
+    scores = dataclasses.asdict(run.scores)
+    head = run.head.replace(chosen=run.chosen, scores={"val_score": run.val_score, **scores})
+    return head, {
+        "trainable_params": head.num_params,
+        "test_top1": None,
+        "test_interval": None,
+        "epochs": [],
+        "scored_on": run.scored_on,
+        "chosen_on": run.chosen_on,
+        "more": {
+            "task": head.task,
+            "solver": head.solver,
+            "backend": "numpy",
+            "val_score": run.val_score,
+            "scores": scores,
+            "fit_seconds": run.fit_seconds,
+            "chosen": run.chosen,
+            "num_train": len(cache.split("train")),
+            "num_test": len(run.predictions.ids),
+        },
+        "targets": run.predictions,
+    }
 
 
 def run_all(

@@ -292,7 +292,7 @@ def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) 
             if len(features):
                 yield views
 
-    return TestSplit(y=split.y, ids=split.ids, num_views=num_views, blocks=blocks)
+    return TestSplit(y=classes_of(split), ids=split.ids, num_views=num_views, blocks=blocks)
 
 
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:
@@ -301,9 +301,20 @@ def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:
     Raises:
         UserError: A row cannot be learned from.
     """
-    views = split.views
-    check_rows(views, split.y, split.ids, class_names, split.name)
-    return Rows(views=views, y=split.y, weights=sample_weights(split), class_names=class_names)
+    views, y = split.views, classes_of(split)
+    check_rows(views, y, split.ids, class_names, split.name)
+    return Rows(
+        views=views,
+        y=y,
+        weights=sample_weights(split),
+        class_names=class_names,
+        values=split.targets if split.targets is not None and split.targets.ndim == 1 else None,
+    )
+
+
+def classes_of(split: FeatureSplit) -> Ints:
+    """Class indices [N]; 0 throughout where rows have several labels or a number."""
+    return split.y if split.targets is None else np.zeros(len(split), np.int64)
 
 
 def sample_weights(split: FeatureSplit) -> Doubles:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
+from featcache.results.targets import TargetPredictions
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -53,14 +54,15 @@ class RunReport:
     """What one training run measured, under which settings, on which data.
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
-    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
-    as is the run's id under "run" (missing from reports of 0.1.0).
+    `test_interval` is the 95 % interval of `test_top1`; both are None where images have several
+    labels or a number, and predictions are in `targets` instead of `test`. Fields of one command
+    only are in `more`, as is the run's id under "run" (missing from reports of 0.1.0).
     """
 
     command: str
     trainable_params: int
-    test_top1: float
-    test_interval: tuple[float, float]
+    test_top1: float | None
+    test_interval: tuple[float, float] | None
     seconds_total: float
     epochs: list[dict[str, Any]]
     scored_on: str
@@ -71,10 +73,11 @@ class RunReport:
     more: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
     test: Predictions | None = None
+    targets: TargetPredictions | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields that a command prints; predictions stay in the report file."""
-        hidden = ("more", "class_names", "test")
+        hidden = ("more", "class_names", "test", "targets")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
@@ -92,6 +95,8 @@ class RunReport:
             values["class_names"] = self.class_names
         if self.test is not None:
             values["test"] = dataclasses.asdict(self.test)
+        if self.targets is not None:
+            values["targets"] = dataclasses.asdict(self.targets)
         write_json(path, values)
 
     @classmethod
@@ -104,14 +109,18 @@ class RunReport:
         try:
             known = {f.name for f in dataclasses.fields(cls)} - {"more"}
             own = {name: values[name] for name in known & values.keys()}
-            low, high = (float(bound) for bound in own["test_interval"])
-            test = own.pop("test", None)
+            test, targets, interval = (
+                own.pop(name, None) for name in ("test", "targets", "test_interval")
+            )
+            low, high = (float(bound) for bound in interval or (0.0, 1.0))
             report = cls(
-                **{**own, "test_interval": (low, high)},
+                **own,
+                test_interval=None if interval is None else (low, high),
                 more={name: value for name, value in values.items() if name not in known},
                 test=Predictions(**test) if test is not None else None,
+                targets=TargetPredictions(**targets) if targets is not None else None,
             )
-            if not math.isfinite(report.test_top1 + report.seconds_total):
+            if not math.isfinite((report.test_top1 or 0.0) + report.seconds_total):
                 raise ValueError("test_top1 and seconds_total must be finite")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"not a run's report: {error}") from error
@@ -202,6 +211,10 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
 
 def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
+    if run.test_top1 is None or run.test_interval is None:
+        raise UserError(
+            f"{mode}: images with several labels or a number have no accuracy to compare"
+        )
     num_train = int(run.more["num_train"])
     num_epochs = max(len(run.epochs), 1)
     per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
@@ -219,7 +232,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         eval_seconds_per_epoch=scoring,
         extract_seconds=extract_seconds,
         num_epochs=len(run.epochs),
-        points=_points(run, extract_seconds),
+        points=_points(run, run.test_top1, extract_seconds),
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,
         balanced_top1=run.test.balanced() if run.test else None,
         imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
@@ -227,14 +240,14 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
     )
 
 
-def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float], ...]:
+def _points(run: RunReport, top1: float, extract_seconds: float) -> tuple[tuple[float, float], ...]:
     """Seconds since the mode began and accuracy, at the end of each epoch.
 
     What a run spends outside its epochs (reading the data, building the network) comes before
     the first of them. A run without epochs has one point, at its end.
     """
     if not run.epochs:
-        return ((extract_seconds + run.seconds_total, run.test_top1),)
+        return ((extract_seconds + run.seconds_total, top1),)
     spent = [float(e["seconds"]) + float(e.get("eval_seconds", 0.0)) for e in run.epochs]
     elapsed = extract_seconds + max(run.seconds_total - sum(spent), 0.0)
     points = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,6 +168,18 @@ def regression_scores(
     )
 
 
+def mean_average_precision(labels: Sequence[tuple[Doubles, Doubles]]) -> float | None:
+    """Mean over the labels that some row has; None if there is none.
+
+    Args:
+        labels: Of each label, whether rows have it [M] and its probabilities [M].
+    """
+    from sklearn.metrics import average_precision_score
+
+    found = [average_precision_score(y, p) for y, p in labels if y.any()]
+    return float(np.mean(found)) if found else None
+
+
 def resample_counts(num_rows: int, seed: int) -> Doubles:
     """How often each row is in each bootstrap sample, [NUM_RESAMPLES, N]."""
     random = np.random.default_rng([seed, 0xB007])
@@ -205,12 +218,13 @@ def weighted_average_precision(truth: Labels, score: Doubles, weights: Doubles) 
     precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
     gained = np.diff(hits, axis=1, prepend=0.0)
     positives = hits[:, -1]
-    return np.divide(
+    found: Doubles = np.divide(
         (precision * gained).sum(axis=1),
         positives,
         out=np.full(len(weights), np.nan),
         where=positives > 0,
     )
+    return found
 
 
 def _percentiles(values: Doubles) -> tuple[float, float]:

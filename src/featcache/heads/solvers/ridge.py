@@ -24,6 +24,7 @@ from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
+    Prepared,
     Settings,
     standardize_choices,
 )
@@ -294,7 +295,7 @@ class RidgeSolver:
         alpha = 1.0 if self.alpha is None else self.alpha
         return {"alpha": alpha, "standardize": self.standardize == "on"}
 
-    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> PreparedRidge:
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
         """Rows are decomposed when the first candidate is used."""
         return PreparedRidge(rows, candidates)
 
@@ -359,7 +360,7 @@ class PreparedRidge:
 class ValueRidgeSolver(RidgeSolver):
     """Ridge regression onto the rows' numbers; the least squared error on held-out rows wins."""
 
-    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> PreparedValueRidge:
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
         """Rows are decomposed when the first candidate is used."""
         del candidates
         assert isinstance(rows, Rows)
