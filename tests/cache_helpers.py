@@ -45,6 +45,7 @@ def make_meta(
             num_test=None,
             test_fraction=None,
             seed=42,
+            task=changes.get("task", "multiclass"),
         ),
         views=Views(kind=kind, num=num_views, seed=0),
         dtype=dtype,
@@ -147,20 +148,25 @@ def assert_train(path: Path, num_rows: int) -> None:
 
 
 def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None, stages=None):
-    """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels)."""
+    """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels).
+
+    Labels [N, C] of 0 and 1 make a multilabel cache, floats [N] one for regression.
+    """
     views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
     num_views, _, dim = next(iter(views.values()))[0].shape
     plans = [
         SplitRows(
             name=name,
             ids=[f"{name}/{i:05d}" for i in range(len(y))],
-            labels=y.astype(np.int64),
+            labels=y.astype(np.int64) if task_of(y) == "multiclass" else np.zeros(len(y), np.int64),
             content=np.stack([_digest(row) for row in X[0]]),
             weights=None if weights is None else weights.get(name),
+            targets=None if task_of(y) == "multiclass" else y,
         )
         for name, (X, y) in views.items()
     ]
-    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype, stages=stages)
+    task = task_of(next(iter(views.values()))[1])
+    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype, stages=stages, task=task)
     with open_writer(path, meta, list(class_names), plans) as writer:
         for name, (X, _) in views.items():
             for rows in writer.pending(name):
@@ -168,6 +174,12 @@ def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None
                 writer.write_block(name, rows, block, np.zeros(len(rows), np.uint8))
         writer.finish()
     return path
+
+
+def task_of(y: np.ndarray) -> str:
+    if y.ndim == 2:
+        return "multilabel"
+    return "regression" if y.dtype.kind == "f" else "multiclass"
 
 
 def _digest(row):
