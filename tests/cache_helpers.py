@@ -147,10 +147,13 @@ def assert_train(path: Path, num_rows: int) -> None:
     assert np.array_equal(FeatureCache(path).split("train").X, wanted)
 
 
-def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None, stages=None):
+def rows_cache(
+    path: Path, splits, class_names, *, dtype="float32", weights=None, groups=None, stages=None
+):
     """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels).
 
     Labels [N, C] of 0 and 1 make a multilabel cache, floats [N] one for regression.
+    `weights` and `groups` map a split's name to what is known of its rows.
     """
     views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
     num_views, _, dim = next(iter(views.values()))[0].shape
@@ -161,6 +164,7 @@ def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None
             labels=y.astype(np.int64) if task_of(y) == "multiclass" else np.zeros(len(y), np.int64),
             content=np.stack([_digest(row) for row in X[0]]),
             weights=None if weights is None else weights.get(name),
+            groups=None if groups is None else groups.get(name),
             targets=None if task_of(y) == "multiclass" else y,
         )
         for name, (X, y) in views.items()

@@ -64,11 +64,13 @@ def test_each_label_is_a_logistic_regression_of_its_own(labels):
     expected = np.stack([rival.predict_proba(X_test)[:, 1] for rival in rivals], axis=1)
     assert np.abs(head.predict_proba(X_test) - expected).max() < 1e-4
     precision = average_precision_score(y_test, expected)
-    assert report["scores"]["mean_average_precision"] == pytest.approx(precision, abs=1e-3)
-    low, high = report["scores"]["interval"]
+    assert report["target_scores"]["mean_average_precision"] == pytest.approx(precision, abs=1e-3)
+    low, high = report["target_scores"]["interval"]
     assert low < precision < high
     assert report["test_top1"] is None
-    assert np.array_equal(head.predict(X_test), expected >= head.thresholds)
+    assert np.array_equal(
+        head.predict(X_test), expected >= np.array(head.decision.label_thresholds)
+    )
 
 
 def test_labels_choose_their_settings_and_thresholds_on_held_out_rows(labels):
@@ -76,12 +78,12 @@ def test_labels_choose_their_settings_and_thresholds_on_held_out_rows(labels):
     assert set(report["chosen"]) == set(NAMES)
     assert report["chosen_on"].startswith("a held-out 20% of train")
     assert report["scored_on"] == "test, view 0 (200 rows)"
-    thresholds = load_head(report["head"]).thresholds
+    thresholds = np.array(load_head(report["head"]).decision.label_thresholds)
     assert ((thresholds > 0) & (thresholds < 1)).all()
-    scores = report["scores"]
+    scores = report["target_scores"]
     assert scores["per_label"]["shiny"]["support"] == int(label_rows(200, 2)[1][:, 2].sum())
     assert 0.8 < scores["mean_average_precision"] < 1
-    assert run(labels)["scores"] == scores
+    assert run(labels)["target_scores"] == scores
     text = "\n".join(summary_lines(report))
     assert "test mean average precision 0." in text
     assert "  shiny: average precision 0." in text
@@ -111,7 +113,7 @@ def test_a_number_is_a_ridge_regression(values):
     (X, y), (X_test, y_test) = value_rows(300, 1), value_rows(100, 2)
     expected = Ridge(alpha=2.0).fit(X, y).predict(X_test)
     assert np.abs(head.predict(X_test) - expected).max() < 1e-3
-    scores = report["scores"]
+    scores = report["target_scores"]
     assert scores["r2"] == pytest.approx(r2_score(y_test, expected), abs=1e-5)
     assert scores["mae"] == pytest.approx(np.abs(expected - y_test).mean(), abs=1e-4)
     assert scores["r2_interval"][0] < scores["r2"] < scores["r2_interval"][1]
@@ -122,7 +124,7 @@ def test_a_number_chooses_alpha_by_squared_error(values, capsys):
     assert "the target is a number: ridge regression instead of logistic" in capsys.readouterr().err
     assert report["chosen"]["alpha"] < 100
     assert 0.98 < report["val_score"] < 1
-    assert report["scores"]["mae"] < 1 < report["scores"]["baseline_mae"]
+    assert report["target_scores"]["mae"] < 1 < report["target_scores"]["baseline_mae"]
     assert "test R squared 0.9" in "\n".join(summary_lines(report))
     json.dumps(report)
 
@@ -136,7 +138,9 @@ def test_the_offset_of_a_target_does_not_matter(tmp_path):
             splits[name] = (X, y + offset)
         reports.append(run(rows_cache(tmp_path / f"{offset}.h5", splits, ["age"])))
     assert reports[0]["chosen"] == reports[1]["chosen"]
-    assert reports[0]["scores"]["r2"] == pytest.approx(reports[1]["scores"]["r2"], abs=1e-2)
+    assert reports[0]["target_scores"]["r2"] == pytest.approx(
+        reports[1]["target_scores"]["r2"], abs=1e-2
+    )
 
 
 @pytest.mark.parametrize(

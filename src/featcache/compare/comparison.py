@@ -121,7 +121,7 @@ def _compare(
     """Run the comparison and write its report; the folder is locked."""
     setup = prepare(config, dataset, output)
     train = setup.dataset.splits["train"]
-    planned = plan_runs(config, train.ids, train.labels, _decisive(setup))
+    planned = plan_runs(config, train.ids, train.labels, _decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -167,9 +167,11 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         del asked["layers"], asked["pool"]  # as in version 0.1.0
     if config.batchnorm == "frozen":
         del asked["batchnorm"]
+    if config.group_from is None:
+        del asked["group_from"]
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
-    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")
+    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside", "strict")
     for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     return asked

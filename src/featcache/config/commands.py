@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -114,6 +115,12 @@ class TrainHeadConfig(OutputConfig):
     chooses on the held-out part (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
+    threshold_for: Optional[str] = None
+    """For two classes, precision=LEVEL or recall=LEVEL: choose, on held-out rows, the probability
+    from which an image counts as --positive, so that this much is reached. It is stored with the
+    head, and predict uses it."""
+    positive: Optional[str] = None
+    """The class that --threshold-for is about. By default the second one."""
     shots: Optional[int] = None
     """Use only K train rows of each class, and repeat with --num-seeds samples."""
     num_seeds: int = 5
@@ -145,6 +152,26 @@ class TrainHeadConfig(OutputConfig):
         check_range("seed", self.seed, 0, 2**32 - 1)
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.2")
+        if self.wanted_threshold() is None and self.positive is not None:
+            raise UserError("--positive is for --threshold-for: leave it out, or give both")
+
+    def wanted_threshold(self) -> tuple[Literal["precision", "recall"], float] | None:
+        """What `threshold_for` asks for, if it is given.
+
+        Raises:
+            UserError: It is neither precision nor recall, or the level is not between 0 and 1.
+        """
+        if self.threshold_for is None:
+            return None
+        name, _, text = self.threshold_for.partition("=")
+        level = float(text) if re.fullmatch(r"[01]?\.?\d{1,9}", text) else 0.0
+        for wanted in ("precision", "recall"):
+            if name == wanted and 0 < level <= 1:
+                return wanted, level
+        raise UserError(
+            f"--threshold-for {self.threshold_for!r:.80}: give precision=LEVEL or recall=LEVEL "
+            "with a level from 0 to 1, for example precision=0.95"
+        )
 
 
 @settings

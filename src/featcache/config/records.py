@@ -149,6 +149,7 @@ class DatasetInfo:
 
     `fingerprint` is a sha256 over class names and, for every split, the ordered ids, labels and
     content hashes; it does not depend on where the files lie nor on their modification times.
+    `group_from` is the regular expression that found the groups in the ids, if one did.
     """
 
     name: str
@@ -158,7 +159,17 @@ class DatasetInfo:
     num_test: int | None
     test_fraction: float | None
     seed: int
+    group_from: str | None = None
     task: Task = "multiclass"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; without groups, and with one class per image, it is what 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if self.group_from is None:
+            del values["group_from"]
+        if self.task == "multiclass":
+            del values["task"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +193,9 @@ class CacheMeta:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; with one class per image it is what version 0.1.0 wrote."""
-        values = {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
-        if self.dataset.task == "multiclass":
-            del values["dataset"]["task"]
-        return values
+        """As JSON."""
+        own = {"backbone": self.backbone.to_dict(), "dataset": self.dataset.to_dict()}
+        return {**dataclasses.asdict(self), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

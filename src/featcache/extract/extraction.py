@@ -36,6 +36,7 @@ from featcache.data import (
     bad_image_error,
     copies_lines,
     find_copies,
+    find_shared_groups,
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
@@ -130,14 +131,14 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     if config.verbose:
         say(f"engine: {run.engine.sentence()}")
     meta = dataclasses.replace(wanted, engine=run.engine.recorded)
-    rows = [
-        SplitRows(s.name, s.ids, s.labels, s.content, s.weights) for s in dataset.splits.values()
-    ]
     writer = open_writer(
         request.path,
         meta,
         dataset.class_names,
-        rows,
+        [
+            SplitRows(s.name, s.ids, s.labels, s.content, s.weights, s.groups)
+            for s in dataset.splits.values()
+        ],
         force=config.force,
         reuse=earlier.cache,
     )
@@ -262,6 +263,7 @@ def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, 
         "num_views": meta.views.num,
         "num_classes": len(class_names),
         "identical_images": find_copies(dataset).report(),
+        "shared_groups": [dataclasses.asdict(found) for found in find_shared_groups(dataset)],
         "notes": list(dataset.notes),
         "splits": {name: split.report() for name, split in run.splits.items()},
         "stage_seconds": dict(run.timer.seconds),

@@ -191,12 +191,13 @@ class Placement:
 class Scores:
     """The result of a pass without training.
 
-    `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class, `loss`
-    the mean cross-entropy.
+    `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class,
+    `probabilities` [N, C] float32 those of all classes, `loss` the mean cross-entropy.
     """
 
     predicted: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
     loss: float
     top1: float
     seconds: float
@@ -359,17 +360,23 @@ def score(model: torch.nn.Module, images: Images, placement: Placement) -> Score
     start = time.perf_counter()
     model.eval()
     num = len(images)
-    predicted, confidence = np.zeros(num, np.int64), np.zeros(num, np.float32)
+    found: list[NDArray[np.float32]] = []
     total_loss = 0.0
     with torch.inference_mode(), progress(num, f"score {images.split.name}", leave=False) as bar:
-        for pixels, labels, rows in images.batches(placement):
+        for pixels, labels, _ in images.batches(placement):
             with placement.autocast():
                 logits = model(placement.inputs(pixels, images.prep))
             logits = logits.float().cpu()
             total_loss += float(cross_entropy(logits, torch.from_numpy(labels), reduction="sum"))
-            best = logits.softmax(1).max(1)
-            predicted[rows], confidence[rows] = best.indices.numpy(), best.values.numpy()
-            bar.update(len(rows))
-    right = int((predicted == images.split.labels).sum())
-    seconds = time.perf_counter() - start
-    return Scores(predicted, confidence, total_loss / max(num, 1), right / max(num, 1), seconds)
+            found.append(logits.softmax(1).numpy())
+            bar.update(len(labels))
+    probabilities = np.concatenate(found)
+    predicted = probabilities.argmax(axis=1).astype(np.int64)
+    return Scores(
+        predicted=predicted,
+        confidence=probabilities.max(axis=1),
+        probabilities=probabilities,
+        loss=total_loss / num,
+        top1=float((predicted == images.split.labels).mean()),
+        seconds=time.perf_counter() - start,
+    )

@@ -32,6 +32,8 @@ from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.results import Predictions, RunReport, config_json
 from featcache.results.metrics import wilson_interval
+from featcache.results.reliability import CalibrationReport, reliability
+from featcache.results.scores import score_predictions
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
 
@@ -206,13 +208,14 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
     split, num_test = run.test.split, len(run.test)
-    right = int((scores.predicted == split.labels).sum())
+    correct = scores.predicted == split.labels
+    calibrated = reliability(correct, scores.confidence)
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=wilson_interval(right, num_test),
+        test_interval=wilson_interval(int(correct.sum()), num_test),
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -238,6 +241,12 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "probe": run.probe,
         },
         class_names=run.dataset.class_names,
+        scores=score_predictions(
+            split.labels, scores.predicted, scores.probabilities, run.dataset.class_names
+        ),
+        calibration=CalibrationReport(
+            temperature=1.0, fitted_on="nothing", before=calibrated, after=calibrated
+        ),
         test=Predictions(
             ids=split.ids,
             labels=split.labels.tolist(),

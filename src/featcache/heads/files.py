@@ -1,9 +1,9 @@
 """Head files: safetensors with JSON metadata; no pickle, and nothing believed unchecked.
 
 Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], with `mean` and `scale`
-[D] when features were standardised (already folded into weight and bias), and `thresholds` [C] for
-several labels per image; or, for knn, `rows`
-[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest.
+[D] when features were standardised (already folded into weight and bias); or, for knn, `rows`
+[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest;
+without `decision`, which 0.1.0 did not write, nothing is calibrated.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from featcache.config import BackboneInfo, CacheMeta, Task, flatten
+from featcache.config import BackboneInfo, CacheMeta, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
+from featcache.heads.decision import PLAIN, Decision
 from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.knn import KnnHead
 from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
@@ -44,13 +45,16 @@ def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) 
 
     if provenance is not None:
         head = head.replace(provenance=provenance)
-    tensors, rest = {}, {}
+    tensors: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for item in dataclasses.fields(head):
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
             tensors[item.name] = np.ascontiguousarray(value)
-        elif value is not None and (item.name, value) != ("task", "multiclass"):
-            rest[item.name] = value  # the task is not in files of 0.1.0
+        elif isinstance(value, Decision):
+            rest |= {} if value == PLAIN else {item.name: value.to_json()}
+        elif value is not None:
+            rest[item.name] = value
     metadata = {"format": FORMAT, "version": VERSION, "head": json.dumps(rest, sort_keys=True)}
     write_atomically(path, save(tensors, metadata=metadata))
 
@@ -88,6 +92,8 @@ def parse_head(file: TensorFile) -> Head:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
         parts: dict[str, Any] = {**rest, **tensors}
+        if "decision" in rest:
+            parts["decision"] = Decision.from_json(rest["decision"])
         head = kind(**parts)
         _check_values(head, tensors)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -131,8 +137,6 @@ def _check_types(rest: dict[str, Any], tensors: Arrays) -> None:
     names = rest["class_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError("class_names is not a list of names")
-    if rest.get("task", "multiclass") not in get_args(Task):
-        raise UserError(f"task {rest['task']!r:.40}")
     for key in ("chosen", "scores", "provenance"):
         if not isinstance(rest.get(key, {}), dict):
             raise UserError(f"{key} is not a table")
@@ -144,8 +148,8 @@ def _check_values(head: Head, tensors: Arrays) -> None:
             raise UserError(f"{name} has values that are not finite")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")
-    if isinstance(head, LinearHead) and head.task == "multilabel":
-        if head.thresholds is None or head.thresholds.shape != head.bias.shape:
-            raise UserError("thresholds are missing or have another shape than bias")
-    elif isinstance(head, LinearHead) and head.task == "regression" and len(head.bias) != 1:
-        raise UserError(f"{len(head.bias)} outputs for one number")
+    num_outputs, decision = len(head.class_names), head.decision
+    if decision.label_thresholds is not None and len(decision.label_thresholds) != num_outputs:
+        raise UserError(f"{len(decision.label_thresholds)} thresholds for {num_outputs} labels")
+    if decision.task == "regression" and num_outputs != 1:
+        raise UserError(f"{num_outputs} outputs for one number")

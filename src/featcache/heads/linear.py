@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featcache.config import Task
 from featcache.errors import UserError
+from featcache.heads.decision import PLAIN, Decision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,22 +34,6 @@ _FRACTION_BITS = 23 - 10
 # Exponents count from 15 in halves and from 127 in singles; also right for values below 2**-14.
 _BIAS = np.float32(2.0 ** (127 - 15))
 _CHUNK = 1 << 16  # values that stay in a core's cache between the steps
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities from logits, along the last axis, without overflow."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
-
-
-def outputs_of(logits: Floats, task: Task) -> Floats:
-    """Probabilities [N, C] from logits [N, C]; for a number, the number [N, 1]."""
-    if task == "regression":
-        return logits
-    if task == "multilabel":
-        with np.errstate(over="ignore"):  # exp(-x) of a very negative logit: the result is 0
-            return np.asarray(1 / (1 + np.exp(-logits)))
-    return softmax(logits)
 
 
 def row_blocks(X: Floats, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, Floats]]:
@@ -100,27 +84,25 @@ class LinearHead:
         weight: [C, D] float32 or float64.
         bias: [C], like `weight`.
         class_names: C names; class c of every prediction is `class_names[c]`.
-        task: What an image has: one class, several of them, or a number (C is 1 then).
-        thresholds: With several labels, the probability from which each is predicted, [C].
         mean: Mean of the features that the solver saw, [D], when it standardized them.
         scale: Their standard deviation, likewise. `weight` and `bias` need neither.
         solver: What fitted it.
         chosen: The settings it was fitted with, and how they were chosen.
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
+        decision: How logits become probabilities and a class.
     """
 
     weight: Floats
     bias: Floats
     class_names: list[str]
-    task: Task = "multiclass"
-    thresholds: Floats | None = None
     mean: Floats | None = None
     scale: Floats | None = None
     solver: str = "logistic"
     chosen: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    decision: Decision = PLAIN
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
@@ -155,33 +137,12 @@ class LinearHead:
         return np.asarray(logits + self.bias)
 
     def predict_proba(self, X: ArrayLike) -> Floats:
-        """Probabilities [N, C] of features [N, D]; with several labels, of each by itself.
-
-        Raises:
-            UserError: The head predicts a number.
-        """
-        if self.task == "regression":
-            raise UserError("this head predicts a number, not probabilities: call predict")
-        return self.outputs(X)
-
-    def outputs(self, X: ArrayLike) -> Floats:
-        """Probabilities [N, C] of features [N, D], or the number of each row [N, 1]."""
-        return outputs_of(self.decision_function(X), self.task)
+        """Probabilities [N, C] of features [N, D]; of a number, the number [N, 1]."""
+        return self.decision.probabilities(self.decision_function(X))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """What features [N, D] are predicted to have.
-
-        Returns:
-            Class indices [N]; with several labels, whether a row has each [N, C] bool; for a
-            number, float [N].
-        """
-        if self.task == "multiclass":
-            return np.asarray(self.decision_function(X).argmax(axis=1), np.int64)
-        outputs = self.outputs(X)
-        if self.task == "regression":
-            return np.asarray(outputs[:, 0])
-        assert self.thresholds is not None
-        return np.asarray(outputs >= self.thresholds)
+        """What features [N, D] are predicted to have, as `Decision.predict` gives it."""
+        return self.decision.predict(self.decision_function(X))
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """As in scikit-learn: accuracy (of several labels, that all are right), or R squared.
@@ -192,7 +153,7 @@ class LinearHead:
         """
         from sklearn.metrics import accuracy_score, r2_score
 
-        score = r2_score if self.task == "regression" else accuracy_score
+        score = r2_score if self.decision.task == "regression" else accuracy_score
         return float(score(y, self.predict(X)))
 
     def to_linear(self) -> nn.Linear:

@@ -46,7 +46,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 def target_lines(report: dict[str, Any]) -> list[str]:
     """The summary where images have several labels or a number."""
-    scores, of_value = report["scores"], report["task"] == "regression"
+    scores, of_value = report["target_scores"], report["task"] == "regression"
     if of_value:
         what = "R squared"
         (low, high), (least, most) = scores["r2_interval"], scores["mae_interval"]

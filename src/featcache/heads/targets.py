@@ -20,6 +20,7 @@ from featcache.cache import FeatureCache
 from featcache.config import StageColumns, Task, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
+from featcache.heads.decision import Decision
 from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead
 from featcache.heads.selection import Choice, InMemoryData, choose, load_data
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Solver, threads_for
@@ -156,8 +157,8 @@ def _run_labels(
             bar.update()
     head = _stacked(fits, targets, names)
     probabilities = outputs_on(test, head)
-    assert head.thresholds is not None
-    predicted = probabilities >= head.thresholds
+    assert head.decision.label_thresholds is not None
+    predicted = probabilities >= np.array(head.decision.label_thresholds)
     known = [fit for fit in fits if fit is not None]
     return TargetRun(
         head=head,
@@ -203,7 +204,7 @@ def _stacked(fits: Sequence[_Fit | None], targets: Floats, names: list[str]) -> 
     dim = next((fit.fitted.head.feature_dim for fit in fits if fit is not None), 1)
     weight = np.zeros((len(names), dim), np.float32)
     bias = np.where(targets[0] > 0, -ABSENT_BIAS, ABSENT_BIAS).astype(np.float32)
-    thresholds = np.full(len(names), 0.5, np.float32)
+    thresholds = [0.5] * len(names)
     for label, fit in enumerate(fits):
         if fit is not None:
             pair = fit.fitted.head
@@ -213,9 +214,10 @@ def _stacked(fits: Sequence[_Fit | None], targets: Floats, names: list[str]) -> 
     return LinearHead(
         weight=weight,
         bias=bias,
-        thresholds=thresholds,
         class_names=names,
-        task="multilabel",
+        decision=Decision(
+            task="multilabel", label_thresholds=tuple(thresholds), fitted_on="held-out rows"
+        ),
     )
 
 
@@ -242,7 +244,7 @@ def _run_value(
     solver = ValueRidgeSolver(alpha=config.alpha, standardize=config.standardize)
     with timer("fit"), threads_for(data.train.num_values):
         fit = _fit(config, data, solver, cache.meta.backbone.stages)
-    head = fit.fitted.head.replace(task="regression")
+    head = fit.fitted.head.replace(decision=Decision(task="regression"))
     predicted = outputs_on(test, head)[:, 0]
     median = float(np.median(_targets(cache, "train")))
     return TargetRun(
@@ -270,7 +272,7 @@ def _held_out_r2(fit: _Fit) -> float | None:
 def outputs_on(test: TestSplit, head: LinearHead) -> Doubles:
     """Probabilities [N, C] of the test rows, or their numbers [N, 1]; the mean over views."""
     blocks = [
-        np.mean([head.outputs(view) for view in views], axis=0, dtype=np.float64)
+        np.mean([head.predict_proba(view) for view in views], axis=0, dtype=np.float64)
         for views in test.blocks()
     ]
     return np.concatenate(blocks)

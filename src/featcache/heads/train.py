@@ -14,10 +14,11 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import StageColumns, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.heads.calibration import fit_decision, out_of_fold
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.linear import Ints
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
@@ -26,9 +27,11 @@ from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.targets import run_targets
-from featcache.heads.training_data import TestSplit, open_cache, open_test
+from featcache.heads.training_data import TestPredictions, TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.runs import Predictions
+from featcache.results.scores import score_predictions
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -43,8 +46,7 @@ class HeadRun:
         solver: The one that won.
         choice: How its settings were chosen.
         fitted: On all of train.
-        predicted: Classes of the test rows, [N].
-        confidence: The probability given to each, [N].
+        tested: Predictions of the test rows.
         test_top1: The share that is right.
         fit_seconds: Wall time of choosing and fitting.
         num_train: Rows that were fitted, views not counted.
@@ -54,8 +56,7 @@ class HeadRun:
     solver: Solver
     choice: Choice
     fitted: FittedHead[Head]
-    predicted: Ints
-    confidence: Floats
+    tested: TestPredictions
     test_top1: float
     fit_seconds: float
     num_train: int
@@ -133,20 +134,29 @@ def _class_head(
     run, test, more = run_all(config, cache, rows)
     scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
     head = run.fitted.head.replace(chosen=json.loads(json.dumps(run.chosen())), scores=scores)
-    num_right = int((run.predicted == test.y).sum())
+    correct, decision = run.tested.classes == test.y, head.decision
     return head, {
         "trainable_params": num_params(head, cache.meta.backbone.stages),
         "test_top1": run.test_top1,
-        "test_interval": metrics.wilson_interval(num_right, test.num_rows),
+        "test_interval": metrics.wilson_interval(int(correct.sum()), test.num_rows),
         "epochs": run.fitted.epochs,
         "scored_on": test.name,
         "chosen_on": run.choice.chosen_on,
         "more": more | solver_fields(run, test),
+        "scores": score_predictions(
+            test.y, run.tested.classes, run.tested.probabilities, cache.class_names
+        ),
+        "calibration": CalibrationReport(
+            temperature=decision.temperature,
+            fitted_on=decision.fitted_on,
+            before=reliability(correct, run.tested.uncalibrated),
+            after=reliability(correct, run.tested.confidence),
+        ),
         "test": Predictions(
             ids=test.ids,
             labels=test.y.tolist(),
-            predicted=run.predicted.tolist(),
-            confidence=[round(p, 6) for p in run.confidence.tolist()],
+            predicted=run.tested.classes.tolist(),
+            confidence=[round(p, 6) for p in run.tested.confidence.tolist()],
         ),
     }
 
@@ -164,16 +174,16 @@ def _target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Head, di
         "scored_on": run.scored_on,
         "chosen_on": run.chosen_on,
         "more": {
-            "task": head.task,
+            "task": head.decision.task,
             "solver": head.solver,
             "backend": "numpy",
             "val_score": run.val_score,
-            "scores": scores,
             "fit_seconds": run.fit_seconds,
             "chosen": run.chosen,
             "num_train": len(cache.split("train")),
             "num_test": len(run.predictions.ids),
         },
+        "target_scores": run.scores,
         "targets": run.predictions,
     }
 
@@ -196,7 +206,10 @@ def run_all(
         return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
     labels, names = data.train.y, data.train.class_names
-    samples = [draw_shots(labels, config.shots, config.seed, i) for i in range(config.num_seeds)]
+    samples = [
+        draw_shots(labels, config.shots, config.seed, i, data.groups)
+        for i in range(config.num_seeds)
+    ]
     runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
     scores = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
@@ -229,15 +242,17 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
+            held = out_of_fold(solver, choice.settings, selection)
+    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    fitted = dataclasses.replace(fitted, head=fitted.head.replace(decision=decision))
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
-    predicted, confidence = test.score(fitted.head)
+    tested = test.predict(fitted.head)
     return HeadRun(
         solver=solver,
         choice=choice,
         fitted=fitted,
-        predicted=predicted,
-        confidence=confidence,
-        test_top1=metrics.top1(test.y, predicted),
+        tested=tested,
+        test_top1=metrics.top1(test.y, tested.classes),
         fit_seconds=timer.seconds["fit"] - scoring,
         num_train=train.num_rows,
         compared=compared,
@@ -264,7 +279,7 @@ def make_solvers(config: TrainHeadConfig, test: TestSplit, *, streamed: bool) ->
     if config.solver in ("adam", "sgd"):
 
         def score(head: Head) -> float:
-            return metrics.top1(test.y, test.score(head)[0])
+            return metrics.top1(test.y, test.predict(head).classes)
 
         return [SgdSolver(config=config, score_epoch=score)]
     return [solver for solver in (logistic, ridge, knn) if solver.name == config.solver]
@@ -364,13 +379,13 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
 def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
     """The report's fields that only this command has."""
     class_names = run.fitted.head.class_names
-    num_classes = len(class_names)
-    recalls = metrics.per_class(test.y, run.predicted, num_classes)
+    num_classes, predicted = len(class_names), run.tested.classes
+    recalls = metrics.per_class(test.y, predicted, num_classes)
     return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
-        "balanced_top1": metrics.balanced(test.y, run.predicted, num_classes),
+        "balanced_top1": metrics.balanced(test.y, predicted, num_classes),
         "per_class": {
             name: None if math.isnan(recall) else recall
             for name, recall in zip(class_names, recalls, strict=True)

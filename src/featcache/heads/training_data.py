@@ -15,6 +15,7 @@ import numpy as np
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.heads.decision import softmax
 from featcache.heads.linear import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
@@ -29,6 +30,8 @@ BLOCK_ROWS = 8192
 SMALL = 500_000
 # Rows at a time that stay in the processor's cache.
 CACHED_ROWS = 1024
+# Probabilities of all classes are kept for a test split of at most this many.
+MAX_KEPT = 1 << 24
 # Rows are fetched for this many batches at a time.
 FETCH_BATCHES = 64
 
@@ -205,6 +208,25 @@ def cut_batches(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class TestPredictions:
+    """What a head says of the test rows.
+
+    Attributes:
+        classes: Predicted classes [N].
+        confidence: The probability given to each [N].
+        uncalibrated: The same with a temperature of one [N].
+        probabilities: Of all classes [N, C]; None where they would take too much memory.
+    """
+
+    __test__ = False  # pytest: not a test
+
+    classes: Ints
+    confidence: Singles
+    uncalibrated: Singles
+    probabilities: Singles | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TestSplit:
     """The rows that heads are scored on, block by block.
 
@@ -233,16 +255,27 @@ class TestSplit:
         views = f"mean over {self.num_views} views" if self.num_views > 1 else "view 0"
         return f"test, {views} ({self.num_rows} rows)"
 
-    def score(self, head: Head) -> tuple[Ints, Floats]:
-        """Predicted classes [N], and the probability given to each [N] float32."""
-        predicted, confidence = [], []
+    def predict(self, head: Head) -> TestPredictions:
+        """Predict every row; probabilities are means over the views that count."""
+        kept = self.num_rows * len(head.class_names) <= MAX_KEPT
+        blocks: list[tuple[Ints, Singles, Singles]] = []
+        tables: list[Singles] = []
         for views in self.blocks():
-            total = head.predict_proba(views[0])
-            for view in views[1:]:
-                total = total + head.predict_proba(view)
-            predicted.append(total.argmax(axis=1).astype(np.int64))
-            confidence.append((total.max(axis=1) / len(views)).astype(np.float32))
-        return np.concatenate(predicted), np.concatenate(confidence)
+            logits = [head.decision_function(view) for view in views]
+            table = np.mean([head.decision.probabilities(z) for z in logits], axis=0)
+            plain = np.mean([softmax(z) for z in logits], axis=0)
+            classes = head.decision.classes(table)
+            own = (np.arange(len(classes)), classes)
+            blocks.append((classes, table[own].astype(np.float32), plain[own].astype(np.float32)))
+            if kept:
+                tables.append(table.astype(np.float32))
+        classes, confidence, plain = (np.concatenate(p) for p in zip(*blocks, strict=True))
+        return TestPredictions(
+            classes=classes,
+            confidence=confidence,
+            uncalibrated=plain,
+            probabilities=np.concatenate(tables) if kept else None,
+        )
 
 
 def open_cache(config: TrainHeadConfig) -> FeatureCache:

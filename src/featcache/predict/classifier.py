@@ -41,9 +41,9 @@ class Prediction:
     """The predicted class of one image.
 
     Attributes:
-        label: The likeliest class.
+        label: The likeliest class or, of a head with a threshold, the one that the threshold says.
         probability: Of that class.
-        topk: The likeliest classes with their probabilities, likeliest first.
+        topk: That class, then the likeliest others, with their probabilities.
     """
 
     label: str
@@ -164,8 +164,12 @@ class Classifier:
         return self._as_cached(rows)
 
     def prediction(self, probabilities: Row, topk: int = 1) -> Prediction:
-        """Name the likeliest classes of one row of probabilities [C]."""
-        order = np.argsort(-probabilities, kind="stable")[: max(1, topk)]
+        """Name the class of one row of probabilities [C], and the likeliest others."""
+        order = np.argsort(-probabilities, kind="stable")
+        if self.trained.decision.threshold is not None:  # of two classes, maybe the less likely
+            first = self.trained.decision.classes(probabilities[None])[0]
+            order = np.array([first, 1 - first])
+        order = order[: max(1, topk)]
         names = self.trained.class_names
         best = tuple((names[c], float(probabilities[c])) for c in order)
         return Prediction(best[0][0], best[0][1], best)

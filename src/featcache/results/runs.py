@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
-from featcache.results.targets import TargetPredictions
+from featcache.results.reliability import CalibrationReport
+from featcache.results.scores import Scores
+from featcache.results.targets import MultilabelScores, RegressionScores, TargetPredictions
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -54,9 +57,10 @@ class RunReport:
     """What one training run measured, under which settings, on which data.
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
-    `test_interval` is the 95 % interval of `test_top1`; both are None where images have several
-    labels or a number, and predictions are in `targets` instead of `test`. Fields of one command
-    only are in `more`, as is the run's id under "run" (missing from reports of 0.1.0).
+    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
+    as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
+    Where images have several labels or a number, `target_scores` and `targets` stand for
+    `test_top1`, `test_interval`, `scores` and `test`, which are None.
     """
 
     command: str
@@ -72,7 +76,10 @@ class RunReport:
     environment: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
+    scores: Scores | None = None
+    calibration: CalibrationReport | None = None
     test: Predictions | None = None
+    target_scores: MultilabelScores | RegressionScores | None = None
     targets: TargetPredictions | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +88,8 @@ class RunReport:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
-        plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
+        text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:
@@ -113,6 +121,14 @@ class RunReport:
                 own.pop(name, None) for name in ("test", "targets", "test_interval")
             )
             low, high = (float(bound) for bound in interval or (0.0, 1.0))
+            several = values.get("task") == "multilabel"
+            for name, kind in (
+                ("scores", Scores),
+                ("calibration", CalibrationReport),
+                ("target_scores", MultilabelScores if several else RegressionScores),
+            ):
+                if own.get(name) is not None:
+                    own[name] = record_from_json(kind, own[name])
             report = cls(
                 **own,
                 test_interval=None if interval is None else (low, high),
