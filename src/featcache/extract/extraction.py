@@ -136,7 +136,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         meta,
         dataset.class_names,
         [
-            SplitRows(s.name, s.ids, s.labels, s.content, s.weights, s.groups)
+            SplitRows(s.name, s.ids, s.labels, s.content, s.weights, s.groups, s.targets)
             for s in dataset.splits.values()
         ],
         force=config.force,
