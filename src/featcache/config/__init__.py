@@ -33,10 +33,12 @@ from featcache.config.records import (
     Preprocessing,
     Resize,
     StageColumns,
+    StageInput,
     Task,
     Views,
     flatten,
 )
+from featcache.config.settings import config_json
 
 __all__ = [
     "HALF",
@@ -64,9 +66,11 @@ __all__ = [
     "Resize",
     "Solver",
     "StageColumns",
+    "StageInput",
     "Task",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",
+    "config_json",
     "flatten",
 ]

@@ -11,9 +11,8 @@ import difflib
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +45,7 @@ MAX_LABEL = 256
 MAX_BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     line: int
     path: str
     labels: tuple[str, ...]
@@ -57,8 +55,7 @@ class _Row:
     group: str
 
 
-@dataclass(frozen=True)
-class _Labeling:
+class _Labeling(NamedTuple):
     """What images are labeled with."""
 
     task: Task

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,8 +137,7 @@ class Pairs:
             self.examples.append(pair)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copies:
+class Copies(NamedTuple):
     """What `find_copies` found.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Fitting a head's `Decision` on train rows that it did not learn from.
 
-The winning settings are fitted once more to the part of train that was fitted while choosing, and
-that head's logits of the held-out rows are what the final head's logits of new rows are like.
+The logits come from the protocol that chooses: a head with the winning settings, fitted to the
+other part of train, sees the held-out rows as the final head sees new ones.
 """
 
 from __future__ import annotations
@@ -9,18 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.decision import Decision, Threshold, Wanted, softmax
-from featcache.heads.linear import Doubles, Floats, Ints
-from featcache.heads.selection import Selection
+from featcache.heads.linear import (
+    TEMPERATURES,
+    Decision,
+    Doubles,
+    Floats,
+    Ints,
+    KnownRows,
+    Threshold,
+    Wanted,
+    nearest_distance,
+    softmax,
+    unit_rows,
+    widen,
+)
+from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver
-from featcache.results.scores import rank
+from featcache.heads.training_data import Rows
+from featcache.results.ranking import rank
 
-# The range of temperatures, and how exactly its logarithm is found.
-TEMPERATURES = (1e-2, 1e2)
+# How often the range of temperatures is halved.
 NUM_STEPS = 30
+# Held-out rows that calibrate, and those of them that new images are ranked among.
+MAX_HELD, MAX_RANKED = 20_000, 2_000
+# Of the train rows that a head keeps to measure distances.
+BANK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,31 +48,84 @@ class OutOfFold:
         logits: [M, C].
         y: Class indices [M].
         weights: What each row counts for [M].
+        distance: To the nearest of the rows that the head learned from, or a part of them [M].
     """
 
     logits: Floats
     y: Ints
     weights: Doubles
+    distance: Floats
 
 
-def out_of_fold(solver: Solver, settings: Settings, selection: Selection) -> OutOfFold | None:
-    """Logits of all held-out rows; None where no row was held out.
+def out_of_fold(
+    solver: Solver, choice: Choice, selection: Selection, seed: int
+) -> OutOfFold | None:
+    """Logits and distances of held-out rows; None where no row was held out.
 
-    Of streamed rows, the head is fitted to the sample that is in memory.
+    Logits of the choice are taken where it kept them. Otherwise the settings are fitted again; of
+    streamed rows, to the sample that is in memory.
+
+    Args:
+        solver: That of the final head.
+        choice: Its settings.
+        selection: What is held out; of more than 20,000 rows, a sample counts.
+        seed: Of the sample, and of the rows that distances are taken to.
     """
-    found = []
-    for rows, held in selection.pairs:
-        try:
-            head = solver.prepare(rows.sample, [settings]).fit(settings).head
-        except NotConverged:
-            return None
-        known = np.isin(held.y, rows.sample.y)  # a val split may have classes that train lacks
-        parts = (head.decision_function(held.plain), held.y, held.weights)
-        found.append([values[known] for values in parts])
-    if not any(len(y) for _, y, _ in found):
+    found, most = [], MAX_HELD // max(len(selection.pairs), 1)
+    for number, (rows, held) in enumerate(selection.pairs):
+        if choice.logits is not None:
+            logits = choice.logits[number]
+        else:
+            try:
+                logits = _fitted_logits(solver, choice.settings, rows.sample, held)
+            except NotConverged:
+                return None
+        # A val split may have classes that train lacks.
+        index = some_rows(np.flatnonzero(np.isin(held.y, rows.sample.y)), most, seed)
+        distance = nearest_distance(widen(bank_of(rows.sample, seed)), held.plain[index])
+        found.append((logits[index], held.y[index], held.weights[index], distance))
+    if not any(len(y) for _, y, *_ in found):
         return None
-    logits, y, weights = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return OutOfFold(logits=logits, y=y, weights=weights)
+    logits, y, weights, distance = (np.concatenate(p) for p in zip(*found, strict=True))
+    return OutOfFold(logits=logits, y=y, weights=weights, distance=distance)
+
+
+def some_rows(index: Ints, most: int, seed: int) -> Ints:
+    """At most so many of some row numbers, drawn at random."""
+    if len(index) <= most:
+        return index
+    random = np.random.default_rng([seed, 0xBA4C])
+    return np.sort(random.choice(index, most, replace=False))
+
+
+def bank_of(rows: Rows, seed: int) -> NDArray[np.float16]:
+    """Some rows as `KnownRows` stores them: as many as fit a megabyte."""
+    most = max(1, BANK_BYTES // (2 * rows.feature_dim))
+    return unit_rows(rows.plain[some_rows(np.arange(rows.num_rows), most, seed)])
+
+
+def fit_known(
+    held: OutOfFold | None, decision: Decision, rows: Rows, seed: int
+) -> KnownRows | None:
+    """What tells images of other classes; None where no row was held out.
+
+    Args:
+        held: Held-out rows.
+        decision: The head's.
+        rows: What it learned from, or a sample of these.
+        seed: Of the rows that are stored.
+    """
+    if held is None:
+        return None
+    confidence = decision.probabilities(held.logits).max(axis=1)
+    index = some_rows(np.arange(len(confidence)), MAX_RANKED, seed)
+    return KnownRows.ranking(bank_of(rows, seed), confidence[index], held.distance[index])
+
+
+def _fitted_logits(solver: Solver, settings: Settings, rows: Rows, held: Rows) -> Floats:
+    prepared = solver.prepare(rows, [settings])
+    logits = prepared.predict(settings, held).logits
+    return prepared.fit(settings).head.decision_function(held.plain) if logits is None else logits
 
 
 def fit_decision(

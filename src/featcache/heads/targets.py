@@ -20,13 +20,13 @@ from featcache.cache import FeatureCache
 from featcache.config import StageColumns, Task, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
-from featcache.heads.decision import Decision
-from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead
+from featcache.heads.linear import ABSENT_BIAS, Decision, Doubles, Floats, LinearHead
+from featcache.heads.scoring import TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose, load_data
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Solver, threads_for
 from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import ValueRidgeSolver
-from featcache.heads.training_data import Rows, TestSplit, open_test
+from featcache.heads.training_data import Rows
 from featcache.results.targets import (
     MultilabelScores,
     RegressionScores,

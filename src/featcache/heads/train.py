@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig
+from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
-from featcache.heads.calibration import fit_decision, out_of_fold
+from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
 from featcache.heads.linear import Ints
+from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
@@ -27,11 +28,8 @@ from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.targets import run_targets
-from featcache.heads.training_data import TestPredictions, TestSplit, open_cache, open_test
-from featcache.results import RunReport, config_json, metrics, report_marks
-from featcache.results.reliability import CalibrationReport, reliability
-from featcache.results.runs import Predictions
-from featcache.results.scores import score_predictions
+from featcache.heads.training_data import open_cache
+from featcache.results import RunReport, metrics, report_marks
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -101,7 +99,9 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
     with timer("total"):
         check_settings(config)
         config = without_strength(config)
-        cache = open_cache(config)
+        cache = _of_features(open_cache(config))
+        if config.threshold_for is not None:
+            positive_class(config, cache.class_names)
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
@@ -134,30 +134,18 @@ def _class_head(
     run, test, more = run_all(config, cache, rows)
     scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
     head = run.fitted.head.replace(chosen=json.loads(json.dumps(run.chosen())), scores=scores)
-    correct, decision = run.tested.classes == test.y, head.decision
+    found = test.evaluate(run.tested, head, config.seed)
     return head, {
         "trainable_params": num_params(head, cache.meta.backbone.stages),
         "test_top1": run.test_top1,
-        "test_interval": metrics.wilson_interval(int(correct.sum()), test.num_rows),
+        "test_interval": found.interval,
         "epochs": run.fitted.epochs,
         "scored_on": test.name,
         "chosen_on": run.choice.chosen_on,
         "more": more | solver_fields(run, test),
-        "scores": score_predictions(
-            test.y, run.tested.classes, run.tested.probabilities, cache.class_names
-        ),
-        "calibration": CalibrationReport(
-            temperature=decision.temperature,
-            fitted_on=decision.fitted_on,
-            before=reliability(correct, run.tested.uncalibrated),
-            after=reliability(correct, run.tested.confidence),
-        ),
-        "test": Predictions(
-            ids=test.ids,
-            labels=test.y.tolist(),
-            predicted=run.tested.classes.tolist(),
-            confidence=[round(p, 6) for p in run.tested.confidence.tolist()],
-        ),
+        "scores": found.scores,
+        "calibration": found.calibration,
+        "test": found.test,
     }
 
 
@@ -242,9 +230,11 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
-            held = out_of_fold(solver, choice.settings, selection)
+            held = out_of_fold(solver, choice, selection, config.seed)
     decision = fit_decision(held, config, fitted.head.class_names, selection.name)
-    fitted = dataclasses.replace(fitted, head=fitted.head.replace(decision=decision))
+    known = fit_known(held, decision, train.sample, config.seed)
+    head = fitted.head.replace(decision=decision, known=known)
+    fitted = dataclasses.replace(fitted, head=head)
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
     tested = test.predict(fitted.head)
     return HeadRun(
@@ -363,6 +353,21 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def _of_features(cache: FeatureCache) -> FeatureCache:
+    """The cache, unless it is one of activations.
+
+    Raises:
+        UserError: It is one.
+    """
+    if (cut := cache.meta.backbone.stage_input) is not None:
+        raise UserError(
+            f"{cache.path} holds the input of {cut.stage}, not features: type featcache finetune "
+            f"DATASET --from-stage {cut.stage} to train on it, or extract-features without "
+            "--from-stage for a cache that heads can use"
+        )
+    return cache
+
+
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
@@ -378,7 +383,7 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
 
 def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
     """The report's fields that only this command has."""
-    class_names = run.fitted.head.class_names
+    class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
     num_classes, predicted = len(class_names), run.tested.classes
     recalls = metrics.per_class(test.y, predicted, num_classes)
     return {
@@ -390,6 +395,9 @@ def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
             name: None if math.isnan(recall) else recall
             for name, recall in zip(class_names, recalls, strict=True)
         },
+        "threshold": threshold
+        and {"class": class_names[threshold.positive], **dataclasses.asdict(threshold)},
+        "rejections": run.tested.rejections(predicted == test.y),
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
         "converged": run.fitted.converged,

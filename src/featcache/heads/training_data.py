@@ -1,4 +1,4 @@
-"""Rows to learn from and rows to score on: a cache's splits, checked, in memory.
+"""Rows to learn from: a cache's splits, checked, in memory.
 
 Solvers fit `TrainRows`: `Rows`, or `streaming.StreamedRows`.
 """
@@ -15,14 +15,21 @@ import numpy as np
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.decision import softmax
-from featcache.heads.linear import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
+from featcache.heads.linear import (
+    Doubles,
+    Floats,
+    Ints,
+    Singles,
+    all_finite,
+    row_blocks,
+    widen,
+)
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
 
 if TYPE_CHECKING:
-    from featcache.heads.files import Head
+    pass
 
 # Rows checked or scored at a time.
 BLOCK_ROWS = 8192
@@ -30,8 +37,6 @@ BLOCK_ROWS = 8192
 SMALL = 500_000
 # Rows at a time that stay in the processor's cache.
 CACHED_ROWS = 1024
-# Probabilities of all classes are kept for a test split of at most this many.
-MAX_KEPT = 1 << 24
 # Rows are fetched for this many batches at a time.
 FETCH_BATCHES = 64
 
@@ -207,77 +212,6 @@ def cut_batches(
         yield X[cut], y[cut], None if alike else own[cut]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TestPredictions:
-    """What a head says of the test rows.
-
-    Attributes:
-        classes: Predicted classes [N].
-        confidence: The probability given to each [N].
-        uncalibrated: The same with a temperature of one [N].
-        probabilities: Of all classes [N, C]; None where they would take too much memory.
-    """
-
-    __test__ = False  # pytest: not a test
-
-    classes: Ints
-    confidence: Singles
-    uncalibrated: Singles
-    probabilities: Singles | None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TestSplit:
-    """The rows that heads are scored on, block by block.
-
-    Attributes:
-        y: Class indices [N].
-        ids: N sample ids.
-        num_views: Views that count: all with --tta, else the plain one.
-        blocks: Makes an iterator of consecutive rows: features [n, D] of each view that counts.
-    """
-
-    __test__ = False  # pytest: not a test
-
-    y: Ints
-    ids: list[str]
-    num_views: int
-    blocks: Callable[[], Iterator[list[Floats]]]
-
-    @property
-    def num_rows(self) -> int:
-        """Number N of rows."""
-        return len(self.y)
-
-    @property
-    def name(self) -> str:
-        """What was scored, in words."""
-        views = f"mean over {self.num_views} views" if self.num_views > 1 else "view 0"
-        return f"test, {views} ({self.num_rows} rows)"
-
-    def predict(self, head: Head) -> TestPredictions:
-        """Predict every row; probabilities are means over the views that count."""
-        kept = self.num_rows * len(head.class_names) <= MAX_KEPT
-        blocks: list[tuple[Ints, Singles, Singles]] = []
-        tables: list[Singles] = []
-        for views in self.blocks():
-            logits = [head.decision_function(view) for view in views]
-            table = np.mean([head.decision.probabilities(z) for z in logits], axis=0)
-            plain = np.mean([softmax(z) for z in logits], axis=0)
-            classes = head.decision.classes(table)
-            own = (np.arange(len(classes)), classes)
-            blocks.append((classes, table[own].astype(np.float32), plain[own].astype(np.float32)))
-            if kept:
-                tables.append(table.astype(np.float32))
-        classes, confidence, plain = (np.concatenate(p) for p in zip(*blocks, strict=True))
-        return TestPredictions(
-            classes=classes,
-            confidence=confidence,
-            uncalibrated=plain,
-            probabilities=np.concatenate(tables) if kept else None,
-        )
-
-
 def open_cache(config: TrainHeadConfig) -> FeatureCache:
     """Open the cache and check that it has what training needs.
 
@@ -298,34 +232,6 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
             "--views flip, or leave --tta out"
         )
     return cache
-
-
-def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) -> TestSplit:
-    """The test split, mapped, or read anew each time in bounded memory.
-
-    Raises:
-        UserError: A row cannot be scored.
-    """
-    split = cache.split("test")
-    num_views = split.num_views if config.tta else 1
-    mapped = load_rows(split, cache.class_names).views[:num_views] if in_memory else None
-
-    def blocks() -> Iterator[list[Floats]]:
-        if mapped is not None:
-            for start in range(0, mapped.shape[1], BLOCK_ROWS):
-                yield list(mapped[:, start : start + BLOCK_ROWS])
-            return
-        for start in range(0, split.num_places, BLOCK_ROWS):
-            places = range(start, min(start + BLOCK_ROWS, split.num_places))
-            kept, features = split.read(places)
-            views = [features, *(split.read(places, v)[1] for v in range(1, num_views))]
-            for view in views:
-                if not surely_finite(view):
-                    check_finite(view, split.ids[kept], "test")
-            if len(features):
-                yield views
-
-    return TestSplit(y=classes_of(split), ids=split.ids, num_views=num_views, blocks=blocks)
 
 
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:

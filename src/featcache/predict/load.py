@@ -23,9 +23,9 @@ from featcache.backbone.weights import NAMED_WEIGHTS
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, UserError, one_of
 from featcache.heads import Decision, Head
-from featcache.heads.decision import PLAIN
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
+from featcache.heads.linear import PLAIN
 from featcache.tensor_files import MODEL_FORMAT, TensorFile, model_card, read_tensor_file
 
 if TYPE_CHECKING:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from featcache.config.checks import check_range
+from featcache.errors import UserError
 
 NUM_BINS = 15
 """Of equal width, as in Guo et al. 2017, "On Calibration of Modern Neural Networks"."""
@@ -27,6 +31,17 @@ class Reliability:
     counts: list[int]
     confidence: list[float | None]
     top1: list[float | None]
+
+    def __post_init__(self) -> None:
+        check_range("ece", self.ece, 0, 1)
+        for name in ("counts", "confidence", "top1"):
+            values = getattr(self, name)
+            if len(values) != NUM_BINS:
+                raise UserError(f"{name} has {len(values)} bins, not {NUM_BINS}")
+            for value, count in zip(values, self.counts, strict=False):
+                check_range(name, value, 0, math.inf if name == "counts" else 1)
+                if count and value is None:
+                    raise UserError(f"{name} lacks the value of a bin that has rows")
 
 
 @dataclass(frozen=True, kw_only=True)

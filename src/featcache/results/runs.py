@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
-from featcache.results.reliability import CalibrationReport
-from featcache.results.scores import Scores
+from featcache.results.reliability import CalibrationReport, reliability
+from featcache.results.scores import Interval, Scores, score_predictions
 from featcache.results.targets import MultilabelScores, RegressionScores, TargetPredictions
 
 MAX_BYTES = 256 << 20
@@ -160,15 +163,79 @@ class RunReport:
         return cls.from_dict(values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The fields of a `RunReport` that come from predictions.
+
+    Attributes:
+        top1: Accuracy.
+        interval: Its 95 % interval.
+        scores: Beyond accuracy.
+        calibration: Whether the probabilities can be believed.
+        test: The predictions.
+    """
+
+    top1: float
+    interval: Interval
+    scores: Scores
+    calibration: CalibrationReport
+    test: Predictions
+
+
+def evaluate(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    probabilities: ArrayLike | None,
+    *,
+    ids: list[str],
+    class_names: Sequence[str],
+    confidence: ArrayLike,
+    uncalibrated: ArrayLike | None = None,
+    temperature: float = 1.0,
+    fitted_on: str = "nothing",
+    groups: ArrayLike | None = None,
+    seed: int = 42,
+) -> Evaluation:
+    """Score predictions.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+        probabilities: Of all classes [N, C], if they are at hand.
+        ids: N names of rows.
+        class_names: C names.
+        confidence: The probability of each predicted class [N].
+        uncalibrated: The same with a temperature of one; equal unless given.
+        temperature: What logits were divided by.
+        fitted_on: The rows that the temperature was fitted on, in words.
+        groups: Each row's group [N], where rows come in groups.
+        seed: Of the bootstrap.
+    """
+    truth, guess, given = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
+    correct = truth == guess
+    scores = score_predictions(truth, guess, probabilities, class_names, groups=groups, seed=seed)
+    return Evaluation(
+        top1=metrics.top1(truth, guess),
+        interval=scores.top1_interval(int(correct.sum()), len(truth)),
+        scores=scores,
+        calibration=CalibrationReport(
+            temperature=temperature,
+            fitted_on=fitted_on,
+            before=reliability(correct, given if uncalibrated is None else uncalibrated),
+            after=reliability(correct, given),
+        ),
+        test=Predictions(
+            ids=ids,
+            labels=truth.tolist(),
+            predicted=guess.tolist(),
+            confidence=[round(float(p), 6) for p in given],
+        ),
+    )
+
+
 def report_marks(command: str) -> re.Pattern[bytes]:
     """Matches a command's report file, not other JSON."""
     return re.compile(rb'"command":\s*"%s"' % command.encode())
-
-
-def config_json(config: Any) -> dict[str, Any]:
-    """A command's settings as JSON; paths become strings."""
-    fields = dataclasses.asdict(config)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +285,7 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
     Args:
         runs: For each mode its name, its kind, its report, and the seconds of extraction that
-            came before it (0 for a mode that needs none).
+            came before it (0 for a mode that needs none, or whose report counts it).
 
     Returns:
         One row per run, in the order given.
@@ -232,6 +299,8 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
             f"{mode}: images with several labels or a number have no accuracy to compare"
         )
     num_train = int(run.more["num_train"])
+    cached_input = run.more.get("activations") or {}
+    extract_within = float(cached_input.get("extract_seconds") or 0.0)
     num_epochs = max(len(run.epochs), 1)
     per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
     scoring = sum(float(e.get("eval_seconds", 0.0)) for e in run.epochs) / num_epochs
@@ -246,7 +315,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         seconds_per_epoch=per_epoch,
         images_per_s=num_train / per_epoch if per_epoch else 0.0,
         eval_seconds_per_epoch=scoring,
-        extract_seconds=extract_seconds,
+        extract_seconds=extract_seconds + extract_within,
         num_epochs=len(run.epochs),
         points=_points(run, run.test_top1, extract_seconds),
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,

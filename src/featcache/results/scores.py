@@ -11,25 +11,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config.checks import check_range
 from featcache.results.metrics import wilson_interval
+from featcache.results.ranking import Doubles, rank, ratio, resample
 
-Doubles = NDArray[np.float64]
 Interval = tuple[float, float]
 
 NUM_RESAMPLES = 200
 """Of the bootstrap."""
 MIN_RESAMPLES = 100
 """With fewer there are no intervals."""
+MIN_GROUPS = 5
+"""Fewer do not show how groups differ."""
 MAX_DRAWN = 10_000_000
 """Values that the bootstrap may work through: resamples * rows, and for rankings * classes."""
-MAX_CURVE_POINTS = 200
+MAX_CURVE_POINTS = 60
 DIGITS = 6
 """Kept of every score."""
+BY_CLASS = ("precision", "recall", "f1", "auroc", "average_precision")
+OVER_CLASSES = ("macro_f1", "weighted_f1", "balanced_top1", "auroc", "average_precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,10 @@ class ClassScores:
     average_precision: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_range("support", self.support, 0)
+        _check_shares({name: getattr(self, name) for name in BY_CLASS}, self.intervals)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TwoClassCurves:
@@ -72,6 +81,11 @@ class TwoClassCurves:
     positive: str
     roc: list[tuple[float, float, float]]
     precision_recall: list[tuple[float, float, float]]
+
+    def __post_init__(self) -> None:
+        for point in (*self.roc, *self.precision_recall):
+            for share in point:
+                check_range("curves", share, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,79 +118,22 @@ class Scores:
     classes: dict[str, ClassScores]
     curves: TwoClassCurves | None = None
 
+    def __post_init__(self) -> None:
+        check_range("log_loss", self.log_loss, 0)
+        shares = {name: getattr(self, name) for name in OVER_CLASSES}
+        _check_shares(shares, {n: ends for n, ends in self.intervals.items() if n != "log_loss"})
 
-class Ranking(NamedTuple):
-    """Rows by the K different values of a score, highest first, in B resamples.
-
-    Attributes:
-        thresholds: The values [K].
-        true: Weight of the positive rows with each value [K, B].
-        false: Weight of the other rows, likewise.
-    """
-
-    thresholds: Doubles
-    true: Doubles
-    false: Doubles
-
-    def auroc(self) -> Doubles:
-        """Area under the ROC curve [B]; NaN without rows of either kind."""
-        above = self.true.cumsum(axis=0)
-        area: Doubles = np.einsum("kb,kb->b", above - self.true / 2, self.false)
-        return _ratio(area, above[-1] * self.false.sum(axis=0))
-
-    def average_precision(self) -> Doubles:
-        """Precision averaged over gains in recall [B]; NaN without positive rows."""
-        above = self.true.cumsum(axis=0)
-        precision = above / np.maximum(above + self.false.cumsum(axis=0), 1e-9)
-        gained: Doubles = np.einsum("kb,kb->b", precision, self.true)
-        return _ratio(gained, above[-1])
+    def top1_interval(self, num_correct: int, num_rows: int) -> Interval:
+        """95 % interval of the accuracy: of the groups if there are any, else Wilson's."""
+        return self.intervals.get("top1") or wilson_interval(num_correct, num_rows)
 
 
-def rank(positive: ArrayLike, score: ArrayLike, weights: ArrayLike | None = None) -> Ranking:
-    """Count rows by the values of a score.
-
-    Args:
-        positive: Whether a row is positive [N] bool.
-        score: [N].
-        weights: Of rows in each resample [N, B]; unless given, all rows count once.
-    """
-    truth, values = np.asarray(positive, bool), np.asarray(score, np.float64)
-    order = np.argsort(-values, kind="stable")
-    values = values[order]
-    drawn = np.ones((len(values), 1)) if weights is None else np.asarray(weights)
-    drawn = drawn[order]
-    true = drawn * truth[order][:, None]
-    starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
-    if len(starts) < len(values):  # rows of equal score are above a threshold together
-        drawn, true = np.add.reduceat(drawn, starts), np.add.reduceat(true, starts)
-    return Ranking(values[starts], true, drawn - true)
-
-
-def _ratio(part: Doubles, whole: Doubles) -> Doubles:
-    ratio: Doubles = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
-    return ratio
-
-
-def resample(num_rows: int, num_resamples: int, groups: ArrayLike | None, seed: int) -> Doubles:
-    """How often each row is drawn, [N, 1 + num_resamples]; in the first, every row once.
-
-    Args:
-        num_rows: N.
-        num_resamples: Bootstrap draws with replacement.
-        groups: Number of each row's group [N]; whole groups are drawn where given, since rows of
-            one group err together.
-        seed: Of the draws.
-    """
-    unit = np.arange(num_rows)
-    if groups is not None:
-        _, unit = np.unique(np.asarray(groups), return_inverse=True)
-    num_units = int(unit.max()) + 1
-    random = np.random.default_rng([seed, 0xB007])
-    drawn = random.integers(num_units, size=(num_units, num_resamples))
-    drawn = drawn * num_resamples + np.arange(num_resamples)
-    counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_units)
-    counts = counts.reshape(num_units, num_resamples)[unit]
-    return np.concatenate([np.ones((num_rows, 1)), counts], axis=1)
+def _check_shares(shares: dict[str, float | None], intervals: dict[str, Interval]) -> None:
+    for name, share in shares.items():
+        check_range(name, share, 0, 1)
+    for name, ends in intervals.items():
+        for end in ends:
+            check_range(f"the interval of {name}", end, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +151,6 @@ class _Resampled:
         return {name: getattr(self, name)[:, number] for name in names}
 
 
-BY_CLASS = ("precision", "recall", "f1", "auroc", "average_precision")
-
-
 def score_predictions(
     labels: ArrayLike,
     predicted: ArrayLike,
@@ -208,39 +162,52 @@ def score_predictions(
 ) -> Scores:
     """Score predictions of a test split.
 
-    Intervals of precision and recall are Wilson's; those of other scores, and all where rows come
-    in groups, are percentiles of a bootstrap over rows or groups. Test splits too large for that
-    have none.
+    Intervals of precision and recall are Wilson's; those of other scores, and where rows come in
+    groups all of them and that of the accuracy ("top1"), are percentiles of a bootstrap over rows
+    or groups. Test splits too large for that, or of few groups, have none.
 
     Args:
         labels: True classes [N].
         predicted: Predicted classes [N].
         probabilities: [N, C]; None leaves out what needs them.
         class_names: C names.
-        groups: Number of each row's group [N], where rows come in groups.
+        groups: Each row's group [N], where rows come in groups.
         seed: Of the bootstrap.
     """
     truth, guess = np.asarray(labels, np.int64), np.asarray(predicted, np.int64)
     table = None if probabilities is None else np.asarray(probabilities)
-    num_resamples = _affordable(len(truth))
+    num_resamples, intervals_from = _plan(len(truth), groups)
     drawn = resample(len(truth), num_resamples, groups, seed)
     found = _by_class(truth, guess, table, len(class_names), drawn)
     overall = _over_classes(found)
     if table is not None:
         own = np.clip(table[np.arange(len(truth)), truth], np.finfo(table.dtype).eps, 1)
         overall["log_loss"] = -(np.log(own) @ drawn) / drawn.sum(axis=0)
-    units = "test rows" if groups is None else f"{len(np.unique(np.asarray(groups)))} groups"
-    how = f"{num_resamples} bootstrap resamples of {units}" if num_resamples else "too many rows"
+    else:
+        overall["log_loss"] = np.full(1, np.nan)
+    intervals = _intervals(overall)
+    if groups is not None:
+        right = (truth == guess) @ drawn / drawn.sum(axis=0)
+        intervals |= _intervals({"top1": right})
     return Scores(
-        **{name: _value(values) for name, values in ({"log_loss": [math.nan]} | overall).items()},
-        intervals=_intervals(overall),
-        intervals_from=how,
+        **{name: _value(values) for name, values in overall.items()},
+        intervals=intervals,
+        intervals_from=intervals_from,
         classes={
             name: _class_scores(found, number, wilson=groups is None)
             for number, name in enumerate(class_names)
         },
         curves=None if table is None else curves_of(truth, table, class_names),
     )
+
+
+def _plan(num_rows: int, groups: ArrayLike | None) -> tuple[int, str]:
+    """How many resamples to draw, and of what, in words."""
+    number, units = _affordable(num_rows), "test rows"
+    if groups is not None:
+        num_groups = len(np.unique(np.asarray(groups)))
+        number, units = number if num_groups >= MIN_GROUPS else 0, f"{num_groups} groups"
+    return number, f"{number} bootstrap resamples of {units}"
 
 
 def _affordable(num_values: int) -> int:
@@ -272,9 +239,9 @@ def _by_class(
     either = (support > 0) | (named > 0)
     return _Resampled(
         support=support,
-        precision=np.where(either, np.nan_to_num(_ratio(right, named)), np.nan),
-        recall=_ratio(right, support),
-        f1=_ratio(2 * right, support + named),
+        precision=np.where(either, np.nan_to_num(ratio(right, named)), np.nan),
+        recall=ratio(right, support),
+        f1=ratio(2 * right, support + named),
         auroc=auroc,
         average_precision=average,
     )
@@ -286,7 +253,7 @@ def _over_classes(found: _Resampled) -> dict[str, Doubles]:
     def mean(values: Doubles, weights: Doubles | None = None) -> Doubles:
         known = ~np.isnan(values)
         counted = known if weights is None else known * weights
-        return _ratio((np.nan_to_num(values) * counted).sum(axis=1), counted.sum(axis=1) * 1.0)
+        return ratio((np.nan_to_num(values) * counted).sum(axis=1), counted.sum(axis=1) * 1.0)
 
     return {
         "macro_f1": mean(found.f1),

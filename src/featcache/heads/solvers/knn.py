@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
-from featcache.heads.decision import PLAIN, Decision
-from featcache.heads.linear import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
@@ -47,6 +46,7 @@ class KnnHead:
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
         decision: How logits become probabilities and a class.
+        known: Tells images of other classes, if rows were held out.
     """
 
     rows: Floats
@@ -60,6 +60,7 @@ class KnnHead:
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     decision: Decision = PLAIN
+    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.labels.shape != (len(self.rows),) or not len(self.rows):
