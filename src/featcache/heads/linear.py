@@ -162,6 +162,11 @@ class Decision:
         reached = probabilities[:, positive] >= self.threshold.probability
         return np.where(reached, positive, 1 - positive).astype(np.int64)
 
+    def has_labels(self, probabilities: Floats) -> NDArray[np.bool_]:
+        """With several labels, which of them rows of probabilities [..., C] are given."""
+        assert self.label_thresholds is not None
+        return np.asarray(probabilities >= np.array(self.label_thresholds))
+
     def predict(self, logits: Floats) -> NDArray[Any]:
         """What rows of logits [N, C] mean.
 
@@ -172,7 +177,7 @@ class Decision:
         if self.task == "regression":
             return np.asarray(logits[:, 0])
         if self.label_thresholds is not None:
-            return np.asarray(self.probabilities(logits) >= np.array(self.label_thresholds))
+            return self.has_labels(self.probabilities(logits))
         return self.classes(logits if self.threshold is None else self.probabilities(logits))
 
     def to_json(self) -> dict[str, Any]:

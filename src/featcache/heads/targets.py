@@ -157,8 +157,7 @@ def _run_labels(
             bar.update()
     head = _stacked(fits, targets, names)
     probabilities = outputs_on(test, head)
-    assert head.decision.label_thresholds is not None
-    predicted = probabilities >= np.array(head.decision.label_thresholds)
+    predicted = head.decision.has_labels(probabilities)
     known = [fit for fit in fits if fit is not None]
     return TargetRun(
         head=head,

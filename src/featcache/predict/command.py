@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featcache.config import Format, PredictConfig, config_json
+from featcache.config import Format, PredictConfig, Task, config_json
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, replacing, storage_errors
@@ -25,8 +25,9 @@ from featcache.streams import stdout_errors
 
 MAX_PATH_WIDTH = 60
 MARKS = re.compile(
-    rb"\Apicture +label +probability\n|\Apath,label,probability\b"
-    rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
+    rb"\Apicture +(label +probability|labels +probabilities|value)\n"
+    rb"|\Apath,(label,probability|labels|value)\b"
+    rb'|\A\{"path": .*("topk": \[\{"label": |"probabilities": |"value": )'
 )
 """How tables, CSV and JSON lines of predictions begin."""
 NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
@@ -36,6 +37,11 @@ Write = Callable[[str, Prediction], None]
 
 def prediction_json(path: str, prediction: Prediction) -> dict[str, Any]:
     """One prediction as a JSON object."""
+    if prediction.value is not None:
+        return {"path": path, "value": prediction.value}
+    if prediction.labels is not None:
+        probabilities = dict(prediction.topk)
+        return {"path": path, "labels": prediction.labels, "probabilities": probabilities}
     return {
         "path": path,
         "label": prediction.label,
@@ -60,6 +66,7 @@ def prediction_writer(
     topk: int,
     *,
     reject: bool = False,
+    task: Task = "multiclass",
 ) -> Iterator[Write]:
     """Write predictions as they come; a file appears whole in the end or not at all.
 
@@ -70,6 +77,7 @@ def prediction_writer(
         class_names: All of them, likewise.
         topk: Classes per prediction.
         reject: Whether predictions have p-values.
+        task: What is predicted of an image.
 
     Yields:
         A function of path and prediction.
@@ -79,7 +87,9 @@ def prediction_writer(
     """
     topk = min(topk, len(class_names))
     if kind == "table":
-        header, text = _table(paths, class_names, topk)
+        header, text = _table(paths, class_names, task)
+    elif kind == "csv" and task != "multiclass":
+        header, text = _target_csv(class_names, task)
     elif kind == "csv":
         header, text = _csv(topk, reject=reject)
     else:
@@ -130,38 +140,65 @@ def _put(file: BinaryIO, text: str) -> None:
 
 
 def _table(
-    paths: Sequence[str], class_names: Sequence[str], topk: int
+    paths: Sequence[str], class_names: Sequence[str], task: Task
 ) -> tuple[str, Callable[[str, Prediction], str]]:
     shown = [visible(name) for name in class_names]
     width = min(max((len(visible(path)) for path in paths), default=0), MAX_PATH_WIDTH)
     width, label_width = max(width, len("picture")), max(map(len, [*shown, "label"]))
 
     def text(path: str, prediction: Prediction) -> str:
-        cells = [f"{visible(label):<{label_width}} {value:.3f}" for label, value in prediction.topk]
+        pairs = prediction.topk
+        if prediction.labels is not None:
+            pairs = pairs[: len(prediction.labels)]
+        cells = [f"{visible(label):<{label_width}} {value:.3f}" for label, value in pairs]
+        if prediction.value is not None or not pairs:
+            cells = [prediction.label or "-"]
         if prediction.unknown:
             cells = [f"{UNKNOWN:<{label_width}} (p {prediction.p_value:.3f}), else", *cells]
         return f"{visible(path):<{width}}  {'  '.join(cells)}\n"
 
-    return f"{'picture':<{width}}  {'label':<{label_width}} probability\n", text
+    titles = {
+        "multiclass": f"{'label':<{label_width}} probability",
+        "multilabel": f"{'labels':<{label_width}} probabilities",
+        "regression": "value",
+    }
+    return f"{'picture':<{width}}  {titles[task]}\n", text
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(cells)
+    return buffer.getvalue()
+
+
+def _target_csv(
+    class_names: Sequence[str], task: Task
+) -> tuple[str, Callable[[str, Prediction], str]]:
+    """With several labels, those of the image, and every label's probability in a column."""
+
+    def text(path: str, prediction: Prediction) -> str:
+        cells: list[object] = [prediction.value]
+        if prediction.labels is not None:
+            by_label = dict(prediction.topk)
+            cells = [_as_text(prediction.label), *(by_label[name] for name in class_names)]
+        return _csv_line([_as_text(path), *cells])
+
+    names = ["value"] if task == "regression" else ["labels", *map(_as_text, class_names)]
+    return _csv_line(["path", *names]), text
 
 
 def _csv(topk: int, *, reject: bool) -> tuple[str, Callable[[str, Prediction], str]]:
-    def line(cells: Sequence[object]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
-
     def text(path: str, prediction: Prediction) -> str:
         pairs = ((_as_text(label), value) for label, value in prediction.topk)
         cells = [_as_text(path), *(cell for pair in pairs for cell in pair)]
         if reject:
             likeliest, cells[1] = cells[1], _as_text(prediction.label)
             cells += [likeliest, prediction.p_value or 0.0]
-        return line(cells)
+        return _csv_line(cells)
 
     more = [f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability")]
     more += ["likeliest", "p_value"] if reject else []
-    return line(["path", "label", "probability", *more]), text
+    return _csv_line(["path", "label", "probability", *more]), text
 
 
 def _as_text(cell: str) -> str:
@@ -206,6 +243,8 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         workers=config.workers,
     )
+    if config.topk > 1 and classifier.trained.decision.task != "multiclass":
+        raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
     if config.reject is not None:
         classifier.known_rows(config.reject)  # or an error, before anything is written
     timer = StageTimer()
@@ -219,7 +258,13 @@ def predict(config: PredictConfig) -> dict[str, Any]:
             kind = format_of(config.format, config.output)
             names = classifier.class_names
             target = prediction_writer(
-                kind, config.output, paths, names, config.topk, reject=config.reject is not None
+                kind,
+                config.output,
+                paths,
+                names,
+                config.topk,
+                reject=config.reject is not None,
+                task=classifier.trained.decision.task,
             )
             writers.append(stack.enter_context(target))
         skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
