@@ -71,6 +71,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    if dataset.task != "multiclass":
+        raise UserError(
+            f"{config.dataset} has several labels or a number per image: compare is for one class; "
+            "train-head and finetune report their scores"
+        )
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
         return _compare(config, dataset, output, start)

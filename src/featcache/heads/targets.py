@@ -169,11 +169,7 @@ def _run_labels(
         val_score=mean_average_precision([fit.probabilities() for fit in known]),
         scored_on=test.name,
         scores=multilabel_scores(truth, probabilities, predicted, names, seed=config.seed),
-        predictions=TargetPredictions(
-            ids=test.ids,
-            truth=[np.flatnonzero(row).tolist() for row in truth],
-            predicted=[np.flatnonzero(row).tolist() for row in predicted],
-        ),
+        predictions=TargetPredictions.of_labels(test.ids, truth, predicted),
         fit_seconds=timer.seconds["fit"],
     )
 

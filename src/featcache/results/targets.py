@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,12 @@ class TargetPredictions:
     ids: list[str]
     truth: list[list[int]] | list[float]
     predicted: list[list[int]] | list[float]
+
+    @classmethod
+    def of_labels(cls, ids: list[str], truth: Labels, predicted: Labels) -> Self:
+        """From which labels images have and were given, [N, C] each."""
+        columns = [[np.flatnonzero(row).tolist() for row in table] for table in (truth, predicted)]
+        return cls(ids=ids, truth=columns[0], predicted=columns[1])
 
 
 @dataclass(frozen=True, kw_only=True)
