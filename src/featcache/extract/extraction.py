@@ -80,7 +80,8 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[
 
     Args:
         config: The command's settings.
-        dataset: What these settings name, where it is loaded already.
+        dataset: The images, where they are loaded already; those that the settings name unless
+            given.
 
     Returns:
         The command's JSON report.

@@ -56,7 +56,8 @@ class Request(NamedTuple):
 
         Args:
             config: The command's settings.
-            dataset: What these settings name, where it is loaded already.
+            dataset: The images, where they are loaded already; those that the settings name unless
+                given.
 
         Raises:
             UserError: There is no such dataset, weights or stage, or a row would be too long.

@@ -18,8 +18,8 @@ from featcache.errors import CacheError, UserError, listed
 from featcache.finetune.samples import Placement, Samples
 from featcache.finetune.trainable import TrainableModel
 from featcache.heads import LinearHead, check_head_fits
+from featcache.heads.features import Floats
 from featcache.heads.files import parse_head
-from featcache.heads.linear import Floats
 from featcache.tensor_files import TensorFile
 
 if TYPE_CHECKING:

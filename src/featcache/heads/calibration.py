@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.heads.features import Doubles, Floats, Ints, widen
 from featcache.heads.linear import (
     TEMPERATURES,
     Decision,
-    Doubles,
-    Floats,
-    Ints,
     KnownRows,
     Threshold,
     Wanted,
     nearest_distance,
     softmax,
     unit_rows,
-    widen,
 )
 from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver

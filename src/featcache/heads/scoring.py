@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
+from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.files import Head
-from featcache.heads.linear import Doubles, Floats, Ints, Singles, softmax
+from featcache.heads.linear import softmax
 from featcache.heads.training_data import (
     BLOCK_ROWS,
     check_finite,

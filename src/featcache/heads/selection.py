@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.features import Floats, Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
     NotConverged,

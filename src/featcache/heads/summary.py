@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from featcache.heads.features import Ints
 from featcache.results.runs import RunReport
 from featcache.results.tables import score_lines
 
@@ -140,3 +143,30 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def shots_summary(
+    shots: int, y: Ints, class_names: list[str], scores: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Mean and spread over the samples.
+
+    Args:
+        shots: Rows per class.
+        y: Class indices of all train rows [N].
+        class_names: Names of the C classes.
+        scores: One entry per sample, with its `test_top1`.
+
+    Returns:
+        `std` is the sample standard deviation, None for one sample; `short_classes` are those
+        that have fewer rows.
+    """
+    top1 = np.array([score["test_top1"] for score in scores])
+    counts = np.bincount(y, minlength=len(class_names))
+    return {
+        "shots": shots,
+        "num_seeds": len(scores),
+        "mean": float(top1.mean()),
+        "std": float(top1.std(ddof=1)) if len(top1) > 1 else None,
+        "seeds": scores,
+        "short_classes": [n for n, k in zip(class_names, counts, strict=True) if k < shots],
+    }

@@ -20,7 +20,8 @@ from featcache.cache import FeatureCache
 from featcache.config import StageColumns, Task, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
-from featcache.heads.linear import ABSENT_BIAS, Decision, Doubles, Floats, LinearHead
+from featcache.heads.features import Doubles, Floats
+from featcache.heads.linear import ABSENT_BIAS, Decision, LinearHead
 from featcache.heads.scoring import TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose, load_data
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Solver, threads_for
@@ -67,12 +68,42 @@ class TargetRun:
     fit_seconds: float
 
 
-def run_targets(config: TrainHeadConfig, cache: FeatureCache) -> TargetRun:
+def target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[LinearHead, dict[str, Any]]:
     """Choose, fit and score a head on a cache whose images have several labels or a number.
+
+    Returns:
+        The head, and the fields of the report that depend on it.
 
     Raises:
         UserError: The settings ask for something that these heads do not have.
     """
+    run = run_targets(config, cache)
+    scores = dataclasses.asdict(run.scores)
+    head = run.head.replace(chosen=run.chosen, scores={"val_score": run.val_score, **scores})
+    return head, {
+        "trainable_params": head.num_params,
+        "test_top1": None,
+        "test_interval": None,
+        "epochs": [],
+        "scored_on": run.scored_on,
+        "chosen_on": run.chosen_on,
+        "more": {
+            "task": head.decision.task,
+            "solver": head.solver,
+            "backend": "numpy",
+            "val_score": run.val_score,
+            "fit_seconds": run.fit_seconds,
+            "chosen": run.chosen,
+            "num_train": len(cache.split("train")),
+            "num_test": len(run.predictions.ids),
+        },
+        "target_scores": run.scores,
+        "targets": run.predictions,
+    }
+
+
+def run_targets(config: TrainHeadConfig, cache: FeatureCache) -> TargetRun:
+    """As `target_head`."""
     task = cache.meta.dataset.task
     check_target_settings(config, task)
     run = _run_labels if task == "multilabel" else _run_value

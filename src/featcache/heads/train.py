@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.cache import FeatureCache, cost_of, seconds_of
+from featcache.cache import FeatureCache
 from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.groups import draw_shots
 from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
-from featcache.heads.few_shot import draw_shots, shots_summary
+from featcache.heads.features import Ints
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Ints
 from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
@@ -27,8 +27,9 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.targets import run_targets
-from featcache.heads.training_data import open_cache
+from featcache.heads.summary import shots_summary
+from featcache.heads.targets import target_head
+from featcache.heads.training_data import extraction_of, open_cache
 from featcache.results import RunReport, metrics, report_marks
 from featcache.runtime import StageTimer, environment, say
 
@@ -95,6 +96,21 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
             replaced.
         StorageError: The head cannot be written.
     """
+    report, head = fit_and_score(config, rows)
+    write_head(report, head)
+    return report
+
+
+def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
+    """What `train_head_report` does, but for writing files, whose names are checked.
+
+    Args:
+        config: The command's settings.
+        rows: See `train_head_report`.
+
+    Returns:
+        What the run measured, and the head.
+    """
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
@@ -109,8 +125,8 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         if cache.meta.dataset.task == "multiclass":
             head, fields = _class_head(config, cache, rows)
         else:
-            head, fields = _target_head(config, cache)
-        save_head(path, head.replace(provenance=provenance))
+            head, fields = target_head(config, cache)
+        head = head.replace(provenance=provenance)
     more = {"head": str(path), "extraction": extraction_of(cache)}
     more |= {"run": run_key(config, cache, rows)[:16], **fields.pop("more")}
     report = RunReport(
@@ -123,8 +139,18 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         more=more,
         **fields,
     )
+    return report, head
+
+
+def write_head(report: RunReport, head: Head) -> None:
+    """Write a head where its report says, and the report beside it.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    path = Path(report.more["head"])
+    save_head(path, head)
     report.save(path.with_suffix(".json"))
-    return report
 
 
 def _class_head(
@@ -146,33 +172,6 @@ def _class_head(
         "scores": found.scores,
         "calibration": found.calibration,
         "test": found.test,
-    }
-
-
-def _target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[Head, dict[str, Any]]:
-    """As `_class_head`, for images with several labels or a number."""
-    run = run_targets(config, cache)
-    scores = dataclasses.asdict(run.scores)
-    head = run.head.replace(chosen=run.chosen, scores={"val_score": run.val_score, **scores})
-    return head, {
-        "trainable_params": head.num_params,
-        "test_top1": None,
-        "test_interval": None,
-        "epochs": [],
-        "scored_on": run.scored_on,
-        "chosen_on": run.chosen_on,
-        "more": {
-            "task": head.decision.task,
-            "solver": head.solver,
-            "backend": "numpy",
-            "val_score": run.val_score,
-            "fit_seconds": run.fit_seconds,
-            "chosen": run.chosen,
-            "num_train": len(cache.split("train")),
-            "num_test": len(run.predictions.ids),
-        },
-        "target_scores": run.scores,
-        "targets": run.predictions,
     }
 
 
@@ -371,14 +370,6 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
-
-
-def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
-    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
-    record = cost_of(cache.path, cache.digest)
-    if record is None:
-        return None
-    return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
 def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:

@@ -8,22 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from featcache.cache import FeatureCache, FeatureSplit
+from featcache.cache import FeatureCache, FeatureSplit, cost_of, seconds_of
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.linear import (
-    Doubles,
-    Floats,
-    Ints,
-    Singles,
-    all_finite,
-    row_blocks,
-    widen,
-)
+from featcache.heads.features import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
@@ -232,6 +224,14 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
             "--views flip, or leave --tta out"
         )
     return cache
+
+
+def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
+    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
+    record = cost_of(cache.path, cache.digest)
+    if record is None:
+        return None
+    return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:

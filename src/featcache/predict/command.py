@@ -243,10 +243,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    if config.topk > 1 and classifier.trained.decision.task != "multiclass":
-        raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
-    if config.reject is not None:
-        classifier.known_rows(config.reject)  # or an error, before anything is written
+    _check_flags(config, classifier)
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
     found: list[dict[str, Any]] = []
@@ -274,6 +271,14 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
     report |= {} if config.reject is None else {"num_unknown": num_unknown}
     return report | ({"predictions": found} if config.json else {})
+
+
+def _check_flags(config: PredictConfig, classifier: Classifier) -> None:
+    """Refuse what the classifier cannot do, before anything is written."""
+    if config.topk > 1 and classifier.trained.decision.task != "multiclass":
+        raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
+    if config.reject is not None:
+        classifier.known_rows(config.reject)
 
 
 def _classify(

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
-from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
+from featcache.heads.features import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, KnownRows
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
 from featcache.heads.training_data import Rows, TrainRows
 

@@ -20,7 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks
+from featcache.heads.features import Doubles, Floats, row_blocks
+from featcache.heads.linear import ABSENT_BIAS, LinearHead
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
@@ -362,7 +363,6 @@ class ValueRidgeSolver(RidgeSolver):
 
     def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
         """Rows are decomposed when the first candidate is used."""
-        del candidates
         assert isinstance(rows, Rows)
         return PreparedValueRidge(rows)
 
