@@ -309,7 +309,11 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         + (f" ({split['num_skipped']} skipped)" if split["num_skipped"] else "")
         for name, split in report["splits"].items()
     )
-    counts += f" images of {report['num_classes']} classes"
+    counts += {
+        "multiclass": f" images of {report['num_classes']} classes",
+        "multilabel": f" images with any of {report['num_classes']} labels",
+        "regression": " images with a number each",
+    }[report["provenance"]["dataset"].get("task", "multiclass")]
     prep = report["provenance"]["backbone"]["preprocessing"]
     cut = report["provenance"]["backbone"]["stage_input"]
     rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"

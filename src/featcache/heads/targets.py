@@ -250,6 +250,8 @@ def _stacked(fits: Sequence[_Fit | None], targets: Floats, names: list[str]) -> 
 def best_threshold(truth: Floats, probabilities: Floats) -> float:
     """The probability from which a label is predicted with the highest F1; one half if in doubt.
 
+    It lies halfway between the last row that is given the label and the first that is not.
+
     Args:
         truth: 0 or 1 of the held-out rows [M].
         probabilities: Of 1, [M].
@@ -260,7 +262,8 @@ def best_threshold(truth: Floats, probabilities: Floats) -> float:
         return 0.5
     precision, recall, thresholds = precision_recall_curve(truth, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[f1[:-1].argmax()])
+    best = int(f1[:-1].argmax())
+    return float(thresholds[max(best - 1, 0)] + thresholds[best]) / 2
 
 
 def _run_value(
