@@ -14,6 +14,7 @@ from featcache.errors import UserError
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "avg+std"]
+Precision = Literal["float32", "int8", "amp"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -170,7 +171,7 @@ class CacheMeta:
     dataset: DatasetInfo
     views: Views
     dtype: Literal["float32", "float16"]
-    precision: str
+    precision: Precision
     engine: str
     versions: dict[str, str]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import ExtractConfig, Preprocessing
+from featcache.config import ExtractConfig, Precision, Preprocessing
 from featcache.config.checks import check_range, check_types
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EngineSettings:
     backbone: str
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    precision: Literal["float32", "int8", "amp"] = "float32"
+    precision: Precision = "float32"
     batch_size: Optional[int] = None  # noqa: UP045 - the form that check_types reads
     workers: Optional[int] = None  # noqa: UP045
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import identify, load_backbone
 from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
+from featcache.config import CacheMeta, DataConfig, InfoConfig, VerifyConfig
+from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.extraction import ExtractionRun, fill_split
@@ -115,13 +116,17 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
-    settings = _settings_of(config, meta)
-    dataset = load_dataset(settings)
-    _check_same(meta, class_names, settings, dataset)
-    network = load_backbone(settings, settings.seed, meta.backbone)
+    backbone = _backbone_of(config, meta)
+    dataset = load_dataset(_data_of(config, meta))
+    _check_same(config, meta, class_names, backbone, dataset)
+    network = load_backbone(backbone, config.seed, meta.backbone)
     with torch_threads_kept():
         engine = choose_engine(
-            EngineSettings.of(settings),
+            EngineSettings(
+                backbone=meta.backbone.backbone,
+                engine="torch" if meta.engine == "torch" else "openvino",
+                precision=meta.precision,
+            ),
             network,
             meta.backbone.preprocessing,
             num_images=0,
@@ -136,18 +141,15 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
         with prepare_repair(config.cache) as writer:
             damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
             for split in dataset.splits.values():
-                fill_split(run, writer, split, meta, settings.on_error)
+                fill_split(run, writer, split, meta, "skip")
             writer.finish()
     return damaged
 
 
-def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
-    """The extraction settings that a cache was made with, as far as it records them."""
+def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
+    """Which images a cache was made from: the dataset's place as given, the rest as recorded."""
     assert config.dataset is not None
-    if meta.precision not in ("float32", "int8", "amp"):
-        raise CacheError(f"{config.cache}: unknown precision {meta.precision!r}")
-    views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
-    return ExtractConfig(
+    return DataConfig(
         dataset=config.dataset,
         data_root=config.data_root,
         image_root=config.image_root,
@@ -158,22 +160,29 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         on_error="skip",
         seed=config.seed,
         cache_dir=config.cache.parent,
+    )
+
+
+def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
+    """The network and weights that a cache was made with."""
+    stages = meta.backbone.stages
+    return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if meta.backbone.stages is None else "stages",
-        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
-        views=views,
-        dtype=meta.dtype,
-        engine="torch" if meta.engine == "torch" else "openvino",
-        precision=meta.precision,  # type: ignore[arg-type]
+        layers="last" if stages is None else "stages",
+        pool="avg+std" if stages is None else stages.pool,
     )
 
 
 def _check_same(
-    meta: CacheMeta, class_names: list[str], settings: ExtractConfig, dataset: ImageDataset
+    config: VerifyConfig,
+    meta: CacheMeta,
+    class_names: list[str],
+    backbone: FeatureConfig,
+    dataset: ImageDataset,
 ) -> None:
     """Refuse to repair a cache from other images or weights than it was made from."""
-    info_now = identify(settings, settings.seed, settings.cache_dir)
+    info_now = identify(backbone, config.seed, config.cache.parent)
     wanted = {
         "weights_sha256": (meta.backbone.weights_sha256, info_now.weights_sha256),
         "dataset.fingerprint": (meta.dataset.fingerprint, dataset.fingerprint),
