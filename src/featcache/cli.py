@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from featcache.config.settings import command_line, description_of
@@ -22,7 +22,7 @@ EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
-Report = dict[str, Any]
+Report = Mapping[str, Any]
 Config = TypeVar("Config")
 
 

@@ -16,6 +16,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "avg+std"]
 Precision = Literal["float32", "int8", "amp"]
 
+JsonObject = dict[str, Any]
+"""A JSON object as it was parsed, before its fields are checked, or as it will be written."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -49,7 +52,7 @@ class Preprocessing:
             )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from `dataclasses.asdict` output that went through JSON.
 
         Raises:
@@ -99,7 +102,7 @@ class BackboneInfo:
     stages: StageColumns | None = None
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from `dataclasses.asdict` output that went through JSON.
 
         Raises:
@@ -107,7 +110,7 @@ class BackboneInfo:
         """
         return _from_dict(cls, values, "a backbone's record")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; without stages it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.stages is None:
@@ -179,12 +182,12 @@ class CacheMeta:
         """Canonical JSON: sorted keys, no spaces, ASCII."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON."""
         return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from parsed JSON.
 
         Raises:
@@ -199,16 +202,16 @@ class CacheMeta:
         return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 
-def _from_dict(kind: type[Record], values: dict[str, Any], what: str) -> Record:
+def _from_dict(kind: type[Record], values: JsonObject, what: str) -> Record:
     try:
         return record_from_json(kind, values)
     except ValueError as error:
         raise UserError(f"not {what}: {error}") from error
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: JsonObject, prefix: str = "") -> JsonObject:
     """Turn nested dicts into one with dotted names."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))

@@ -20,12 +20,13 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import copies_lines, find_copies
+from featcache.data.sampling import CopiesReport, copies_lines, find_copies
 
 __all__ = [
     "EXTENSIONS",
     "REASONS",
     "BadImage",
+    "CopiesReport",
     "Decoded",
     "DecodedSplit",
     "ImageDataset",

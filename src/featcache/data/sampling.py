@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,6 +144,28 @@ def same_content(splits: Sequence[ImageSplit]) -> Int64:
     return groups
 
 
+class PairsReport(TypedDict):
+    """`Pairs` as JSON."""
+
+    num_images: int
+    examples: list[tuple[str, str]]
+
+
+class PairsAcross(PairsReport):
+    """Images of `split` that are also in `also_in`."""
+
+    split: str
+    also_in: str
+
+
+class CopiesReport(TypedDict):
+    """`Copies` as JSON."""
+
+    num_copies: int
+    across_splits: list[PairsAcross]
+    two_labels: PairsReport
+
+
 @dataclass
 class Pairs:
     """Images that have a duplicate: how many, and the ids of the first few pairs."""
@@ -156,6 +178,10 @@ class Pairs:
         self.num_images += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(pair)
+
+    def report(self) -> PairsReport:
+        """The same as JSON."""
+        return {"num_images": self.num_images, "examples": self.examples}
 
 
 class Copies(NamedTuple):
@@ -171,16 +197,16 @@ class Copies(NamedTuple):
     across: dict[tuple[str, str], Pairs]
     two_labels: Pairs
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> CopiesReport:
         """The findings as JSON."""
-        across = [
-            {"split": split, "also_in": other, **asdict(pairs)}
+        across: list[PairsAcross] = [
+            {"split": split, "also_in": other, **pairs.report()}
             for (split, other), pairs in self.across.items()
         ]
         return {
             "num_copies": self.num_copies,
             "across_splits": across,
-            "two_labels": asdict(self.two_labels),
+            "two_labels": self.two_labels.report(),
         }
 
 
@@ -207,7 +233,7 @@ def find_copies(dataset: ImageDataset) -> Copies:
     return Copies(num_copies=len(copies), across=across, two_labels=two_labels)
 
 
-def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:
+def copies_lines(report: CopiesReport, sizes: dict[str, int], *, divided: bool) -> list[str]:
     """The findings of `Copies.report` as sentences.
 
     Args:
@@ -235,6 +261,6 @@ def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool
     return lines
 
 
-def _such_as(found: dict[str, Any]) -> str:
+def _such_as(found: PairsReport) -> str:
     one, two = found["examples"][0]
     return f"such as {one} and {two}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import identify, load_backbone
-from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, DataConfig, InfoConfig, VerifyConfig
+from featcache.cache import MARKS, CacheInfo, info, part_path, prepare_repair, read_meta, verify
+from featcache.config import CacheMeta, DataConfig, InfoConfig, JsonObject, VerifyConfig
 from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
@@ -22,7 +22,13 @@ EXIT_DAMAGED = 2
 MAX_LISTED = 10
 
 
-def inspect(config: InfoConfig) -> dict[str, Any]:
+class InfoReport(CacheInfo):
+    """What `featcache info --json` prints."""
+
+    command: str
+
+
+def inspect(config: InfoConfig) -> InfoReport:
     """What a cache, finished or not, records about itself; features are not read.
 
     Raises:
@@ -31,7 +37,7 @@ def inspect(config: InfoConfig) -> dict[str, Any]:
     return {"command": "info", **info(config.cache)}
 
 
-def inspect_lines(report: dict[str, Any]) -> list[str]:
+def inspect_lines(report: InfoReport) -> list[str]:
     """The report for people."""
     meta = report["meta"]
     backbone, dataset = meta["backbone"], meta["dataset"]
@@ -64,7 +70,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check(config: VerifyConfig) -> dict[str, Any]:
+def check(config: VerifyConfig) -> JsonObject:
     """Check every byte of a cache that can be checked; with `repair`, recompute damaged blocks.
 
     Returns:
@@ -82,7 +88,7 @@ def check(config: VerifyConfig) -> dict[str, Any]:
     return {**report, "exit_code": 0 if report["ok"] else EXIT_DAMAGED}
 
 
-def check_lines(report: dict[str, Any]) -> list[str]:
+def check_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     path = report["path"]
     rows = sum(report["num_rows"].values())

@@ -159,7 +159,7 @@ class Placement:
     channels_last: bool
     workers: int
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str | int]:
         """For reports: device by name, precision, memory layout, threads."""
         import torch
 

@@ -11,11 +11,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from featcache.config import BackboneInfo, CacheMeta, flatten
+from featcache.config import BackboneInfo, CacheMeta, JsonObject, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
 from featcache.heads.linear import LinearHead
@@ -28,7 +27,7 @@ DTYPES = ("float16", "float32", "float64", "int64")
 Head = LinearHead | KnnHead
 
 
-def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) -> None:
+def save_head(path: Path, head: Head, provenance: JsonObject | None = None) -> None:
     """Write a head file, whole or not at all.
 
     Args:
@@ -86,7 +85,7 @@ def parse_head(file: TensorFile) -> Head:
         if unknown := (rest.keys() | tensors.keys()) - names:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
-        parts: dict[str, Any] = {**rest, **tensors}
+        parts: JsonObject = {**rest, **tensors}
         head = kind(**parts)
         _check_values(head, tensors)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -123,7 +122,7 @@ def check_head_fits(head: Head, features: CacheMeta | BackboneInfo) -> None:
             )
 
 
-def _check_types(rest: dict[str, Any], tensors: Arrays) -> None:
+def _check_types(rest: JsonObject, tensors: Arrays) -> None:
     for name, values in tensors.items():
         if values.dtype not in DTYPES or values.ndim > 2 or not values.size:
             raise UserError(f"tensor {name!r:.40} is {values.dtype} {list(values.shape)}")

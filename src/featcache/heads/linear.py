@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,9 +104,9 @@ class LinearHead:
     mean: Floats | None = None
     scale: Floats | None = None
     solver: str = "logistic"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:

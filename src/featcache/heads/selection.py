@@ -16,13 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
-from featcache.config import TrainHeadConfig
+from featcache.config import JsonObject, TrainHeadConfig
 from featcache.heads.linear import Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
@@ -61,7 +60,7 @@ class Choice:
     score: float | None = None
     val_top1: float | None = None
     best_score: float | None = None
-    table: list[dict[str, Any]] = field(default_factory=list)
+    table: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,7 +202,7 @@ def assign_parts(
 
 def choose_solver(
     solvers: Sequence[Solver], selection: Selection
-) -> tuple[Solver, Choice, list[dict[str, Any]]]:
+) -> tuple[Solver, Choice, list[JsonObject]]:
     """Choose each solver's settings, then the solver with the best held-out score.
 
     Returns:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from featcache.config import JsonObject
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """What `train-head` prints for people.
 
     Args:
@@ -46,7 +46,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: JsonObject) -> str:
     # "strength" is the name of C and alpha in reports of version 0.1.
     named = [
         "C",

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from featcache.config import flatten
+from featcache.config import JsonObject, flatten
 from featcache.html_report.report_files import ReportFiles, Run, Summary
 from featcache.results import Predictions, Row, RunReport, benchmark_rows
 from featcache.results.advice import advice, best_of
@@ -53,7 +52,7 @@ class ComparedRun:
         return self.row.mode
 
     @property
-    def dataset(self) -> dict[str, Any]:
+    def dataset(self) -> JsonObject:
         """What the report says of the dataset."""
         return (self.report and self.report.provenance.get("dataset")) or {}
 

@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NotRequired, TypedDict
 
-from featcache.config import Format, PredictConfig, config_json
+from featcache.config import Format, JsonObject, PredictConfig, config_json
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, replacing, storage_errors
 from featcache.predict.classifier import Classifier, Prediction
-from featcache.predict.load import provenance_json
+from featcache.predict.load import ClassifierOrigin, origin_of
 from featcache.predict.pictures import find_pictures, split_of
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 from featcache.streams import stdout_errors
+
+if TYPE_CHECKING:
+    from featcache.engine import EngineInfo
 
 MAX_PATH_WIDTH = 60
 MARKS = re.compile(
@@ -34,7 +37,52 @@ NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 Write = Callable[[str, Prediction], None]
 
 
-def prediction_json(path: str, prediction: Prediction) -> dict[str, Any]:
+class ClassProbability(TypedDict):
+    """A class and its probability."""
+
+    label: str
+    probability: float
+
+
+class PredictionJson(ClassProbability):
+    """One prediction; `topk` starts with the predicted class."""
+
+    path: str
+    topk: list[ClassProbability]
+
+
+class SkippedImage(TypedDict):
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+class PredictReport(TypedDict):
+    """What `featcache predict --json` prints."""
+
+    command: str
+    model: str
+    kind: str
+    classifier: str
+    class_names: list[str]
+    num_images: int
+    num_skipped: int
+    skipped: list[SkippedImage]
+    output: str | None
+    images_per_s: float | None
+    stage_seconds: dict[str, float]
+    seconds_total: float
+    engine: EngineInfo
+    provenance: ClassifierOrigin
+    environment: dict[str, str | int]
+    config: JsonObject
+    exit_code: int
+    predictions: NotRequired[list[PredictionJson]]
+
+
+def prediction_json(path: str, prediction: Prediction) -> PredictionJson:
     """One prediction as a JSON object."""
     return {
         "path": path,
@@ -164,7 +212,7 @@ EXIT_SKIPPED = 1
 BAR_DELAY_S = 1.0
 
 
-def predict(config: PredictConfig) -> dict[str, Any]:
+def predict(config: PredictConfig) -> PredictReport:
     """Classify images and write their predictions.
 
     Args:
@@ -193,7 +241,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     )
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
-    found: list[dict[str, Any]] = []
+    found: list[PredictionJson] = []
     with contextlib.ExitStack() as stack:
         writers: list[Write] = []
         if config.json:
@@ -208,7 +256,9 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
     seconds = time.perf_counter() - start
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
-    return report | ({"predictions": found} if config.json else {})
+    if config.json:
+        report["predictions"] = found
+    return report
 
 
 def _classify(
@@ -217,7 +267,7 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> list[dict[str, str]]:
+) -> list[SkippedImage]:
     """Send every image's prediction to the writers; returns the images that had none."""
     split, skipped = split_of(paths), []
     # Rows that scroll by on the same screen show the progress themselves.
@@ -236,7 +286,7 @@ def _classify(
     return skipped
 
 
-def _skip(config: PredictConfig, path: str, bad: BadImage) -> dict[str, str]:
+def _skip(config: PredictConfig, path: str, bad: BadImage) -> SkippedImage:
     """Report an unreadable image, or end the run."""
     if config.on_error == "fail":
         raise UserError(
@@ -251,10 +301,10 @@ def _report(
     config: PredictConfig,
     classifier: Classifier,
     num_images: int,
-    skipped: list[dict[str, str]],
+    skipped: list[SkippedImage],
     timer: StageTimer,
     seconds: float,
-) -> dict[str, Any]:
+) -> PredictReport:
     stages = dict(timer.seconds)
     busy = stages.pop("total") - stages.get("choose_engine", 0.0)
     return {
@@ -271,14 +321,14 @@ def _report(
         "stage_seconds": stages,
         "seconds_total": seconds,
         "engine": classifier.engine(num_images).describe(),
-        "provenance": provenance_json(classifier.trained),
+        "provenance": origin_of(classifier.trained),
         "environment": environment(),
         "config": config_json(config),
         "exit_code": EXIT_SKIPPED if skipped else 0,
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: PredictReport) -> list[str]:
     """The report for people."""
     num, skipped = report["num_images"], report["num_skipped"]
     left_out = f", {skipped} unreadable and left out" if skipped else ""

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.results.metrics import (
     balanced,
@@ -291,7 +292,7 @@ def _verdict(
     return "finetune" if gains[0] > 0 else "cached"
 
 
-def curve_to_json(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+def curve_to_json(points: Sequence[CurvePoint]) -> list[JsonObject]:
     """Plain values, what follows from the points included."""
     return [
         {
@@ -316,7 +317,7 @@ def curve_from_json(values: Any) -> list[CurvePoint]:
         raise UserError(f"not the points of a learning curve: {error}") from error
 
 
-def _point_from_json(value: dict[str, Any]) -> CurvePoint:
+def _point_from_json(value: JsonObject) -> CurvePoint:
     num_train, num_test = int(value["num_train"]), int(value["num_test"])
     if not (0 < num_train < MAX_COUNT and 0 < num_test < MAX_COUNT):
         raise ValueError(f"{num_train} train and {num_test} test images")

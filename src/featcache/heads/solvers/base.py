@@ -15,6 +15,7 @@ from featcache.heads.training_data import Rows, TrainRows
 
 if TYPE_CHECKING:
     from featcache.heads.files import Head
+    from featcache.results import EpochRecord
 
 # Below this many multiplications per pass over the rows a second thread costs more than it gains:
 # it is woken and waited for at every product, and on a busy machine the wait is long.
@@ -45,7 +46,7 @@ class FittedHead(Generic[HeadT_co]):
     converged: bool = True
     num_passes: int = 1
     objective: float | None = None
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list)
 
 
 class HeldOutPredictions(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.heads.linear import Floats, checked_features, row_blocks
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
@@ -52,9 +53,9 @@ class KnnHead:
     metric: Metric = "cosine"
     row_weights: Floats | None = None
     solver: str = "knn"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.labels.shape != (len(self.rows),) or not len(self.rows):
