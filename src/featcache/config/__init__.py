@@ -4,13 +4,11 @@ The command line is generated from these classes.
 """
 
 from featcache.config.classifier_commands import (
-    ClassifierConfig,
     ExportConfig,
     Format,
     PredictConfig,
 )
 from featcache.config.commands import (
-    Backend,
     CompareConfig,
     ExtractConfig,
     FinetuneConfig,
@@ -28,12 +26,10 @@ from featcache.config.records import (
     BackboneInfo,
     CacheMeta,
     DatasetInfo,
-    Interpolation,
     JsonObject,
     Pool,
     Precision,
     Preprocessing,
-    Resize,
     StageColumns,
     Views,
     flatten,
@@ -46,9 +42,7 @@ __all__ = [
     "IMAGENET_STD",
     "BackboneConfig",
     "BackboneInfo",
-    "Backend",
     "CacheMeta",
-    "ClassifierConfig",
     "CompareConfig",
     "DataConfig",
     "DatasetInfo",
@@ -57,7 +51,6 @@ __all__ = [
     "FinetuneConfig",
     "Format",
     "InfoConfig",
-    "Interpolation",
     "JsonObject",
     "OutputConfig",
     "Pool",
@@ -65,7 +58,6 @@ __all__ = [
     "PredictConfig",
     "Preprocessing",
     "ReportConfig",
-    "Resize",
     "Solver",
     "StageColumns",
     "TrainHeadConfig",
