@@ -31,6 +31,7 @@ from featcache.config.records import (
     Precision,
     Preprocessing,
     StageColumns,
+    StageInput,
     Views,
     flatten,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "ReportConfig",
     "Solver",
     "StageColumns",
+    "StageInput",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",

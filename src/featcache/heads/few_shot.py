@@ -5,34 +5,15 @@ from __future__ import annotations
 from typing import TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from featcache.groups import whole_groups_first
 from featcache.heads.linear import Ints
 
 
-class ShotScore(TypedDict):
-    """What the head of one sample scored."""
-
-    seed: int
-    test_top1: float
-    val_top1: float | None
-
-
-class ShotsSummary(TypedDict):
-    """Test accuracy over the samples.
-
-    `std` is the sample standard deviation, None for one sample; `short_classes` are those with
-    fewer than `shots` rows.
-    """
-
-    shots: int
-    num_seeds: int
-    mean: float
-    std: float | None
-    seeds: list[ShotScore]
-    short_classes: list[str]
-
-
-def draw_shots(y: Ints, shots: int, seed: int, number: int) -> Ints:
+def draw_shots(
+    y: Ints, shots: int, seed: int, number: int, groups: ArrayLike | None = None
+) -> Ints:
     """Draw rows of one few-shot sample.
 
     Args:
@@ -40,12 +21,18 @@ def draw_shots(y: Ints, shots: int, seed: int, number: int) -> Ints:
         shots: Rows per class; a class with fewer gives all it has.
         seed: The run's seed.
         number: Which sample, from 0.
+        groups: The group of each row [N], if there are any: a class takes one after the other, so
+            that a small sample is one of few groups, as small datasets are.
 
     Returns:
         Row numbers, ascending.
     """
     random = np.random.default_rng([seed, 0x5407, number])
-    drawn = [random.permutation(np.flatnonzero(y == label))[:shots] for label in np.unique(y)]
+    if groups is None:
+        drawn = [random.permutation(np.flatnonzero(y == label))[:shots] for label in np.unique(y)]
+    else:
+        order = whole_groups_first(groups, random.permutation(len(y)))
+        drawn = [order[y[order] == label][:shots] for label in np.unique(y)]
     return np.sort(np.concatenate(drawn)).astype(np.int64)
 
 
