@@ -25,7 +25,7 @@ from featcache.export.graph import ClassifierGraph, head_layer
 from featcache.files import check_outputs
 from featcache.heads import Decision
 from featcache.predict import Classifier, load_classifier
-from trained_helpers import extracted_cache, knn_head, linear_head, make_model, write_head
+from trained_helpers import knn_head, linear_head, make_model, write_head
 
 NUMBERS = (3, 300, 700, 1001, 5000, 9, 77)
 

@@ -18,7 +18,14 @@ from featcache.backbone.weights import (
     own_preprocessing,
     weights_of,
 )
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing, StageColumns, StageInput
+from featcache.config import (
+    BackboneConfig,
+    BackboneInfo,
+    JsonObject,
+    Preprocessing,
+    StageColumns,
+    StageInput,
+)
 from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of

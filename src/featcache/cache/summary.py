@@ -22,8 +22,14 @@ MAX_SKIPPED = 1000
 class SkippedSample(TypedDict):
     """A sample without features; `code` is one of data.REASONS."""
 
-    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples;
-    `num_groups` is None where no groups are known.
+    id: str
+    code: int
+
+
+class SplitInfo(TypedDict):
+    """What `info` says about one split.
+
+    `skipped` lists at most MAX_SKIPPED samples; `num_groups` is None where no groups are known.
     """
 
     num_samples: int

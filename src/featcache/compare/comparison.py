@@ -121,7 +121,7 @@ def _asked_before(output: Path) -> JsonObject:
     return {}
 
 
-def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
+def _compare(setup: ComparisonSetup, start: float) -> JsonObject:
     """Run the comparison and write its report; the folder is locked."""
     train = setup.dataset.splits["train"]
     planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup), train.groups)

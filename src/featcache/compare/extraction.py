@@ -16,7 +16,7 @@ from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
-from featcache.extract import extract
+from featcache.extract import ExtractReport, extract
 from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
 from featcache.heads import Network

@@ -87,7 +87,7 @@ def plan_runs(
     config: CompareConfig,
     ids: Sequence[str],
     labels: Ints,
-    decisive: dict[CurveMode, dict[str, Any]],
+    decisive: dict[CurveMode, JsonObject],
     groups: Sequence[str] | None = None,
 ) -> list[PlannedRun]:
     """Every run, the most important first: all sizes of a draw before the next draw.

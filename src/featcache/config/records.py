@@ -134,7 +134,7 @@ class BackboneInfo:
         """
         return _from_dict(cls, values, "a backbone's record")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; of the last layer alone it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         for name in ("stages", "stage_input"):
@@ -188,7 +188,7 @@ class DatasetInfo:
     seed: int
     group_from: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; without `group_from` it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.group_from is None:

@@ -123,6 +123,28 @@ def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
     return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
 
 
+class PairsReport(TypedDict):
+    """`Pairs` as JSON."""
+
+    num_images: int
+    examples: list[tuple[str, str]]
+
+
+class PairsAcross(PairsReport):
+    """Images of `split` that are also in `also_in`."""
+
+    split: str
+    also_in: str
+
+
+class CopiesReport(TypedDict):
+    """`Copies` as JSON."""
+
+    num_copies: int
+    across_splits: list[PairsAcross]
+    two_labels: PairsReport
+
+
 @dataclass
 class Pairs:
     """Images that have a duplicate: how many, and the ids of the first few pairs."""
@@ -227,7 +249,7 @@ def shared_groups_lines(shared: Sequence[SharedGroups]) -> list[str]:
     ]
 
 
-def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:
+def copies_lines(report: CopiesReport, sizes: dict[str, int], *, divided: bool) -> list[str]:
     """The findings of `Copies.report` as sentences.
 
     Args:

@@ -74,6 +74,7 @@ class ExtractReport(TypedDict):
     num_views: int
     num_classes: int
     identical_images: CopiesReport
+    shared_groups: list[JsonObject]
     notes: list[str]
     splits: dict[str, SplitReport]
     stage_seconds: dict[str, float]
@@ -117,7 +118,7 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
+def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> ExtractReport:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:

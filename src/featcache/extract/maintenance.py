@@ -181,13 +181,9 @@ def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
     return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if meta.backbone.stages is None else "stages",
-        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
+        layers="last" if stages is None else "stages",
+        pool="avg+std" if stages is None else stages.pool,
         from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
-        views=views,
-        dtype=meta.dtype,
-        engine="torch" if meta.engine == "torch" else "openvino",
-        precision=meta.precision,  # type: ignore[arg-type]
     )
 
 

@@ -16,6 +16,7 @@ from featcache.backbone import identify
 from featcache.cache import (
     MAX_DIM,
     FeatureCache,
+    SkippedSample,
     SplitRows,
     begun_with,
     cost_of,

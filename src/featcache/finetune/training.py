@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
@@ -31,7 +31,7 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import RunReport
+from featcache.results import EpochRecord, RunReport
 from featcache.results.runs import Evaluation, evaluate
 from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
@@ -268,7 +268,7 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
     )
 
 
-def _provenance(run: FinetuneRun) -> dict[str, Any]:
+def _provenance(run: FinetuneRun) -> JsonObject:
     return {
         "backbone": run.info.to_dict(),
         "dataset": dataclasses.asdict(run.dataset.info(run.config)),
@@ -276,7 +276,7 @@ def _provenance(run: FinetuneRun) -> dict[str, Any]:
     }
 
 
-def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
+def _tail_fields(run: FinetuneRun) -> JsonObject:
     """What a report says of a run from cached activations only."""
     if run.stage_cache is None:
         return {}

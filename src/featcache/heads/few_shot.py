@@ -11,6 +11,29 @@ from featcache.groups import whole_groups_first
 from featcache.heads.linear import Ints
 
 
+class ShotScore(TypedDict):
+    """What the head of one sample scored."""
+
+    seed: int
+    test_top1: float
+    val_top1: float | None
+
+
+class ShotsSummary(TypedDict):
+    """Test accuracy over the samples.
+
+    `std` is the sample standard deviation, None for one sample; `short_classes` are those with
+    fewer than `shots` rows.
+    """
+
+    shots: int
+    num_seeds: int
+    mean: float
+    std: float | None
+    seeds: list[ShotScore]
+    short_classes: list[str]
+
+
 def draw_shots(
     y: Ints, shots: int, seed: int, number: int, groups: ArrayLike | None = None
 ) -> Ints:

@@ -47,8 +47,8 @@ def save_head(path: Path, head: Head, provenance: JsonObject | None = None) -> N
 
     if provenance is not None:
         head = head.replace(provenance=provenance)
-    tensors: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    tensors: Arrays = {}
+    rest: JsonObject = {}
     for item in dataclasses.fields(head):
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
@@ -98,7 +98,7 @@ def parse_head(file: TensorFile) -> Head:
         if unknown := (rest.keys() | tensors.keys()) - names:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
-        parts: dict[str, Any] = {**rest, **tensors}
+        parts: JsonObject = {**rest, **tensors}
         if "decision" in rest:
             parts["decision"] = Decision.from_json(rest["decision"])
         if stored := {name: parts.pop(key) for key, name in known.items() if key in tensors}:

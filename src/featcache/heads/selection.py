@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
-from featcache.config import TrainHeadConfig
+from featcache.config import JsonObject, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.linear import Floats, Ints
 from featcache.heads.solvers.base import (
@@ -65,7 +65,7 @@ class Choice:
     score: float | None = None
     val_top1: float | None = None
     best_score: float | None = None
-    table: list[dict[str, Any]] = field(default_factory=list)
+    table: list[JsonObject] = field(default_factory=list)
     logits: list[Floats] | None = None
 
 

@@ -351,7 +351,7 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
     return cache
 
 
-def provenance_of(cache: FeatureCache) -> dict[str, Any]:
+def provenance_of(cache: FeatureCache) -> JsonObject:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 

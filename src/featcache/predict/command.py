@@ -18,7 +18,7 @@ from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, replacing, storage_errors
 from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
-from featcache.predict.load import provenance_json
+from featcache.predict.load import ClassifierOrigin, origin_of
 from featcache.predict.pictures import find_pictures, split_of
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 from featcache.streams import stdout_errors
@@ -49,6 +49,7 @@ class PredictionJson(ClassProbability):
 
     path: str
     topk: list[ClassProbability]
+    p_value: NotRequired[float]
 
 
 class SkippedImage(TypedDict):
@@ -79,18 +80,19 @@ class PredictReport(TypedDict):
     environment: dict[str, str | int]
     config: JsonObject
     exit_code: int
+    num_unknown: NotRequired[int]
     predictions: NotRequired[list[PredictionJson]]
 
 
 def prediction_json(path: str, prediction: Prediction) -> PredictionJson:
     """One prediction as a JSON object."""
-    return {
+    fields: PredictionJson = {
         "path": path,
         "label": prediction.label,
         "probability": prediction.probability,
         "topk": [{"label": name, "probability": value} for name, value in prediction.topk],
-        **({} if prediction.p_value is None else {"p_value": prediction.p_value}),
     }
+    return fields if prediction.p_value is None else {**fields, "p_value": prediction.p_value}
 
 
 def format_of(given: Format | None, output: Path | None) -> Format:
@@ -275,8 +277,11 @@ def predict(config: PredictConfig) -> PredictReport:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
     seconds = time.perf_counter() - start
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
-    report |= {} if config.reject is None else {"num_unknown": num_unknown}
-    return report | ({"predictions": found} if config.json else {})
+    if config.reject is not None:
+        report["num_unknown"] = num_unknown
+    if config.json:
+        report["predictions"] = found
+    return report
 
 
 def _classify(
@@ -285,7 +290,7 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> tuple[list[dict[str, str]], int]:
+) -> tuple[list[SkippedImage], int]:
     """Send every image's prediction to the writers.
 
     Returns:

@@ -236,6 +236,7 @@ class ClassifierOrigin(TypedDict):
     backbone: str
     solver: str | None
     preprocessing: JsonObject
+    decision: JsonObject
     scores: JsonObject
     trained_on: JsonObject
 

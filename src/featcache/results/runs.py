@@ -14,6 +14,7 @@ from typing import Literal, Self, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike
 
+from featcache.config import JsonObject
 from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
@@ -105,7 +106,7 @@ class RunReport:
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
         text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
-        plain: dict[str, Any] = json.loads(text)
+        plain: JsonObject = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
-from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
+from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Metric, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
 # How sharply votes fall with distance: a cosine similarity lower by this much counts 1/e.
@@ -55,9 +55,9 @@ class KnnHead:
     metric: Metric = "cosine"
     row_weights: Floats | None = None
     solver: str = "knn"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
     decision: Decision = PLAIN
     known: KnownRows | None = None
 
