@@ -190,17 +190,18 @@ class TrainHeadConfig(OutputConfig):
 class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train the whole network (or, with --freeze-backbone, its head) on the images."""
 
-    recipe: Literal["notebook", "good"] = "notebook"
+    recipe: Optional[Literal["notebook", "good"]] = None
     """notebook: Adam with one constant learning rate. good: a linear probe first, then a lower rate
-    for the backbone, warm-up, a cosine schedule and weight decay. Other flags override the
-    recipe."""
+    for the backbone, warm-up, a cosine schedule and weight decay. By default notebook, or good with
+    --from-stage. Other flags override the recipe."""
     epochs: Optional[int] = None
-    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one."""
+    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one, 8
+    with the good one and --from-stage."""
     lr: Optional[float] = None
     """Learning rate. By default 1e-3, or 1e-2 with --optimizer sgd."""
     backbone_lr: Optional[float] = None
     """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
-    recipe."""
+    recipe, a fifth with --from-stage."""
     batch_size: int = 32
     """Images per step."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
@@ -243,6 +244,9 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
+        if self.recipe is None:
+            recipe = "notebook" if self.from_stage is None else "good"
+            object.__setattr__(self, "recipe", recipe)
         check_range("epochs", self.epochs, 1, 100_000)
         check_positive("lr", self.lr)
         check_range("backbone_lr", self.backbone_lr, 0)

@@ -230,7 +230,7 @@ class KnownRows:
     def _joint(self, confidence: Singles, distance: Singles, own: int) -> Doubles:
         less_sure = np.searchsorted(self.confidence, confidence, side="right")
         farther = len(self.distance) - np.searchsorted(self.distance, distance, side="left")
-        total = 2 * np.log(len(self.distance) + 1)
+        total = 2 * np.log(len(self.distance) + own)
         return np.asarray(total - np.log(own + less_sure) - np.log(own + farther))
 
 

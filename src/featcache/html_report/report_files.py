@@ -116,6 +116,7 @@ check_run = record(
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
         "scores? calibration?": OBJECT,
+        "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
     }
 )
 check_row = record(

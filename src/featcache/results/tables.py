@@ -188,12 +188,13 @@ def score_lines(report: RunReport) -> list[str]:
 def class_cells(scores: Scores) -> list[tuple[str, ...]]:
     """Scores of every class as text, one tuple per class in the order of `CLASS_HEADER`."""
     return [
-        (name, f"{c.support:,}", *(_or_dash(getattr(c, key)) for key in BY_CLASS))
+        (name, f"{c.support:,}", *(or_dash(getattr(c, key)) for key in BY_CLASS))
         for name, c in scores.classes.items()
     ]
 
 
-def _or_dash(share: float | None) -> str:
+def or_dash(share: float | None) -> str:
+    """A share for people, a dash where it has no meaning."""
     return "–" if share is None else f"{share:.3f}"
 
 
