@@ -137,8 +137,10 @@ def _of_run(run: Run, files: ReportFiles) -> ComparedRun:
 def _extraction_seconds(report: RunReport, files: ReportFiles) -> float | None:
     """How long a cached head's features took, from its own report or from other files."""
     cell = report.more.get("cell")
-    if cell:
-        return float(cell["cost_seconds"]) - float(cell["trial_seconds"])
+    if cell:  # what was spent on features that were not chosen comes before the run, too
+        return float(cell["cost_seconds"]) - float(
+            report.more.get("fit_seconds") or cell["trial_seconds"]
+        )
     own = report.more.get("extraction")
     if own and own.get("seconds") is not None:
         return float(own["seconds"])
@@ -149,8 +151,8 @@ def _extraction_seconds(report: RunReport, files: ReportFiles) -> float | None:
 def _name(report: RunReport, approach: Approach) -> str:
     """The mode with its solver, or with recipe and learning rate."""
     if approach == "cached":
-        solver = str(report.more.get("solver", ""))[:40]
-        return f"{NAMES[approach]}, {solver}" if solver else NAMES[approach]
+        parts = [str(report.more.get(name, ""))[:40] for name in ("solver", "features")]
+        return ", ".join([NAMES[approach], *(part for part in parts if part)])
     recipe = report.more.get("recipe") or {}
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(recipe.get("unfreeze"), list) and recipe["unfreeze"]:

@@ -112,6 +112,8 @@ check_run = record(
             {"ids": each(TEXT), "labels predicted": each(COUNT), "confidence": each(SHARE)}
         ),
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
+        "fit_seconds?": SECONDS,
+        "features?": TEXT,
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
         "scores? calibration?": OBJECT,
