@@ -214,7 +214,7 @@ def run_protocol(
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
             held = out_of_fold(solver, choice, selection, config.seed)
-    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    decision = fit_decision(held, config, fitted.head, selection.name)
     known = fit_known(held, decision, train.sample, config.seed)
     head = fitted.head.replace(decision=decision, known=known)
     fitted = dataclasses.replace(fitted, head=head)
