@@ -184,7 +184,7 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
-    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
+    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
     del tuning["seed"]
     return {
         "cached": {**same, "solver": config.solver},

@@ -33,6 +33,7 @@ from featcache.config.records import (
     Preprocessing,
     Resize,
     StageColumns,
+    StageInput,
     Views,
     flatten,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "Resize",
     "Solver",
     "StageColumns",
+    "StageInput",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",

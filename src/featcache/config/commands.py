@@ -34,7 +34,11 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     """Versions of each image to cache besides view 0, the plain image: none, flip (its mirror
     image), or a number N (N random crops, resized and flipped at random; seeded)."""
     dtype: Optional[Literal["float32", "float16"]] = None
-    """The type that features are stored as. By default float32, or float16 with --layers stages."""
+    """The type that features are stored as. By default float32, or float16 with --layers stages or
+    --from-stage."""
+    from_stage: Optional[str] = None
+    """Cache the input of this stage (for example layer4) instead of features, for
+    finetune --from-stage, which otherwise does so itself."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -63,11 +67,19 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
+        if self.from_stage is not None and self.layers == "stages":
+            raise UserError("--from-stage caches activations, --layers features: give one of them")
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        return self.dtype or ("float32" if self.layers == "last" else "float16")
+        plain = self.layers == "last" and self.from_stage is None
+        return self.dtype or ("float32" if plain else "float16")
+
+    @property
+    def cached_stage(self) -> str | None:
+        """See `BackboneConfig.cached_stage`."""
+        return self.from_stage
 
 
 @settings
@@ -175,6 +187,11 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train only the head, running the frozen network each step: a linear probe without cache."""
     unfreeze: Optional[str] = None
     """Train only the head and the modules whose names start with this, for example layer4."""
+    from_stage: Optional[str] = None
+    """Train only this stage and what follows it, for example layer4, from its cached input: the
+    network before it runs once over every image and its mirror image instead of in every epoch."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """The type that the cached input of --from-stage is stored as."""
     bn_eval: Optional[bool] = None
     """Keep BatchNorm statistics fixed; those of frozen parts always are. By default True with the
     good recipe."""
@@ -212,6 +229,10 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError("--freeze-backbone and --unfreeze contradict each other: give one")
         if self.freeze_backbone and self.backbone_lr is not None:
             raise UserError("--freeze-backbone trains the head alone: leave --backbone-lr out")
+        if self.from_stage is not None and (self.freeze_backbone or self.unfreeze):
+            raise UserError(
+                "--from-stage says what trains: leave --freeze-backbone and --unfreeze out"
+            )
 
 
 @settings

@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
@@ -66,6 +66,19 @@ def settings(cls: type[T]) -> type[T]:
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     made.__doc__ = _Doc(cls.__doc__ or "")  # type: ignore[assignment]
     return made
+
+
+def carried_over(config: Any, kind: type, *, but: Collection[str]) -> dict[str, Any]:
+    """The values of one command's settings that another command's class has too.
+
+    Args:
+        config: The settings.
+        kind: The other command's class.
+        but: Names that are left out.
+    """
+    theirs = {field.name for field in dataclasses.fields(kind)}
+    names = [f.name for f in dataclasses.fields(config) if f.name in theirs and f.name not in but]
+    return {name: getattr(config, name) for name in names}
 
 
 def in_python(text: str, config_class: type) -> str:

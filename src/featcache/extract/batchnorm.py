@@ -44,7 +44,8 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     """
     if config.batchnorm == "frozen":
         return config
-    plain = dataclasses.replace(config, layers="last")  # the file is of the network itself
+    # The file is of the network itself.
+    plain = dataclasses.replace(config, layers="last", from_stage=None)
     info = identify(plain, config.seed, config.cache_dir)
     train = dataset.splits["train"]
     num_images = min(len(train), MAX_IMAGES)

@@ -75,11 +75,12 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
+        dataset: What these settings name, where it is loaded already.
 
     Returns:
         The command's JSON report.
@@ -90,8 +91,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config)
-    for note in request.dataset.notes:
+    request = Request.of(config, dataset)
+    for note in request.dataset.notes if dataset is None else ():
         say(note)
     found = None if config.force else find_hit(request)
     if found is not None and not (config.update and left_out(found)):
@@ -103,6 +104,9 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
     earlier = EarlierRows.find(config, path)
+    if request.meta.backbone.stage_input is not None:
+        num_bytes = _num_bytes(request.meta, request.dataset)
+        say(f"caching {rows_text(request.meta)}, {num_bytes / 1e6:,.1f} MB: {path}")
     with torch_threads_kept():
         _compute(dataclasses.replace(request, path=path), earlier, run)
     report = _report(path, request.dataset, run)
@@ -197,6 +201,21 @@ def fill_split(
     )
 
 
+def rows_text(meta: CacheMeta) -> str:
+    """What a row of a cache of activations holds, for people."""
+    cut = meta.backbone.stage_input
+    assert cut is not None
+    shape = " × ".join(map(str, cut.shape))
+    views = "" if meta.views.num == 1 else f" of {meta.views.num} views"
+    return f"the input of {cut.stage} ({shape}, {meta.dtype}){views} of every image"
+
+
+def _num_bytes(meta: CacheMeta, dataset: ImageDataset) -> int:
+    """Bytes of the rows."""
+    per_row = meta.views.num * meta.backbone.feature_dim * np.dtype(meta.dtype).itemsize
+    return per_row * sum(map(len, dataset.splits.values()))
+
+
 def _skip(split: ImageSplit, index: int, bad: BadImage, on_error: str) -> int:
     """The status code of an unreadable image, or the end of the run."""
     if on_error == "fail":
@@ -280,8 +299,10 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     )
     counts += f" images of {report['num_classes']} classes"
     prep = report["provenance"]["backbone"]["preprocessing"]
+    cut = report["provenance"]["backbone"]["stage_input"]
+    rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"
     made_by = (
-        f"{report['backbone']} ({report['weights']}), {report['feature_dim']}-d, "
+        f"{report['backbone']} ({report['weights']}), {rows}, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:
@@ -297,4 +318,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     sizes = {name: split["num_samples"] for name, split in report["splits"].items()}
     divided = report["provenance"]["dataset"]["test_fraction"] is not None
     lines += copies_lines(report["identical_images"], sizes, divided=divided)
-    return [*lines, f"cache: {report['cache']}", f"next: train-head {shlex.quote(report['cache'])}"]
+    following = f"train-head {shlex.quote(report['cache'])}"
+    if cut:
+        following = f"finetune with the same settings and --from-stage {cut['stage']}"
+    return [*lines, f"cache: {report['cache']}", f"next: {following}"]

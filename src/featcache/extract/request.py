@@ -13,6 +13,7 @@ import numpy as np
 
 from featcache.backbone import identify
 from featcache.cache import (
+    MAX_DIM,
     FeatureCache,
     begun_with,
     cost_of,
@@ -49,16 +50,26 @@ class Request:
     path: Path
 
     @classmethod
-    def of(cls, config: ExtractConfig) -> Self:
+    def of(cls, config: ExtractConfig, dataset: ImageDataset | None = None) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
+        Args:
+            config: The command's settings.
+            dataset: What these settings name, where it is loaded already.
+
         Raises:
-            UserError: There is no such dataset or weights.
+            UserError: There is no such dataset, weights or stage, or a row would be too long.
         """
-        dataset = load_dataset(config)
+        dataset = dataset or load_dataset(config)
         config = with_adapted_batchnorm(config, dataset)
+        backbone = identify(config, config.seed, config.cache_dir)
+        if backbone.feature_dim > MAX_DIM:
+            raise UserError(
+                f"--from-stage {config.from_stage}: its input is {backbone.feature_dim:,} numbers "
+                f"an image, a cache holds {MAX_DIM:,}: give a later stage or a smaller --image-px"
+            )
         meta = CacheMeta(
-            backbone=identify(config, config.seed, config.cache_dir),
+            backbone=backbone,
             dataset=dataset.info(config),
             views=Views.parse(config.views, config.seed),
             dtype=config.stored_dtype,

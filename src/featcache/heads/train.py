@@ -99,7 +99,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
     with timer("total"):
         check_settings(config)
         config = without_strength(config)
-        cache = open_cache(config)
+        cache = _of_features(open_cache(config))
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
@@ -305,6 +305,21 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     if rows is not None:
         asked["rows"] = hashlib.sha256(rows.tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _of_features(cache: FeatureCache) -> FeatureCache:
+    """The cache, unless it is one of activations.
+
+    Raises:
+        UserError: It is one.
+    """
+    if (cut := cache.meta.backbone.stage_input) is not None:
+        raise UserError(
+            f"{cache.path} holds the input of {cut.stage}, not features: type featcache finetune "
+            f"DATASET --from-stage {cut.stage} to train on it, or extract-features without "
+            "--from-stage for a cache that heads can use"
+        )
+    return cache
 
 
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:

@@ -155,6 +155,8 @@ def _name(report: RunReport, approach: Approach) -> str:
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(recipe.get("unfreeze"), list) and recipe["unfreeze"]:
         parts.append("only " + ", ".join(str(name)[:40] for name in recipe["unfreeze"][:4]))
+    if isinstance(report.more.get("mode"), str):
+        parts.append(report.more["mode"][:60])
     if isinstance(recipe.get("lr"), float):
         parts.append(f"lr {recipe['lr']:g}")
     parts = [part for part in parts if part]

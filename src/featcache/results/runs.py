@@ -193,7 +193,7 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
     Args:
         runs: For each mode its name, its kind, its report, and the seconds of extraction that
-            came before it (0 for a mode that needs none).
+            came before it (0 for a mode that needs none, or whose report counts it).
 
     Returns:
         One row per run, in the order given.
@@ -203,6 +203,8 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
 def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
     num_train = int(run.more["num_train"])
+    cached_input = run.more.get("activations") or {}
+    extract_within = float(cached_input.get("extract_seconds") or 0.0)
     num_epochs = max(len(run.epochs), 1)
     per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
     scoring = sum(float(e.get("eval_seconds", 0.0)) for e in run.epochs) / num_epochs
@@ -217,7 +219,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         seconds_per_epoch=per_epoch,
         images_per_s=num_train / per_epoch if per_epoch else 0.0,
         eval_seconds_per_epoch=scoring,
-        extract_seconds=extract_seconds,
+        extract_seconds=extract_seconds + extract_within,
         num_epochs=len(run.epochs),
         points=_points(run, extract_seconds),
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,
