@@ -2,8 +2,9 @@
 
 For each dataset: heads on the last layer, on all stages, on a network with adapted BatchNorm
 statistics, and on both; of the two on all stages (which may use the last layer alone), the one that
-held-out train rows prefer; and fine-tuning with the notebook's settings at two rates and with the
-good recipe. The test split scores each once.
+held-out train rows prefer; the tail of the network trained from cached activations; and full
+fine-tuning with the notebook's settings at two rates and with the good recipe, for eight epochs as
+the tail. The test split scores each once.
 
     python scripts/bench_answer.py digits ../shared/data/cifar10-2500 ../shared/data/sign-digits
 
@@ -23,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from benchmark import NEVER_MIRRORED, BenchmarkConfig, warm_up
+from benchmark import BenchmarkConfig, warm_up
 from featcache.config import ExtractConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.extract import extract
@@ -33,9 +34,10 @@ from featcache.heads import train_head
 from featcache.results import RunReport
 from featcache.results.metrics import mcnemar
 
-Kind = Literal["cached", "notebook", "good"]
+Kind = Literal["cached", "tail", "notebook", "good"]
 LAST = "head, last layer"
 STAGES, ADAPTED = "head, all stages", "head, all stages, adapted BatchNorm"
+GOOD = {"recipe": "good", "epochs": 8, "backbone_lr": 2e-4}
 # By kind of training and name: the settings of extract-features, or of finetune.
 MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "cached": {
@@ -44,12 +46,16 @@ MODES: dict[Kind, dict[str, dict[str, Any]]] = {
         "head, adapted BatchNorm": {"batchnorm": "adapt"},
         ADAPTED: {"layers": "stages", "batchnorm": "adapt"},
     },
+    "tail": {
+        "tail from layer4": {**GOOD, "from_stage": "layer4"},
+        "tail from layer3": {**GOOD, "from_stage": "layer3"},
+    },
     "notebook": {
         "fine-tune, notebook's recipe, lr 1e-3": {},
         "fine-tune, notebook's recipe, lr 1e-4": {"lr": 1e-4},
     },
     "good": {
-        "fine-tune, good recipe, 8 epochs": {"recipe": "good", "epochs": 8, "backbone_lr": 2e-4},
+        "fine-tune, good recipe": GOOD,
     },
 }
 FULL: tuple[Kind, ...] = ("notebook", "good")
@@ -150,10 +156,15 @@ def run_cached(settings: dict[str, Any], stem: str) -> dict[str, Any]:
 def run_tuned(settings: dict[str, Any], stem: str) -> dict[str, Any]:
     """Fine-tune on images, mirrored at random unless they are characters."""
     start, spent = time.perf_counter(), time.process_time()
-    flip = Path(settings["dataset"]).stem.replace("-", "") not in NEVER_MIRRORED
+    flip = mirrored(settings["dataset"])
     model = settings["cache_dir"] / f"{stem}.safetensors"
     finetune_report(FinetuneConfig(**settings, flip=flip, output=model, score="end", resume=False))
     return cost(model, start, spent)
+
+
+def mirrored(dataset: str) -> bool:
+    """Whether train images are mirrored at random, as benchmark.py decides it."""
+    return BenchmarkConfig(dataset=dataset, weights="bundled").flips
 
 
 def cost(output: Path, start: float, spent: float) -> dict[str, Any]:

@@ -309,16 +309,17 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
 
     WiSE-FT (arXiv:2109.01903) with its coefficient of a half, against the fine-tuned weights.
     """
+    from bench_answer import mirrored
     from featcache.data import load_dataset
     from featcache.finetune import finetune_report
-    from featcache.finetune.loop import read_images, score
+    from featcache.finetune.loop import score
     from featcache.finetune.probe import fit_probe
+    from featcache.finetune.samples import read_images
     from featcache.finetune.setup import prepare
     from featcache.tensor_files import read_tensor_file
 
-    config = FinetuneConfig(
-        **shared, recipe="good", score="end", output=folder / "tuned.safetensors"
-    )
+    output, flip = folder / "tuned.safetensors", mirrored(shared["dataset"])
+    config = FinetuneConfig(**shared, recipe="good", flip=flip, score="end", output=output)
     dataset = load_dataset(config)
     config = dataclasses.replace(config, seed=part.seed)
     train = dataset.splits["train"]
@@ -330,13 +331,13 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
     begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune_report(config, dataset)
     end = read_tensor_file(config.output).tensors()
-    sets = [read_images(held, run.test.prep, config, run.placement.workers)[0], run.test]
+    sets = [read_images(held, run.info.preprocessing, config, run.placement.workers), run.test]
     right = {}
     for name, share in (("tuned", 1.0), ("halfway", 0.5)):
         start = time.process_time()
         model.load_state_dict({k: v.lerp(end[k], share) if v.is_floating_point() else end[k]
                                for k, v in begin.items()})  # fmt: skip
-        right[name] = [score(model, images, run.placement).top1 for images in sets]
+        right[name] = [score(run.trainable, images, run.placement).top1 for images in sets]
         seconds = time.process_time() - start
     (held_0, test_0), (held_1, test_1) = right["tuned"], right["halfway"]
     return {"change": WISE, "held_out": held_1 - held_0, "test": test_1 - test_0,

@@ -102,8 +102,9 @@ def test_every_mode_has_a_row_and_finished_rows_are_kept(
     answer, page = (tmp_path / "answer" / f"answer.{kind}" for kind in ("json", "md"))
     [result] = json.loads(answer.read_text())
     cached = list(script.MODES["cached"])
+    tail = list(script.MODES["tail"])
     tuned = [mode for kind in script.FULL for mode in script.MODES[kind]]
-    assert [row["mode"] for row in result["rows"]] == [*cached, script.BEST, *tuned]
+    assert [row["mode"] for row in result["rows"]] == [*cached, script.BEST, *tail, *tuned]
     assert result["best_tuned"] in tuned
     assert page.read_text().count("\n| ") == 2 + len(result["rows"])
     before = page.read_text()
