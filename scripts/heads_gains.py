@@ -15,9 +15,11 @@ import numpy as np
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, FinetuneConfig, StageColumns, TrainHeadConfig
 from featcache.config.commands import Solver
-from featcache.heads.selection import InMemoryData, assign_parts, load_data, same_rows
+from featcache.groups import assign_parts, same_content
+from featcache.heads.scoring import TestSplit
+from featcache.heads.selection import InMemoryData, load_data
 from featcache.heads.train import run_protocol
-from featcache.heads.training_data import Rows, TestSplit, load_rows
+from featcache.heads.training_data import Rows, load_rows
 from featcache.results.metrics import top1
 from featcache.runtime import say
 
@@ -149,7 +151,7 @@ def part_of(data: Extracted, seed: int) -> Part:
     """Draw the rows to fit; the other train rows are held out, as train-head would."""
     train, content = data.train.train, data.train.content
     fraction = max(0.5, 1 - FIT_ROWS / train.num_rows)
-    parts = assign_parts(train.y, same_rows(content), seed, fraction=fraction, num_parts=1)
+    parts = assign_parts(train.y, same_content(content), seed, fraction=fraction, num_parts=1)
     fit, held = np.flatnonzero(parts != 0), np.flatnonzero(parts == 0)
     return Part(
         fit=train.take(fit), scored=(train.take(held), data.test), places=(fit, held),

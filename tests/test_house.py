@@ -32,7 +32,7 @@ ROWS = [
     {"config"},
     {"runtime", "streams"},
     {"files"},
-    {"file_hashes", "random_order", "tensor_files"},
+    {"file_hashes", "groups", "random_order", "tensor_files"},
     {"cache", "data", "backbone", "results"},
     {"engine"},
     {"heads", "extract", "html_report"},

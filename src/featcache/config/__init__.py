@@ -37,6 +37,7 @@ from featcache.config.records import (
     Views,
     flatten,
 )
+from featcache.config.settings import config_json
 
 __all__ = [
     "HALF",
@@ -68,5 +69,6 @@ __all__ = [
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",
+    "config_json",
     "flatten",
 ]

@@ -172,6 +172,7 @@ class DatasetInfo:
 
     `fingerprint` is a sha256 over class names and, for every split, the ordered ids, labels and
     content hashes; it does not depend on where the files lie nor on their modification times.
+    `group_from` is the regular expression that found the groups in the ids, if one did.
     """
 
     name: str
@@ -181,6 +182,14 @@ class DatasetInfo:
     num_test: int | None
     test_fraction: float | None
     seed: int
+    group_from: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; without `group_from` it is what version 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if self.group_from is None:
+            del values["group_from"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +214,8 @@ class CacheMeta:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        own = {"backbone": self.backbone.to_dict(), "dataset": self.dataset.to_dict()}
+        return {**dataclasses.asdict(self), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

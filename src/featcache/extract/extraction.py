@@ -28,7 +28,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, config_json
 from featcache.data import (
     BadImage,
     ImageDataset,
@@ -36,10 +36,10 @@ from featcache.data import (
     bad_image_error,
     copies_lines,
     find_copies,
+    find_shared_groups,
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[
 
     Args:
         config: The command's settings.
-        dataset: What these settings name, where it is loaded already.
+        dataset: The images, where they are loaded already; those that the settings name unless
+            given.
 
     Returns:
         The command's JSON report.
@@ -108,7 +109,7 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[
         num_bytes = _num_bytes(request.meta, request.dataset)
         say(f"caching {rows_text(request.meta)}, {num_bytes / 1e6:,.1f} MB: {path}")
     with torch_threads_kept():
-        _compute(dataclasses.replace(request, path=path), earlier, run)
+        _compute(request._replace(path=path), earlier, run)
     report = _report(path, request.dataset, run)
     finish_cost(path, part_path(path), _cost(config, report, earlier.seconds))
     return report
@@ -134,14 +135,11 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     if config.verbose:
         say(f"engine: {run.engine.sentence()}")
     meta = dataclasses.replace(wanted, engine=run.engine.recorded)
-    rows = [
-        SplitRows(s.name, s.ids, s.labels, s.content, s.weights) for s in dataset.splits.values()
-    ]
     writer = open_writer(
         request.path,
         meta,
         dataset.class_names,
-        rows,
+        [split_rows(split) for split in dataset.splits.values()],
         force=config.force,
         reuse=earlier.cache,
     )
@@ -156,6 +154,13 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         assert state_sha256(network) == before, "the frozen network changed"
         with run.timer("finish"):
             writer.finish()
+
+
+def split_rows(split: ImageSplit) -> SplitRows:
+    """What is known of a split before extraction."""
+    return SplitRows(
+        split.name, split.ids, split.labels, split.content, split.weights, split.groups
+    )
 
 
 def fill_split(
@@ -281,6 +286,7 @@ def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, 
         "num_views": meta.views.num,
         "num_classes": len(class_names),
         "identical_images": find_copies(dataset).report(),
+        "shared_groups": [dataclasses.asdict(found) for found in find_shared_groups(dataset)],
         "notes": list(dataset.notes),
         "splits": {name: split.report() for name, split in run.splits.items()},
         "stage_seconds": dict(run.timer.seconds),

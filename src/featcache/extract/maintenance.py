@@ -58,6 +58,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
         lines.append(
             f"{name:<10} {split['num_samples']} images, {split['num_skipped']} skipped"
+            + (f", {split['num_groups']} groups" if split["num_groups"] is not None else "")
             + ("" if report["finished"] else done)
         )
         lines += [
@@ -159,6 +160,7 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         num_train=meta.dataset.num_train,
         num_test=meta.dataset.num_test,
         test_fraction=meta.dataset.test_fraction,
+        group_from=meta.dataset.group_from,
         on_error="skip",
         seed=config.seed,
         cache_dir=config.cache.parent,

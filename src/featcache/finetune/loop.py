@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 class Scores:
     """The result of a pass without training.
 
-    `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class, `loss`
-    the mean cross-entropy.
+    `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class,
+    `probabilities` [N, C] float32 those of all classes, `loss` the mean cross-entropy.
     """
 
     predicted: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
     loss: float
     top1: float
     seconds: float
@@ -180,17 +181,23 @@ def score(trainable: TrainableModel, samples: Samples, placement: Placement) -> 
     start = time.perf_counter()
     trainable.model.eval()
     num = len(samples)
-    predicted, confidence = np.zeros(num, np.int64), np.zeros(num, np.float32)
+    found: list[NDArray[np.float32]] = []
     total_loss = 0.0
     with torch.inference_mode(), progress(num, f"score {samples.split.name}", leave=False) as bar:
-        for raw, labels, rows in samples.all_batches(placement):
+        for raw, labels, _ in samples.all_batches(placement):
             with placement.autocast():
                 logits = trainable.network(samples.inputs(raw, placement))
             logits = logits.float().cpu()
             total_loss += float(cross_entropy(logits, torch.from_numpy(labels), reduction="sum"))
-            best = logits.softmax(1).max(1)
-            predicted[rows], confidence[rows] = best.indices.numpy(), best.values.numpy()
-            bar.update(len(rows))
-    right = int((predicted == samples.split.labels).sum())
-    seconds = time.perf_counter() - start
-    return Scores(predicted, confidence, total_loss / max(num, 1), right / max(num, 1), seconds)
+            found.append(logits.softmax(1).numpy())
+            bar.update(len(labels))
+    probabilities = np.concatenate(found)
+    predicted = probabilities.argmax(axis=1).astype(np.int64)
+    return Scores(
+        predicted=predicted,
+        confidence=probabilities.max(axis=1),
+        probabilities=probabilities,
+        loss=total_loss / num,
+        top1=float((predicted == samples.split.labels).mean()),
+        seconds=time.perf_counter() - start,
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -31,8 +31,9 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import Predictions, RunReport, config_json
-from featcache.results.metrics import wilson_interval
+from featcache.results import RunReport
+from featcache.results.runs import Evaluation, evaluate
+from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
 
@@ -212,14 +213,14 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
-    split, num_test = run.test.split, len(run.test)
-    right = int((scores.predicted == split.labels).sum())
+    num_test = len(run.test)
+    found = _evaluated(run, scores)
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=wilson_interval(right, num_test),
+        test_interval=found.interval,
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -242,12 +243,23 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             **_tail_fields(run),
         },
         class_names=run.dataset.class_names,
-        test=Predictions(
-            ids=split.ids,
-            labels=split.labels.tolist(),
-            predicted=scores.predicted.tolist(),
-            confidence=[round(float(c), 6) for c in scores.confidence],
-        ),
+        scores=found.scores,
+        calibration=found.calibration,
+        test=found.test,
+    )
+
+
+def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
+    split = run.test.split
+    return evaluate(
+        split.labels,
+        scores.predicted,
+        scores.probabilities,
+        ids=split.ids,
+        class_names=run.dataset.class_names,
+        confidence=scores.confidence,
+        groups=split.groups,
+        seed=run.config.seed,
     )
 
 
@@ -299,6 +311,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         *done,
         f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters{tail}",
+        *score_lines(RunReport.from_dict(report)),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
         f"{report['seconds_total']:.1f} s in all{once}{left_out}",
         f"model: {report['model']}",

@@ -10,7 +10,8 @@ from typing import Any
 
 from featcache.config import flatten
 from featcache.html_report.report_files import ReportFiles, Run, Summary
-from featcache.results import Predictions, Row, RunReport, advice, benchmark_rows, best_of
+from featcache.results import Predictions, Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of
 from featcache.results.metrics import mcnemar
 from featcache.results.runs import Approach
 
