@@ -51,6 +51,7 @@ LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
 DEFAULT_HEAD = "head only (cached, as train-head fits it)"
 STAGES_HEAD = "head only (cached, all stages)"
 GOOD_TUNE = "full fine-tune (good recipe)"
+TAIL = "tail from cached activations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +105,13 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         if self.flip == "auto":
             return self.short_name.replace("-", "") not in NEVER_MIRRORED
         return self.flip == "on"
+
+    @property
+    def last_stage(self) -> str:
+        """The stage from which the tail trains."""
+        from featcache.backbone.tail import last_stage
+
+        return last_stage(self.backbone)
 
     def _shared(self) -> dict[str, Any]:
         """Settings that every mode has."""
@@ -195,6 +203,7 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         for lr in (config.lr, config.lr / 10)
     ]
     good = tune("finetune-good", recipe="good", epochs=None, lr=None)
+    tail = tune("finetune-tail", from_stage=config.last_stage, epochs=None, lr=None)
     return [
         (LOOP, "loop", tune("head-in-loop", freeze_backbone=True)),
         (CACHED, "cached", config.notebook_head()),
@@ -202,6 +211,7 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         (STAGES_HEAD, "cached", config.stages_alternatives()),
         *tunes,
         (GOOD_TUNE, "finetune", good),
+        (TAIL, "finetune", tail),
     ]
 
 

@@ -27,8 +27,10 @@ from featcache.compare.planned_runs import PlannedRun, plan_runs
 from featcache.compare.shifted import ShiftedTest, shifted_images
 from featcache.compare.training import (
     ComparisonSetup,
+    decisive,
     finetune_config,
     load_finished,
+    tail_cache,
     time_finetuning,
     train_and_save,
     warm_up,
@@ -49,10 +51,11 @@ from featcache.results.forecast import forecasts
 from featcache.results.learning_curve import CurveMode, CurvePoint, curve_points
 from featcache.results.runs import MAX_BYTES
 from featcache.results.tables import curve_text, seconds_text
-from featcache.runtime import environment, load_optimizers, numeric_versions, say
+from featcache.runtime import environment, load_optimizers, say
 
 NETWORKS: dict[Network, str] = {"frozen": "", "adapt": "with adapted BatchNorm statistics "}
-MODES: tuple[CurveMode, ...] = get_args(CurveMode)
+MODES: tuple[CurveMode, ...] = ("cached", "finetune")
+"""Those that are tested against each other."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         StorageError: Another run is writing to it, or it cannot be written.
     """
     marks = re.compile(report_marks("compare").pattern + rb'|\A\{\s*"cache": |\A\{\s*"settings": ')
-    names = ("compare.json", *map(record_name, get_args(Network)), "settings.json")
+    names = ("compare.json", *map(record_name, (*get_args(Network), "tail")), "settings.json")
     check_outputs(dict.fromkeys((output / name for name in names), marks), [config.weights])
     check_writable(output / "compare.json")
     with sole_writer(output / "compare.json"):
@@ -117,7 +120,7 @@ def _asked_before(output: Path) -> dict[str, Any]:
 def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
     """Run the comparison and write its report; the folder is locked."""
     train = setup.dataset.splits["train"]
-    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup), train.groups)
+    planned = plan_runs(setup.config, train.ids, train.labels, decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -163,6 +166,7 @@ def prepare(
         caches=caches,
         extractions=extractions,
         shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
+        activations=tail_cache(config, output),
     )
 
 
@@ -187,32 +191,15 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         asked["test_shifted"] = config.test_shifted.name
     if config.group_from is None:
         del asked["group_from"]
+    del asked["from_stage"]
+    if config.tail is not None:
+        asked["tail"] = config.tail
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
     places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside", "strict")
     for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     return asked
-
-
-def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
-    """What decides a run's outcome besides its samples and seed."""
-    config = setup.config
-    provenance = provenance_of(setup.cache)
-    same = {
-        "backbone": provenance["backbone"],
-        "cache": provenance["cache_digest"],
-        "versions": numeric_versions(),
-    }
-    if setup.shifted is not None:
-        same["shifted"] = setup.shifted.digest
-    digests = [cache.digest.hex() for cache in setup.caches.values()]
-    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
-    del tuning["seed"]
-    return {
-        "cached": {**same, "caches": digests, "solver": config.solver},
-        "finetune": {**same, "plan": tuning, "min_steps": config.min_steps},
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +231,9 @@ class Schedule:
     def estimate(self, planned: PlannedRun) -> float | None:
         """Seconds that a run will take; None if nothing is known yet."""
         epochs = 1
-        if planned.mode == "finetune":
-            config = finetune_config(self.setup.config, len(planned.rows), planned.seed)
+        if planned.mode != "cached":
+            seed, mode = planned.seed, planned.mode
+            config = finetune_config(self.setup.config, len(planned.rows), seed, mode)
             epochs = resolve_recipe(config).epochs
         return self.budget.estimate(planned.mode, len(planned.rows), epochs)
 
@@ -262,7 +250,8 @@ class Schedule:
         finished = {mode: {(p.size, p.draw) for p in self.done if p.mode == mode} for mode in MODES}
         if set.intersection(*finished.values()):
             return None
-        return min(pending, key=lambda planned: (planned.draw, len(planned.rows)), default=None)
+        needed = [planned for planned in pending if planned.mode in MODES]
+        return min(needed, key=lambda planned: (planned.draw, len(planned.rows)), default=None)
 
     def finished(self) -> dict[PlannedRun, FinishedRun]:
         """The finished runs, in the order of the plan."""
@@ -287,7 +276,8 @@ class Schedule:
 def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     """Find or train every run that the budget allows."""
     num_test = len(setup.dataset.splits["test"])
-    spent = sum(extraction.spent_seconds for extraction in setup.extractions.values())
+    extractions = [*setup.extractions.values(), setup.activations]
+    spent = sum(extraction.spent_seconds for extraction in extractions if extraction)
     budget = Budget(setup.config.budget * MINUTE, num_test, spent)
     schedule = Schedule(setup=setup, planned=planned, budget=budget)
     for one in planned:
@@ -330,6 +320,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "num_planned": len(schedule.planned),
         "spent_seconds": spent,
         "extractions": {name: dataclasses.asdict(e) for name, e in setup.extractions.items()},
+        "activations": setup.activations and dataclasses.asdict(setup.activations),
         "shifted": setup.shifted and setup.shifted.describe(),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",

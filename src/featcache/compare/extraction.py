@@ -8,7 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of, seconds_of
@@ -83,7 +83,7 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
             )
             continue
         try:
-            found[network] = _shared_cache(wanted, output / record_name(network))
+            found[network] = shared_cache(wanted, output / record_name(network))
         except UserError as error:
             if not found:
                 raise
@@ -91,12 +91,12 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
     return found
 
 
-def record_name(network: Network) -> str:
+def record_name(network: Network | Literal["tail"]) -> str:
     """The file in the comparison's folder that remembers what extraction took."""
     return f"extraction-{network}.json"
 
 
-def _shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
+def shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
     """One cache, and what its extraction takes.
 
     The record beside the cache tells what it cost, if it is of this machine and these settings.

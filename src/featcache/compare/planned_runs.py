@@ -48,7 +48,7 @@ class PlannedRun:
     @property
     def title(self) -> str:
         """For people."""
-        what = "cached head" if self.mode == "cached" else "fine-tune"
+        what = {"cached": "cached head", "tail": "tail", "finetune": "fine-tune"}[self.mode]
         count = "all" if self.size == "all" else f"{self.size} per class"
         return f"{what}, {count} ({len(self.rows):,} images), seed {self.seed}"
 

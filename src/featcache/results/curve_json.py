@@ -58,6 +58,7 @@ def _point_from_json(value: dict[str, Any]) -> CurvePoint:
         only_finetune=_optional_count(value.get("only_finetune")),
         num_shifted=_optional_count(value.get("num_shifted")),
         shifted_p_value=_optional_share(value.get("shifted_p_value")),
+        tail=_scores_from_json(value.get("tail")),
     )
 
 

@@ -101,22 +101,23 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
-LINES: dict[CurveMode, tuple[str, float]] = {
-    "cached": ("cached head", 0.985),
-    "finetune": ("full fine-tune", 1.015),
+LINES: dict[CurveMode, tuple[str, Approach, float]] = {
+    "cached": ("cached head", "cached", 0.985),
+    "tail": ("tail, cached activations", "loop", 1.0),
+    "finetune": ("full fine-tune", "finetune", 1.015),
 }
-"""Name and shift of each mode's learning curve."""
+"""Name, style and shift of each mode's learning curve."""
 
 
 def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
     """The learning curves with their intervals, a dot for each of several draws, and forecasts."""
     lines = []
     ends = forecasts(points)
-    for mode, (name, shift) in LINES.items():
+    for mode, (name, style, shift) in LINES.items():
         values = [(point.num_train, side) for point in points if (side := point.scores(mode))]
         ahead = [(float(f.num_train), f.top1, *f.interval) for f in ends if f.mode == mode]
         if values:
-            lines.append(_curve_line(name, FIRST_STYLES[mode], shift, values, ahead))
+            lines.append(_curve_line(name, FIRST_STYLES[style], shift, values, ahead))
     return lines
 
 
