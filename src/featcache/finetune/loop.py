@@ -30,13 +30,13 @@ class Scores:
     """The result of a pass without training.
 
     `probabilities` [N, C] float32 are those of all classes, `loss` is the mean of what training
-    minimizes. `metric` is top-1 accuracy or, with several labels per image, the mean average
-    precision, and `name` says which.
+    minimizes. `metric` is top-1 accuracy or, `of_labels` of which an image has several, the mean
+    average precision.
     """
 
     probabilities: NDArray[np.float32]
     loss: float
-    name: str
+    of_labels: bool
     metric: float
     seconds: float
 
@@ -209,9 +209,9 @@ def score(trainable: TrainableModel, samples: Samples, placement: Placement) -> 
             bar.update(len(rows))
     probabilities = np.concatenate(found)
     if targets is None:
-        name, metric = "top1", top1(samples.split.labels, probabilities.argmax(axis=1))
+        metric = top1(samples.split.labels, probabilities.argmax(axis=1))
     else:
         columns = zip(targets.T, probabilities.T, strict=True)
-        name, metric = "map", mean_average_precision(list(columns)) or 0.0
+        metric = mean_average_precision(list(columns)) or 0.0
     seconds = time.perf_counter() - start
-    return Scores(probabilities, total_loss / num, name, metric, seconds)
+    return Scores(probabilities, total_loss / num, targets is not None, metric, seconds)

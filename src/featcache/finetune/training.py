@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig, config_json
+from featcache.config import FinetuneConfig, JsonObject, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -33,7 +33,7 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import RunReport
+from featcache.results import EpochRecord, RunReport
 from featcache.results.runs import evaluate
 from featcache.results.tables import score_lines
 from featcache.results.targets import TargetPredictions, multilabel_scores
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(config: FinetuneConfig) -> JsonObject:
     """Do the work of the command `finetune`, as `finetune_report` does.
 
     Returns:
@@ -171,13 +171,19 @@ def _train(
             say(f"stopped early: no gain since epoch {progress.best_epoch}")
             break
         loss, seconds, wait = train_epoch(trainable, optimizer, run.train, run.placement, epoch)
-        record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
+        record: EpochRecord = {
+            "epoch": epoch + 1,
+            "train_loss": loss,
+            "seconds": seconds,
+            "wait_seconds": wait,
+        }
         if run.held is not None:
             _score_held_out(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
         if run.config.score == "epoch" or epoch + 1 == recipe.epochs:
             scores = score(trainable, run.test, run.placement)
-            record |= {f"test_{scores.name}": scores.metric, "test_loss": scores.loss}
+            record["test_map" if scores.of_labels else "test_top1"] = scores.metric
+            record["test_loss"] = scores.loss
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
         if "test_loss" in record or run.config.verbose:
@@ -194,17 +200,18 @@ def _train(
     return scores or score(trainable, run.test, run.placement)
 
 
-def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
+def _score_held_out(run: FinetuneRun, progress: Progress, record: EpochRecord) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
     held = score(run.trainable, run.held, run.placement)
-    record |= {f"val_{held.name}": held.metric, "val_loss": held.loss, "val_seconds": held.seconds}
+    record["val_map" if held.of_labels else "val_top1"] = held.metric
+    record["val_loss"], record["val_seconds"] = held.loss, held.seconds
     if (held.metric, -held.loss) > progress.best_score:
         progress.best_score, progress.best_epoch = (held.metric, -held.loss), record["epoch"]
         progress.best = {n: t.detach().clone() for n, t in run.trainable.moving_state().items()}
 
 
-def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+def epoch_line(record: EpochRecord, num_epochs: int) -> str:
     """One epoch for people."""
     val, tested = (record.get(f"{n}_top1", record.get(f"{n}_map")) for n in ("val", "test"))
     held = "" if val is None else f"  held-out {val:.3f}"
@@ -249,7 +256,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
     )
 
 
-def _evaluated(run: FinetuneRun, scores: Scores) -> dict[str, Any]:
+def _evaluated(run: FinetuneRun, scores: Scores) -> JsonObject:
     """The report's fields of what was scored."""
     split, names = run.test.split, run.dataset.class_names
     if split.targets is not None:
@@ -282,7 +289,7 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> dict[str, Any]:
     }
 
 
-def _provenance(run: FinetuneRun) -> dict[str, Any]:
+def _provenance(run: FinetuneRun) -> JsonObject:
     return {
         "backbone": run.info.to_dict(),
         "dataset": dataclasses.asdict(run.dataset.info(run.config)),
@@ -290,7 +297,7 @@ def _provenance(run: FinetuneRun) -> dict[str, Any]:
     }
 
 
-def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
+def _tail_fields(run: FinetuneRun) -> JsonObject:
     """What a report says of a run from cached activations only."""
     if run.stage_cache is None:
         return {}
@@ -301,7 +308,7 @@ def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
 
 
 def _write_model(run: FinetuneRun, report: RunReport) -> None:
-    scores: dict[str, Any] = {
+    scores: JsonObject = {
         "test_top1": report.test_top1,
         "test_interval": list(report.test_interval or ()),
     }
@@ -322,13 +329,13 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
     write_model(run.output, run.trainable.model.state_dict(), card)
 
 
-def _main_score(report: dict[str, Any]) -> tuple[str, float, tuple[float, float]]:
+def _main_score(report: JsonObject) -> tuple[str, float, tuple[float, float]]:
     if (scores := report.get("target_scores")) is not None:
         return "mean average precision", scores["mean_average_precision"], scores["interval"]
     return "accuracy", report["test_top1"], report["test_interval"]
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     skipped = sum(report["num_skipped"].values())
     left_out = f"; {skipped} unreadable images left out" if skipped else ""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
+from featcache.config import JsonObject
 from featcache.heads.features import Ints
 from featcache.results.runs import RunReport
 from featcache.results.tables import score_lines
@@ -14,7 +15,7 @@ from featcache.results.tables import score_lines
 REJECT = 0.05
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """What `train-head` prints for people.
 
     Args:
@@ -55,7 +56,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     return [*lines, _last_line(report)]
 
 
-def target_lines(report: dict[str, Any]) -> list[str]:
+def target_lines(report: JsonObject) -> list[str]:
     """The summary where images have several labels or a number."""
     scores, of_value = report["target_scores"], report["task"] == "regression"
     if of_value:
@@ -82,7 +83,7 @@ def target_lines(report: dict[str, Any]) -> list[str]:
     return [*lines, _last_line(report)]
 
 
-def _label_line(name: str, label: dict[str, Any]) -> str:
+def _label_line(name: str, label: JsonObject) -> str:
     if label["average_precision"] is None:
         return f"  {name}: no test image has it"
     return (
@@ -91,14 +92,14 @@ def _label_line(name: str, label: dict[str, Any]) -> str:
     )
 
 
-def _last_line(report: dict[str, Any]) -> str:
+def _last_line(report: JsonObject) -> str:
     return (
         f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
 
 
-def _rejection_lines(report: dict[str, Any]) -> list[str]:
+def _rejection_lines(report: JsonObject) -> list[str]:
     """What rejecting strange rows would do on the test split."""
     for row in report.get("rejections") or ():
         if row["level"] == REJECT and row["answered_top1"] is not None:
@@ -109,7 +110,7 @@ def _rejection_lines(report: dict[str, Any]) -> list[str]:
     return []
 
 
-def _threshold_lines(report: dict[str, Any]) -> list[str]:
+def _threshold_lines(report: JsonObject) -> list[str]:
     """The threshold of a head that has one, and what it reaches on the test split."""
     threshold = report.get("threshold")
     if threshold is None:
@@ -123,7 +124,7 @@ def _threshold_lines(report: dict[str, Any]) -> list[str]:
     return [f"{name} from a probability of {threshold['probability']:.3f}: {'; '.join(reached)}"]
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: JsonObject) -> str:
     # "strength" is the name of C and alpha in reports of version 0.1.
     named = [
         "C",
@@ -145,20 +146,39 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+class ShotScore(TypedDict):
+    """What the head of one sample scored."""
+
+    seed: int
+    test_top1: float
+    val_top1: float | None
+
+
+class ShotsSummary(TypedDict):
+    """Test accuracy over the samples.
+
+    `std` is the sample standard deviation, None for one sample; `short_classes` are those with
+    fewer than `shots` rows.
+    """
+
+    shots: int
+    num_seeds: int
+    mean: float
+    std: float | None
+    seeds: list[ShotScore]
+    short_classes: list[str]
+
+
 def shots_summary(
-    shots: int, y: Ints, class_names: list[str], scores: list[dict[str, Any]]
-) -> dict[str, Any]:
+    shots: int, y: Ints, class_names: list[str], scores: list[ShotScore]
+) -> ShotsSummary:
     """Mean and spread over the samples.
 
     Args:
         shots: Rows per class.
         y: Class indices of all train rows [N].
         class_names: Names of the C classes.
-        scores: One entry per sample, with its `test_top1`.
-
-    Returns:
-        `std` is the sample standard deviation, None for one sample; `short_classes` are those
-        that have fewer rows.
+        scores: One per sample.
     """
     top1 = np.array([score["test_top1"] for score in scores])
     counts = np.bincount(y, minlength=len(class_names))

@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from featcache.cache import FeatureCache
-from featcache.config import StageColumns, Task, TrainHeadConfig
+from featcache.config import JsonObject, StageColumns, Task, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
 from featcache.heads.features import Doubles, Floats
@@ -59,7 +58,7 @@ class TargetRun:
     """
 
     head: LinearHead
-    chosen: dict[str, Any]
+    chosen: JsonObject
     chosen_on: str
     val_score: float | None
     scored_on: str
@@ -68,7 +67,7 @@ class TargetRun:
     fit_seconds: float
 
 
-def target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[LinearHead, dict[str, Any]]:
+def target_head(config: TrainHeadConfig, cache: FeatureCache) -> tuple[LinearHead, JsonObject]:
     """Choose, fit and score a head on a cache whose images have several labels or a number.
 
     Returns:
@@ -278,7 +277,7 @@ def _run_value(
     median = float(np.median(_targets(cache, "train")))
     return TargetRun(
         head=head,
-        chosen=fit.choice.settings,
+        chosen={**fit.choice.settings},
         chosen_on=fit.choice.chosen_on,
         val_score=_held_out_r2(fit),
         scored_on=test.name,

@@ -8,10 +8,9 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from featcache.cache import FeatureCache
-from featcache.config import StageColumns, TrainHeadConfig, config_json
+from featcache.config import JsonObject, StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.groups import draw_shots
@@ -27,7 +26,7 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.summary import shots_summary
+from featcache.heads.summary import ShotScore, shots_summary
 from featcache.heads.targets import target_head
 from featcache.heads.training_data import extraction_of, open_cache
 from featcache.results import RunReport, metrics, report_marks
@@ -59,9 +58,9 @@ class HeadRun:
     test_top1: float
     fit_seconds: float
     num_train: int
-    compared: list[dict[str, Any]]
+    compared: list[JsonObject]
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> JsonObject:
         """Settings and how they were chosen, for reports."""
         chosen = {
             **self.choice.settings,
@@ -72,7 +71,7 @@ class HeadRun:
         return {**chosen, "solvers": self.compared} if self.compared else chosen
 
 
-def train_head(config: TrainHeadConfig) -> dict[str, Any]:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Do the work of the command `train-head`, as `train_head_report` does.
 
     Returns:
@@ -155,7 +154,7 @@ def write_head(report: RunReport, head: Head) -> None:
 
 def _class_head(
     config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
-) -> tuple[Head, dict[str, Any]]:
+) -> tuple[Head, JsonObject]:
     """A head for images of one class each, and the report's fields that depend on it."""
     run, test, more = run_all(config, cache, rows)
     scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
@@ -177,7 +176,7 @@ def _class_head(
 
 def run_all(
     config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
-) -> tuple[HeadRun, TestSplit, dict[str, Any]]:
+) -> tuple[HeadRun, TestSplit, JsonObject]:
     """The protocol once, or on each few-shot sample.
 
     With given rows or --shots, settings are chosen within each sample, since a large val split is
@@ -188,7 +187,7 @@ def run_all(
     """
     data, stages = open_data(config, cache, rows), cache.meta.backbone.stages
     test = open_test(config, cache, in_memory=not data.streamed)
-    more: dict[str, Any] = {"streamed": data.streamed}
+    more: JsonObject = {"streamed": data.streamed}
     if config.shots is None or rows is not None:
         return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
@@ -198,7 +197,7 @@ def run_all(
         for i in range(config.num_seeds)
     ]
     runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
-    scores = [
+    scores: list[ShotScore] = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
         for i, run in enumerate(runs)
     ]
@@ -230,7 +229,7 @@ def run_protocol(
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
             held = out_of_fold(solver, choice, selection, config.seed)
-    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    decision = fit_decision(held, config, fitted.head, selection.name)
     known = fit_known(held, decision, train.sample, config.seed)
     head = fitted.head.replace(decision=decision, known=known)
     fitted = dataclasses.replace(fitted, head=head)
@@ -323,7 +322,7 @@ def without_strength(config: TrainHeadConfig) -> TrainHeadConfig:
     if flag == "k" and (value < 1 or value % 1):
         raise UserError(f"--strength {value:g}: knn needs a whole number of neighbors")
     say(f"--strength is the old name of --{flag}: give --{flag} {value:g} for {solver}")
-    renamed: dict[str, Any] = {flag: int(value) if flag == "k" else value}
+    renamed: JsonObject = {flag: int(value) if flag == "k" else value}
     return dataclasses.replace(config, strength=None, **renamed)
 
 
@@ -367,12 +366,12 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
     return cache
 
 
-def provenance_of(cache: FeatureCache) -> dict[str, Any]:
+def provenance_of(cache: FeatureCache) -> JsonObject:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 
 
-def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit) -> JsonObject:
     """The report's fields that only this command has."""
     class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
     num_classes, predicted = len(class_names), run.tested.classes

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from featcache.cache import FeatureCache, FeatureSplit, cost_of, seconds_of
-from featcache.config import TrainHeadConfig
+from featcache.cache import FeatureCache, FeatureSplit, cost_of
+from featcache.config import JsonObject, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads.features import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
 from featcache.heads.solvers.moments import Moments
@@ -226,12 +226,10 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
     return cache
 
 
-def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
+def extraction_of(cache: FeatureCache) -> JsonObject | None:
     """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
-    record = cost_of(cache.path, cache.digest)
-    if record is None:
-        return None
-    return {"seconds": seconds_of(record), "config": record.get("config")}
+    cost = cost_of(cache.path, cache.digest)
+    return None if cost is None else {"seconds": cost.seconds, "config": cost.config}
 
 
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:
