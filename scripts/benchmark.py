@@ -42,8 +42,8 @@ from featcache.config import (
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
-from featcache.results import Row, RunReport, benchmark_rows, speedups
-from featcache.results.advice import advice, best_of
+from featcache.results import Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of, speedups
 from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
 from featcache.results.tables import markdown_table, text_table

@@ -7,6 +7,7 @@ otherwise the sentences say that there is no clear winner on accuracy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from featcache.results.learning_curve import SIGNIFICANCE
@@ -193,3 +194,45 @@ def _pick_by_time(cached: Row, tune: Row, sure: bool) -> str:
         f"Pick fine-tuning here: {points:.1f} percentage points better and {gap} faster; the cache "
         "pays off only if you try many heads."
     )
+
+
+def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
+    """After how many repetitions a one-time cost has paid for itself.
+
+    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
+
+    Args:
+        one_time_s: Seconds of extraction.
+        cached_s: Seconds of one epoch (or trial) on the cache.
+        uncached_s: Seconds of one epoch (or trial) without it.
+
+    Returns:
+        That number, at least 1; None when a repetition on the cache saves nothing.
+    """
+    saved = uncached_s - cached_s
+    if not saved > 0:
+        return None
+    return max(1, math.ceil(one_time_s / saved))
+
+
+def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """How many times as fast a head on the cache is as each mode with the network in the loop.
+
+    The head is the first that trains in epochs, as the others do.
+
+    Returns:
+        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
+        "next_run" (the cache being there); empty without such a head.
+    """
+    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
+    if cached is None:
+        return {}
+    return {
+        row.mode: {
+            "total": row.seconds_total / cached.seconds_total,
+            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
+            "next_run": row.seconds_total / cached.later_seconds,
+        }
+        for row in rows
+        if row.approach != "cached"
+    }

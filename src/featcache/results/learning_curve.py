@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from featcache.config import JsonObject
 from featcache.errors import UserError
+from featcache.results.advice import break_even
 from featcache.results.metrics import (
     balanced,
     beats,
@@ -28,7 +29,7 @@ from featcache.results.metrics import (
     mcnemar,
     wilson_interval,
 )
-from featcache.results.runs import RunReport, break_even
+from featcache.results.runs import RunReport
 
 SIGNIFICANCE = 0.05
 
