@@ -7,7 +7,6 @@ otherwise the sentences say that there is no clear winner on accuracy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from featcache.results.learning_curve import SIGNIFICANCE
@@ -194,25 +193,6 @@ def _pick_by_time(cached: Row, tune: Row, sure: bool) -> str:
         f"Pick fine-tuning here: {points:.1f} percentage points better and {gap} faster; the cache "
         "pays off only if you try many heads."
     )
-
-
-def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
-    """After how many repetitions a one-time cost has paid for itself.
-
-    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
-
-    Args:
-        one_time_s: Seconds of extraction.
-        cached_s: Seconds of one epoch (or trial) on the cache.
-        uncached_s: Seconds of one epoch (or trial) without it.
-
-    Returns:
-        That number, at least 1; None when a repetition on the cache saves nothing.
-    """
-    saved = uncached_s - cached_s
-    if not saved > 0:
-        return None
-    return max(1, math.ceil(one_time_s / saved))
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from featcache.config import JsonObject
 from featcache.errors import UserError
-from featcache.results.advice import break_even
 from featcache.results.metrics import (
     balanced,
     beats,
@@ -29,7 +28,7 @@ from featcache.results.metrics import (
     mcnemar,
     wilson_interval,
 )
-from featcache.results.runs import RunReport
+from featcache.results.runs import RunReport, break_even
 
 SIGNIFICANCE = 0.05
 

@@ -363,3 +363,22 @@ def _points(run: RunReport, top1: float, extract_seconds: float) -> tuple[tuple[
         if epoch.get("test_top1") is not None:  # an epoch may go without a score
             points.append((elapsed, float(epoch["test_top1"])))
     return tuple(points)
+
+
+def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | None:
+    """After how many repetitions a one-time cost has paid for itself.
+
+    The smallest whole n with `one_time_s + n * cached_s <= n * uncached_s`.
+
+    Args:
+        one_time_s: Seconds of extraction.
+        cached_s: Seconds of one epoch (or trial) on the cache.
+        uncached_s: Seconds of one epoch (or trial) without it.
+
+    Returns:
+        That number, at least 1; None when a repetition on the cache saves nothing.
+    """
+    saved = uncached_s - cached_s
+    if not saved > 0:
+        return None
+    return max(1, math.ceil(one_time_s / saved))
