@@ -33,6 +33,7 @@ CURVE_HEADER = (
 )
 
 FEATURES_HEADER = ("head's features (held-out accuracy)",)
+TAIL_HEADER = ("tail, cached activations", "tail time")
 SHIFTED_HEADER = ("cached head, shifted", "fine-tune, shifted")
 CLASS_HEADER = (
     "class",
@@ -145,12 +146,17 @@ def curve_header(points: Sequence[CurvePoint]) -> tuple[str, ...]:
     return (
         *CURVE_HEADER,
         *(FEATURES_HEADER if _have_features(points) else ()),
+        *(TAIL_HEADER if _have_tail(points) else ()),
         *(SHIFTED_HEADER if _have_shifted(points) else ()),
     )
 
 
 def _have_features(points: Sequence[CurvePoint]) -> bool:
     return any(point.cached and point.cached.held_out for point in points)
+
+
+def _have_tail(points: Sequence[CurvePoint]) -> bool:
+    return any(point.tail for point in points)
 
 
 def _have_shifted(points: Sequence[CurvePoint]) -> bool:
@@ -215,6 +221,7 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     rest = ("–",) * (len(curve_header(points)) - 3)
     more: list[Callable[[CurvePoint], str]] = []
     more += [_features_cell] if _have_features(points) else []
+    more += [_tail_cell, _tail_time] if _have_tail(points) else []
     more += [_shifted_cell(mode) for mode in NAMES] if _have_shifted(points) else []
     return [(*_curve_row(p), *(cell(p) for cell in more)) for p in points] + [
         ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
@@ -248,6 +255,14 @@ def _features_cell(point: CurvePoint) -> str:
     held_out = point.cached.held_out
     names = dict.fromkeys([*point.cached.features, *held_out])
     return "; ".join(f"{name} {held_out[name]:.3f}" for name in names if name in held_out)
+
+
+def _tail_cell(point: CurvePoint) -> str:
+    return _scores(point.tail, point)
+
+
+def _tail_time(point: CurvePoint) -> str:
+    return "–" if point.tail is None else seconds_text(point.tail.cost_seconds)
 
 
 def _shifted_cell(mode: CurveMode) -> Callable[[CurvePoint], str]:
