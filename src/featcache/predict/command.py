@@ -84,15 +84,7 @@ def predict(config: PredictConfig) -> PredictReport:
     paths = find_pictures(config.inputs)
     if config.output is not None:
         check_outputs({config.output: MARKS}, [config.model, config.weights or "", *paths])
-    classifier = Classifier.load(
-        config.model,
-        weights=config.weights,
-        seed=config.seed,
-        device=config.device,
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-    _check_flags(config, classifier)
+    classifier = _classifier(config)
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
     found: list[AnyPredictionJson] = []
@@ -125,12 +117,21 @@ def predict(config: PredictConfig) -> PredictReport:
     return report
 
 
-def _check_flags(config: PredictConfig, classifier: Classifier) -> None:
-    """Refuse what the classifier cannot do, before anything is written."""
+def _classifier(config: PredictConfig) -> Classifier:
+    """Load it, and refuse what it cannot do before anything is written."""
+    classifier = Classifier.load(
+        config.model,
+        weights=config.weights,
+        seed=config.seed,
+        device=config.device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
     if config.topk > 1 and classifier.trained.decision.task != "multiclass":
         raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
     if config.reject is not None:
         classifier.known_rows(config.reject)
+    return classifier
 
 
 def _classify(
