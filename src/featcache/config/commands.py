@@ -89,7 +89,7 @@ class TrainHeadConfig(OutputConfig):
     epochs: int = 3
     """Passes over train (adam, sgd)."""
     lr: Optional[float] = None
-    """Learning rate (adam 1e-3, sgd 1e-2 unless given)."""
+    """Learning rate of adam and sgd. By default 1e-3 for adam, 1e-2 for sgd."""
     batch_size: int = 32
     """Rows per step (adam, sgd)."""
     weight_decay: float = 0.0
@@ -107,9 +107,9 @@ class TrainHeadConfig(OutputConfig):
     strength: Optional[float] = None
     """The old name of --C, --alpha and --k; give the one of your solver."""
     select: Literal["holdout", "cv"] = "holdout"
-    """Choose on a held-out part of train, or by k-fold cross-validation on train."""
+    """Choose settings on a held-out part of train, or by k-fold cross-validation on train."""
     holdout: float = 0.2
-    """Share of train that chooses, stratified and seeded."""
+    """Fraction of train to hold out for choosing settings, stratified and seeded."""
     folds: int = 5
     """Folds of --select cv."""
     standardize: Literal["auto", "on", "off"] = "auto"
@@ -118,7 +118,7 @@ class TrainHeadConfig(OutputConfig):
     """With a cache of --layers stages, learn from the columns of the last layer or from all; auto
     chooses on the held-out part (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
-    """balanced weighs classes by the inverse of their frequency."""
+    """balanced weights every class by the inverse of its frequency."""
     threshold_for: Optional[str] = None
     """For two classes, precision=LEVEL or recall=LEVEL: choose, on held-out rows, the probability
     from which an image counts as --positive, so that this much is reached. It is stored with the
@@ -132,11 +132,11 @@ class TrainHeadConfig(OutputConfig):
     tta: bool = False
     """Average the test prediction over the cached views instead of using view 0 alone."""
     stream: Literal["auto", "on", "off"] = "auto"
-    """Train in bounded memory; auto does when the cache is large against free memory."""
+    """Train in bounded memory; auto does so when the cache is too large for the free memory."""
     seed: int = 42
     """Seed of the held-out part, of shuffling and of initial weights."""
     cache_dir: Optional[Path] = None
-    """Where the head goes unless --output says otherwise; beside the cache unless given."""
+    """The folder for a head that --output does not name. By default the cache's folder."""
     output: Optional[Path] = None
     """The head file (.safetensors); its report is written beside it as .json."""
 
