@@ -3,6 +3,8 @@
     python scripts/bench_heads.py              # speed against scikit-learn, some minutes
     python scripts/bench_heads.py --table      # accuracy against plain LogisticRegression
     python scripts/bench_heads.py --views-of FOLDER   # what cached views buy and cost
+    python scripts/bench_heads.py --probabilities CACHE   # are they right, are others noticed
+    python scripts/bench_heads.py --gains digits FOLDER   # what cheap changes of heads gain
     python scripts/bench_heads.py --few        # few rows of many classes
     python scripts/bench_heads.py --stream     # 5 million rows in bounded memory, 6 GB of disk
 
@@ -27,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+import heads_gains
+import heads_probabilities
 import heads_quality
 import heads_stream
 from featcache import FeatureCache, cli
@@ -73,6 +77,12 @@ class BenchConfig(OutputConfig):
     """Of --table: class folders with train/ and test/ to add, as bundled-weight features."""
     views_of: Path | None = None
     """Extract this folder with no, flipped and random views, and compare heads on them instead."""
+    probabilities: tuple[Path, ...] = ()
+    """Measure calibration, and how well left-out classes are noticed, on these caches instead."""
+    gains: tuple[str, ...] = ()
+    """Measure what cheap changes of heads gain on these datasets instead."""
+    wise_seeds: int = 3
+    """Of --gains: fine-tuning runs for each dataset, to average weights with the frozen ones."""
     few: bool = False
     """Measure two separable rows for each of 1,200 classes instead."""
     stream: bool = False
@@ -89,6 +99,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         report = heads_quality.table(config.folder, config.work_dir)
     elif config.views_of is not None:
         report = heads_quality.views(config.views_of, config.work_dir)
+    elif config.probabilities:
+        report = heads_probabilities.probabilities(config.probabilities, config.work_dir)
+    elif config.gains:
+        report = heads_gains.gains(config.gains, config.work_dir, config.wise_seeds)
     elif config.few:
         report = few_rows(config)
     elif config.stream:

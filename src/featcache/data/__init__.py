@@ -5,7 +5,7 @@
 """
 
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.datasets import load_dataset
+from featcache.data.datasets import load_dataset, load_test_folder
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
 from featcache.data.listing import is_clutter
 from featcache.data.pixels import normalize, to_pixels, view_pixels
@@ -20,7 +20,7 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import copies_lines, find_copies
+from featcache.data.sampling import copies_lines, find_copies, find_shared_groups
 
 __all__ = [
     "EXTENSIONS",
@@ -35,10 +35,12 @@ __all__ = [
     "copies_lines",
     "decode_split",
     "find_copies",
+    "find_shared_groups",
     "is_clutter",
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",
+    "load_test_folder",
     "normalize",
     "pixel_task",
     "run_ahead",
