@@ -37,11 +37,12 @@ from featcache.config import (
     FinetuneConfig,
     OutputConfig,
     TrainHeadConfig,
+    config_json,
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
 from featcache.heads import Network
-from featcache.results import Row, RunReport
+from featcache.results import Row, RunReport, advice, plots, tables
 from featcache.results.runs import Approach
 from featcache.runtime import environment, load_optimizers, say
 
@@ -281,7 +282,7 @@ def p_values(modes: list[MeasuredRun]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
     from featcache.results.metrics import mcnemar
 
-    best = results.best_of(results.benchmark_rows(modes), "cached")
+    best = advice.best_of(results.benchmark_rows(modes), "cached")
     assert best is not None
     cached = next(run.test for mode, _, run, _ in modes if mode == best.mode)
     values = {}
@@ -300,7 +301,7 @@ def make_result(
     """Everything measured and what follows from it, as JSON."""
     rows = results.benchmark_rows(modes)
     tests = p_values(modes)
-    best = {kind: results.best_of(rows, kind) for kind in ("cached", "finetune")}
+    best = {kind: advice.best_of(rows, kind) for kind in ("cached", "finetune")}
     return {
         "command": "benchmark",
         "dataset": config.short_name,
@@ -314,9 +315,9 @@ def make_result(
         "best": {kind: row.mode for kind, row in best.items() if row is not None},
         "baseline_top1": rows[0].baseline_top1,
         "same_predictions": same_predictions(modes),
-        "advice": results.advice(rows, tests),
+        "advice": advice.advice(rows, tests),
         "notes": notes(config, info),
-        "config": results.config_json(config),
+        "config": config_json(config),
         "backbone": dataclasses.asdict(info),
         "environment": environment(),
         "typed": typed(),
@@ -412,7 +413,7 @@ def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
         [
             f"# {title}",
             "",
-            results.markdown_table(rows),
+            tables.markdown_table(rows),
             "",
             *(f"{line}\n" for line in reading(result, rows) if line),
             "![Accuracy against seconds](benchmark.png)",
@@ -444,8 +445,8 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     result["files"] = {kind: str(path) for kind, path in paths.items()}
     write_json(paths["json"], result)
     write_atomically(paths["md"], markdown(title, result, rows).encode())
-    results.plot_accuracy_against_seconds(rows, paths["png"], title)
-    lines = ["", title, "", results.text_table(rows), "", *reading(result, rows), ""]
+    plots.plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", tables.text_table(rows), "", *reading(result, rows), ""]
     lines += [f"note: {line}" for line in result["notes"][2:]]
     lines += [f"written: {', '.join(result['files'].values())}"]
     print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)
