@@ -81,7 +81,7 @@ class TestRun:
         assert runs.pop(3) == best["run"]
         assert len(best["alternatives"]) == 2
         assert runs == ids
-        assert len(set(ids)) == 6
+        assert len(set(ids)) == 7
         assert all(re.fullmatch("[0-9a-f]{16}", run) for run in ids)
 
     def test_the_default_head_is_what_train_head_fits(
