@@ -42,8 +42,11 @@ from featcache.config import (
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
 from featcache.heads import Network
-from featcache.results import Row, RunReport, advice, plots, tables
+from featcache.results import Row, RunReport, benchmark_rows, speedups
+from featcache.results.advice import advice, best_of
+from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
+from featcache.results.tables import markdown_table, text_table
 from featcache.runtime import environment, load_optimizers, say
 
 # Mirroring turns these into something else, so the default leaves them as they are.
@@ -282,7 +285,7 @@ def p_values(modes: list[MeasuredRun]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
     from featcache.results.metrics import mcnemar
 
-    best = advice.best_of(results.benchmark_rows(modes), "cached")
+    best = best_of(benchmark_rows(modes), "cached")
     assert best is not None
     cached = next(run.test for mode, _, run, _ in modes if mode == best.mode)
     values = {}
@@ -299,9 +302,9 @@ def make_result(
     config: BenchmarkConfig, info: BackboneInfo, modes: list[MeasuredRun]
 ) -> dict[str, Any]:
     """Everything measured and what follows from it, as JSON."""
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     tests = p_values(modes)
-    best = {kind: advice.best_of(rows, kind) for kind in ("cached", "finetune")}
+    best = {kind: best_of(rows, kind) for kind in ("cached", "finetune")}
     return {
         "command": "benchmark",
         "dataset": config.short_name,
@@ -309,13 +312,13 @@ def make_result(
             dataclasses.asdict(row) | {"epochs": run.epochs, "later_seconds": row.later_seconds}
             for row, (_, _, run, _) in zip(rows, modes, strict=True)
         ],
-        "speedup": results.speedups(rows),
+        "speedup": speedups(rows),
         "break_even": break_even(rows),
         "p_values": tests,
         "best": {kind: row.mode for kind, row in best.items() if row is not None},
         "baseline_top1": rows[0].baseline_top1,
         "same_predictions": same_predictions(modes),
-        "advice": advice.advice(rows, tests),
+        "advice": advice(rows, tests),
         "notes": notes(config, info),
         "config": config_json(config),
         "backbone": dataclasses.asdict(info),
@@ -413,7 +416,7 @@ def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
         [
             f"# {title}",
             "",
-            tables.markdown_table(rows),
+            markdown_table(rows),
             "",
             *(f"{line}\n" for line in reading(result, rows) if line),
             "![Accuracy against seconds](benchmark.png)",
@@ -438,15 +441,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         say("benchmark: interrupted; its times cannot be resumed, so the same command starts over")
         raise SystemExit(cli.EXIT_INTERRUPTED) from None
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     result = make_result(config, info, modes)
     title = title_of(config, info, rows, modes)
     paths = {kind: folder / f"benchmark.{kind}" for kind in ("json", "md", "png")}
     result["files"] = {kind: str(path) for kind, path in paths.items()}
     write_json(paths["json"], result)
     write_atomically(paths["md"], markdown(title, result, rows).encode())
-    plots.plot_accuracy_against_seconds(rows, paths["png"], title)
-    lines = ["", title, "", tables.text_table(rows), "", *reading(result, rows), ""]
+    plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", text_table(rows), "", *reading(result, rows), ""]
     lines += [f"note: {line}" for line in result["notes"][2:]]
     lines += [f"written: {', '.join(result['files'].values())}"]
     print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)

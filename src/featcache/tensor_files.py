@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from featcache.config import Preprocessing
+from featcache.config import JsonObject, Preprocessing
 from featcache.errors import StorageError, UserError, shown
 from featcache.files import open_regular, replacing, storage_errors
 
@@ -126,8 +126,8 @@ def _header_metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
+def _unique(pairs: Iterable[tuple[str, Any]]) -> JsonObject:
+    table: JsonObject = {}
     for key, value in pairs:
         if key in table:
             raise ValueError(f"duplicate key {key} in its header")
@@ -208,8 +208,8 @@ class ModelCard:
     backbone: str
     class_names: list[str]
     preprocessing: Preprocessing
-    provenance: dict[str, Any]
-    scores: dict[str, Any]
+    provenance: JsonObject
+    scores: JsonObject
 
 
 def write_safetensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -16,13 +16,13 @@ from featcache.backbone import identify
 from featcache.cache import (
     MAX_DIM,
     FeatureCache,
+    SkippedSample,
     SplitRows,
     begun_with,
     cost_of,
     info,
     part_path,
     read_meta,
-    seconds_of,
     spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
@@ -171,7 +171,8 @@ class EarlierRows(NamedTuple):
         if part_path(path).exists():
             seconds = spent_on(part_path(path))
         elif cache is not None:
-            seconds = seconds_of(cost_of(path, cache.digest))
+            cost = cost_of(path, cache.digest)
+            seconds = cost.seconds if cost else None
         made_by = begun or (cache.meta if cache else None)
         return cls(
             part=part_path(path) if begun else None,
@@ -195,7 +196,7 @@ class EarlierRows(NamedTuple):
         return num
 
 
-def left_out(path: Path) -> list[dict[str, Any]]:
+def left_out(path: Path) -> list[SkippedSample]:
     """The images that a cache, finished or not, leaves out: id and code of each."""
     return [row for split in info(path)["splits"].values() for row in split["skipped"]]
 

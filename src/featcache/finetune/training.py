@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig, config_json
+from featcache.config import FinetuneConfig, JsonObject, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -31,7 +31,7 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import RunReport
+from featcache.results import EpochRecord, RunReport
 from featcache.results.runs import Evaluation, evaluate
 from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(config: FinetuneConfig) -> JsonObject:
     """Do the work of the command `finetune`, as `finetune_report` does.
 
     Returns:
@@ -168,7 +168,12 @@ def _train(
             say(f"stopped early: no gain since epoch {progress.best_epoch}")
             break
         loss, seconds, wait = train_epoch(trainable, optimizer, run.train, run.placement, epoch)
-        record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
+        record: EpochRecord = {
+            "epoch": epoch + 1,
+            "train_loss": loss,
+            "seconds": seconds,
+            "wait_seconds": wait,
+        }
         if run.held is not None:
             _score_held_out(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
@@ -191,7 +196,7 @@ def _train(
     return scores or score(trainable, run.test, run.placement)
 
 
-def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
+def _score_held_out(run: FinetuneRun, progress: Progress, record: EpochRecord) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
     held = score(run.trainable, run.held, run.placement)
@@ -201,7 +206,7 @@ def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]
         progress.best = {n: t.detach().clone() for n, t in run.trainable.moving_state().items()}
 
 
-def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+def epoch_line(record: EpochRecord, num_epochs: int) -> str:
     """One epoch for people."""
     held = f"  held-out {record['val_top1']:.3f}" if "val_top1" in record else ""
     test = f"  test {record['test_top1']:.3f}" if "test_top1" in record else ""
@@ -263,7 +268,7 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
     )
 
 
-def _provenance(run: FinetuneRun) -> dict[str, Any]:
+def _provenance(run: FinetuneRun) -> JsonObject:
     return {
         "backbone": run.info.to_dict(),
         "dataset": dataclasses.asdict(run.dataset.info(run.config)),
@@ -271,7 +276,7 @@ def _provenance(run: FinetuneRun) -> dict[str, Any]:
     }
 
 
-def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
+def _tail_fields(run: FinetuneRun) -> JsonObject:
     """What a report says of a run from cached activations only."""
     if run.stage_cache is None:
         return {}
@@ -298,7 +303,7 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
     write_model(run.output, run.trainable.model.state_dict(), card)
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     low, high = report["test_interval"]
     skipped = sum(report["num_skipped"].values())

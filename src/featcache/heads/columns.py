@@ -131,4 +131,6 @@ class _PreparedColumns:
 
 
 def _without_columns(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name != "columns"}
+    own = settings.copy()
+    del own["columns"]
+    return own

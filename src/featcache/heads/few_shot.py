@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from featcache.groups import whole_groups_first
 from featcache.heads.linear import Ints
+
+
+class ShotScore(TypedDict):
+    """What the head of one sample scored."""
+
+    seed: int
+    test_top1: float
+    val_top1: float | None
+
+
+class ShotsSummary(TypedDict):
+    """Test accuracy over the samples.
+
+    `std` is the sample standard deviation, None for one sample; `short_classes` are those with
+    fewer than `shots` rows.
+    """
+
+    shots: int
+    num_seeds: int
+    mean: float
+    std: float | None
+    seeds: list[ShotScore]
+    short_classes: list[str]
 
 
 def draw_shots(
@@ -37,19 +60,15 @@ def draw_shots(
 
 
 def shots_summary(
-    shots: int, y: Ints, class_names: list[str], scores: list[dict[str, Any]]
-) -> dict[str, Any]:
+    shots: int, y: Ints, class_names: list[str], scores: list[ShotScore]
+) -> ShotsSummary:
     """Mean and spread over the samples.
 
     Args:
         shots: Rows per class.
         y: Class indices of all train rows [N].
         class_names: Names of the C classes.
-        scores: One entry per sample, with its `test_top1`.
-
-    Returns:
-        `std` is the sample standard deviation, None for one sample; `short_classes` are those
-        that have fewer rows.
+        scores: One per sample.
     """
     top1 = np.array([score["test_top1"] for score in scores])
     counts = np.bincount(y, minlength=len(class_names))

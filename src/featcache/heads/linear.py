@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject
 from featcache.config.checks import check_range, record_from_json
 from featcache.errors import UserError
 
@@ -145,7 +146,7 @@ class Decision:
         """The class of each row of logits [N, C]."""
         return self.classes(logits if self.threshold is None else self.probabilities(logits))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As in a head file."""
         return dataclasses.asdict(self)
 
@@ -273,9 +274,9 @@ class LinearHead:
     mean: Floats | None = None
     scale: Floats | None = None
     solver: str = "logistic"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
     decision: Decision = PLAIN
     known: KnownRows | None = None
 

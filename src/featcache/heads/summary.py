@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from featcache.config import JsonObject
 from featcache.results.runs import RunReport
 from featcache.results.tables import score_lines
 
@@ -11,7 +10,7 @@ from featcache.results.tables import score_lines
 REJECT = 0.05
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """What `train-head` prints for people.
 
     Args:
@@ -54,7 +53,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _rejection_lines(report: dict[str, Any]) -> list[str]:
+def _rejection_lines(report: JsonObject) -> list[str]:
     """What rejecting strange rows would do on the test split."""
     for row in report.get("rejections") or ():
         if row["level"] == REJECT and row["answered_top1"] is not None:
@@ -65,7 +64,7 @@ def _rejection_lines(report: dict[str, Any]) -> list[str]:
     return []
 
 
-def _threshold_lines(report: dict[str, Any]) -> list[str]:
+def _threshold_lines(report: JsonObject) -> list[str]:
     """The threshold of a head that has one, and what it reaches on the test split."""
     threshold = report.get("threshold")
     if threshold is None:
@@ -79,7 +78,7 @@ def _threshold_lines(report: dict[str, Any]) -> list[str]:
     return [f"{name} from a probability of {threshold['probability']:.3f}: {'; '.join(reached)}"]
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: JsonObject) -> str:
     # "strength" is the name of C and alpha in reports of version 0.1.
     named = [
         "C",

@@ -8,15 +8,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig, config_json
+from featcache.cache import FeatureCache, cost_of
+from featcache.config import JsonObject, StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
-from featcache.heads.few_shot import draw_shots, shots_summary
+from featcache.heads.few_shot import ShotScore, draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
 from featcache.heads.linear import Ints
 from featcache.heads.scoring import TestPredictions, TestSplit, open_test
@@ -57,9 +56,9 @@ class HeadRun:
     test_top1: float
     fit_seconds: float
     num_train: int
-    compared: list[dict[str, Any]]
+    compared: list[JsonObject]
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> JsonObject:
         """Settings and how they were chosen, for reports."""
         chosen = {
             **self.choice.settings,
@@ -70,7 +69,7 @@ class HeadRun:
         return {**chosen, "solvers": self.compared} if self.compared else chosen
 
 
-def train_head(config: TrainHeadConfig) -> dict[str, Any]:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Do the work of the command `train-head`, as `train_head_report` does.
 
     Returns:
@@ -162,7 +161,7 @@ def write_head(report: RunReport, head: Head) -> None:
 
 def run_all(
     config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
-) -> tuple[HeadRun, TestSplit, dict[str, Any]]:
+) -> tuple[HeadRun, TestSplit, JsonObject]:
     """The protocol once, or on each few-shot sample.
 
     With given rows or --shots, settings are chosen within each sample, since a large val split is
@@ -173,7 +172,7 @@ def run_all(
     """
     data, stages = open_data(config, cache, rows), cache.meta.backbone.stages
     test = open_test(config, cache, in_memory=not data.streamed)
-    more: dict[str, Any] = {"streamed": data.streamed}
+    more: JsonObject = {"streamed": data.streamed}
     if config.shots is None or rows is not None:
         return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
@@ -183,7 +182,7 @@ def run_all(
         for i in range(config.num_seeds)
     ]
     runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
-    scores = [
+    scores: list[ShotScore] = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
         for i, run in enumerate(runs)
     ]
@@ -215,7 +214,7 @@ def run_protocol(
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
             held = out_of_fold(solver, choice, selection, config.seed)
-    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    decision = fit_decision(held, config, fitted.head, selection.name)
     known = fit_known(held, decision, train.sample, config.seed)
     head = fitted.head.replace(decision=decision, known=known)
     fitted = dataclasses.replace(fitted, head=head)
@@ -308,7 +307,7 @@ def without_strength(config: TrainHeadConfig) -> TrainHeadConfig:
     if flag == "k" and (value < 1 or value % 1):
         raise UserError(f"--strength {value:g}: knn needs a whole number of neighbors")
     say(f"--strength is the old name of --{flag}: give --{flag} {value:g} for {solver}")
-    renamed: dict[str, Any] = {flag: int(value) if flag == "k" else value}
+    renamed: JsonObject = {flag: int(value) if flag == "k" else value}
     return dataclasses.replace(config, strength=None, **renamed)
 
 
@@ -352,20 +351,18 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
     return cache
 
 
-def provenance_of(cache: FeatureCache) -> dict[str, Any]:
+def provenance_of(cache: FeatureCache) -> JsonObject:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 
 
-def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
+def extraction_of(cache: FeatureCache) -> JsonObject | None:
     """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
-    record = cost_of(cache.path, cache.digest)
-    if record is None:
-        return None
-    return {"seconds": seconds_of(record), "config": record.get("config")}
+    cost = cost_of(cache.path, cache.digest)
+    return None if cost is None else {"seconds": cost.seconds, "config": cost.config}
 
 
-def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit) -> JsonObject:
     """The report's fields that only this command has."""
     class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
     num_classes, predicted = len(class_names), run.tested.classes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import PredictConfig, Preprocessing, Views
+from featcache.config import JsonObject, PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
 from featcache.engine import EngineSettings
@@ -127,7 +127,7 @@ class Classifier:
         return self.trained.preprocessing
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """What the classifier was made from."""
         return self.trained.provenance
 

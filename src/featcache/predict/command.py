@@ -11,17 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NotRequired, TypedDict
 
-from featcache.config import Format, PredictConfig, config_json
+from featcache.config import Format, JsonObject, PredictConfig, config_json
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, replacing, storage_errors
 from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
-from featcache.predict.load import provenance_json
+from featcache.predict.load import ClassifierOrigin, origin_of
 from featcache.predict.pictures import find_pictures, split_of
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 from featcache.streams import stdout_errors
+
+if TYPE_CHECKING:
+    from featcache.engine import EngineInfo
 
 MAX_PATH_WIDTH = 60
 MARKS = re.compile(
@@ -34,15 +37,62 @@ NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 Write = Callable[[str, Prediction], None]
 
 
-def prediction_json(path: str, prediction: Prediction) -> dict[str, Any]:
+class ClassProbability(TypedDict):
+    """A class and its probability."""
+
+    label: str
+    probability: float
+
+
+class PredictionJson(ClassProbability):
+    """One prediction; `topk` starts with the predicted class."""
+
+    path: str
+    topk: list[ClassProbability]
+    p_value: NotRequired[float]
+
+
+class SkippedImage(TypedDict):
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+    detail: str
+
+
+class PredictReport(TypedDict):
+    """What `featcache predict --json` prints."""
+
+    command: str
+    model: str
+    kind: str
+    classifier: str
+    class_names: list[str]
+    num_images: int
+    num_skipped: int
+    skipped: list[SkippedImage]
+    output: str | None
+    images_per_s: float | None
+    stage_seconds: dict[str, float]
+    seconds_total: float
+    engine: EngineInfo
+    provenance: ClassifierOrigin
+    environment: dict[str, str | int]
+    config: JsonObject
+    exit_code: int
+    num_unknown: NotRequired[int]
+    predictions: NotRequired[list[PredictionJson]]
+
+
+def prediction_json(path: str, prediction: Prediction) -> PredictionJson:
     """One prediction as a JSON object."""
-    return {
+    fields: PredictionJson = {
         "path": path,
         "label": prediction.label,
         "probability": prediction.probability,
         "topk": [{"label": name, "probability": value} for name, value in prediction.topk],
-        **({} if prediction.p_value is None else {"p_value": prediction.p_value}),
     }
+    return fields if prediction.p_value is None else {**fields, "p_value": prediction.p_value}
 
 
 def format_of(given: Format | None, output: Path | None) -> Format:
@@ -179,7 +229,7 @@ EXIT_SKIPPED = 1
 BAR_DELAY_S = 1.0
 
 
-def predict(config: PredictConfig) -> dict[str, Any]:
+def predict(config: PredictConfig) -> PredictReport:
     """Classify images and write their predictions.
 
     Args:
@@ -210,7 +260,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         classifier.known_rows(config.reject)  # or an error, before anything is written
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
-    found: list[dict[str, Any]] = []
+    found: list[PredictionJson] = []
     with contextlib.ExitStack() as stack:
         writers: list[Write] = []
         if config.json:
@@ -227,8 +277,11 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
     seconds = time.perf_counter() - start
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
-    report |= {} if config.reject is None else {"num_unknown": num_unknown}
-    return report | ({"predictions": found} if config.json else {})
+    if config.reject is not None:
+        report["num_unknown"] = num_unknown
+    if config.json:
+        report["predictions"] = found
+    return report
 
 
 def _classify(
@@ -237,7 +290,7 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> tuple[list[dict[str, str]], int]:
+) -> tuple[list[SkippedImage], int]:
     """Send every image's prediction to the writers.
 
     Returns:
@@ -261,7 +314,7 @@ def _classify(
     return skipped, num_unknown
 
 
-def _skip(config: PredictConfig, path: str, bad: BadImage) -> dict[str, str]:
+def _skip(config: PredictConfig, path: str, bad: BadImage) -> SkippedImage:
     """Report an unreadable image, or end the run."""
     if config.on_error == "fail":
         raise UserError(
@@ -276,10 +329,10 @@ def _report(
     config: PredictConfig,
     classifier: Classifier,
     num_images: int,
-    skipped: list[dict[str, str]],
+    skipped: list[SkippedImage],
     timer: StageTimer,
     seconds: float,
-) -> dict[str, Any]:
+) -> PredictReport:
     stages = dict(timer.seconds)
     busy = stages.pop("total") - stages.get("choose_engine", 0.0)
     return {
@@ -296,14 +349,14 @@ def _report(
         "stage_seconds": stages,
         "seconds_total": seconds,
         "engine": classifier.engine(num_images).describe(),
-        "provenance": provenance_json(classifier.trained),
+        "provenance": origin_of(classifier.trained),
         "environment": environment(),
         "config": config_json(config),
         "exit_code": EXIT_SKIPPED if skipped else 0,
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: PredictReport) -> list[str]:
     """The report for people."""
     num, skipped = report["num_images"], report["num_skipped"]
     left_out = f", {skipped} unreadable and left out" if skipped else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from featcache.backbone import (
     build_classifier,
@@ -20,7 +20,7 @@ from featcache.backbone import (
 )
 from featcache.backbone.load import OtherWeightsError, verified_network, without_head
 from featcache.backbone.weights import NAMED_WEIGHTS
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
+from featcache.config import BackboneConfig, BackboneInfo, JsonObject, Preprocessing
 from featcache.errors import CacheError, UserError, one_of
 from featcache.heads import Decision, Head
 from featcache.heads.files import FORMAT as HEAD_FORMAT
@@ -61,8 +61,8 @@ class LoadedClassifier:
     backbone: str
     dtype: str
     precision: str
-    scores: dict[str, Any]
-    provenance: dict[str, Any]
+    scores: JsonObject
+    provenance: JsonObject
 
     @property
     def decision(self) -> Decision:
@@ -228,7 +228,20 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
     )
 
 
-def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
+class ClassifierOrigin(TypedDict):
+    """What classifies and what it was made from; `preprocessing` is a `config.Preprocessing`."""
+
+    kind: str
+    file: str
+    backbone: str
+    solver: str | None
+    preprocessing: JsonObject
+    decision: JsonObject
+    scores: JsonObject
+    trained_on: JsonObject
+
+
+def origin_of(trained: LoadedClassifier) -> ClassifierOrigin:
     """What classifies and what it was made from, as JSON for reports and exported files."""
     return {
         "kind": trained.kind,

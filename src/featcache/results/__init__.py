@@ -5,6 +5,7 @@ which the commands that only write a report do not load.
 """
 
 from featcache.results.runs import (
+    EpochRecord,
     Predictions,
     Row,
     RunReport,
@@ -15,6 +16,7 @@ from featcache.results.runs import (
 )
 
 __all__ = [
+    "EpochRecord",
     "Predictions",
     "Row",
     "RunReport",

@@ -9,11 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from featcache.config import JsonObject
 from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
@@ -54,11 +55,29 @@ class Predictions:
         return metrics.balanced(self.labels, self.predicted, num_classes)
 
 
+class EpochRecord(TypedDict, total=False):
+    """One epoch of training: its number from 1, losses, accuracies, and wall seconds.
+
+    `seconds` is the training pass alone, of which `wait_seconds` were spent waiting for images;
+    `eval_seconds` is all scoring, of which `val_seconds` went to held-out images.
+    """
+
+    epoch: int
+    train_loss: float
+    seconds: float
+    wait_seconds: float
+    eval_seconds: float
+    val_top1: float
+    val_loss: float
+    val_seconds: float
+    test_top1: float
+    test_loss: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What one training run measured, under which settings, on which data.
 
-    `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
     `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
     as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
     """
@@ -68,26 +87,26 @@ class RunReport:
     test_top1: float
     test_interval: tuple[float, float]
     seconds_total: float
-    epochs: list[dict[str, Any]]
+    epochs: list[EpochRecord]
     scored_on: str
     chosen_on: str
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    environment: dict[str, Any]
-    more: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject
+    provenance: JsonObject
+    environment: JsonObject
+    more: JsonObject = field(default_factory=dict)
     class_names: list[str] | None = None
     scores: Scores | None = None
     calibration: CalibrationReport | None = None
     test: Predictions | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The fields that a command prints; predictions stay in the report file."""
         hidden = ("more", "class_names", "test")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
         text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
-        plain: dict[str, Any] = json.loads(text)
+        plain: JsonObject = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:
@@ -104,7 +123,7 @@ class RunReport:
         write_json(path, values)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from what `save` or `to_json` made.
 
         Raises:

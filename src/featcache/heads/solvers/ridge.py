@@ -240,7 +240,7 @@ class RidgeSolver:
 
     def series(self, rows: Rows) -> list[list[Settings]]:
         """Fifty alphas on plain features, then fifty on standardized ones."""
-        series = []
+        series: list[list[Settings]] = []
         for scaled in standardize_choices(self.standardize):
             if self.alpha is not None:
                 alphas: Sequence[float] = [self.alpha]

@@ -27,6 +27,7 @@ from featcache.heads.solvers.base import (
 )
 from featcache.heads.training_data import Batches, Rows, Scale, TrainRows
 from featcache.random_order import init_linear
+from featcache.results import EpochRecord
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 MOMENTUM = 0.9
@@ -311,7 +312,7 @@ class PreparedSgd:
 
     def fit(self, settings: Settings) -> FittedHead[LinearHead]:
         """The head after the last epoch, and each epoch's loss and test accuracy."""
-        epochs: list[dict[str, Any]] = []
+        epochs: list[EpochRecord] = []
         with threads_for(0):  # a batch is small whatever the number of rows
             for epoch, heads in self._solver.train(self._rows, [settings]):
                 start = time.perf_counter()
