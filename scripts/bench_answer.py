@@ -30,6 +30,7 @@ from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.extract import extract
 from featcache.files import write_json
 from featcache.finetune import finetune_report
+from featcache.finetune.trainable import TAIL_OF_GOOD
 from featcache.heads import train_head
 from featcache.results import RunReport
 from featcache.results.metrics import mcnemar
@@ -37,7 +38,6 @@ from featcache.results.metrics import mcnemar
 Kind = Literal["cached", "tail", "notebook", "good"]
 LAST = "head, last layer"
 STAGES, ADAPTED = "head, all stages", "head, all stages, adapted BatchNorm"
-GOOD = {"recipe": "good", "epochs": 8, "backbone_lr": 2e-4}
 # By kind of training and name: the settings of extract-features, or of finetune.
 MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "cached": {
@@ -47,15 +47,16 @@ MODES: dict[Kind, dict[str, dict[str, Any]]] = {
         ADAPTED: {"layers": "stages", "batchnorm": "adapt"},
     },
     "tail": {
-        "tail from layer4": {**GOOD, "from_stage": "layer4"},
-        "tail from layer3": {**GOOD, "from_stage": "layer3"},
+        "tail from layer4": {"from_stage": "layer4"},
+        "tail from layer3": {"from_stage": "layer3"},
     },
     "notebook": {
         "fine-tune, notebook's recipe, lr 1e-3": {},
         "fine-tune, notebook's recipe, lr 1e-4": {"lr": 1e-4},
     },
     "good": {
-        "fine-tune, good recipe": GOOD,
+        # As long, and at the rates, as tails have by default.
+        "fine-tune, good recipe": {"recipe": "good", **TAIL_OF_GOOD},
     },
 }
 FULL: tuple[Kind, ...] = ("notebook", "good")
