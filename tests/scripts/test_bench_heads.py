@@ -9,6 +9,7 @@ from cache_helpers import blobs, rows_cache
 from conftest import REPO
 from data_helpers import make_pets
 from featcache.config import StageColumns
+from featcache.heads.selection import InMemoryData
 from featcache.heads.training_data import Rows
 
 SCRIPTS = REPO / "scripts"
@@ -88,15 +89,16 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         for num in (30, 12, 9)
     ]
     part = heads_gains.Part(
-        fit=rows[0],
+        fit=InMemoryData(
+            train=rows[0], content=random.integers(256, size=(30, 32), dtype=np.uint8)
+        ),
         scored=(rows[1], rows[2]),
         places=(np.arange(30), np.arange(30, 42)),
-        content=random.integers(256, size=(30, 32), dtype=np.uint8),
         stages=StageColumns(pool="avg", names=("layer1.mean", "last"), widths=(20, 40)),
         seed=0,
     )
     narrow = part.in_row_space()
-    assert narrow.fit.feature_dim == 30
+    assert narrow.fit.train.feature_dim == 30
     pairs = zip(
         heads_gains.answer(part).probabilities,
         heads_gains.answer(narrow).probabilities,
