@@ -44,12 +44,9 @@ def gains(datasets: tuple[str, ...], work_dir: Path, wise_seeds: int) -> dict[st
     rows = []
     for dataset in datasets:
         with tempfile.TemporaryDirectory(dir=work_dir) as name:
-            found = dataset_gains(dataset, Path(name), wise_seeds)
-        for row in found:
-            say(gains_line(row))
-        rows += found
-    header = "| dataset | change | held-out, points | test, points | processor s |"
-    return {"rows": rows, "summary": [header, "| --- " * 5 + "|", *map(gains_line, rows)]}
+            rows += dataset_gains(dataset, Path(name), wise_seeds)
+        say(f"{dataset}: done")
+    return {"rows": rows, "summary": summary(rows)}
 
 
 def dataset_gains(dataset: str, folder: Path, wise_seeds: int) -> list[dict[str, Any]]:
@@ -378,14 +375,26 @@ def averaged(dataset: str, change: str, runs: list[dict[str, Any]]) -> dict[str,
     return {"dataset": dataset, "change": change, "seeds": len(runs), **mean, **errors}
 
 
-def gains_line(row: dict[str, Any]) -> str:
-    """One change on one dataset as a line of a Markdown table; points are hundredths."""
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table: a line for each change, a column for each dataset.
 
-    def points(name: str) -> str:
-        error = row[f"{name}_se"]
-        return f"{100 * row[name]:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    Cells are points of held-out accuracy with their standard error, and points of test accuracy.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    lines = [
+        f"| change | {' | '.join(datasets)} | processor s | wins |",
+        "| --- " + "| ---: " * (len(datasets) + 2) + "|",
+    ]
+    for change in dict.fromkeys(row["change"] for row in rows):
+        own = {row["dataset"]: row for row in rows if row["change"] == change}
+        cells = [cell(own[name]) if name in own else "" for name in datasets]
+        seconds = np.mean([row["seconds"] for row in own.values()])
+        wins = sum(row["held_out"] > 2 * (row["held_out_se"] or np.inf) for row in own.values())
+        lines.append(f"| {change} | {' | '.join(cells)} | {seconds:+.1f} | {wins} of {len(own)} |")
+    return lines
 
-    return (
-        f"| {row['dataset']} | {row['change']} | {points('held_out')} | {points('test')} "
-        f"| {row['seconds']:+.1f} |"
-    )
+
+def cell(row: dict[str, Any]) -> str:
+    """One change on one dataset."""
+    error = "" if row["held_out_se"] is None else f" ± {100 * row['held_out_se']:.1f}"
+    return f"{100 * row['held_out']:+.1f}{error} ({100 * row['test']:+.1f})"

@@ -108,15 +108,23 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         np.testing.assert_allclose(same, whole, atol=2e-3)
 
 
-def test_gains_are_means_over_seeds_with_their_standard_error(bench):
+def test_gains_are_means_over_seeds_and_win_beyond_two_standard_errors(bench):
     import heads_gains
 
-    runs = [
-        {"held_out": gain, "test": -gain, "held_out_top1": 0.5, "test_top1": 0.5, "seconds": 2.0}
-        for gain in (0.01, 0.03)
+    rows = [
+        heads_gains.averaged(dataset, "flips", [run_that_gains(gain) for gain in gains])
+        for dataset, gains in (("pets", (0.01, 0.03)), ("signs", (0.02, 0.03)), ("digits", (0.5,)))
     ]
-    row = heads_gains.averaged("pets", "flips", runs)
-    assert heads_gains.gains_line(row) == "| pets | flips | +2.0 ± 1.0 | -2.0 ± 1.0 | +2.0 |"
+    assert heads_gains.summary(rows) == [
+        "| change | pets | signs | digits | processor s | wins |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| flips | +2.0 ± 1.0 (-2.0) | +2.5 ± 0.5 (-2.5) | +50.0 (-50.0) | +2.0 | 1 of 3 |",
+    ]
+
+
+def run_that_gains(held_out):
+    scores = {"held_out_top1": 0.5, "test_top1": 0.5}
+    return {"held_out": held_out, "test": -held_out, "seconds": 2.0, **scores}
 
 
 @pytest.mark.slow
