@@ -305,8 +305,8 @@ def test_other_library_versions_are_named(
     import featcache.extract.request as request
 
     ex.extract(settings(folder, tmp_path))
-    newer = {**request.numeric_versions(), "pillow": "99.0"}
-    monkeypatch.setattr(request, "numeric_versions", lambda: newer)
+    newer = {**request.numeric_versions("resnet18"), "pillow": "99.0"}
+    monkeypatch.setattr(request, "numeric_versions", lambda _: newer)
     with pytest.raises(CacheError, match=r"versions\.pillow is .* in the cache, 99\.0 now"):
         ex.extract(settings(folder, tmp_path))
 

@@ -1,9 +1,10 @@
-"""Frozen networks: a torchvision classifier without its head, its weights, their identity."""
+"""Frozen networks: a network without its head, its weights, their identity."""
 
 from featcache.backbone.identity import file_sha256, identify
 from featcache.backbone.load import build_classifier, load_backbone
 from featcache.backbone.networks import (
     build_network,
+    check_name,
     classifiers,
     feature_dim_of,
     head_of,
@@ -23,6 +24,7 @@ __all__ = [
     "WeightsFile",
     "build_classifier",
     "build_network",
+    "check_name",
     "classifiers",
     "feature_dim_of",
     "file_sha256",

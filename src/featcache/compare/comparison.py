@@ -156,7 +156,8 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     text = json.dumps(_asked(config), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     weights = Path(config.weights).stem
-    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+    backbone = config.backbone.replace("/", "-")
+    return f"{dataset.name}-{backbone}-{weights}-compare-{tag}"
 
 
 def _asked(config: CompareConfig) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
     same = {
         "backbone": provenance["backbone"],
         "cache": provenance["cache_digest"],
-        "versions": numeric_versions(),
+        "versions": numeric_versions(config.backbone),
     }
     tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
     del tuning["seed"]

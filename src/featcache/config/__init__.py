@@ -25,6 +25,8 @@ from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OWN_MODULE,
+    TIMM,
     BackboneInfo,
     CacheMeta,
     DatasetInfo,
@@ -35,12 +37,15 @@ from featcache.config.records import (
     StageColumns,
     Views,
     flatten,
+    weights_text,
 )
 
 __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "OWN_MODULE",
+    "TIMM",
     "BackboneConfig",
     "BackboneInfo",
     "Backend",
@@ -67,4 +72,5 @@ __all__ = [
     "VerifyConfig",
     "Views",
     "flatten",
+    "weights_text",
 ]

@@ -53,7 +53,7 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        BackboneConfig.__post_init__(self)
+        FeatureConfig.__post_init__(self)
         Views.parse(self.views, self.seed)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
@@ -67,7 +67,7 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        return self.dtype or ("float32" if self.layers == "last" else "float16")
+        return self.dtype or ("float16" if "stages" in self.asked_layers else "float32")
 
 
 @settings
@@ -109,9 +109,10 @@ class TrainHeadConfig(OutputConfig):
     """Folds of --select cv."""
     standardize: Literal["auto", "on", "off"] = "auto"
     """Scale every feature to unit variance on train; auto chooses on the held-out part."""
-    columns: Literal["auto", "last", "all"] = "auto"
-    """With a cache of --layers stages, learn from the columns of the last layer or from all; auto
-    chooses on the held-out part (knn and streamed training take all)."""
+    columns: str = "auto"
+    """With a cache of several layers, learn from the columns of one (last, layer3, layer3.mean) or
+    from all; auto chooses on the held-out part: between last and all, or, in a cache without last,
+    among every layer and all (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
     shots: Optional[int] = None
@@ -278,7 +279,7 @@ class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        BackboneConfig.__post_init__(self)
+        FeatureConfig.__post_init__(self)
         self.wanted_sizes()
         check_range("num_seeds", self.num_seeds, 1, 1000)
         check_positive("budget", self.budget)

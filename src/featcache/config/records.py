@@ -5,21 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from featcache.config.checks import Record, check_range, record_from_json
-from featcache.errors import UserError
+from featcache.errors import UserError, one_of
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Pool = Literal["avg", "avg+std"]
+Pool = Literal["avg", "avg+std", "max", "gem"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 MAX_IMAGE_PX = 4096
 MAX_VIEWS = 256
+TIMM = "timm/"
+"""How the names of timm's networks begin."""
+OWN_MODULE = "module/"
+"""How the names of networks begin that were given as modules in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +65,13 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class StageColumns:
-    """Which columns of the features come from which stage of the network.
+    """Which columns of the features come from which layer of the network.
 
     Attributes:
-        pool: What a stage's output over space becomes: each channel's mean, or mean and deviation.
-        names: Groups of columns in order, such as "layer1.mean"; the last one is "last".
+        pool: What a layer's output over space becomes, unless a group's name says otherwise.
+        names: Groups of columns in order, each a layer and how it was pooled, such as
+            "layer1.mean"; "cls" and "mean" are of a transformer's final tokens, and "last" is what
+            the network gives by itself.
         widths: Number of columns of each group.
     """
 
@@ -72,22 +80,40 @@ class StageColumns:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.names or self.names[-1] != "last" or len(self.names) != len(self.widths):
+        distinct = len(set(self.names)) == len(self.names) == len(self.widths)
+        if not self.names or not distinct or min(self.widths) < 1:
             raise UserError(f"columns {self.names!r:.80} of {self.widths!r:.80}")
 
+    def layers(self) -> tuple[str, ...]:
+        """The layers, each once, in order."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
+
     def group(self, name: str) -> slice:
-        """Where a group's columns lie."""
-        place = self.names.index(name)
-        start = sum(self.widths[:place])
-        return slice(start, start + self.widths[place])
+        """Where the columns of a group, or of all groups of a layer, lie.
+
+        Raises:
+            UserError: There are no such columns.
+        """
+        places = [i for i, group in enumerate(self.names) if name in _names_of(group)]
+        if not places:
+            raise UserError(one_of(name, {*self.names, *self.layers()}, "columns"))
+        start, end = places[0], places[-1] + 1
+        return slice(sum(self.widths[:start]), sum(self.widths[:end]))
+
+
+def _names_of(group: str) -> tuple[str, str]:
+    """What a group of columns is called, and the layer that it comes from."""
+    return group, group.rpartition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
     """Which frozen network made the features.
 
-    `weights_sha256` is that of the weights file; for `random` weights, of the tensors. `stages` is
-    None where the features are the last layer's alone.
+    `weights_sha256` is that of the weights file; for `random` weights and for a module given in
+    Python, of the tensors. `stages` is None where the features are the last layer's alone.
+    `weight_set` is the library's name of published weights, such as IMAGENET1K_V2 or
+    resnet18.a1_in1k; version 0.1.0 did not record it.
     """
 
     backbone: str
@@ -96,6 +122,17 @@ class BackboneInfo:
     feature_dim: int
     preprocessing: Preprocessing
     stages: StageColumns | None = None
+    weight_set: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        """Network and weights as a part of a file's name."""
+        return f"{self.backbone.replace('/', '-')}-{Path(self.weights).stem}"
+
+    @property
+    def is_own_module(self) -> bool:
+        """Whether the network was given as a module in Python: its name does not rebuild it."""
+        return self.backbone.startswith(OWN_MODULE)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -107,11 +144,17 @@ class BackboneInfo:
         return _from_dict(cls, values, "a backbone's record")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; without stages it is what version 0.1.0 wrote."""
+        """As JSON; without what version 0.1.0 did not know it is what that version wrote."""
         values = dataclasses.asdict(self)
-        if self.stages is None:
-            del values["stages"]
+        for name in ("stages", "weight_set"):
+            if values[name] is None:
+                del values[name]
         return values
+
+
+def weights_text(backbone: Mapping[str, Any]) -> str:
+    """What a `BackboneInfo` as JSON calls its weights: the library's name, or the user's."""
+    return str(backbone.get("weight_set") or backbone.get("weights", "?"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +237,7 @@ class CacheMeta:
     def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
         """Fields in which `wanted` differs, as (dotted name, value here, value wanted)."""
         here, there = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(wanted))
-        names = sorted(here.keys() | there.keys())
+        names = sorted((here.keys() | there.keys()) - {"backbone.weight_set"})  # the hash decides
         return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 

@@ -28,7 +28,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, weights_text
 from featcache.data import (
     BadImage,
     ImageDataset,
@@ -279,9 +279,10 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         for name, split in report["splits"].items()
     )
     counts += f" images of {report['num_classes']} classes"
-    prep = report["provenance"]["backbone"]["preprocessing"]
+    backbone = report["provenance"]["backbone"]
+    prep = backbone["preprocessing"]
     made_by = (
-        f"{report['backbone']} ({report['weights']}), {report['feature_dim']}-d, "
+        f"{report['backbone']} ({weights_text(backbone)}), {report['feature_dim']}-d, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:

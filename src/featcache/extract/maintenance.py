@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import identify, load_backbone
 from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
+from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig, weights_text
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.extraction import ExtractionRun, fill_split
@@ -39,7 +39,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{report['path']}: cache format {report['format_version']}, {state}, "
         f"{report['file_bytes'] / 1e6:.1f} MB",
-        f"backbone   {backbone['backbone']}, weights {backbone['weights']} "
+        f"backbone   {backbone['backbone']}, weights {weights_text(backbone)} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
         f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
         f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
@@ -160,8 +160,7 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         cache_dir=config.cache.parent,
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if meta.backbone.stages is None else "stages",
-        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
+        image_px=meta.backbone.preprocessing.image_px,
         views=views,
         dtype=meta.dtype,
         engine="torch" if meta.engine == "torch" else "openvino",

@@ -64,7 +64,7 @@ class Request:
             dtype=config.stored_dtype,
             precision=config.precision,
             engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
-            versions=numeric_versions(),
+            versions=numeric_versions(config.backbone),
         )
         return cls(config=config, dataset=dataset, meta=meta, path=cache_path(config, meta))
 
@@ -89,8 +89,7 @@ def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
     info = meta.backbone
     parts = [
         meta.dataset.name,
-        info.backbone,
-        Path(info.weights).stem,
+        info.file_name,
         f"{info.preprocessing.image_px}px",
         settings_tag(meta),
     ]
