@@ -10,6 +10,7 @@ from featcache.backbone.networks import (
     head_of,
     state_sha256,
 )
+from featcache.backbone.own import OwnNetwork
 from featcache.backbone.weights import (
     BUNDLED_FILE,
     WeightsFile,
@@ -21,6 +22,7 @@ from featcache.backbone.weights import (
 
 __all__ = [
     "BUNDLED_FILE",
+    "OwnNetwork",
     "WeightsFile",
     "build_classifier",
     "build_network",

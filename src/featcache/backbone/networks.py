@@ -119,7 +119,7 @@ def head_of(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
     name, head = next(iter(heads.items()), ("", None))
     if len(heads) != 1 or not isinstance(head, (nn.Linear, nn.Conv2d)):
         raise UserError(
-            f"{type(model).__name__} has {len(heads)} heads and is not fine-tuned as one: use "
+            f"{type(model).__name__} has no single linear head and is not fine-tuned: use "
             "extract-features and train-head"
         )
     return name, head

@@ -146,6 +146,8 @@ class StageFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, num_columns] of images [N, 3, H, W]."""
         outputs = self.outputs(images)
+        if not outputs.keys() >= set(self.columns):  # while engines record what it computes
+            raise RuntimeError(f"{type(self.network).__name__} is not traced layer by layer")
         return torch.cat([outputs[name] for name in self.columns], dim=1)
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -156,6 +158,18 @@ class StageFeatures(nn.Module):
         finally:
             _pass.outputs = None
         return outputs
+
+
+class SideBySide(nn.Module):
+    """The features of a network that gives a dict of them, side by side in the dict's order."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [N, sum of D] of images [N, 3, H, W]."""
+        return torch.cat(list(self.network(images).values()), dim=1)
 
 
 def stage_columns(

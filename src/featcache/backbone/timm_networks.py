@@ -6,9 +6,11 @@ in a tag, which says where pretrained weights come from; without one, timm's own
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,19 +125,26 @@ def build_pretrained(name: str, state: State, image_px: int | None) -> nn.Module
     Raises:
         RuntimeError: The tensors are not those of the network.
     """
-    log = logging.getLogger("timm")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
+    with _quiet("timm"):
         network: nn.Module = import_timm().create_model(
             name.removeprefix(TIMM),
             pretrained=True,
             pretrained_cfg_overlay={"state_dict": dict(state), "custom_load": False},
             **_size_options(name, image_px),
         )
+    return network
+
+
+@contextlib.contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Keep a library's warnings off stderr: what matters becomes an error of one line."""
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         log.setLevel(level)
-    return network
 
 
 def weights_path(config: BackboneConfig) -> Path:
@@ -146,27 +155,34 @@ def weights_path(config: BackboneConfig) -> Path:
     """
     name = full_name(config, pretrained=True)
     about = _about(name)
-    problem = "there is no file of them that featcache reads"
-    for local in (True, False):
-        for filename in (about.hf_hub_filename,) if about.hf_hub_filename else HUB_FILES:
-            try:
-                return _from_hub(about.hf_hub_id, filename, local=local)
-            except Exception as error:  # whatever the hub's client raises
-                lines = str(error).split("\n")
-                problem = shown(lines[0]) or type(error).__name__
-    raise UserError(
-        f"the weights {name} of timm are not in the cache of Hugging Face and could not be "
-        f"downloaded ({problem}); use --weights FILE (.safetensors or .pth) or random"
-    )
+    names = (about.hf_hub_filename,) if about.hf_hub_filename else HUB_FILES
+    try:
+        if about.hf_hub_id is None:
+            raise UserError("they are not on the Hugging Face hub")
+        with _quiet("huggingface_hub"):
+            return _from_hub(about.hf_hub_id, names)
+    except Exception as error:  # whatever the hub's client raises
+        reason = shown(str(error.__cause__ or error).split("\n")[0]) or type(error).__name__
+        raise UserError(
+            f"the weights {name} of timm are not in the cache of Hugging Face and could not be "
+            f"downloaded ({reason}); use --weights FILE (.safetensors or .pth) or random"
+        ) from error
 
 
-def _from_hub(repository: str | None, filename: str, *, local: bool) -> Path:
-    if repository is None:
-        raise UserError("they are not on the Hugging Face hub")
-    name, _, revision = repository.partition("@")
+def _from_hub(repository: str, names: Sequence[str]) -> Path:
+    """The first of some files of a repository: in the local cache, else downloaded."""
     hub = importlib.import_module("huggingface_hub")
-    found = hub.hf_hub_download(name, filename, revision=revision or None, local_files_only=local)
-    return Path(found)
+    repo_id, _, revision = repository.partition("@")
+    options = {"repo_id": repo_id, "revision": revision or None}
+    for name in names:
+        with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+            return Path(hub.hf_hub_download(filename=name, local_files_only=True, **options))
+    try:
+        return Path(hub.hf_hub_download(filename=names[0], **options))
+    except hub.errors.LocalEntryNotFoundError:  # no network
+        raise
+    except hub.errors.EntryNotFoundError:
+        return Path(hub.hf_hub_download(filename=names[-1], **options))
 
 
 def own_preprocessing(config: BackboneConfig, *, pretrained: bool) -> Preprocessing:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from featcache.backbone import load_backbone, state_sha256
+from featcache.backbone import OwnNetwork, load_backbone, state_sha256
 from featcache.cache import (
     MARKS,
     CacheWriter,
@@ -75,11 +75,12 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+def extract(config: ExtractConfig, own: OwnNetwork | None = None) -> dict[str, Any]:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
+        own: The network, unless the settings name it.
 
     Returns:
         The command's JSON report.
@@ -90,7 +91,7 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config)
+    request = Request.of(config, own)
     for note in request.dataset.notes:
         say(note)
     found = None if config.force else find_hit(request)
@@ -115,12 +116,16 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     from featcache.engine import EngineSettings, choose_engine
 
     config, dataset, wanted = request.config, request.dataset, request.meta
-    network = load_backbone(config, config.seed, wanted.backbone)
+    if request.own is not None:
+        network = request.own.load(wanted.backbone)
+    else:
+        network = load_backbone(config, config.seed, wanted.backbone)
+    settings = EngineSettings.of(dataclasses.replace(config, backbone=wanted.backbone.backbone))
     before = state_sha256(network)
     num_images = earlier.num_missing(dataset) * wanted.views.num
     with run.timer("choose_engine"):
         run.engine = choose_engine(
-            EngineSettings.of(config),
+            settings,
             network,
             wanted.backbone.preprocessing,
             num_images=num_images,

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import identify, load_backbone
 from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig, weights_text
+from featcache.config import (
+    OWN_MODULE,
+    BackboneInfo,
+    CacheMeta,
+    ExtractConfig,
+    InfoConfig,
+    VerifyConfig,
+    weights_text,
+)
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.extraction import ExtractionRun, fill_split
@@ -50,6 +59,8 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
         + listed(report["class_names"], MAX_LISTED),
     ]
+    if backbone["backbone"].startswith(OWN_MODULE):
+        lines.insert(2, "           a module given in Python: its name cannot rebuild it")
     for name, split in report["splits"].items():
         done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
         lines.append(
@@ -74,7 +85,11 @@ def check(config: VerifyConfig) -> dict[str, Any]:
         UserError: The dataset or weights are not those of the cache.
     """
     found = verify(config.cache)
-    report = {"command": "verify", **found.to_dict(), "num_repaired": 0}
+    notes = []
+    with contextlib.suppress(CacheError):  # damaged, which is reported
+        if (backbone := read_meta(config.cache)[0].backbone).is_own_module:
+            notes = [f"not recomputable: {_own_module(backbone)}"]
+    report = {"command": "verify", **found.to_dict(), "num_repaired": 0, "notes": notes}
     if config.repair and found.finished and not found.ok:
         num_repaired = _repair(config, found)
         report |= {**verify(config.cache).to_dict(), "num_repaired": num_repaired}
@@ -87,13 +102,15 @@ def check_lines(report: dict[str, Any]) -> list[str]:
     rows = sum(report["num_rows"].values())
     if report["ok"]:
         again = f", {report['num_repaired']} rows recomputed" if report["num_repaired"] else ""
-        missed = [f"not checked: {what}" for what in report["not_checked"]]
+        missed = [f"not checked: {what}" for what in report["not_checked"]] + report["notes"]
         sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{again}"
         return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
-    if report["repairable"]:
+    if report["notes"]:
+        lines += report["notes"]
+    elif report["repairable"]:
         command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
         lines.append(f"type {command} to recompute the damaged rows")
     else:
@@ -115,6 +132,8 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
+    if meta.backbone.is_own_module:
+        raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
     settings = _settings_of(config, meta)
     dataset = load_dataset(settings)
     _check_same(meta, class_names, settings, dataset)
@@ -139,6 +158,14 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
                 fill_split(run, writer, split, meta, settings.on_error)
             writer.finish()
     return damaged
+
+
+def _own_module(backbone: BackboneInfo) -> str:
+    """Why a cache cannot be computed again by a command."""
+    return (
+        f"{backbone.backbone} is a module given in Python, which cannot be rebuilt from its name; "
+        "make the cache again in Python with extract_features and force=True"
+    )
 
 
 def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from featcache.backbone import identify
+from featcache.backbone import OwnNetwork, identify
 from featcache.cache import (
     FeatureCache,
     begun_with,
@@ -41,32 +41,41 @@ class Request:
         dataset: The images.
         meta: The metadata that the cache will carry; engine as asked for.
         path: Where the cache goes.
+        own: The network, if it was given as a module in Python.
     """
 
     config: ExtractConfig
     dataset: ImageDataset
     meta: CacheMeta
     path: Path
+    own: OwnNetwork | None = None
 
     @classmethod
-    def of(cls, config: ExtractConfig) -> Self:
+    def of(cls, config: ExtractConfig, own: OwnNetwork | None = None) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
         Raises:
             UserError: There is no such dataset or weights.
         """
         dataset = load_dataset(config)
-        config = with_adapted_batchnorm(config, dataset)
+        if own is None:
+            config = with_adapted_batchnorm(config, dataset)
+            backbone = identify(config, config.seed, config.cache_dir)
+        elif config.batchnorm == "adapt":
+            raise UserError("--batchnorm adapt is for networks by name: adapt the module yourself")
+        else:
+            backbone = own.identify(config)
         meta = CacheMeta(
-            backbone=identify(config, config.seed, config.cache_dir),
+            backbone=backbone,
             dataset=dataset.info(config),
             views=Views.parse(config.views, config.seed),
             dtype=config.stored_dtype,
             precision=config.precision,
             engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
-            versions=numeric_versions(config.backbone),
+            versions=numeric_versions(backbone.backbone),
         )
-        return cls(config=config, dataset=dataset, meta=meta, path=cache_path(config, meta))
+        path = cache_path(config, meta)
+        return cls(config=config, dataset=dataset, meta=meta, path=path, own=own)
 
 
 def settings_tag(meta: CacheMeta) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from featcache.backbone import build_classifier, check_name, file_sha256
+from featcache.backbone import OwnNetwork, build_classifier, check_name, file_sha256
 from featcache.backbone.load import OtherWeightsError, frozen, verified_network
 from featcache.backbone.networks import remove_heads
 from featcache.backbone.weights import is_file
@@ -68,7 +68,9 @@ class LoadedClassifier:
         return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
 
 
-def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -> LoadedClassifier:
+def load_classifier(
+    path: Path, *, weights: str | None = None, seed: int = 42, own: OwnNetwork | None = None
+) -> LoadedClassifier:
     """Load a head with its backbone, or a fine-tuned model.
 
     Args:
@@ -76,6 +78,7 @@ def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -
         weights: The weights file of a head's backbone, if it is neither in the working directory
             nor in the head's.
         seed: Draws the backbone's weights, if the head was trained on random ones.
+        own: The backbone of a head that was trained on features of a module given in Python.
 
     Raises:
         UserError: The file is missing, damaged or neither of the two, or the weights are missing.
@@ -88,17 +91,24 @@ def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -
     if kind == MODEL_FORMAT:
         return _load_model(file)
     if kind == HEAD_FORMAT:
-        return _load_with_backbone(file, weights, seed)
+        return _load_with_backbone(file, weights, seed, own)
     raise UserError(
         f"{path} is neither a head nor a fine-tuned model: give a file that train-head or finetune "
         "wrote"
     )
 
 
-def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> LoadedClassifier:
+def _load_with_backbone(
+    file: TensorFile, weights: str | None, seed: int, own: OwnNetwork | None
+) -> LoadedClassifier:
     path, head = file.path, parse_head(file)
     info = _backbone_of(head, path)
-    network = _network_of(info, path, weights, seed)
+    if info.is_own_module:
+        network = _own_network(info, path, own)
+    elif own is not None:
+        raise UserError(f"{path} is for {info.backbone}, which has a name: leave the module out")
+    else:
+        network = _network_of(info, path, weights, seed)
     provenance = head.provenance
     return LoadedClassifier(
         path=path,
@@ -126,7 +136,8 @@ def _backbone_of(head: Head, path: Path) -> BackboneInfo:
         raise UserError(
             f"{path} does not say which backbone it is for ({error!s:.100}): run train-head again"
         ) from error
-    _check_backbone(info.backbone, path)
+    if not info.is_own_module:
+        _check_backbone(info.backbone, path)
     if info.feature_dim != head.feature_dim:
         raise CacheError(
             f"{path} is for {info.feature_dim} features by its provenance, {head.feature_dim} by "
@@ -162,6 +173,23 @@ def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) 
             f"{path} is for {wanted} features, {info.backbone} gives {dim}: run train-head again"
         )
     return frozen(network, info.stages)
+
+
+def _own_network(info: BackboneInfo, path: Path, own: OwnNetwork | None) -> nn.Module:
+    """The module that a head was trained on, which has to be given."""
+    if own is None:
+        raise UserError(
+            f"{path} was trained on features of {info.backbone}, a module given in Python, which "
+            f"cannot be rebuilt from its name: in Python, Classifier.load({str(path)!r}, "
+            "backbone=module)"
+        )
+    try:
+        return own.load(info)
+    except OtherWeightsError as error:
+        raise CacheError(
+            f"{path} was trained on tensors with sha256 {info.weights_sha256}, but those of the "
+            f"module given have {error.found}: give the module that made the features"
+        ) from error
 
 
 def _find_weights(info: BackboneInfo, path: Path) -> str:
