@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from featcache.backbone import OwnNetwork, load_backbone, state_sha256
+from featcache.backbone import OwnNetwork, state_sha256
 from featcache.cache import (
     MARKS,
     CacheWriter,
@@ -116,16 +116,12 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     from featcache.engine import EngineSettings, choose_engine
 
     config, dataset, wanted = request.config, request.dataset, request.meta
-    if request.own is not None:
-        network = request.own.load(wanted.backbone)
-    else:
-        network = load_backbone(config, config.seed, wanted.backbone)
-    settings = EngineSettings.of(dataclasses.replace(config, backbone=wanted.backbone.backbone))
+    network = request.load_network()
     before = state_sha256(network)
     num_images = earlier.num_missing(dataset) * wanted.views.num
     with run.timer("choose_engine"):
         run.engine = choose_engine(
-            settings,
+            EngineSettings.of(config),
             network,
             wanted.backbone.preprocessing,
             num_images=num_images,

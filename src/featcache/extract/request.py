@@ -7,11 +7,11 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from featcache.backbone import OwnNetwork, identify
+from featcache.backbone import OwnNetwork, identify, load_backbone
 from featcache.cache import (
     FeatureCache,
     begun_with,
@@ -27,6 +27,9 @@ from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError
 from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.runtime import numeric_versions, recorded_engine
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # These do not change the rows: a dataset may be renamed or moved.
 IMMATERIAL = ("dataset.name",)
@@ -75,7 +78,19 @@ class Request:
             versions=numeric_versions(backbone.backbone),
         )
         path = cache_path(config, meta)
+        if own is not None:  # for messages
+            config = dataclasses.replace(config, backbone=backbone.backbone)
         return cls(config=config, dataset=dataset, meta=meta, path=path, own=own)
+
+    def load_network(self) -> nn.Module:
+        """The frozen network that `meta` describes.
+
+        Raises:
+            UserError: Its weights have changed, or it lacks something.
+        """
+        if self.own is not None:
+            return self.own.load(self.meta.backbone)
+        return load_backbone(self.config, self.config.seed, self.meta.backbone)
 
 
 def settings_tag(meta: CacheMeta) -> str:
