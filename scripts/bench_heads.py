@@ -3,6 +3,7 @@
     python scripts/bench_heads.py              # speed against scikit-learn, some minutes
     python scripts/bench_heads.py --table      # accuracy against plain LogisticRegression
     python scripts/bench_heads.py --views-of FOLDER   # what cached views buy and cost
+    python scripts/bench_heads.py --gains digits FOLDER   # what cheap changes of heads gain
     python scripts/bench_heads.py --stream     # 5 million rows in bounded memory, 6 GB of disk
 
 Speed is measured in turns with scikit-learn on the same rows in the same process, and the median
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+import heads_gains
 import heads_quality
 import heads_stream
 from featcache import cli
@@ -61,6 +63,10 @@ class BenchConfig(OutputConfig):
     """Of --table: class folders with train/ and test/ to add, as bundled-weight features."""
     views_of: Path | None = None
     """Extract this folder with no, flipped and random views, and compare heads on them instead."""
+    gains: tuple[str, ...] = ()
+    """Measure what cheap changes of heads gain on these datasets instead."""
+    wise_seeds: int = 3
+    """Of --gains: fine-tuning runs for each dataset, to average weights with the frozen ones."""
     stream: bool = False
     """Fit a large made cache in bounded memory instead."""
     stream_rows: int = 5_000_000
@@ -75,6 +81,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         report = heads_quality.table(config.folder, config.work_dir)
     elif config.views_of is not None:
         report = heads_quality.views(config.views_of, config.work_dir)
+    elif config.gains:
+        report = heads_gains.gains(config.gains, config.work_dir, config.wise_seeds)
     elif config.stream:
         report = heads_stream.run(config.work_dir, config.stream_rows, config.feature_dim)
     else:

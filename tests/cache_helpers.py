@@ -54,7 +54,8 @@ def make_meta(
     )
 
 
-def make_split(name: str, num: int, *, weights: bool = False, prefix: str = "") -> SplitRows:
+def make_split(name: str, num: int, *, columns: bool = False, prefix: str = "") -> SplitRows:
+    """Rows of a split; `columns`: with every optional column."""
     ids = [f"{name}/{prefix}{i:05d}.png" for i in range(num)]
     content = [list(hashlib.sha256(sample.encode()).digest()) for sample in ids]
     return SplitRows(
@@ -62,12 +63,13 @@ def make_split(name: str, num: int, *, weights: bool = False, prefix: str = "") 
         ids=ids,
         labels=np.arange(num) % len(CLASSES),
         content=np.array(content, np.uint8),
-        weights=np.arange(num, dtype=np.float32) / 4 if weights else None,
+        weights=np.arange(num, dtype=np.float32) / 4 if columns else None,
+        groups=[f"büro {i // 10}" for i in range(num)] if columns else None,
     )
 
 
-def make_splits(rows: dict[str, int] = ROWS, *, weights: bool = False) -> list[SplitRows]:
-    return [make_split(name, num, weights=weights) for name, num in rows.items()]
+def make_splits(rows: dict[str, int] = ROWS, *, columns: bool = False) -> list[SplitRows]:
+    return [make_split(name, num, columns=columns) for name, num in rows.items()]
 
 
 def expected(split: str, rows: range, num_views: int = 1, dim: int = DIM) -> np.ndarray:
@@ -144,8 +146,13 @@ def assert_train(path: Path, num_rows: int) -> None:
     assert np.array_equal(FeatureCache(path).split("train").X, wanted)
 
 
-def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None, stages=None):
-    """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels)."""
+def rows_cache(
+    path: Path, splits, class_names, *, dtype="float32", weights=None, groups=None, stages=None
+):
+    """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels).
+
+    `weights` and `groups` map a split's name to what is known of its rows.
+    """
     views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
     num_views, _, dim = next(iter(views.values()))[0].shape
     plans = [
@@ -155,6 +162,7 @@ def rows_cache(path: Path, splits, class_names, *, dtype="float32", weights=None
             labels=y.astype(np.int64),
             content=np.stack([_digest(row) for row in X[0]]),
             weights=None if weights is None else weights.get(name),
+            groups=None if groups is None else groups.get(name),
         )
         for name, (X, y) in views.items()
     ]

@@ -32,7 +32,7 @@ ROWS = [
     {"config"},
     {"runtime", "streams"},
     {"files"},
-    {"file_hashes", "random_order", "tensor_files"},
+    {"file_hashes", "groups", "random_order", "tensor_files"},
     {"cache", "data", "backbone", "results"},
     {"engine"},
     {"heads", "extract", "html_report"},
@@ -49,10 +49,12 @@ HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "open
 LATE = {
     "fusion.py",
     "stages.py",
+    "tail.py",
     "gpu.py",
     "torch_cpu.py",
     "estimator.py",
     "graph.py",
+    "small_maps.py",
 }
 
 

@@ -140,7 +140,12 @@ def test_what_a_name_cannot_rebuild_says_so(folder: Path, tmp_path: Path) -> Non
         (nn.Conv2d(3, 4, 3), {}, r"Conv2d gives \[1, 4, 22, 22\] for one image: it has to give"),
         (nn.Linear(5, 5), {}, "Linear cannot run on images of 24 px"),
         (Net(), {"backbone": "resnet34"}, "was given as a module: leave backbone and weights out"),
-        (Net(), {"batchnorm": "adapt"}, 'batchnorm="adapt" is for networks by name'),
+        (
+            Net(),
+            {"batchnorm": "adapt"},
+            'from_stage and batchnorm="adapt" are for networks by name',
+        ),
+        (Net(), {"from_stage": "two"}, 'from_stage and batchnorm="adapt" are for networks by'),
         (Net(), {"layers": "stages"}, "layers stages: the stages of Net are not known; name its"),
         (Net(), {"layers": "three"}, "layers: Net has no module 'three'; there are one, two, nor"),
         (Net(both=True), {"layers": "one"}, "gives a dict by itself: leave layers out"),

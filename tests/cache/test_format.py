@@ -21,9 +21,9 @@ PAGE = REPO / "docs" / "format.md"
 
 @pytest.fixture
 def path(tmp_path):
-    """Two views, weights, and one skipped sample in the last block of train."""
+    """Two views, every column, and one skipped sample in the last block of train."""
     path = tmp_path / "x.h5"
-    meta, splits = make_meta(num_views=2), make_splits(weights=True)
+    meta, splits = make_meta(num_views=2), make_splits(columns=True)
     with open_writer(path, meta, CLASSES, splits) as new:
         status = np.zeros(22, np.uint8)
         status[5] = 3
@@ -47,6 +47,8 @@ def test_plain_h5py_reads_it(path):
         assert train["ids"][7].decode() == "train/00007.png"
         assert train["ids"].dtype == h5py.string_dtype("utf-8", 15)
         assert train["weights"][:3].tolist() == [0.0, 0.25, 0.5]
+        assert train["groups"][10].decode() == "büro 1"
+        assert train["groups"].dtype == h5py.string_dtype("utf-8", 8)
         assert train["content"][7].tobytes() == hashlib.sha256(b"train/00007.png").digest()
         meta = json.loads(file["meta_json"][:].tobytes())
         assert meta["backbone"]["feature_dim"] == 5

@@ -45,9 +45,9 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def skipping(tmp_path) -> Path:
-    """Two views, weights; rows 3 and 64 to 127 of train (a whole block) are skipped."""
+    """Two views, every column; rows 3 and 64 to 127 of train (a whole block) are skipped."""
     path = tmp_path / "s.h5"
-    meta, splits = make_meta(num_views=2), make_splits(weights=True)
+    meta, splits = make_meta(num_views=2), make_splits(columns=True)
     with open_writer(path, meta, CLASSES, splits) as new:
         for rows in new.pending("train"):
             status = np.zeros(len(rows), np.uint8)
@@ -88,16 +88,17 @@ def test_arrays_are_mapped_read_only_and_right(path):
     assert y.dtype == np.int64
     assert y.tolist() == [i % 3 for i in range(150)]
     train = cache.split("train")
-    assert (len(train), train.dim, train.num_views, train.weights) == (150, 5, 1, None)
+    assert (len(train), train.dim, train.num_views) == (150, 5, 1)
+    assert train.weights is train.groups is None
     assert train.ids[149] == "train/00149.png"
     assert train.content.tobytes() == make_splits()[0].content.tobytes()
     assert read_meta(path) == (cache.meta, CLASSES)
 
 
 def test_rows_give_back_what_was_given_to_the_writer(skipping):
-    rows, given = FeatureCache(skipping).rows("train"), make_splits(weights=True)[0]
+    rows, given = FeatureCache(skipping).rows("train"), make_splits(columns=True)[0]
     assert (rows.name, rows.ids) == (given.name, given.ids)
-    for name in ("labels", "content", "weights"):
+    for name in ("labels", "content", "weights", "groups"):
         assert np.array_equal(getattr(rows, name), getattr(given, name))
 
 
@@ -115,6 +116,7 @@ def test_skipped_rows_are_left_out_everywhere_and_nothing_shifts(skipping):
     assert np.array_equal(y, good % 3)
     assert train.ids == [f"train/{i:05d}.png" for i in good]
     assert np.array_equal(train.weights, good / np.float32(4))
+    assert train.groups.tolist() == [f"büro {i // 10}" for i in good]
     assert np.array_equal(train.rows, good)
     assert cache.skipped[0] == ("train", "train/00003.png", 1)
     assert len(cache.skipped) == 65
@@ -223,6 +225,7 @@ def test_info_says_what_is_there_and_where_it_came_from(skipping):
     assert train["skipped"][0] == {"id": "train/00003.png", "code": 1}
     assert sum(train["num_per_class"].values()) == 85
     assert train["weighted"]
+    assert (train["num_groups"], about["splits"]["test"]["num_groups"]) == (15, 7)
 
 
 def test_reading_never_loads_the_hdf5_library(path):

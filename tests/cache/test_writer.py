@@ -114,7 +114,7 @@ def changed(splits: list[SplitRows], **changes) -> list[SplitRows]:
         ({"splits": changed(make_splits(), labels=np.zeros(150, int))}, "different train/labels;"),
         ({"splits": changed(make_splits(), ids=[f"{i}" for i in range(150)])}, "train/ids;"),
         ({"splits": changed(make_splits(), content=np.zeros((150, 32), "u1"))}, "train/content;"),
-        ({"splits": make_splits(weights=True)}, "different test/weights, train/weights;"),
+        ({"splits": make_splits(columns=True)}, "different test/groups, test/weights, train/gr"),
         ({"splits": make_splits({"train": 151, "test": 70})}, "train/crc32|train/content"),
         ({"splits": make_splits({"train": 150})}, "test/features"),
     ],
@@ -199,6 +199,7 @@ def test_skipped_rows_are_zeros_whatever_was_computed(path):
         ({"ids": ["caf\udce9.png", *make_splits()[0].ids[1:]]}, "not valid Unicode: rename"),
         ({"weights": np.full(150, -1.0)}, "weight -1.0 of 'train/00000.png'"),
         ({"weights": np.full(150, np.nan)}, "give finite numbers"),
+        ({"groups": ["", *["g"] * 149]}, "group in train '' cannot be stored: 1 to 4096 bytes"),
         ({"name": "../x"}, r"split name '\.\./x'"),
         ({"name": "layout"}, "split name 'layout'"),
     ],
@@ -222,7 +223,7 @@ def test_empty_split_and_no_classes_are_refused(path):
 def test_sixteen_splits_of_long_names_fit(path):
     names = [f"s{i:02d}".ljust(32, "x") for i in range(16)]
     rows = dict.fromkeys(names, 3)
-    with begin(path, splits=make_splits(rows, weights=True)) as new:
+    with begin(path, splits=make_splits(rows, columns=True)) as new:
         fill(new)
         new.finish()
     assert FeatureCache(path).splits == rows

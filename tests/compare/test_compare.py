@@ -288,6 +288,15 @@ def test_sizes_are_nested_stratified_and_seeded() -> None:
     assert {ids[::-1][row] for row in turned} == {ids[row] for row in sizes[1]}
 
 
+def test_sizes_take_one_group_after_the_other() -> None:
+    ids, labels = [f"{i:03d}" for i in range(60)], np.arange(60) % 3
+    groups = [f"g{i // 6}" for i in range(60)]  # two images of each class
+    small, large = (nested_rows(ids, labels, n, 1, groups) for n in (2, 5))
+    assert set(small) < set(large)
+    assert [len({groups[row] for row in rows}) for rows in (small, large)] == [1, 3]
+    assert np.bincount(labels[large]).tolist() == [5, 5, 5]
+
+
 def test_a_class_with_few_images_gives_all_it_has() -> None:
     rows = nested_rows(list("abcdef"), np.array([0, 0, 0, 0, 0, 1]), 3, seed=0)
     assert len(rows) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pydoc
+import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -147,3 +148,18 @@ def test_help_explains_every_field() -> None:
     for kind in (ExtractConfig, PredictConfig, ReportConfig, FinetuneConfig, TrainHeadConfig):
         for field in dataclasses.fields(kind):
             assert f"    {field.name}: " in kind.__doc__
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("IMG_", "'IMG_': give a regular expression of at most 500 characters with a capture "),
+        ("(a" * 300 + ")" * 300, "give a regular expression of at most 500 characters"),
+        ("(\n)", "give a regular expression of at most 500 characters"),
+        ("(", "'(' is not a regular expression: missing ), unterminated subpattern"),
+    ],
+)
+def test_an_expression_for_groups_has_a_capture_group(pattern: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        ExtractConfig(dataset="digits", group_from=pattern)
+    assert ExtractConfig(dataset="digits", group_from=r"(\d)").group_from == r"(\d)"

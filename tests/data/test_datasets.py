@@ -408,3 +408,42 @@ def test_copies_stay_on_one_side_of_a_share(tmp_path: Path, load: Load) -> None:
     assert copies_lines(found, {"train": 60, "test": 20}, divided=True) == [
         "copies of other images: 40 of 80; identical images were kept on one side of the split"
     ]
+
+
+def test_groups_in_two_splits_are_counted_named_and_refused_if_asked(
+    tmp_path: Path, load: Load, message: Message
+) -> None:
+    root = make_folder(tmp_path / "pets", train=4, test=2)
+    pattern = r"(\d)\.png"  # 0 to 3 in train, 0 and 1 in test
+    dataset = load(root, group_from=pattern)
+    assert dataset.splits["test"].groups == ["0", "1", "0", "1"]
+    said = (
+        "groups of test that are also in train: 2 (0, 1); keep each in one split, or test scores "
+        "are too high"
+    )
+    assert dataset.notes == (said,)
+    assert message(root, group_from=pattern, strict=True) == f"{said} (or leave out --strict)"
+    shutil.copy(root / "train/cat/001.png", root / "test/dog/seen.png")
+    assert load(root).notes == ()
+    assert message(root, strict=True) == (
+        "test images that are also in train: 1 of 5 (such as test/dog/seen.png and "
+        "train/cat/001.png); remove them from one split, or test scores are too high; identical "
+        "images with different labels: 1 (such as test/dog/seen.png and train/cat/001.png); "
+        "correct the labels (or leave out --strict)"
+    )
+
+
+def test_an_expression_that_finds_no_group_names_the_id(tmp_path: Path, message: Message) -> None:
+    root = make_folder(tmp_path / "pets")
+    assert message(root, group_from=r"(cat|eel)") == (
+        "--group-from '(cat|eel)' finds no group in 4 of 8 ids, such as 'train/dog/000.png': "
+        "change it so that its first (...) matches in each"
+    )
+
+
+def test_digits_take_groups_from_their_ids(load: Load) -> None:
+    splits = load("digits", group_from=r"/(\d{3})", num_train=20, num_test=20).splits
+    assert splits["test"].groups == [i[7:10] for i in splits["test"].ids]
+    every = load("digits", group_from=r"/(\d{3})").splits
+    assert not set(every["train"].groups or ()) & set(every["test"].groups or ())
+    assert 300 < len(every["test"]) < 420

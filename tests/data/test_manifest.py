@@ -164,7 +164,9 @@ def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, load: Load)
     weights = dataset.splits["train"].weights
     assert weights is not None
     assert (weights.dtype, weights.tolist()) == (np.float32, [0.5, 2.5])
-    assert dataset.notes == ("ignored columns of the manifest: 'camera'",)
+    assert dataset.notes == (
+        "ignored columns of the manifest: 'camera' (known: path, label, split, weight, group)",
+    )
 
 
 def test_all_three_splits(folder: Path, load: Load) -> None:
@@ -359,3 +361,65 @@ def test_damaged_manifests(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_damaged_manifests_at_length(folder: Path, tmp_path: Path) -> None:
     assert fuzz(folder, tmp_path, random.Random(1), 20_000) > 5000
+
+
+def test_groups_stay_on_one_side_of_a_share(tmp_path: Path, load: Load) -> None:
+    root = make_tree(tmp_path / "set", {"cat": 30, "dog": 30})
+    lines = [f"{c}/{i:03d}.png,{c},student {i // 3}" for c in ("cat", "dog") for i in range(30)]
+    splits = load(write(root, ["path,label,group", *lines]), test_fraction=0.2).splits
+    assert np.bincount(splits["test"].labels).tolist() == [6, 6]
+    assert len(set(splits["test"].groups or ())) == 2
+    assert len(set(splits["train"].groups or ())) == 8
+    assert not set(splits["train"].groups or ()) & set(splits["test"].groups or ())
+    # The same groups from the ids; another expression is another dataset.
+    two = load(root, test_fraction=0.2, group_from=r"(\d\d)\d\.png")
+    assert len(set(two.splits["train"].groups or ())) == 2
+
+
+def test_groups_are_part_of_the_fingerprint(folder: Path, load: Load) -> None:
+    plain = load(write(folder, GOOD))
+    grouped = [
+        load(write(folder, [GOOD[0] + ",group", *(f"{line},{g}" for line in GOOD[1:])]))
+        for g in ("a", "b")
+    ]
+    assert len({dataset.fingerprint for dataset in (plain, *grouped)}) == 3
+    assert grouped[0].splits["test"].groups == ["a", "a"]
+
+
+@pytest.mark.parametrize("name", ["lable", "labels", "labell", "labe"])
+def test_a_misspelt_column_is_refused_with_the_right_name(
+    name: str, folder: Path, message: Message
+) -> None:
+    said = message(write(folder, [f"path,{name},split", *GOOD[1:]]))
+    assert said == f"list.csv, line 1: column {name!r} is not known; rename it 'label'"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("gruop", "group"), ("Groups", "group"), ("wieght", "weight")]
+)
+def test_a_misspelt_optional_column_too(
+    name: str, meant: str, folder: Path, message: Message
+) -> None:
+    said = message(write(folder, [f"{GOOD[0]},{name}", *(f"{line},1" for line in GOOD[1:])]))
+    assert said == f"list.csv, line 1: column {name.lower()!r} is not known; rename it {meant!r}"
+
+
+def test_other_columns_are_named_and_case_does_not_matter(folder: Path, load: Load) -> None:
+    header = "Path,Label,Split,height,patch,weight_kg"
+    dataset = load(write(folder, [header, *(f"{line},1,2,3" for line in GOOD[1:])]))
+    assert dataset.notes == (
+        "ignored columns of the manifest: 'height', 'patch', 'weight_kg' (known: path, label, "
+        "split, weight, group)",
+    )
+    assert list(dataset.splits) == ["train", "test"]
+
+
+def test_every_row_has_a_group(folder: Path, message: Message) -> None:
+    lines = [f"{GOOD[0]},group", *(f"{line},g" for line in GOOD[1:-1]), GOOD[-1] + ","]
+    assert message(write(folder, lines)) == (
+        "list.csv, line 5: group ''; give a name of 1 to 256 characters, and an image that belongs "
+        "to no other one of its own"
+    )
+    lines[-1] += "h"
+    said = message(write(folder, lines), group_from="(.)")
+    assert said == "list.csv has its own column group: leave out --group-from"

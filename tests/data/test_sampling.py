@@ -142,5 +142,7 @@ def test_unreadable_files_are_no_copies_of_each_other() -> None:
 
 def test_nothing_but_copies_cannot_be_divided() -> None:
     split = split_with([5, 5], [0] * 5 + [5] * 5)
-    with pytest.raises(UserError, match="and identical images stay together; add images"):
+    with pytest.raises(
+        UserError, match="and identical images and groups stay together; add images"
+    ):
         split_off_test(split, 0.4, 0)

@@ -530,3 +530,29 @@ def test_odd_pictures_are_the_same_on_every_path(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 40), (255, 0, 0, 128)).save(root / "train" / "dog" / "alpha.png")
     report = ex.extract(settings(root, tmp_path))
     assert report["splits"]["train"]["num_samples"] == 6
+
+
+def test_groups_are_cached_and_a_change_of_them_is_named(
+    folder: Path, tmp_path: Path, mean_colour: list[int]
+) -> None:
+    lines = [f"{file.relative_to(folder)},{file.parent.name}" for file in folder.rglob("*.png")]
+    manifest = tmp_path / "list.csv"
+
+    def write(num_groups: int) -> ExtractConfig:
+        rows = [f"{line},g{n % num_groups}" for n, line in enumerate(lines)]
+        manifest.write_text("\n".join(["path,label,group", *rows]))
+        return settings(manifest, tmp_path, image_root=folder, test_fraction=0.5)
+
+    report = ex.extract(write(10))
+    assert report["shared_groups"] == []
+    cache = FeatureCache(report["cache"])
+    groups = {name: cache.split(name).groups for name in ("train", "test")}
+    assert groups["train"].tolist() == load_dataset(write(10)).splits["train"].groups
+    assert not set(groups["train"]) & set(groups["test"])
+    assert ex.extract(write(10))["hit"]
+    with pytest.raises(CacheError, match=r"images: .*[0-9]+ regrouped \(t"):
+        ex.extract(write(5))
+    del mean_colour[:]
+    assert ex.extract(dataclasses.replace(write(5), update=True))["cache"] == report["cache"]
+    assert mean_colour == []
+    assert len(set(FeatureCache(report["cache"]).split("train").groups)) < 5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cache_helpers import features_offset, flip_bit
 from data_helpers import make_folder
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, InfoConfig, VerifyConfig
@@ -116,3 +117,23 @@ def test_files_that_are_no_cache(tmp_path: Path) -> None:
     for path in (text, tmp_path / "gone.h5"):
         with pytest.raises(CacheError):
             inspect(InfoConfig(cache=path))
+
+
+def test_a_cache_with_groups_is_shown_and_repaired(made: tuple[Path, Path], tmp_path: Path) -> None:
+    config = ExtractConfig(
+        dataset=str(made[0]),
+        weights="random",
+        image_px=32,
+        on_error="skip",
+        cache_dir=tmp_path,
+        group_from=r"(\d)\.png",
+    )
+    path = Path(extract(config)["cache"])
+    assert path.name != made[1].name
+    lines = inspect_lines(inspect(InfoConfig(cache=path)))
+    assert "test       10 images, 1 skipped, 5 groups" in lines
+    sound = path.read_bytes()
+    flip_bit(path, features_offset(path, row=66))
+    report = check(VerifyConfig(cache=path, repair=True, dataset=str(made[0])))
+    assert (report["ok"], report["num_repaired"]) == (True, 64)
+    assert path.read_bytes() == sound

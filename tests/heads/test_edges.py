@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from cache_helpers import blobs, rows_cache, toy_cache
+from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, train_head
-from featcache.heads.selection import assign_parts, same_rows
+from featcache.heads.few_shot import draw_shots
+from featcache.heads.selection import load_data
+from featcache.heads.streaming import draw_held
 from featcache.heads.training_data import check_rows
 
 NAMES = ["ape", "bee", "cat"]
@@ -128,27 +131,6 @@ def test_duplicates_do_not_choose_for_themselves(tmp_path):
     assert report["val_top1"] < 0.6
 
 
-def test_equal_rows_share_a_number():
-    content = np.array([[1, 2], [3, 4], [1, 2]], np.uint8)
-    numbers = same_rows(content)
-    assert numbers[0] == numbers[2] != numbers[1]
-
-
-def test_parts_are_stratified_and_keep_copies_together():
-    y = np.repeat([0, 1, 2], [50, 30, 1])
-    groups = np.arange(81)
-    groups[10] = groups[11]
-    held = assign_parts(y, groups, 0, fraction=0.2, num_parts=1) == 0
-    assert held[:50].sum() in (10, 11)
-    assert held[50:80].sum() == 6
-    assert not held[80]
-    assert held[10] == held[11]
-    folds = assign_parts(y, np.arange(81), 0, fraction=None, num_parts=5)
-    assert np.bincount(folds[:80]).tolist() == [16] * 5
-    assert np.bincount(folds[:50]).tolist() == [10] * 5
-    assert folds[80] == -1
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused_by_name(value):
     X, y = blobs(20)
@@ -223,3 +205,44 @@ def test_tta_needs_views(tmp_path):
     cache = toy_cache(tmp_path / "toy.h5")
     with pytest.raises(UserError, match="this cache has one"):
         train_head(TrainHeadConfig(cache=cache, tta=True))
+
+
+@pytest.fixture
+def students(tmp_path):
+    """Labels are noise, but ten students repeat their own pictures almost exactly."""
+    random = np.random.default_rng(0)
+    y = random.integers(3, size=(10, 6)).repeat(5)
+    X = random.normal(size=(60, 8)).repeat(5, axis=0) + 0.01 * random.normal(size=(300, 8))
+    groups = [f"s{i // 30}" for i in range(300)]
+    splits = {"train": (X.astype(np.float32), y), "test": (X[:60].astype(np.float32), y[:60])}
+    return rows_cache(tmp_path / "g.h5", splits, NAMES, groups={"train": groups})
+
+
+@pytest.mark.parametrize("select", ["holdout", "cv"])
+def test_groups_do_not_choose_for_themselves(students, select):
+    config = TrainHeadConfig(cache=students, solver="knn", select=select)
+    data = load_data(FeatureCache(students))
+    for fit, held in data.selection(config).pairs:
+        assert 0 < held.num_rows < 300
+        assert held.num_rows % 30 == fit.num_rows % 30 == 0
+    report = train_head(config)
+    assert report["val_top1"] < 0.6  # 1.0 where pictures of a student choose for each other
+    assert "groups kept together, seed 42" in report["chosen_on"]
+
+
+def test_groups_stay_together_when_streamed(students):
+    split = FeatureCache(students).split("train")
+    held = draw_held(TrainHeadConfig(cache=students), split, 3)
+    assert len(held) == 60
+    assert len(set(split.groups[held])) == 2
+
+
+def test_few_shots_come_from_few_groups(students):
+    split = FeatureCache(students).split("train")
+    rows = draw_shots(split.y, 4, 42, 0, split.groups)
+    assert np.bincount(split.y[rows]).tolist() == [4, 4, 4]
+    assert len(set(split.groups[rows])) <= 3
+    assert len(set(split.groups[draw_shots(split.y, 4, 42, 0)])) > 5
+    assert not np.array_equal(rows, draw_shots(split.y, 4, 42, 1, split.groups))
+    report = train_head(TrainHeadConfig(cache=students, shots=4, num_seeds=2))
+    assert report["shots"]["num_seeds"] == 2

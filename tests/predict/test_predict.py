@@ -30,7 +30,8 @@ from featcache.config import BackboneConfig, Format, PredictConfig, TrainHeadCon
 from featcache.data import normalize, to_pixels
 from featcache.errors import CacheError, StorageError, UserError, visible
 from featcache.files import check_outputs
-from featcache.heads import load_head, train_head
+from featcache.heads import Decision, load_head, train_head
+from featcache.heads.linear import Threshold
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
 from featcache.predict.command import MARKS, prediction_writer
@@ -135,6 +136,23 @@ class TestSamePath:
         got = classifier.predict_proba([root / "pets" / name for name in test.ids])
         assert np.abs(got - head.predict_proba(test.X)).max() < 1e-5
         assert classifier.provenance["dataset"]["fingerprint"] == cache.meta.dataset.fingerprint
+
+    def test_a_threshold_decides(self, cache: FeatureCache, root: Path, head_file: Path) -> None:
+        threshold = Threshold(
+            positive=0, probability=0.01, wanted="recall", level=0.9, precision=0.5, recall=0.9
+        )
+        head = linear_head(cache).replace(decision=Decision(threshold=threshold))
+        trained = dataclasses.replace(load_classifier(head_file), head=head)
+        pictures = [root / "pets" / name for name in cache.split("train").ids]
+        found = Classifier(trained, workers=0).predict(pictures, topk=2)
+        shares = head.predict_proba(cache.split("train").X)[:, 0]
+        assert 0 < np.sum(shares < 0.01) < np.sum(shares < 0.5)  # the threshold matters
+        for prediction, share in zip(found, shares, strict=True):
+            first = 0 if share >= 0.01 else 1
+            assert prediction.label == cache.class_names[first]
+            wanted = share if first == 0 else 1 - share
+            assert prediction.probability == pytest.approx(wanted, abs=1e-5)
+            assert prediction.topk[1][0] == cache.class_names[1 - first]
 
     def test_features_are_rounded_as_the_cache_rounded_them(
         self, cache: FeatureCache, classifier: Classifier, root: Path

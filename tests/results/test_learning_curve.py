@@ -6,19 +6,16 @@ import numpy as np
 import pytest
 
 from featcache.errors import UserError
-from featcache.results import (
-    CURVE_HEADER,
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.learning_curve import (
     CurveRun,
-    crossing,
-    curve_advice,
-    curve_cells,
     curve_from_json,
     curve_points,
-    curve_text,
     curve_to_json,
+    holm,
 )
-from featcache.results.learning_curve import holm
 from featcache.results.metrics import mcnemar
+from featcache.results.tables import CURVE_HEADER, curve_cells, curve_text
 from run_helpers import NUM_TEST, cell, pair
 
 

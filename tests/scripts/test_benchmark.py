@@ -18,7 +18,8 @@ from data_helpers import make_pets
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import train_head
-from featcache.results import Predictions, Row, RunReport, advice, benchmark_rows
+from featcache.results import Predictions, Row, RunReport, benchmark_rows
+from featcache.results.advice import advice
 from featcache.results.metrics import wilson_interval
 
 

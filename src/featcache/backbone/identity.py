@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.backbone.load import frozen, loaded_network
 from featcache.backbone.networks import build_network, remove_heads, state_sha256
@@ -20,10 +21,20 @@ from featcache.backbone.weights import (
     pretrained_name,
     weights_of,
 )
-from featcache.config import TIMM, BackboneConfig, BackboneInfo, Preprocessing, StageColumns
+from featcache.config import (
+    TIMM,
+    BackboneConfig,
+    BackboneInfo,
+    Preprocessing,
+    StageColumns,
+    StageInput,
+)
 from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo:
@@ -63,6 +74,8 @@ def _key(config: BackboneConfig, spec: str, seed: int) -> str:
         parts.append(version_of("torchvision"))
     if config.backbone.startswith(TIMM):
         parts += [version_of("timm"), str(config.image_px)]
+    if config.cached_stage is not None:
+        parts += ["from", config.cached_stage, str(config.image_px)]
     if config.stage_pool is not None:
         parts += [*config.asked_layers, config.stage_pool, str(config.image_px)]
     return ":".join(parts)
@@ -78,11 +91,14 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> di
     own = own_preprocessing(config, file)
     dim = remove_heads(model)
     stages = None if config.stage_pool is None else _stages(config, own)
+    cut = None if config.cached_stage is None else _stage_input(config, own)
+    width = sum(stages.widths) if stages else dim
     found = {
         "weights_sha256": sha256,
-        "feature_dim": sum(stages.widths) if stages else dim,
+        "feature_dim": math.prod(cut.shape) if cut else width,
         "preprocessing": dataclasses.asdict(own),
         "stages": dataclasses.asdict(stages) if stages else None,
+        "stage_input": dataclasses.asdict(cut) if cut else None,
     }
     return {**found, **_published(config)}
 
@@ -103,10 +119,24 @@ def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
     from featcache.backbone.stages import stage_columns
 
     assert config.stage_pool is not None
+    image_px = config.preprocessing(own).image_px
+    return stage_columns(_headless(config), image_px, config.stage_pool, config.asked_layers)
+
+
+def _headless(config: BackboneConfig) -> nn.Module:
+    """The network with random weights, for what does not depend on them."""
     network = build_network(config.backbone, seed=0, image_px=config.image_px)
     remove_heads(network)
-    image_px = config.preprocessing(own).image_px
-    return stage_columns(frozen(network), image_px, config.stage_pool, config.asked_layers)
+    return frozen(network)
+
+
+def _stage_input(config: BackboneConfig, own: Preprocessing) -> StageInput:
+    """The shape of a stage's input, which does not depend on the weights."""
+    from featcache.backbone.tail import stage_input
+
+    assert config.cached_stage is not None
+    network = _headless(config)
+    return stage_input(network, config.cached_stage, config.preprocessing(own).image_px)
 
 
 def _is_still(file: WeightsFile) -> bool:

@@ -33,7 +33,8 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
     Args:
         config: Which backbone and weights.
         seed: Draws `random` weights.
-        info: What `identify` found: other weights are refused, and its layers are features too.
+        info: What `identify` found: other weights are refused, and its layers are features too, or
+            the input of one is what the network gives.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
@@ -44,7 +45,11 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
     """
     network = verified_network(config, seed, info.weights_sha256 if info else None)
     remove_heads(network)
-    return frozen(network, info.stages if info else None)
+    if info is None or info.stage_input is None:
+        return frozen(network, info.stages if info else None)
+    from featcache.backbone.tail import Front
+
+    return Front(frozen(network), info.stage_input.stage).eval()
 
 
 def frozen(network: nn.Module, stages: StageColumns | None = None) -> nn.Module:

@@ -63,6 +63,8 @@ class OwnNetwork:
         plain = BackboneConfig()
         if (config.backbone, config.weights) != (plain.backbone, plain.weights):
             raise UserError("a backbone was given as a module: leave --backbone and --weights out")
+        if config.cached_stage is not None or getattr(config, "batchnorm", "frozen") != "frozen":
+            raise UserError("--from-stage and --batchnorm adapt are for networks by name")
         prep = config.preprocessing(self.preprocessing)
         network, stages = self._copy(), None
         outputs = self._outputs(network, prep.image_px)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from featcache.backbone import timm_networks
-from featcache.backbone.checkpoint import parse_checkpoint
 from featcache.backbone.networks import check_name
 from featcache.config import TIMM, BackboneConfig, Preprocessing
 from featcache.errors import UserError, shown
@@ -48,6 +47,10 @@ class WeightsFile(TensorFile):
         try:
             if self.path.suffix == ".safetensors":
                 return super().tensors()
+            from featcache.backbone.checkpoint import (
+                parse_checkpoint,  # late: a hit reads no weights
+            )
+
             return parse_checkpoint(self.data, str(self.path))
         except MemoryError as error:
             raise too_large_for_memory(self.path) from error

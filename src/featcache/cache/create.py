@@ -88,7 +88,11 @@ def _sizes_of(
             split.name: SplitSizes(
                 num_rows=len(split.ids),
                 id_bytes=arrays[f"{split.name}/ids"].itemsize,
-                weighted=split.weights is not None,
+                columns={
+                    column: arrays[f"{split.name}/{column}"].itemsize
+                    for column in schema.COLUMNS
+                    if f"{split.name}/{column}" in arrays
+                },
             )
             for split in splits
         },
@@ -119,6 +123,9 @@ def _split_arrays(split: SplitRows, num_classes: int) -> dict[str, npt.NDArray[A
     }
     if split.weights is not None:
         arrays["weights"] = _weights(split)
+    if split.groups is not None:
+        assert len(split.groups) == num
+        arrays["groups"] = _encode_texts(split.groups, f"group in {split.name}", unique=False)
     return {f"{split.name}/{name}": array for name, array in arrays.items()}
 
 
@@ -134,12 +141,15 @@ def _weights(split: SplitRows) -> npt.NDArray[Any]:
     return weights
 
 
-def _encode_texts(texts: Sequence[str], what: str) -> npt.NDArray[np.bytes_]:
+def _encode_texts(
+    texts: Sequence[str], what: str, *, unique: bool = True
+) -> npt.NDArray[np.bytes_]:
     """Fixed-length UTF-8, padded with zeros.
 
     Args:
-        texts: N different texts.
+        texts: N texts.
         what: What they are, for messages.
+        unique: Whether all must differ.
 
     Raises:
         UserError: A text that is empty, too long, a duplicate, or not storable.
@@ -156,7 +166,7 @@ def _encode_texts(texts: Sequence[str], what: str) -> npt.NDArray[np.bytes_]:
                 "NUL; rename it"
             )
         encoded.append(data)
-    if len(set(encoded)) < len(encoded):
+    if unique and len(set(encoded)) < len(encoded):
         duplicate = Counter(texts).most_common(1)[0][0]
         raise UserError(f"{what} {duplicate!r} is a duplicate: names must differ")
     return np.array(encoded, dtype=f"S{max(map(len, encoded))}")

@@ -90,9 +90,10 @@ class Layout:
         """Rows of a split, skipped ones included."""
         return self.features(split).shape[1]
 
-    def weighted(self, split: str) -> bool:
-        """Whether a split has sample weights."""
-        return f"{split}/weights" in self.extents
+    def columns(self, split: str) -> dict[str, Extent]:
+        """Those of schema.COLUMNS that a split has."""
+        names = {name: f"{split}/{name}" for name in schema.COLUMNS}
+        return {name: self.extents[path] for name, path in names.items() if path in self.extents}
 
     def gaps(self) -> Iterator[tuple[int, int]]:
         """Ranges (start, end) that belong to no dataset, in order."""
@@ -252,7 +253,10 @@ def _sizes_of(layout: Layout) -> CacheSizes:
             split: SplitSizes(
                 num_rows=layout.num_rows(split),
                 id_bytes=np.dtype(layout.extents[f"{split}/ids"].dtype).itemsize,
-                weighted=layout.weighted(split),
+                columns={
+                    name: np.dtype(extent.dtype).itemsize
+                    for name, extent in layout.columns(split).items()
+                },
             )
             for split in splits
         },

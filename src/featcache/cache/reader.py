@@ -133,7 +133,7 @@ class FeatureSplit:
             raise CacheError(f"{file.path}: a label of {name} is not a class; {RECREATE}")
         self.y: npt.NDArray[np.int64] = labels[self.rows].astype(np.int64)
         self.weights: npt.NDArray[np.float32] | None = None
-        if file.layout.weighted(name):
+        if "weights" in file.layout.columns(name):
             self.weights = file.array(f"{name}/weights")[self.rows].astype(np.float32)
         self._checked = np.full(num_blocks(self._num_rows), not check)
 
@@ -156,6 +156,17 @@ class FeatureSplit:
     def ids(self) -> list[str]:
         """The n samples' names."""
         return [self._all_ids[row] for row in self.rows]
+
+    @functools.cached_property
+    def groups(self) -> npt.NDArray[np.str_] | None:
+        """[n] names of what each sample belongs to (patient, camera), or None.
+
+        For scikit-learn's `groups`, such as in `GroupKFold`.
+        """
+        if "groups" not in self._file.layout.columns(self.name):
+            return None
+        names = texts_of(self._file.array(f"{self.name}/groups"), self._file.path)
+        return np.array(names)[self.rows]
 
     @property
     def content(self) -> npt.NDArray[np.uint8]:
@@ -229,12 +240,14 @@ class FeatureSplit:
                 )
             self._checked[block] = True
 
-    def take(self, indices: npt.ArrayLike, view: int = 0) -> npt.NDArray[Any]:
+    def take(
+        self, indices: npt.ArrayLike, view: int | npt.NDArray[np.integer[Any]] = 0
+    ) -> npt.NDArray[Any]:
         """A copy of features [m, D] of some rows, checking only their blocks.
 
         Args:
             indices: [m] of 0 to n - 1, in any order.
-            view: Which view.
+            view: Which view, or which of each row, [m].
 
         Raises:
             CacheError: A block is damaged.

@@ -37,6 +37,30 @@ SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True)
+class Column:
+    """A dataset that a split may have beside `labels`: a value of each row, known from the start.
+
+    Attributes:
+        dtype: Of the values; "|S" stands for texts, all as long as the longest.
+        per_class: Whether a row has one value for each class.
+    """
+
+    dtype: str
+    per_class: bool = False
+
+    def member(self, num_rows: int, num_classes: int, item_bytes: int) -> Member:
+        """Its type and shape; `item_bytes` is the length of a text."""
+        dtype = f"|S{item_bytes}" if self.dtype == "|S" else self.dtype
+        shape = (num_rows, num_classes) if self.per_class else (num_rows,)
+        return Member(dtype, shape, fixed=True)
+
+
+COLUMNS = {"weights": Column("<f4"), "groups": Column("|S")}
+"""By name, in file order. A new one also needs a field of `SplitRows`, its reading in
+`storage.CacheFile.rows`, and its check in `create`."""
+
+
+@dataclass(frozen=True)
 class SplitRows:
     """The rows of one split, in order.
 
@@ -46,6 +70,7 @@ class SplitRows:
         labels: [N], each in [0, C).
         content: [N, 32], uint8: the sha256 of each sample.
         weights: [N], sample weights, or None.
+        groups: N names of what each sample belongs to (patient, camera), or None.
     """
 
     name: str
@@ -53,6 +78,7 @@ class SplitRows:
     labels: npt.NDArray[np.integer[Any]]
     content: npt.NDArray[np.uint8]
     weights: npt.NDArray[np.floating[Any]] | None = None
+    groups: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +95,14 @@ class Member:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """The numbers that fix the datasets of one split; texts have a fixed length in bytes."""
+    """The numbers that fix the datasets of one split; texts have a fixed length in bytes.
+
+    `columns` are those of COLUMNS that it has, with the bytes of one value.
+    """
 
     num_rows: int
     id_bytes: int
-    weighted: bool
+    columns: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +133,11 @@ class CacheSizes:
             ("views", self.num_views, MAX_NUM_VIEWS),
             ("features per image", self.dim, MAX_DIM),
             *(("rows", split.num_rows, MAX_ROWS) for split in self.splits.values()),
-            *(("bytes per id", split.id_bytes, MAX_TEXT_BYTES) for split in self.splits.values()),
+            *(
+                ("bytes per text", num_bytes, MAX_TEXT_BYTES)
+                for split in self.splits.values()
+                for num_bytes in (split.id_bytes, *split.columns.values())
+            ),
         ):
             if not 1 <= number <= limit:
                 raise ValueError(f"{number} {what}, not 1 to {limit}")
@@ -124,8 +157,9 @@ class CacheSizes:
             members[f"{name}/labels"] = Member("<i8", (rows,), fixed=True)
             members[f"{name}/ids"] = Member(f"|S{split.id_bytes}", (rows,), fixed=True)
             members[f"{name}/content"] = Member("|u1", (rows, DIGEST_BYTES), fixed=True)
-            if split.weighted:
-                members[f"{name}/weights"] = Member("<f4", (rows,), fixed=True)
+            for column, item_bytes in split.columns.items():
+                member = COLUMNS[column].member(rows, self.num_classes, item_bytes)
+                members[f"{name}/{column}"] = member
             members[f"{name}/row_status"] = Member("|u1", (rows,))
             members[f"{name}/state"] = Member("|u1", (blocks,))
             members[f"{name}/crc32"] = Member("<u4", (blocks,))

@@ -110,15 +110,17 @@ class CacheFile:
         """The fixed datasets of one split; unchecked.
 
         Raises:
-            CacheError: An id is not UTF-8.
+            CacheError: A text is not UTF-8.
         """
-        weighted = self.layout.weighted(split)
+        columns = {name: self.array(f"{split}/{name}") for name in self.layout.columns(split)}
+        groups = columns.get("groups")
         return SplitRows(
             name=split,
             ids=texts_of(self.array(f"{split}/ids"), self.path),
             labels=self.array(f"{split}/labels"),
             content=self.array(f"{split}/content"),
-            weights=self.array(f"{split}/weights") if weighted else None,
+            weights=columns.get("weights"),
+            groups=None if groups is None else texts_of(groups, self.path),
         )
 
     def check_finished(self) -> None:

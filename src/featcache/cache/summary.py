@@ -22,7 +22,8 @@ MAX_SKIPPED = 1000
 class SplitInfo(TypedDict):
     """What `info` says about one split.
 
-    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples.
+    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples;
+    `num_groups` is None where no groups are known.
     """
 
     num_samples: int
@@ -32,6 +33,7 @@ class SplitInfo(TypedDict):
     num_blocks: int
     num_blocks_done: int
     weighted: bool
+    num_groups: int | None
 
 
 class CacheInfo(TypedDict):
@@ -111,7 +113,8 @@ def info(path: Path | str) -> CacheInfo:
 def _describe(file: CacheFile, split: str, class_names: list[str]) -> SplitInfo:
     status, state = file.array(f"{split}/row_status"), file.array(f"{split}/state")
     labels = file.fixed(f"{split}/labels").clip(0, len(class_names) - 1)
-    bad = np.flatnonzero(status)
+    bad, columns = np.flatnonzero(status), file.layout.columns(split)
+    groups = set(file.fixed(f"{split}/groups").tolist()) if "groups" in columns else None
     counts = np.bincount(labels[status == 0], minlength=len(class_names))
     return {
         "num_samples": len(status),
@@ -120,7 +123,8 @@ def _describe(file: CacheFile, split: str, class_names: list[str]) -> SplitInfo:
         "num_per_class": dict(zip(class_names, counts.tolist(), strict=True)),
         "num_blocks": len(state),
         "num_blocks_done": int((state == 1).sum()),
-        "weighted": file.layout.weighted(split),
+        "weighted": "weights" in columns,
+        "num_groups": None if groups is None else len(groups),
     }
 
 

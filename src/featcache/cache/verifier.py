@@ -142,16 +142,17 @@ def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         problems.append(f"{split}: {len(wrong)} labels are not a class, first in row {wrong[0]}")
-    try:
-        texts_of(ids, file.path)
-    except CacheError as error:
-        problems.append(f"{split}: {error}")
+    columns = {name: file.array(f"{split}/{name}") for name in file.layout.columns(split)}
+    for texts in (ids, columns.get("groups", ids[:0])):
+        try:
+            texts_of(texts, file.path)
+        except CacheError as error:
+            problems.append(f"{split}: {error}")
     if len(np.unique(ids)) < len(ids):
         problems.append(f"{split}: duplicate id")
-    if file.layout.weighted(split):
-        weights = file.array(f"{split}/weights")
-        if not (np.isfinite(weights) & (weights >= 0)).all():
-            problems.append(f"{split}: a sample weight is negative or not finite")
+    weights = columns.get("weights", np.zeros(0))
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        problems.append(f"{split}: a sample weight is negative or not finite")
     return problems
 
 

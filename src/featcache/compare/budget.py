@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from featcache.errors import UserError
-from featcache.results import CurveMode, CurveRun, RunReport
+from featcache.results import RunReport
+from featcache.results.learning_curve import CurveMode, CurveRun
 
 
 @dataclass(frozen=True, kw_only=True)

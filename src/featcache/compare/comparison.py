@@ -30,7 +30,7 @@ from featcache.compare.training import (
     train_and_save,
     warm_up,
 )
-from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
+from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, config_json, flatten
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
@@ -38,20 +38,17 @@ from featcache.finetune.trainable import resolve_recipe
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
-from featcache.results import (
+from featcache.results import report_marks
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.learning_curve import (
     CurveMode,
     CurvePoint,
-    config_json,
-    crossing,
-    curve_advice,
     curve_from_json,
     curve_points,
-    curve_text,
     curve_to_json,
-    report_marks,
 )
 from featcache.results.runs import MAX_BYTES
-from featcache.results.tables import seconds_text
+from featcache.results.tables import curve_text, seconds_text
 from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
 MINUTE = 60.0
@@ -121,7 +118,7 @@ def _compare(
     """Run the comparison and write its report; the folder is locked."""
     setup = prepare(config, dataset, output)
     train = setup.dataset.splits["train"]
-    planned = plan_runs(config, train.ids, train.labels, _decisive(setup))
+    planned = plan_runs(config, train.ids, train.labels, _decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -168,9 +165,11 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         del asked["layers"], asked["pool"]  # as in version 0.1.0
     if config.batchnorm == "frozen":
         del asked["batchnorm"]
+    if config.group_from is None:
+        del asked["group_from"]
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
-    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside")
+    places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside", "strict")
     for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     return asked
@@ -185,7 +184,7 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(config.backbone),
     }
-    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
+    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
     del tuning["seed"]
     return {
         "cached": {**same, "solver": config.solver},

@@ -12,12 +12,12 @@ from typing import Any
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import CompareConfig, ExtractConfig
+from featcache.config import CompareConfig, ExtractConfig, config_json
+from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error, load_dataset
 from featcache.engine.inference import computed_rows
 from featcache.extract import extract
 from featcache.files import read_regular, write_json
-from featcache.results import config_json
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
@@ -44,14 +44,7 @@ class Extraction:
 
 def extract_config(config: CompareConfig) -> ExtractConfig:
     """The comparison's settings as those of an extraction."""
-    names = {field.name for field in dataclasses.fields(ExtractConfig)}
-    shared = ("json", "verbose", "output")
-    values = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in names and field.name not in shared
-    }
-    return ExtractConfig(**values)
+    return ExtractConfig(**carried_over(config, ExtractConfig, but=("json", "verbose", "output")))
 
 
 def shared_cache(config: CompareConfig, output: Path) -> Extraction:

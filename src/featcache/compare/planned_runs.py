@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from featcache.config import CompareConfig
 from featcache.finetune.checkpoint import run_key
-from featcache.results import CurveMode
+from featcache.groups import whole_groups_first
+from featcache.results.learning_curve import CurveMode
 
 Ints = NDArray[np.int64]
 FORMAT = 1
@@ -52,7 +53,13 @@ class PlannedRun:
         return f"{what}, {count} ({len(self.rows):,} images), seed {self.seed}"
 
 
-def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: int) -> Ints:
+def nested_rows(
+    ids: Sequence[str],
+    labels: Ints,
+    per_class: int | None,
+    seed: int,
+    groups: Sequence[str] | None = None,
+) -> Ints:
     """Train rows of one size: `per_class` of every class, or all of them.
 
     A class's rows are ranked by a hash of seed and id, so the rows of a size are among those of
@@ -63,6 +70,7 @@ def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: i
         labels: Their classes, [N].
         per_class: How many of each class; None for all.
         seed: Different seeds draw different rows.
+        groups: Their groups, [N], if there are any: each class takes one after the other.
 
     Returns:
         Row numbers, ascending.
@@ -70,11 +78,10 @@ def nested_rows(ids: Sequence[str], labels: Ints, per_class: int | None, seed: i
     if per_class is None:
         return np.arange(len(labels))
     ranks = [hashlib.sha256(f"{seed}\0compare\0{name}".encode()).digest() for name in ids]
-    rows: list[int] = []
-    for label in np.unique(labels):
-        members = sorted(np.flatnonzero(labels == label), key=lambda row: (ranks[row], row))
-        rows += [int(row) for row in members[:per_class]]
-    return np.array(sorted(rows), dtype=np.int64)
+    order = np.array(sorted(range(len(ids)), key=lambda row: (ranks[row], row)))
+    order = whole_groups_first(groups, order)
+    rows = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
+    return np.sort(np.concatenate(rows)).astype(np.int64)
 
 
 def plan_runs(
@@ -82,6 +89,7 @@ def plan_runs(
     ids: Sequence[str],
     labels: Ints,
     decisive: dict[CurveMode, dict[str, Any]],
+    groups: Sequence[str] | None = None,
 ) -> list[PlannedRun]:
     """Every run, the most important first: all sizes of a draw before the next draw.
 
@@ -93,6 +101,7 @@ def plan_runs(
         ids: Names of the usable train images, [N].
         labels: Their classes, [N].
         decisive: By mode, what decides a run's outcome besides its samples and seed.
+        groups: Their groups, [N], if there are any.
     """
     largest = int(np.bincount(labels).max())
     sizes: list[int | None] = [n for n in config.wanted_sizes() if n is not None and n < largest]
@@ -103,7 +112,7 @@ def plan_runs(
     for draw in range(config.num_seeds):
         seed = (config.seed + draw) % 2**32
         for size in sizes:
-            rows = nested_rows(ids, labels, size, seed)
+            rows = nested_rows(ids, labels, size, seed, groups)
             samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
             name = "all" if size is None else str(size)
             for mode, settings in decisive.items():

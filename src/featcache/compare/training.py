@@ -8,7 +8,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,13 +15,14 @@ from featcache.cache import FeatureCache, lock_path
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
-from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
+from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
+from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head_report
-from featcache.results import RunReport, config_json
+from featcache.results import RunReport
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -149,10 +149,7 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
         num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
     """
-    ours = {field.name for field in dataclasses.fields(CompareConfig)}
-    theirs = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    shared = (ours & theirs) - {"json", "verbose", "output", "seed"}
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
     tuning = FinetuneConfig(**values, seed=seed, score="end")

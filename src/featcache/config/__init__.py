@@ -35,10 +35,12 @@ from featcache.config.records import (
     Preprocessing,
     Resize,
     StageColumns,
+    StageInput,
     Views,
     flatten,
     weights_text,
 )
+from featcache.config.settings import config_json
 
 __all__ = [
     "HALF",
@@ -68,9 +70,11 @@ __all__ = [
     "Resize",
     "Solver",
     "StageColumns",
+    "StageInput",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",
+    "config_json",
     "flatten",
     "weights_text",
 ]

@@ -24,6 +24,9 @@ from featcache.errors import UserError, one_of
 # Settings of type str that may be paths.
 NAMES_OR_PATHS = ("dataset", "inputs", "weights")
 
+MAX_PATTERN = 500
+"""Characters of a regular expression."""
+
 Record = TypeVar("Record")
 Converter = Callable[[str, Any], Any]
 """Takes a field's name, for messages, and its value; returns the value as the field's type."""
@@ -41,6 +44,25 @@ def check_positive(name: str, value: float | None) -> None:
     """Raise UserError unless `value` is None or a finite number above zero."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise UserError(f"{_flag(name)} {value} is out of range: give a number above 0")
+
+
+def check_pattern(name: str, value: str | None) -> None:
+    """Raise UserError unless `value` is None or a regular expression with a capture group."""
+    if value is None:
+        return
+    example = r"for example 'patient(\d+)_'"
+    try:
+        num_groups = re.compile(value).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(
+            f"{_flag(name)} {value!r:.80} is not a regular expression: {error}; give one with a "
+            f"capture group, {example}"
+        ) from None
+    if not num_groups or len(value) > MAX_PATTERN or not value.isprintable():
+        raise UserError(
+            f"{_flag(name)} {value!r:.80}: give a regular expression of at most {MAX_PATTERN} "
+            f"characters with a capture group, {example}"
+        )
 
 
 def check_types(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -34,7 +35,11 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     """Versions of each image to cache besides view 0, the plain image: none, flip (its mirror
     image), or a number N (N random crops, resized and flipped at random; seeded)."""
     dtype: Optional[Literal["float32", "float16"]] = None
-    """The type that features are stored as. By default float32, or float16 with --layers stages."""
+    """The type that features are stored as. By default float32, or float16 with --layers stages or
+    --from-stage."""
+    from_stage: Optional[str] = None
+    """Cache the input of this stage (for example layer4) instead of features, for
+    finetune --from-stage, which otherwise does so itself."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -63,11 +68,19 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
+        if self.from_stage is not None and self.stage_pool is not None:
+            raise UserError("--from-stage caches activations, --layers features: give one of them")
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        return self.dtype or ("float16" if "stages" in self.asked_layers else "float32")
+        rounded = "stages" in self.asked_layers or self.from_stage is not None
+        return self.dtype or ("float16" if rounded else "float32")
+
+    @property
+    def cached_stage(self) -> str | None:
+        """See `BackboneConfig.cached_stage`."""
+        return self.from_stage
 
 
 @settings
@@ -115,6 +128,12 @@ class TrainHeadConfig(OutputConfig):
     among every layer and all (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
+    threshold_for: Optional[str] = None
+    """For two classes, precision=LEVEL or recall=LEVEL: choose, on held-out rows, the probability
+    from which an image counts as --positive, so that this much is reached. It is stored with the
+    head, and predict uses it."""
+    positive: Optional[str] = None
+    """The class that --threshold-for is about. By default the second one."""
     shots: Optional[int] = None
     """Use only K train rows of each class, and repeat with --num-seeds samples."""
     num_seeds: int = 5
@@ -146,6 +165,26 @@ class TrainHeadConfig(OutputConfig):
         check_range("seed", self.seed, 0, 2**32 - 1)
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.2")
+        if self.wanted_threshold() is None and self.positive is not None:
+            raise UserError("--positive is for --threshold-for: leave it out, or give both")
+
+    def wanted_threshold(self) -> tuple[Literal["precision", "recall"], float] | None:
+        """What `threshold_for` asks for, if it is given.
+
+        Raises:
+            UserError: It is neither precision nor recall, or the level is not between 0 and 1.
+        """
+        if self.threshold_for is None:
+            return None
+        name, _, text = self.threshold_for.partition("=")
+        level = float(text) if re.fullmatch(r"[01]?\.?\d{1,9}", text) else 0.0
+        for wanted in ("precision", "recall"):
+            if name == wanted and 0 < level <= 1:
+                return wanted, level
+        raise UserError(
+            f"--threshold-for {self.threshold_for!r:.80}: give precision=LEVEL or recall=LEVEL "
+            "with a level from 0 to 1, for example precision=0.95"
+        )
 
 
 @settings
@@ -176,6 +215,11 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train only the head, running the frozen network each step: a linear probe without cache."""
     unfreeze: Optional[str] = None
     """Train only the head and the modules whose names start with this, for example layer4."""
+    from_stage: Optional[str] = None
+    """Train only this stage and what follows it, for example layer4, from its cached input: the
+    network before it runs once over every image and its mirror image instead of in every epoch."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """The type that the cached input of --from-stage is stored as."""
     bn_eval: Optional[bool] = None
     """Keep BatchNorm statistics fixed; those of frozen parts always are. By default True with the
     good recipe."""
@@ -213,6 +257,10 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError("--freeze-backbone and --unfreeze contradict each other: give one")
         if self.freeze_backbone and self.backbone_lr is not None:
             raise UserError("--freeze-backbone trains the head alone: leave --backbone-lr out")
+        if self.from_stage is not None and (self.freeze_backbone or self.unfreeze):
+            raise UserError(
+                "--from-stage says what trains: leave --freeze-backbone and --unfreeze out"
+            )
 
 
 @settings

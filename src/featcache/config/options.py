@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from featcache.config.checks import check_range, check_types
+from featcache.config.checks import check_pattern, check_range, check_types
 from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
@@ -54,7 +54,7 @@ class DataConfig(ImagePathsConfig):
     dataset: str
     """digits, the name of a torchvision dataset (cifar10, flowers102, ...), a folder of class
     folders (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest
-    with columns path,label[,split][,weight] (the weight of a train row is 1 by default)."""
+    with columns path,label[,split][,weight][,group] (the weight of a train row is 1 by default)."""
     num_train: Optional[int] = None
     """Use only this many train images: the first ones of a torchvision dataset; of a folder or
     manifest a seeded sample, stratified by class."""
@@ -63,6 +63,13 @@ class DataConfig(ImagePathsConfig):
     test_fraction: Optional[float] = None
     """For a dataset without a test split: the fraction to set aside for testing, stratified by
     class and seeded (0.2 by default for digits and eurosat)."""
+    group_from: Optional[str] = None
+    """A regular expression whose first (...) finds in an image's id (its path in the dataset) the
+    group that it belongs to: a patient, a student, a camera. Groups are never divided between train
+    and test, or when settings are chosen. A manifest names them in its column group instead."""
+    strict: bool = False
+    """Refuse a dataset whose splits have groups or identical images in common, or in which
+    identical images have different labels."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do about an unreadable image: fail stops the run and names it, skip leaves it out and
     records why."""
@@ -77,6 +84,7 @@ class DataConfig(ImagePathsConfig):
             raise UserError(
                 "the dataset's name is empty: give digits, cifar10, a folder or a CSV file"
             )
+        check_pattern("group_from", self.group_from)
         check_range("num_train", self.num_train, 1)
         check_range("num_test", self.num_test, 1)
         check_range("seed", self.seed, 0, 2**32 - 1)
@@ -122,6 +130,11 @@ class BackboneConfig:
     @property
     def stage_pool(self) -> Pool | None:
         """How the outputs of layers are pooled; None for the last layer alone."""
+        return None
+
+    @property
+    def cached_stage(self) -> str | None:
+        """The stage whose input is cached; None for features."""
         return None
 
     def preprocessing(self, own: Preprocessing) -> Preprocessing:

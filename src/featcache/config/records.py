@@ -107,13 +107,31 @@ def _names_of(group: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageInput:
+    """Which activations inside a network are cached instead of features.
+
+    Attributes:
+        stage: The stage that they are the input of, such as "layer4".
+        shape: Of one image's, such as [C, H, W]; the cache holds them as one row.
+    """
+
+    stage: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stage or not self.shape or min(self.shape) < 1:
+            raise UserError(f"activations {self.stage!r:.80} of shape {self.shape!r:.80}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
     """Which frozen network made the features.
 
     `weights_sha256` is that of the weights file; for `random` weights and for a module given in
-    Python, of the tensors. `stages` is None where the features are the last layer's alone.
-    `weight_set` is the library's name of published weights, such as IMAGENET1K_V2 or
-    resnet18.a1_in1k; version 0.1.0 did not record it.
+    Python, of the tensors. `stages` is None where the features are the last layer's alone. With
+    `stage_input`, rows are activations for `finetune --from-stage`, not features. `weight_set` is
+    the library's name of published weights, such as IMAGENET1K_V2 or resnet18.a1_in1k; version
+    0.1.0 did not record it.
     """
 
     backbone: str
@@ -122,7 +140,13 @@ class BackboneInfo:
     feature_dim: int
     preprocessing: Preprocessing
     stages: StageColumns | None = None
+    stage_input: StageInput | None = None
     weight_set: str | None = None
+
+    def __post_init__(self) -> None:
+        cut = self.stage_input
+        if cut is not None and math.prod(cut.shape) != self.feature_dim:
+            raise UserError(f"activations of shape {cut.shape} are not {self.feature_dim} numbers")
 
     @property
     def file_name(self) -> str:
@@ -146,7 +170,7 @@ class BackboneInfo:
     def to_dict(self) -> dict[str, Any]:
         """As JSON; without what version 0.1.0 did not know it is what that version wrote."""
         values = dataclasses.asdict(self)
-        for name in ("stages", "weight_set"):
+        for name in ("stages", "stage_input", "weight_set"):
             if values[name] is None:
                 del values[name]
         return values
@@ -190,6 +214,7 @@ class DatasetInfo:
 
     `fingerprint` is a sha256 over class names and, for every split, the ordered ids, labels and
     content hashes; it does not depend on where the files lie nor on their modification times.
+    `group_from` is the regular expression that found the groups in the ids, if one did.
     """
 
     name: str
@@ -199,6 +224,14 @@ class DatasetInfo:
     num_test: int | None
     test_fraction: float | None
     seed: int
+    group_from: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; without `group_from` it is what version 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if self.group_from is None:
+            del values["group_from"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +256,8 @@ class CacheMeta:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {**dataclasses.asdict(self), "backbone": self.backbone.to_dict()}
+        own = {"backbone": self.backbone.to_dict(), "dataset": self.dataset.to_dict()}
+        return {**dataclasses.asdict(self), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

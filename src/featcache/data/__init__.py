@@ -20,7 +20,7 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import copies_lines, find_copies
+from featcache.data.sampling import copies_lines, find_copies, find_shared_groups
 
 __all__ = [
     "EXTENSIONS",
@@ -35,6 +35,7 @@ __all__ = [
     "copies_lines",
     "decode_split",
     "find_copies",
+    "find_shared_groups",
     "is_clutter",
     "iterate_batches",
     "iterate_pixels",

@@ -20,6 +20,7 @@ from PIL import Image
 from featcache.config import DataConfig, DatasetInfo
 from featcache.data.images import decoded, to_rgb
 from featcache.data.sources import Source
+from featcache.errors import UserError
 from featcache.runtime import num_cores
 
 Kind = Literal["digits", "torchvision", "folder", "manifest"]
@@ -38,6 +39,7 @@ class ImageSplit:
         ids: Unique names of the samples; sorted, unless the dataset has an order of its own.
         labels: int64 [N], indexes into the dataset's class names.
         weights: float32 [N], or None where no weights were given.
+        groups: N names of what the samples belong to (patient, camera), or None.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class ImageSplit:
         *,
         positions: Int64 | None = None,
         weights: Float32 | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
         self.name = name
         self.ids = list(ids)
+        self.groups = None if groups is None else list(groups)
         self.labels = np.array(labels, dtype=np.int64)
         self.weights = None if weights is None else np.array(weights, dtype=np.float32)
         self._positions = np.arange(len(self.ids)) if positions is None else np.array(positions)
@@ -59,6 +63,7 @@ class ImageSplit:
         self._content: UInt8 | None = None
         self._lock = threading.Lock()
         assert len(self.ids) == len(self.labels) == len(self._positions)
+        assert self.groups is None or len(self.groups) == len(self.ids)
         for array in (self.labels, self.weights, self._positions):
             if array is not None:
                 array.setflags(write=False)
@@ -137,7 +142,26 @@ class ImageSplit:
             self._source,
             positions=self._positions[rows],
             weights=None if self.weights is None else self.weights[rows],
+            groups=None if self.groups is None else [self.groups[row] for row in rows],
         )
+
+    def grouped_by(self, pattern: str) -> ImageSplit:
+        """The same samples in the groups that a regular expression finds in their ids.
+
+        Raises:
+            UserError: Its first capture group matches nothing in an id, which is named.
+        """
+        found = [re.search(pattern, sample_id) for sample_id in self.ids]
+        groups = [match[1] if match else None for match in found]
+        missing = [i for i, name in zip(self.ids, groups, strict=True) if not name]
+        if missing:
+            raise UserError(
+                f"--group-from {pattern!r} finds no group in {len(missing)} of {len(self)} ids, "
+                f"such as {missing[0]!r:.200}: change it so that its first (...) matches in each"
+            )
+        split = self.subset(np.arange(len(self)))
+        split.groups = [str(name) for name in groups]
+        return split
 
     def record(self, content: UInt8) -> None:
         """Require from now on that the samples have these hashes, uint8 [N, 32].
@@ -185,7 +209,7 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, as hex, of class names and every split's ids, labels, weights and contents.
+        """sha256, as hex, of class names and what every split's samples are, images included.
 
         Independent of the files' location and modification times.
         """
@@ -199,6 +223,8 @@ class ImageDataset:
             if split.weights is not None:
                 digest.update(split.weights.astype("<f4").tobytes())
             digest.update(split.content.tobytes())
+            if split.groups is not None:
+                digest.update(json.dumps(["groups", split.groups]).encode())
         return digest.hexdigest()
 
     def info(self, config: DataConfig) -> DatasetInfo:
@@ -211,6 +237,7 @@ class ImageDataset:
             num_test=config.num_test,
             test_fraction=self.test_fraction,
             seed=config.seed if self.drawn else 0,
+            group_from=config.group_from,
         )
 
 

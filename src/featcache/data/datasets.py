@@ -26,7 +26,14 @@ from featcache.data.folder import load_folder
 from featcache.data.index import indexed
 from featcache.data.listing import alike_text, look_alikes
 from featcache.data.manifest import load_manifest
-from featcache.data.sampling import split_off_test, stratified_rows
+from featcache.data.sampling import (
+    copies_lines,
+    find_copies,
+    find_shared_groups,
+    shared_groups_lines,
+    split_off_test,
+    stratified_rows,
+)
 from featcache.data.sources import ArraySource
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
@@ -60,7 +67,13 @@ def load_dataset(config: DataConfig) -> ImageDataset:
         dataset = indexed(config, name, functools.partial(_load, config, name))
     else:
         dataset = _load(config, name)
-    return dataclasses.replace(dataset, notes=(*_shadow_notes(config, name), *dataset.notes))
+    dataset = _grouped(dataset, config)
+    shared = shared_groups_lines(find_shared_groups(dataset))
+    if config.strict:
+        _refuse_leaks(dataset, shared)
+    return dataclasses.replace(
+        dataset, notes=(*_shadow_notes(config, name), *dataset.notes, *shared)
+    )
 
 
 def _load(config: DataConfig, name: str | None) -> ImageDataset:
@@ -72,6 +85,24 @@ def _load(config: DataConfig, name: str | None) -> ImageDataset:
     else:
         dataset = _load_path(config, Path(config.dataset))
     return _reduced(dataset, config)
+
+
+def _grouped(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
+    """Find the groups of images that come in splits of their own; a part set aside has them."""
+    if config.group_from is None:
+        return dataset
+    splits = {
+        name: split if split.groups is not None else split.grouped_by(config.group_from)
+        for name, split in dataset.splits.items()
+    }
+    return dataclasses.replace(dataset, splits=splits)
+
+
+def _refuse_leaks(dataset: ImageDataset, shared: list[str]) -> None:
+    sizes = {name: len(split) for name, split in dataset.splits.items()}
+    found = [*shared, *copies_lines(find_copies(dataset).report(), sizes, divided=False)]
+    if found:
+        raise UserError(f"{'; '.join(found)} (or leave out --strict)")
 
 
 def _known_name(text: str) -> str | None:
@@ -112,7 +143,7 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
         what = "a file" if stat.S_ISREG(mode) else "neither a folder nor a file"
         raise UserError(
             f"{path} is {what} but not a manifest: give a .csv file with columns "
-            "path,label[,split], or a folder of class folders"
+            "path,label[,split][,group], or a folder of class folders"
         )
     if os.sep in config.dataset or path.suffix.lower() == ".csv":
         raise UserError(
@@ -232,7 +263,7 @@ def load_digits(config: DataConfig) -> ImageDataset:
     ids = [f"digits/{number:05d}" for number in range(len(images))]
     every = ImageSplit("all", ids, labels, ArraySource(images.__getitem__))
     fraction = config.test_fraction or DIGITS_TEST_FRACTION
-    splits = split_off_test(every, fraction, config.seed)
+    splits = split_off_test(every, fraction, config.seed, group_from=config.group_from)
     names = [str(digit) for digit in range(10)]
     return ImageDataset("digits", "digits", splits, names, drawn=True, test_fraction=fraction)
 

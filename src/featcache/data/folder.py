@@ -75,7 +75,7 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
             "say which fraction to set aside for testing, for example --test-fraction 0.2"
         )
     every = _split_of("all", tree, root, sorted(tree.by_class), memo)
-    splits = split_off_test(every, config.test_fraction, config.seed)
+    splits = split_off_test(every, config.test_fraction, config.seed, group_from=config.group_from)
     return ImageDataset(
         short_name(root.resolve().name),
         "folder",

@@ -62,7 +62,9 @@ def indexed(config: DataConfig, name: str, load: Load) -> ImageDataset:
 
 def _key(config: DataConfig, name: str) -> str:
     """Everything but the files that decides what the dataset is."""
-    counts = [config.num_train, config.num_test, config.test_fraction, config.seed]
+    counts: list[Any] = [config.num_train, config.num_test, config.test_fraction, config.seed]
+    if config.group_from is not None:
+        counts.append(config.group_from)
     root = os.path.abspath(config.data_root)
     versions = [version_of("torchvision"), version_of("pillow"), __version__]
     return json.dumps([name, root, *counts, *versions])

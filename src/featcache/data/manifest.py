@@ -1,16 +1,17 @@
-"""CSV manifests: columns path,label[,split][,weight], paths relative to the manifest's folder."""
+"""CSV manifests: columns path,label[,split][,weight][,group], paths relative to their folder."""
 
 from __future__ import annotations
 
 import csv
+import difflib
 import math
 import os
 import posixpath
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,18 +31,19 @@ from featcache.errors import UserError
 from featcache.file_hashes import Memo
 
 REQUIRED = ("path", "label")
-OPTIONAL = ("split", "weight")
+OPTIONAL = ("split", "weight", "group")
+COLUMNS = (*REQUIRED, *OPTIONAL)
 MAX_LABEL = 256
 MAX_BYTES = 2**30
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     line: int
     path: str
     label: str
     split: str
     weight: float
+    group: str
 
 
 def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
@@ -60,17 +62,19 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
     rows = sorted(rows, key=lambda row: row.path)
     split_names = {row.split for row in rows}
     _check_splits(config, file, header, split_names)
-    train_names = {row.label for row in rows if row.split in ("train", "")}
-    class_names = sorted(train_names)
+    class_names = sorted({row.label for row in rows if row.split in ("train", "")})
     _check_classes(file, rows, class_names)
     number = {name: label for label, name in enumerate(class_names)}
 
     def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
-        weights = np.array([r.weight for r in chosen], np.float32) if "weight" in header else None
-        labels = np.array([number[r.label] for r in chosen], dtype=np.int64)
-        files = [os.path.join(root.path, r.path) for r in chosen]
-        source = FileSource(files, memo, root.path)
-        return ImageSplit(name, [r.path for r in chosen], labels, source, weights=weights)
+        return ImageSplit(
+            name,
+            [r.path for r in chosen],
+            np.array([number[r.label] for r in chosen], dtype=np.int64),
+            FileSource([os.path.join(root.path, r.path) for r in chosen], memo, root.path),
+            weights=np.array([r.weight for r in chosen]) if "weight" in header else None,
+            groups=[r.group for r in chosen] if "group" in header else None,
+        )
 
     if "split" in header:
         key = {"val": "val" if "test" in split_names else "test"}
@@ -81,7 +85,8 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
         }
     else:
         assert config.test_fraction is not None
-        splits = split_off_test(split_of("all", rows), config.test_fraction, config.seed)
+        every, fraction = split_of("all", rows), config.test_fraction
+        splits = split_off_test(every, fraction, config.seed, group_from=config.group_from)
     return ImageDataset(
         short_name(file.stem),
         "manifest",
@@ -94,10 +99,13 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
 
 
 def _notes(header: list[str], left_out: list[str]) -> tuple[str, ...]:
-    unknown = [name for name in header if name not in (*REQUIRED, *OPTIONAL)]
+    unknown = [name for name in header if name not in COLUMNS]
     notes = []
     if unknown:
-        notes.append(f"ignored columns of the manifest: {', '.join(map(repr, unknown))}")
+        notes.append(
+            f"ignored columns of the manifest: {', '.join(map(repr, unknown))} (known: "
+            f"{', '.join(COLUMNS)})"
+        )
     if left_out:
         notes.append(left_out_note(left_out))
     return tuple(notes)
@@ -160,16 +168,30 @@ def _lines(file: Path, raw: Iterable[bytes]) -> Iterator[str]:
 
 def _header(file: Path, fields: list[str]) -> list[str]:
     header = [field.strip().lower() for field in fields]
+    for name in header:
+        meant = _meant(name, [column for column in COLUMNS if column not in header])
+        if name not in COLUMNS and meant:
+            raise UserError(f"{file}, line 1: column {name!r} is not known; rename it {meant!r}")
     missing = [name for name in REQUIRED if name not in header]
     if missing:
         raise UserError(
             f"{file}, line 1: no column {' and '.join(map(repr, missing))}; the first line is "
-            f"{','.join(fields)[:100]!r}, expected path,label[,split][,weight]"
+            f"{','.join(fields)[:100]!r}, expected path,label[,split][,weight][,group]"
         )
-    duplicates = [name for name in (*REQUIRED, *OPTIONAL) if header.count(name) > 1]
+    duplicates = [name for name in COLUMNS if header.count(name) > 1]
     if duplicates:
         raise UserError(f"{file}, line 1: duplicate column {duplicates[0]!r}; keep one")
     return header
+
+
+def _meant(name: str, columns: list[str]) -> str | None:
+    """The column that a name is a misspelling of: it has one letter too many, too few, or swapped.
+
+    `height` is not a misspelling of weight, nor weight_kg.
+    """
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.8)
+    same_start = near and name[0] == near[0][0] and abs(len(name) - len(near[0])) <= 1
+    return near[0] if same_start else None
 
 
 def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
@@ -188,7 +210,13 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
         raise UserError(f"{where}: split {values['split']!r:.80}; one of {', '.join(SPLIT_NAMES)}")
     weight = _weight(where, values["weight"]) if "weight" in header else 1.0
     split = SPLIT_NAMES[split] if "split" in header else ""
-    return _Row(line, values["path"], label, split, weight)
+    group = values.get("group", "").strip()
+    if "group" in header and not 0 < len(group) <= MAX_LABEL:
+        raise UserError(
+            f"{where}: group {group!r:.80}; give a name of 1 to {MAX_LABEL} characters, and an "
+            "image that belongs to no other one of its own"
+        )
+    return _Row(line, values["path"], label, split, weight, group)
 
 
 def _weight(where: str, text: str) -> float:
@@ -284,6 +312,8 @@ def _other_form(path: str) -> str:
 
 
 def _check_splits(config: DataConfig, file: Path, header: list[str], split_names: set[str]) -> None:
+    if "group" in header and config.group_from is not None:
+        raise UserError(f"{file} has its own column group: leave out --group-from")
     if "split" not in header:
         if config.test_fraction is None:
             raise UserError(

@@ -7,20 +7,20 @@ every machine and version, and changes little when a dataset grows.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.errors import UserError
+from featcache.errors import UserError, listed
+from featcache.groups import kept_together, same_content, take_units
 
 Int64 = NDArray[np.int64]
 MAX_EXAMPLES = 3
-_NO_IMAGE = bytes(31)
+MAX_SHARED = 20
 
 
 def quotas(counts: Sequence[int], total: int) -> list[int]:
@@ -60,18 +60,28 @@ def stratified_rows(
     return _lowest_ranked(ids, labels, quotas(counts, total), f"{seed}\0{purpose}")
 
 
-def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, ImageSplit]:
+def split_off_test(
+    every: ImageSplit, fraction: float, seed: int, *, group_from: str | None = None
+) -> dict[str, ImageSplit]:
     """Set a fraction of each class aside for testing, as `held_out_rows` does.
 
+    Args:
+        every: All images.
+        fraction: The share of each class.
+        seed: Other seeds choose other images.
+        group_from: A regular expression that finds the images' groups in their ids.
+
     Raises:
-        UserError: There would be no test images.
+        UserError: There would be no test images, or an id has no group.
     """
+    if group_from is not None:
+        every = every.grouped_by(group_from)
     wanted = min(max(1, round(len(every) * fraction)), len(every))
     test = held_out_rows(every, wanted, seed=seed, purpose="test")
     if len(test) == 0:
         raise UserError(
             f"{len(every)} images are too few for a test split: every class must keep one to train "
-            "on, and identical images stay together; add images"
+            "on, and identical images and groups stay together; add images"
         )
     train = np.setdiff1d(np.arange(len(every)), test)
     return {"train": every.subset(train, name="train"), "test": every.subset(test, name="test")}
@@ -80,8 +90,8 @@ def split_off_test(every: ImageSplit, fraction: float, seed: int) -> dict[str, I
 def held_out_rows(split: ImageSplit, total: int, *, seed: int, purpose: str) -> Int64:
     """Choose about `total` rows with each class in proportion, leaving at least one of each class.
 
-    Identical images stay together: groups are taken in the order of their lowest rank, as long as
-    that brings each of their classes closer to its quota. All images are hashed for this.
+    Groups and identical images stay together, see `take_units`: those whose lowest rank comes first
+    are taken first. All images are hashed for this.
 
     Args:
         split: The images.
@@ -90,28 +100,14 @@ def held_out_rows(split: ImageSplit, total: int, *, seed: int, purpose: str) -> 
         purpose: Makes samples with the same seed independent.
 
     Returns:
-        Row numbers, int64 [M], ascending; without duplicates, M is `total` less what classes keep.
+        Row numbers, int64 [M], ascending; where no image belongs to another, M is `total` less what
+        classes keep.
     """
     counts = [int(n) for n in np.bincount(split.labels)]
     shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, total), counts, strict=True)]
-    group_of, labels = same_content([split]).tolist(), split.labels.tolist()
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(group_of):
-        members.setdefault(group, []).append(row)
     ranks = _ranks(split.ids, f"{seed}\0{purpose}")
-    taken = [0] * len(counts)
-    chosen: list[int] = []
-    for first in sorted(range(len(split)), key=ranks.__getitem__):
-        rows = members.pop(group_of[first], [])
-        more = Counter([labels[row] for row in rows])
-        if all(
-            n < 2 * (shares[label] - taken[label]) and taken[label] + n < counts[label]
-            for label, n in more.items()
-        ):
-            chosen += rows
-            for label, n in more.items():
-                taken[label] += n
-    return np.array(sorted(chosen), dtype=np.int64)
+    order = sorted(range(len(split)), key=ranks.__getitem__)
+    return take_units(order, kept_together(split.content, split.groups), split.labels, shares)
 
 
 def _lowest_ranked(ids: Sequence[str], labels: Int64, shares: list[int], salt: str) -> Int64:
@@ -125,23 +121,6 @@ def _lowest_ranked(ids: Sequence[str], labels: Int64, shares: list[int], salt: s
 
 def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
     return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
-
-
-def same_content(splits: Sequence[ImageSplit]) -> Int64:
-    """Number the images of all splits; identical images have equal numbers, others do not.
-
-    Returns:
-        int64 [N] for the N images of all splits in order. A file that could not be read is equal
-        to no other.
-    """
-    data = b"".join(split.content.tobytes() for split in splits)
-    numbers: dict[bytes | int, int] = {}
-    groups = np.empty(len(data) // 32, np.int64)
-    for row in range(len(groups)):
-        digest = data[32 * row : 32 * row + 32]
-        key = row if digest.startswith(_NO_IMAGE) else digest
-        groups[row] = numbers.setdefault(key, row)
-    return groups
 
 
 @dataclass
@@ -158,8 +137,7 @@ class Pairs:
             self.examples.append(pair)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copies:
+class Copies(NamedTuple):
     """What `find_copies` found.
 
     Attributes:
@@ -188,7 +166,9 @@ class Copies:
 def find_copies(dataset: ImageDataset) -> Copies:
     """Look for identical images; each is paired with its first copy in train, val, test order."""
     splits = [dataset.splits[name] for name in ("train", "val", "test") if name in dataset.splits]
-    first_of = same_content(splits)
+    content = np.concatenate([split.content for split in splits])
+    _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
+    first_of = first[numbers]
     copies = np.flatnonzero(first_of != np.arange(len(first_of)))
     starts = np.cumsum([0, *map(len, splits)])
     across: dict[tuple[str, str], Pairs] = {}
@@ -199,13 +179,48 @@ def find_copies(dataset: ImageDataset) -> Copies:
         return splits[number], row - int(starts[number])
 
     for row in copies.tolist():
-        (split, at), (other, first) = place(row), place(int(first_of[row]))
-        pair = (split.ids[at], other.ids[first])
+        (split, at), (other, there) = place(row), place(int(first_of[row]))
+        pair = (split.ids[at], other.ids[there])
         if split is not other:
             across.setdefault((split.name, other.name), Pairs()).add(pair)
-        if split.labels[at] != other.labels[first]:
+        if split.labels[at] != other.labels[there]:
             two_labels.add(pair)
     return Copies(num_copies=len(copies), across=across, two_labels=two_labels)
+
+
+@dataclass
+class SharedGroups:
+    """How many groups two splits have in common, and the first few."""
+
+    split: str
+    also_in: str
+    num_groups: int
+    examples: list[str]
+
+
+def find_shared_groups(dataset: ImageDataset) -> list[SharedGroups]:
+    """Groups that have images in two splits, for each pair of splits in train, val, test order."""
+    grouped = [
+        (name, set(split.groups))
+        for name in ("train", "val", "test")
+        if (split := dataset.splits.get(name)) and split.groups is not None
+    ]
+    return [
+        SharedGroups(split, other, len(shared), sorted(shared)[:MAX_SHARED])
+        for number, (split, groups) in enumerate(grouped)
+        for other, earlier in grouped[:number]
+        if (shared := groups & earlier)
+    ]
+
+
+def shared_groups_lines(shared: Sequence[SharedGroups]) -> list[str]:
+    """What `find_shared_groups` found, as sentences."""
+    return [
+        f"groups of {found.split} that are also in {found.also_in}: {found.num_groups} "
+        f"({listed(found.examples, MAX_EXAMPLES)}); keep each in one split, or {found.split} "
+        "scores are too high"
+        for found in shared
+    ]
 
 
 def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:

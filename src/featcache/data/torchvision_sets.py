@@ -100,7 +100,7 @@ def load_torchvision(config: DataConfig, name: str, memo: Memo) -> ImageDataset:
         splits = {name: splits[name] for name in ("train", "test", "val") if name in splits}
         return ImageDataset(name, "torchvision", splits, class_names)
     fraction = config.test_fraction or DEFAULT_TEST_FRACTION
-    divided = split_off_test(splits["all"], fraction, config.seed)
+    divided = split_off_test(splits["all"], fraction, config.seed, group_from=config.group_from)
     return ImageDataset(
         name, "torchvision", divided, class_names, drawn=True, test_fraction=fraction
     )

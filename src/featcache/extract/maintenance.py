@@ -19,7 +19,7 @@ from featcache.config import (
 )
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
-from featcache.extract.extraction import ExtractionRun, fill_split
+from featcache.extract.extraction import ExtractionRun, fill_split, rows_text
 from featcache.files import check_outputs
 from featcache.runtime import torch_threads_kept
 
@@ -61,10 +61,15 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     ]
     if backbone["backbone"].startswith(OWN_MODULE):
         lines.insert(2, "           a module given in Python: its name cannot rebuild it")
+    if backbone["stage_input"] is not None:
+        lines.append(
+            f"rows       {rows_text(CacheMeta.from_dict(meta))}, for finetune --from-stage"
+        )
     for name, split in report["splits"].items():
         done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
         lines.append(
             f"{name:<10} {split['num_samples']} images, {split['num_skipped']} skipped"
+            + (f", {split['num_groups']} groups" if split["num_groups"] is not None else "")
             + ("" if report["finished"] else done)
         )
         lines += [
@@ -182,12 +187,14 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         num_train=meta.dataset.num_train,
         num_test=meta.dataset.num_test,
         test_fraction=meta.dataset.test_fraction,
+        group_from=meta.dataset.group_from,
         on_error="skip",
         seed=config.seed,
         cache_dir=config.cache.parent,
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
         image_px=meta.backbone.preprocessing.image_px,
+        from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
         views=views,
         dtype=meta.dtype,
         engine="torch" if meta.engine == "torch" else "openvino",

@@ -6,14 +6,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from featcache.backbone import OwnNetwork, identify, load_backbone
 from featcache.cache import (
+    MAX_DIM,
     FeatureCache,
+    SplitRows,
     begun_with,
     cost_of,
     info,
@@ -23,7 +27,7 @@ from featcache.cache import (
     spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
-from featcache.data import REASONS, ImageDataset, load_dataset
+from featcache.data import REASONS, ImageDataset, ImageSplit, load_dataset
 from featcache.errors import CacheError, UserError
 from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.runtime import numeric_versions, recorded_engine
@@ -35,8 +39,7 @@ if TYPE_CHECKING:
 IMMATERIAL = ("dataset.name",)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """What a run asks for.
 
     Attributes:
@@ -54,20 +57,34 @@ class Request:
     own: OwnNetwork | None = None
 
     @classmethod
-    def of(cls, config: ExtractConfig, own: OwnNetwork | None = None) -> Self:
+    def of(
+        cls,
+        config: ExtractConfig,
+        dataset: ImageDataset | None = None,
+        own: OwnNetwork | None = None,
+    ) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
+        Args:
+            config: The command's settings.
+            dataset: What these settings name, where it is loaded already.
+            own: The network, unless the settings name it.
+
         Raises:
-            UserError: There is no such dataset or weights.
+            UserError: There is no such dataset, weights or stage, or a row would be too long.
         """
-        dataset = load_dataset(config)
+        dataset = dataset or load_dataset(config)
         if own is None:
             config = with_adapted_batchnorm(config, dataset)
             backbone = identify(config, config.seed, config.cache_dir)
-        elif config.batchnorm == "adapt":
-            raise UserError("--batchnorm adapt is for networks by name: adapt the module yourself")
         else:
             backbone = own.identify(config)
+            config = dataclasses.replace(config, backbone=backbone.backbone)
+        if backbone.feature_dim > MAX_DIM:
+            raise UserError(
+                f"--from-stage {config.from_stage}: its input is {backbone.feature_dim:,} numbers "
+                f"an image, a cache holds {MAX_DIM:,}: give a later stage or a smaller --image-px"
+            )
         meta = CacheMeta(
             backbone=backbone,
             dataset=dataset.info(config),
@@ -78,8 +95,6 @@ class Request:
             versions=numeric_versions(backbone.backbone),
         )
         path = cache_path(config, meta)
-        if own is not None:  # for messages
-            config = dataclasses.replace(config, backbone=backbone.backbone)
         return cls(config=config, dataset=dataset, meta=meta, path=path, own=own)
 
     def load_network(self) -> nn.Module:
@@ -159,8 +174,7 @@ def find_hit(request: Request) -> Path | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlierRows:
+class EarlierRows(NamedTuple):
     """What earlier runs left: an unfinished cache, and the finished one that `--update` replaces.
 
     `engine` made these rows. `seconds` were spent on them, None if that is not known.
@@ -261,15 +275,14 @@ def _short(value: object) -> str:
 
 def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
     """Name the images that make a dataset differ from the cached one."""
-    changes: dict[str, list[str]] = {"added": [], "removed": [], "changed": [], "relabelled": []}
-    old, new = _samples_of_cache(cache), _samples_of_dataset(dataset)
-    changes["added"] = sorted(new.keys() - old.keys())
-    changes["removed"] = sorted(old.keys() - new.keys())
+    old = _samples(cache.class_names, {name: cache.rows(name) for name in cache.splits})
+    new = _samples(dataset.class_names, dataset.splits)
+    changes = {"added": sorted(new.keys() - old.keys()), "removed": sorted(old.keys() - new.keys())}
     for key in sorted(old.keys() & new.keys()):
-        if old[key][1] != new[key][1]:
-            changes["changed"].append(key)
-        elif old[key][0] != new[key][0]:
-            changes["relabelled"].append(key)
+        pairs = zip(("changed", "relabelled", "regrouped"), old[key], new[key], strict=True)
+        what = next((name for name, before, now in pairs if before != now), None)
+        if what is not None:
+            changes.setdefault(what, []).append(key)
     texts = [
         f"{len(ids)} {what} ({', '.join(ids[:2])}{', …' if len(ids) > 2 else ''})"
         for what, ids in changes.items()
@@ -282,18 +295,21 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
     return "images: " + (", ".join(texts) or "their order differs")
 
 
-def _samples_of_cache(cache: FeatureCache) -> dict[str, tuple[str, bytes]]:
-    samples: dict[str, tuple[str, bytes]] = {}
-    for name in cache.splits:
-        rows = cache.rows(name)
-        for key, label, content in zip(rows.ids, rows.labels, rows.content, strict=True):
-            samples[f"{name}:{key}"] = (cache.class_names[label], content.tobytes())
-    return samples
+Sample = tuple[bytes, str, str | None]
 
 
-def _samples_of_dataset(dataset: ImageDataset) -> dict[str, tuple[str, bytes]]:
-    samples: dict[str, tuple[str, bytes]] = {}
-    for name, split in dataset.splits.items():
-        for key, label, content in zip(split.ids, split.labels, split.content, strict=True):
-            samples[f"{name}:{key}"] = (dataset.class_names[label], content.tobytes())
-    return samples
+def _samples(
+    class_names: list[str], splits: Mapping[str, SplitRows | ImageSplit]
+) -> dict[str, Sample]:
+    """By "split:id": content, class and group of every sample."""
+    return {
+        f"{name}:{key}": (content.tobytes(), class_names[label], group)
+        for name, rows in splits.items()
+        for key, label, content, group in zip(
+            rows.ids,
+            rows.labels.tolist(),
+            rows.content,
+            rows.groups or repeat(None, len(rows.ids)),
+            strict=True,
+        )
+    }

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
-from featcache.heads.linear import Ints
+from featcache.groups import assign_parts, kept_together
+from featcache.heads.linear import Floats, Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
     NotConverged,
@@ -40,6 +41,9 @@ from featcache.heads.training_data import (
 )
 from featcache.runtime import progress
 
+# Logits of a held-out part are kept up to this many values.
+MAX_KEPT = 1 << 22
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -54,6 +58,7 @@ class Choice:
         best_score: The highest score of any candidate. Solvers are compared by it, since each of
             them is then equally favored by chance.
         table: Every candidate with its scores, in the order tried.
+        logits: The winner's of each held-out part [M, C], where they were kept.
     """
 
     settings: Settings
@@ -62,6 +67,7 @@ class Choice:
     val_top1: float | None = None
     best_score: float | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
+    logits: list[Floats] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,24 +93,30 @@ class InMemoryData:
     Attributes:
         train: The rows.
         content: A digest per train row [N, 32] uint8.
+        groups: The name of each train row's group [N], if there are groups.
         val: The dataset's own validation rows, if it has any.
         streamed: Whether rows are read anew at each pass.
     """
 
     train: Rows
     content: NDArray[np.uint8]
+    groups: NDArray[np.str_] | None = None
     val: Rows | None = None
     streamed: bool = False
 
     def take(self, index: Ints) -> InMemoryData:
         """Some train rows alone, without a val split: choose on a part of them."""
-        return InMemoryData(train=self.train.take(index), content=self.content[index])
+        return InMemoryData(
+            train=self.train.take(index),
+            content=self.content[index],
+            groups=self._groups_at(index),
+        )
 
     def selection(self, config: TrainHeadConfig) -> Selection:
         """Weigh the rows as the command asks for, and set aside what chooses.
 
-        The dataset's own val split is preferred to a held-out part of train. Rows with equal
-        digests stay together, so that a copy of a fitted row does not choose.
+        The dataset's own val split is preferred to a held-out part of train. Groups and rows with
+        equal digests stay together, so that a copy of a fitted row does not choose.
 
         Args:
             config: Has `class_weight`, `select`, `holdout`, `folds`, `seed`.
@@ -126,25 +138,31 @@ class InMemoryData:
         cv = config.select == "cv"
         parts = assign_parts(
             train.y,
-            same_rows(self.content[counted]),
+            kept_together(self.content[counted], self._groups_at(counted)),
             config.seed,
             fraction=None if cv else config.holdout,
             num_parts=config.folds if cv else 1,
+            grouped=self.groups is not None,
         )
         pairs = [
             (train.take(np.flatnonzero(parts != part)), train.take(np.flatnonzero(parts == part)))
             for part in np.unique(parts[parts >= 0])
         ]
+        how = "stratified" if self.groups is None else "groups kept together"
         if not pairs:
-            name = "nothing: no class has two different rows to spare"
+            what = "rows" if self.groups is None else "groups"
+            name = f"nothing: no class has two different {what} to spare"
         elif cv:
-            name = f"{config.folds}-fold cross-validation on train, stratified, seed {config.seed}"
+            name = f"{config.folds}-fold cross-validation on train, {how}, seed {config.seed}"
         else:
             name = (
-                f"a held-out {config.holdout:.0%} of train, stratified, seed {config.seed} "
+                f"a held-out {config.holdout:.0%} of train, {how}, seed {config.seed} "
                 f"({pairs[0][1].num_rows} rows)"
             )
         return Selection(train=train, pairs=pairs, name=name)
+
+    def _groups_at(self, index: Ints) -> NDArray[np.str_] | None:
+        return None if self.groups is None else self.groups[index]
 
 
 def load_data(cache: FeatureCache) -> InMemoryData:
@@ -156,49 +174,7 @@ def load_data(cache: FeatureCache) -> InMemoryData:
     split = cache.split("train")
     train = load_rows(split, cache.class_names)
     val = load_rows(cache.split("val"), cache.class_names) if cache.splits.get("val") else None
-    return InMemoryData(train=train, content=split.content, val=val)
-
-
-def same_rows(content: NDArray[np.uint8]) -> Ints:
-    """Number rows [N] so that rows with equal digests [N, B] have equal numbers."""
-    keys = np.ascontiguousarray(content).view(f"V{content.shape[1]}").ravel()
-    _, groups = np.unique(keys, return_inverse=True)
-    return np.asarray(groups, np.int64)
-
-
-def assign_parts(
-    y: Ints, groups: Ints, seed: int, *, fraction: float | None, num_parts: int
-) -> Ints:
-    """Deal rows to parts, class by class, keeping groups together.
-
-    Args:
-        y: Class indices [N].
-        groups: Rows with equal numbers [N] go to the same part.
-        seed: Of the dealing.
-        fraction: Share of each class that part 0 gets; every class with at least two groups gives
-            one and keeps one. None deals each class evenly to `num_parts` parts.
-        num_parts: Number of parts when `fraction` is None.
-
-    Returns:
-        The part of each row, [N]; -1 for rows that are always fitted: a class's only group.
-    """
-    random = np.random.default_rng([seed, 0x5E1EC7])
-    unique, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
-    part_of = np.full(len(unique), -1, np.int64)
-    labels = y[first]
-    offset = 0
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        if len(members) < 2:
-            continue
-        if fraction is None:
-            # Each class continues where the last one ended, so that no part is always the largest.
-            part_of[members] = (np.arange(len(members)) + offset) % num_parts
-            offset += len(members)
-        else:
-            spared = min(max(round(fraction * len(members)), 1), len(members) - 1)
-            part_of[members[:spared]] = 0
-    return np.asarray(part_of[inverse], np.int64)
+    return InMemoryData(train=train, content=split.content, groups=split.groups, val=val)
 
 
 def choose_solver(
@@ -251,6 +227,7 @@ class HeldOutScores:
         hits: Number of rows classified correctly.
         rows: Number of all rows.
         loss: Weighted sum of the losses; None where the solver has none.
+        logits: Of each part [M, C]; None where the solver has none, or they are not kept.
     """
 
     right: float = 0.0
@@ -259,6 +236,7 @@ class HeldOutScores:
     hits: int = 0
     rows: int = 0
     loss: float | None = 0.0
+    logits: list[Floats] | None = field(default_factory=list)
 
     def add(self, held: Rows, predictions: HeldOutPredictions) -> None:
         """Add a held-out part."""
@@ -272,6 +250,10 @@ class HeldOutScores:
             self.loss = None
         else:
             self.loss += float(held.weights @ predictions.losses)
+        if predictions.logits is None or predictions.logits.size > MAX_KEPT:
+            self.logits = None
+        elif self.logits is not None:
+            self.logits.append(predictions.logits)
 
     @property
     def score(self) -> float:
@@ -334,6 +316,9 @@ def evaluate_grid(
                     raise
                 break  # the rest of the series is regularized even less, which is harder
             grid.append((settings, scores))
+            for _, other in grid[:-1]:
+                if other.score < scores.score - scores.standard_error:
+                    other.logits = None  # it will not win
             bar.update()
             reached = (scores.score, -scores.mean_loss)
             worse = 0 if reached > best else worse + 1
@@ -359,4 +344,5 @@ def best_candidate(grid: Grid, chosen_on: str) -> Choice:
         best_score=top[1].score,
         chosen_on=chosen_on,
         table=[{**settings, **scores.to_json()} for settings, scores in grid],
+        logits=scores.logits,
     )

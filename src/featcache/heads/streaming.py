@@ -19,6 +19,7 @@ import numpy as np
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.groups import hold_out_units, kept_together
 from featcache.heads.linear import Doubles, Floats, Ints, widen
 from featcache.heads.selection import InMemoryData, Selection, load_data
 from featcache.heads.solvers.moments import Moments
@@ -325,15 +326,16 @@ def wants_stream(config: TrainHeadConfig, split: FeatureSplit) -> bool:
 def draw_held(config: TrainHeadConfig, split: FeatureSplit, num_classes: int) -> Ints:
     """Row numbers to hold out, ascending; every class keeps at least one row to be fitted.
 
-    At this size a plain random sample is close enough to every class's share.
+    A plain random sample is close enough to every class's share; groups stay together.
     """
     most = min(HELD_BYTES // (split.dim * 4 * split.num_views), MAX_HELD)
     count = max(1, min(round(config.holdout * len(split)), most))
     random = np.random.default_rng([config.seed, 0x5E1EC7])
+    if split.groups is not None:
+        units, order = kept_together(split.content, split.groups), random.permutation(len(split))
+        return _counted(split, hold_out_units(order, units, split.y, count / len(split)))
     drawn = np.sort(random.choice(len(split), count, replace=False, shuffle=False))
-    left = np.bincount(split.y, minlength=num_classes) - np.bincount(
-        split.y[drawn], minlength=num_classes
-    )
+    left = np.bincount(np.delete(split.y, drawn), minlength=num_classes)
     return _counted(split, drawn[left[split.y[drawn]] > 0])
 
 

@@ -174,7 +174,8 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
         return None
     from featcache.data import load_dataset
 
-    names = ("num_train", "num_test", "test_fraction")
+    names = ("num_train", "num_test", "test_fraction", "group_from")
+    drawn_as: dict[str, Any] = {name: run.dataset.get(name) for name in names}
     dataset = load_dataset(
         DataConfig(
             dataset=config.dataset,
@@ -184,7 +185,7 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
             cache_dir=config.cache_dir,
             on_error="skip",
             seed=run.dataset.get("seed") or 0,
-            **{name: run.dataset.get(name) for name in names},
+            **drawn_as,
         )
     )
     split = dataset.splits["test"]

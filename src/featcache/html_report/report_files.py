@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from featcache.errors import UserError
 from featcache.files import read_regular
-from featcache.results import CurvePoint, CurveRun, Row, RunReport, curve_from_json
+from featcache.results import Row, RunReport
+from featcache.results.learning_curve import CurvePoint, CurveRun, curve_from_json
 from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
@@ -111,6 +112,7 @@ check_run = record(
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
+        "scores? calibration?": OBJECT,
     }
 )
 check_row = record(

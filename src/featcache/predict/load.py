@@ -17,9 +17,10 @@ from featcache.backbone.networks import remove_heads
 from featcache.backbone.weights import is_file
 from featcache.config import TIMM, BackboneConfig, BackboneInfo, Preprocessing, weights_text
 from featcache.errors import CacheError, UserError
-from featcache.heads import Head
+from featcache.heads import Decision, Head
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
+from featcache.heads.linear import PLAIN
 from featcache.tensor_files import MODEL_FORMAT, TensorFile, model_card, read_tensor_file
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class LoadedClassifier:
     precision: str
     scores: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def decision(self) -> Decision:
+        """How logits become probabilities and a class."""
+        return PLAIN if self.head is None else self.head.decision
 
     def describe(self) -> str:
         """One phrase for people: what classifies."""
@@ -268,6 +274,7 @@ def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
         "backbone": trained.backbone,
         "solver": trained.head.solver if trained.head else None,
         "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "decision": trained.decision.to_json(),
         "scores": trained.scores,
         "trained_on": trained.provenance,
     }

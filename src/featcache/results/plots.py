@@ -41,6 +41,8 @@ VARIABLES = {
 MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 46}
 """Room for ticks and labels in px of an SVG; measuring it would double the time to draw."""
 SHORTEST_S = 1e-4
+MAX_MARKERS = 20
+"""Lines of more points are drawn without markers."""
 PIXELS_PER_INCH = 72
 """So that a point of matplotlib is a pixel of an SVG."""
 
@@ -141,19 +143,7 @@ def draw(
         x_label: Label of the x axis.
         x_text: Makes the label of a tick of the x axis.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
-        dpi=PIXELS_PER_INCH,
-        facecolor="none",
-    )
-    figure.subplots_adjust(
-        left=MARGINS["left"] / size[0],
-        right=1 - MARGINS["right"] / size[0],
-        bottom=MARGINS["bottom"] / size[1],
-        top=1 - MARGINS["top"] / size[1],
-    )
+    figure = _figure(size)
     axes = figure.subplots()
     axes.set_xscale("log")
     low, high = x_range(lines)
@@ -167,7 +157,50 @@ def draw(
     return figure
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def _figure(size: tuple[int, int]) -> Figure:
+    """An empty figure of so many px of an SVG, with its margins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
+        dpi=PIXELS_PER_INCH,
+        facecolor="none",
+    )
+    figure.subplots_adjust(
+        left=MARGINS["left"] / size[0],
+        right=1 - MARGINS["right"] / size[0],
+        bottom=MARGINS["bottom"] / size[1],
+        top=1 - MARGINS["top"] / size[1],
+    )
+    return figure
+
+
+def draw_unit(
+    lines: Sequence[Line], size: tuple[int, int], x_label: str, y_label: str, *, diagonal: bool
+) -> Figure:
+    """Draw lines of shares over shares, both axes from 0 to 1.
+
+    Args:
+        lines: Their points and intervals.
+        size: Width and height in px of an SVG.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        diagonal: Whether to draw where both are equal.
+    """
+    figure = _figure(size)
+    axes = figure.subplots()
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    if diagonal:
+        axes.plot([0, 1], [0, 1], color=SOFT, lw=1, ls=(0, (4, 3)))
+    for line in lines:
+        _draw_line(axes, line, markers=len(line.points) <= MAX_MARKERS)
+    _dress(axes, [0, 0.2, 0.4, 0.6, 0.8, 1], lambda x: f"{x:g}")
+    axes.set_xlabel(x_label, color=INK, size=13)
+    axes.set_ylabel(y_label, color=INK, size=13)
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
     color, marker, dashes = STYLES[line.style]
     x = [max(x, SHORTEST_S) * line.shift for x, _ in line.points]
     y = [top1 for _, top1 in line.points]
@@ -178,6 +211,7 @@ def _draw_line(axes: Axes, line: Line) -> None:
         axes.plot([axes.get_xlim()[0], x[0]], y[:1] * 2, color=color, lw=1.6, ls=(0, (4, 3)))
     for place, top1 in line.dots:
         axes.plot([place * line.shift], [top1], color=color, marker="o", ms=4, mew=0, alpha=0.55)
+    marker = marker if markers else ""
     axes.plot(
         x, y, color=color, marker=marker, ls=dashes, lw=2.2, ms=8, mec=GROUND, mew=1, zorder=3
     )

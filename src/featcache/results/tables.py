@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from featcache.results.learning_curve import NAMES, CurvePoint, ModeScores, size_text
-from featcache.results.runs import Row
+from featcache.results.runs import Row, RunReport
+from featcache.results.scores import BY_CLASS, Scores
 
 HEADER = (
     "mode",
@@ -29,6 +30,16 @@ CURVE_HEADER = (
     "fine-tune time",
     "time per point",
     "cache pays after",
+)
+
+CLASS_HEADER = (
+    "class",
+    "test images",
+    "precision",
+    "recall",
+    "F1",
+    "AUROC",
+    "average precision",
 )
 
 GAP = "  "
@@ -120,6 +131,52 @@ def markdown_table(rows: Sequence[Row]) -> str:
         for line in table_cells(rows)
     ]
     return "\n".join([head, rule, *body])
+
+
+def score_text(name: str, value: float | None, scores: Scores) -> str:
+    """A score for people with its 95 % interval: "0.912 [0.901, 0.923]"."""
+    if value is None:
+        return "–"
+    ends = scores.intervals.get(name)
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def score_lines(report: RunReport) -> list[str]:
+    """A run's scores beyond accuracy; with --verbose, of every class; none of old reports."""
+    scores, calibration = report.scores, report.calibration
+    if scores is None or calibration is None:
+        return []
+    named = [
+        f"{words} {score_text(name, getattr(scores, name), scores)}"
+        for words, name in (("macro F1", "macro_f1"), ("AUROC", "auroc"), ("log loss", "log_loss"))
+        if getattr(scores, name) is not None
+    ]
+    line = f"calibration error {calibration.after.ece:.3f}"
+    if calibration.temperature != 1:
+        line += (
+            f" ({calibration.before.ece:.3f} without the temperature of "
+            f"{calibration.temperature:.2f})"
+        )
+    lines = [", ".join(named), line]
+    return lines + (class_text(scores).split("\n") if report.config.get("verbose") else [])
+
+
+def class_cells(scores: Scores) -> list[tuple[str, ...]]:
+    """Scores of every class as text, one tuple per class in the order of `CLASS_HEADER`."""
+    return [
+        (name, f"{c.support:,}", *(_or_dash(getattr(c, key)) for key in BY_CLASS))
+        for name, c in scores.classes.items()
+    ]
+
+
+def _or_dash(share: float | None) -> str:
+    return "–" if share is None else f"{share:.3f}"
+
+
+def class_text(scores: Scores) -> str:
+    """The table of classes for a terminal."""
+    lines = [CLASS_HEADER, *class_cells(scores)]
+    return _aligned(lines, _widths(lines), range(len(CLASS_HEADER)), left=(0,))
 
 
 def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
