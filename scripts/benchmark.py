@@ -29,6 +29,7 @@ from typing import Any, Literal
 import tyro
 
 from featcache import cli, results
+from featcache.compare.alternatives import Network
 from featcache.config import (
     BackboneConfig,
     BackboneInfo,
@@ -37,11 +38,15 @@ from featcache.config import (
     FinetuneConfig,
     OutputConfig,
     TrainHeadConfig,
+    config_json,
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
-from featcache.results import Row, RunReport
+from featcache.results import Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of, speedups
+from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
+from featcache.results.tables import markdown_table, text_table
 from featcache.runtime import environment, load_optimizers, say
 
 # Mirroring turns these into something else, so the default leaves them as they are.
@@ -50,6 +55,7 @@ LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
 DEFAULT_HEAD = "head only (cached, as train-head fits it)"
 STAGES_HEAD = "head only (cached, all stages)"
 GOOD_TUNE = "full fine-tune (good recipe)"
+TAIL = "tail from cached activations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,13 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
             return self.short_name.replace("-", "") not in NEVER_MIRRORED
         return self.flip == "on"
 
+    @property
+    def last_stage(self) -> str:
+        """The stage from which the tail trains."""
+        from featcache.backbone.tail import last_stage
+
+        return last_stage(self.backbone)
+
     def _shared(self) -> dict[str, Any]:
         """Settings that every mode has."""
         bases = (DataConfig, BackboneConfig)
@@ -123,15 +136,16 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         path = self.folder / f"{cache}.h5"
         return TrainHeadConfig(cache=path, seed=self.seed, output=output, **changes)
 
-    def stages_alternatives(self) -> list[Alternative]:
+    def stages_alternatives(self) -> Alternatives:
         """Features of every stage, of the network as it is and with adapted BatchNorm."""
-        return [
-            (
-                self.extract_config(f"stages-{batchnorm}", layers="stages", batchnorm=batchnorm),
-                self.head_config(f"stages-{batchnorm}-head", f"stages-{batchnorm}"),
+        networks: tuple[Network, ...] = ("frozen", "adapt")
+        return {
+            network: (
+                self.extract_config(f"stages-{network}", layers="stages", batchnorm=network),
+                self.head_config("stages-head", f"stages-{network}"),
             )
-            for batchnorm in ("frozen", "adapt")
-        ]
+            for network in networks
+        }
 
     def notebook_head(self) -> TrainHeadConfig:
         """The head on the cache, trained as the one in the loop, raw features included."""
@@ -158,7 +172,7 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
 
 
 MeasuredRun = tuple[str, Approach, RunReport, float]
-Alternative = tuple[ExtractConfig, TrainHeadConfig]
+Alternatives = dict[Network, tuple[ExtractConfig, TrainHeadConfig]]
 
 
 def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
@@ -172,7 +186,7 @@ def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
     planned = plan_modes(config)
     for number, (mode, approach, settings) in enumerate(planned, start=1):
         say(f"{number}/{len(planned)} {mode}")
-        if isinstance(settings, list):
+        if isinstance(settings, dict):
             modes.append((mode, approach, *run_best(settings)))
             continue
         if approach == "cached" and not extraction:
@@ -182,7 +196,7 @@ def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
     return modes
 
 
-Settings = TrainHeadConfig | FinetuneConfig | list[Alternative]
+Settings = TrainHeadConfig | FinetuneConfig | Alternatives
 
 
 def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
@@ -193,6 +207,7 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         for lr in (config.lr, config.lr / 10)
     ]
     good = tune("finetune-good", recipe="good", epochs=None, lr=None)
+    tail = tune("finetune-tail", from_stage=config.last_stage, epochs=None, lr=None)
     return [
         (LOOP, "loop", tune("head-in-loop", freeze_backbone=True)),
         (CACHED, "cached", config.notebook_head()),
@@ -200,26 +215,29 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         (STAGES_HEAD, "cached", config.stages_alternatives()),
         *tunes,
         (GOOD_TUNE, "finetune", good),
+        (TAIL, "finetune", tail),
     ]
 
 
-def run_best(alternatives: list[Alternative]) -> tuple[RunReport, float]:
+def run_best(alternatives: Alternatives) -> tuple[RunReport, float]:
     """The alternative with the best held-out accuracy, and the seconds that come before its fit.
 
     These are the extractions of all alternatives and the fits of those that lost.
     """
+    from featcache.compare.alternatives import train_best_head
     from featcache.extract import extract
 
-    reports, seconds = [], 0.0
-    for extraction, head in alternatives:
+    heads, seconds = {}, 0.0
+    for network, (extraction, head) in alternatives.items():
         try:
             seconds += float(extract(extraction)["seconds_total"])
         except UserError as error:  # there is no BatchNorm to adapt
             say(f"left out: {error}")
             continue
-        reports.append(run_training(head))
-    best = max(reports, key=lambda report: report.more["val_top1"] or 0.0)
-    return best, seconds + sum(report.seconds_total for report in reports if report is not best)
+        heads[network] = head
+    best = train_best_head(heads)
+    seconds += sum(each["seconds_total"] for each in best.more["alternatives"])
+    return best, seconds - best.seconds_total
 
 
 def run_training(settings: TrainHeadConfig | FinetuneConfig) -> RunReport:
@@ -267,7 +285,7 @@ def p_values(modes: list[MeasuredRun]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
     from featcache.results.metrics import mcnemar
 
-    best = results.best_of(results.benchmark_rows(modes), "cached")
+    best = best_of(benchmark_rows(modes), "cached")
     assert best is not None
     cached = next(run.test for mode, _, run, _ in modes if mode == best.mode)
     values = {}
@@ -284,9 +302,9 @@ def make_result(
     config: BenchmarkConfig, info: BackboneInfo, modes: list[MeasuredRun]
 ) -> dict[str, Any]:
     """Everything measured and what follows from it, as JSON."""
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     tests = p_values(modes)
-    best = {kind: results.best_of(rows, kind) for kind in ("cached", "finetune")}
+    best = {kind: best_of(rows, kind) for kind in ("cached", "finetune")}
     return {
         "command": "benchmark",
         "dataset": config.short_name,
@@ -294,15 +312,15 @@ def make_result(
             dataclasses.asdict(row) | {"epochs": run.epochs, "later_seconds": row.later_seconds}
             for row, (_, _, run, _) in zip(rows, modes, strict=True)
         ],
-        "speedup": results.speedups(rows),
+        "speedup": speedups(rows),
         "break_even": break_even(rows),
         "p_values": tests,
         "best": {kind: row.mode for kind, row in best.items() if row is not None},
         "baseline_top1": rows[0].baseline_top1,
         "same_predictions": same_predictions(modes),
-        "advice": results.advice(rows, tests),
+        "advice": advice(rows, tests),
         "notes": notes(config, info),
-        "config": results.config_json(config),
+        "config": config_json(config),
         "backbone": dataclasses.asdict(info),
         "environment": environment(),
         "typed": typed(),
@@ -398,7 +416,7 @@ def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
         [
             f"# {title}",
             "",
-            results.markdown_table(rows),
+            markdown_table(rows),
             "",
             *(f"{line}\n" for line in reading(result, rows) if line),
             "![Accuracy against seconds](benchmark.png)",
@@ -423,15 +441,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         say("benchmark: interrupted; its times cannot be resumed, so the same command starts over")
         raise SystemExit(cli.EXIT_INTERRUPTED) from None
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     result = make_result(config, info, modes)
     title = title_of(config, info, rows, modes)
     paths = {kind: folder / f"benchmark.{kind}" for kind in ("json", "md", "png")}
     result["files"] = {kind: str(path) for kind, path in paths.items()}
     write_json(paths["json"], result)
     write_atomically(paths["md"], markdown(title, result, rows).encode())
-    results.plot_accuracy_against_seconds(rows, paths["png"], title)
-    lines = ["", title, "", results.text_table(rows), "", *reading(result, rows), ""]
+    plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", text_table(rows), "", *reading(result, rows), ""]
     lines += [f"note: {line}" for line in result["notes"][2:]]
     lines += [f"written: {', '.join(result['files'].values())}"]
     print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)

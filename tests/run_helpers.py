@@ -96,7 +96,9 @@ def two_class_report() -> RunReport:
         predicted=predicted,
         confidence=[0.5 + 0.04 * i for i in range(len(predicted))],
     )
-    return scored(head_report(class_names=["no", "yes"], test=test))
+    rejections = [{"level": 0.05, "unknown": 0.1, "answered_top1": 8 / 9}]
+    more = {**head_report().more, "rejections": rejections}
+    return scored(head_report(class_names=["no", "yes"], test=test, more=more))
 
 
 def tune_report(**changes: Any) -> RunReport:

@@ -1,5 +1,8 @@
 """The commands as Python functions; in a notebook they also print the command's summary."""
 
+# mypy: disable-error-code=no-any-return
+# Commands are found by name, so the type of their report is known here alone.
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -10,6 +13,7 @@ from featcache.config import (
     ExportConfig,
     ExtractConfig,
     FinetuneConfig,
+    JsonObject,
     PredictConfig,
     Preprocessing,
     ReportConfig,
@@ -22,8 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from featcache.backbone import OwnNetwork
-
-Report = dict[str, Any]
+    from featcache.export import ExportReport
+    from featcache.extract import ExtractReport
+    from featcache.html_report import PageReport
+    from featcache.predict import PredictReport
 
 
 def extract_features(
@@ -31,7 +37,7 @@ def extract_features(
     *,
     backbone: nn.Module | None = None,
     preprocessing: Preprocessing | None = None,
-) -> Report:
+) -> ExtractReport:
     """Run the frozen backbone once over a dataset and cache its features.
 
     Args:
@@ -54,7 +60,7 @@ def extract_features(
     return _run("extract-features", config, own=_own(config, backbone, preprocessing))
 
 
-def train_head(config: TrainHeadConfig) -> Report:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Fit a head on cached features and write it.
 
     Returns:
@@ -68,7 +74,7 @@ def train_head(config: TrainHeadConfig) -> Report:
     return _run("train-head", config)
 
 
-def finetune_network(config: FinetuneConfig) -> Report:
+def finetune_network(config: FinetuneConfig) -> JsonObject:
     """Train the whole network, or its head with the network in the loop, on the images.
 
     Returns:
@@ -81,7 +87,7 @@ def finetune_network(config: FinetuneConfig) -> Report:
     return _run("finetune", config)
 
 
-def predict_images(config: PredictConfig) -> Report:
+def predict_images(config: PredictConfig) -> PredictReport:
     """Classify image files and folders; for images in memory use `Classifier`.
 
     Returns:
@@ -95,7 +101,7 @@ def predict_images(config: PredictConfig) -> Report:
     return _run("predict", config)
 
 
-def export_classifier(config: ExportConfig, *, backbone: nn.Module | None = None) -> Report:
+def export_classifier(config: ExportConfig, *, backbone: nn.Module | None = None) -> ExportReport:
     """Write backbone and head as one ONNX or torch.export file, checked against torch.
 
     Args:
@@ -115,7 +121,7 @@ def export_classifier(config: ExportConfig, *, backbone: nn.Module | None = None
     return _run("export", config, own=_own(config, backbone))
 
 
-def compare_training(config: CompareConfig) -> Report:
+def compare_training(config: CompareConfig) -> JsonObject:
     """Draw the learning curve of cached head and fine-tuning, with advice.
 
     Returns:
@@ -128,7 +134,7 @@ def compare_training(config: CompareConfig) -> Report:
     return _run("compare", config)
 
 
-def write_report(config: ReportConfig) -> Report:
+def write_report(config: ReportConfig) -> PageReport:
     """Write one HTML page, and a Markdown file, from the reports of runs.
 
     Returns:
@@ -148,11 +154,11 @@ def _own(config: Any, module: nn.Module, preprocessing: Preprocessing | None = N
         return OwnNetwork.of(module, preprocessing)
 
 
-def _run(name: str, config: Any, **more: Any) -> Report:
+def _run(name: str, config: Any, **more: Any) -> Any:
     """Run a command's worker; in a notebook, print the summary too."""
     command = COMMANDS[name]
     with python_errors(type(config)):
-        report: Report = from_home(command.worker)(config, **more)
+        report = from_home(command.worker)(config, **more)
     if in_notebook():
         for line in from_home(command.summary)(report):
             say(line)

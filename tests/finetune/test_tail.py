@@ -30,6 +30,7 @@ from featcache.finetune import finetune, finetune_report
 from featcache.finetune import summary_lines as finetune_lines
 from featcache.finetune.activations import extraction_config
 from featcache.finetune.small_maps import SmallMapConv
+from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head
 from featcache.predict import Classifier
 from featcache.results import RunReport, benchmark_rows
@@ -80,6 +81,7 @@ class TestEqualsTheLoop:
                 {
                     "unfreeze": "stage4,conv5",
                     "recipe": "good",
+                    "backbone_lr": 3e-4,
                     "backbone": "shufflenet_v2_x0_5",
                     "weights": "random",
                 },
@@ -342,6 +344,19 @@ class TestRun:
         with pytest.raises(UserError) as caught:
             finetune(settings(pets, tmp_path, **changes))
         assert message in str(caught.value)
+
+    def test_the_recipe_unless_one_is_given(self) -> None:
+        recipe = resolve_recipe(FinetuneConfig(dataset="digits", from_stage="layer4"))
+        wanted = {
+            "epochs": 8, "lr": 1e-3, "backbone_lr": 2e-4, "optimizer": "adamw", "bn_eval": True,
+            "schedule": "cosine", "weight_decay": 0.05, "probe": True, "unfreeze": (),
+        }  # fmt: skip
+        assert {name: getattr(recipe, name) for name in wanted} == wanted
+        faster = FinetuneConfig(dataset="digits", from_stage="layer4", lr=5e-3)
+        assert resolve_recipe(faster).backbone_lr == pytest.approx(1e-3)
+        plain = FinetuneConfig(dataset="digits", from_stage="layer4", recipe="notebook")
+        assert (resolve_recipe(plain).epochs, resolve_recipe(plain).probe) == (3, False)
+        assert "from_stage" not in resolve_recipe(FinetuneConfig(dataset="digits")).to_dict()
 
     @pytest.mark.parametrize("other", [{"freeze_backbone": True}, {"unfreeze": "layer4"}])
     def test_contradictions(self, other: dict) -> None:

@@ -39,7 +39,8 @@ from featcache.html_report.provenance import command_line
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
 from featcache.results.curve_advice import curve_advice
-from featcache.results.learning_curve import curve_points, curve_to_json
+from featcache.results.curve_json import curve_to_json
+from featcache.results.learning_curve import curve_points
 from featcache.results.plots import Svg, log_ticks
 from run_helpers import (
     HEAD,
@@ -129,7 +130,7 @@ def test_table_figures_scores_and_origin(tmp_path: Path) -> None:
     for text in ("resnet18, bundled (sha256 abababababab…), 64 px squash", "abacus"):
         assert text in page.cells
     assert "train-head cache/pets.h5" in page.text
-    assert "finetune pets --weights bundled --epochs 2 --lr 0.0001" in page.text
+    assert "finetune pets --weights bundled --recipe notebook --epochs 2 --lr 0.0001" in page.text
     assert result["advice"][0].startswith("Faster: the cached head, 6.0 s")
     assert "No clear winner on accuracy" in result["advice"][1]
     assert summary_lines(result)[-1].endswith("r.md")
@@ -152,7 +153,15 @@ def test_scores_by_class_reliability_and_curves(tmp_path: Path) -> None:
     assert any(page.cells[i : i + 5] == wanted for i in range(len(page.cells)))
     assert page.count("svg", role="img") == 2 * 3  # reliability, ROC, precision-recall
     assert "without the temperature of 1.50, fitted on a held-out 20% of train." in page.text
-    for title in ("Scores by class", "Reliability", "ROC curve", "Precision-recall curve"):
+    place = page.cells.index("predict --reject")
+    assert page.cells[place + 3 : place + 6] == ["0.05", "10.0%", "0.889"]
+    for title in (
+        "Scores by class",
+        "Unknown images",
+        "Reliability",
+        "ROC curve",
+        "Precision-recall curve",
+    ):
         assert title in page.text
         assert f"**{title}**" in markdown
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from cache_helpers import blobs, rows_cache
 from conftest import REPO
 from data_helpers import make_pets
 from featcache.config import StageColumns
@@ -28,6 +29,28 @@ def test_speed_rows_compare_with_scikit_learn(bench, tmp_path, capsys):
     assert rows[0]["objective_against_sklearn"] < 1e-6
     assert rows[0]["speedup"] > 0
     assert [row["name"].split()[0] for row in rows] == ["logistic", "20", "50", "train-head"]
+
+
+def test_probabilities_are_measured_on_left_out_classes(bench, tmp_path, capsys, monkeypatch):
+    import heads_probabilities
+
+    monkeypatch.setattr(heads_probabilities, "NUM_DRAWS", 2)
+    monkeypatch.setattr(heads_probabilities, "SOLVERS", ("logistic", "adam"))
+    splits = {
+        name: blobs(num, dim=16, num_classes=5, spread=0.5, seed=num)
+        for name, num in (("train", 600), ("test", 100))
+    }
+    cache = rows_cache(tmp_path / "blobs.h5", splits, "abcde")
+    words = ["--probabilities", str(cache), "--work-dir", str(tmp_path), "--json"]
+    assert bench.main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["solver"] for row in report["calibration"]] == ["logistic", "adam"]
+    adam = report["calibration"][1]
+    assert adam["log_loss"][1] < adam["log_loss"][0]
+    (row,) = report["unknown"]
+    assert row["auroc"] > 0.9
+    assert row["left_out"] > 0.5 > row["known"]
+    assert {path.name for path in tmp_path.iterdir()} == {"blobs.h5", "blobs.h5.lock"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone.load import frozen, loaded_network
 from featcache.backbone.networks import build_network, remove_heads, state_sha256
@@ -25,6 +25,7 @@ from featcache.config import (
     TIMM,
     BackboneConfig,
     BackboneInfo,
+    JsonObject,
     Preprocessing,
     StageColumns,
     StageInput,
@@ -81,7 +82,7 @@ def _key(config: BackboneConfig, spec: str, seed: int) -> str:
     return ":".join(parts)
 
 
-def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> dict[str, Any]:
+def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> JsonObject:
     """Compute what `identify` remembers; no file means random weights."""
     if file is None:
         model = loaded_network(config, seed, None)
@@ -147,7 +148,7 @@ def _is_still(file: WeightsFile) -> bool:
         return False
 
 
-def _remembered(memo: Memo, key: str) -> dict[str, Any] | None:
+def _remembered(memo: Memo, key: str) -> JsonObject | None:
     """What `identify` found earlier, if the weights file is still the same."""
     path = memo.get(f"{key}:path", ())
     if not isinstance(path, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -42,7 +43,7 @@ def head_pace(report: RunReport, spent: float) -> Pace:
         report: The run's.
         spent: Its seconds in total.
     """
-    fitting, num_train = float(report.more["fit_seconds"]), int(report.more["num_train"])
+    fitting, num_train = float(report.more["cell"]["trial_seconds"]), int(report.more["num_train"])
     return Pace(passes=num_train, per_pass=fitting / num_train, fixed=max(spent - fitting, 0.0))
 
 
@@ -68,6 +69,13 @@ def finetune_pace(report: RunReport, spent: float) -> Pace:
     )
 
 
+PACES: dict[CurveMode, Callable[[RunReport, float], Pace]] = {
+    "cached": head_pace,
+    "tail": finetune_pace,
+    "finetune": finetune_pace,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
     """A run of the comparison: its report, and what was read from it."""
@@ -85,10 +93,10 @@ class FinishedRun:
             UserError: It is not of a run of a comparison, or is damaged.
         """
         run = CurveRun.from_report(report)
-        pace = head_pace if run.mode == "cached" else finetune_pace
         try:
             spent = float(report.more["cell"]["spent_seconds"])
-            return cls(report=report, curve_run=run, pace=pace(report, spent), spent_seconds=spent)
+            pace = PACES[run.mode](report, spent)
+            return cls(report=report, curve_run=run, pace=pace, spent_seconds=spent)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"not a run of a comparison: {error}") from error
 
@@ -109,10 +117,12 @@ class Budget:
 
     def estimate(self, mode: CurveMode, num_train: int, num_epochs: int) -> float | None:
         """Seconds of another run, from the known run closest in length; None if there is none."""
-        if mode not in self._paces:
+        # A tail takes less time than all layers, which is all that is known before the first one.
+        paces = self._paces.get(mode) or (self._paces.get("finetune") if mode == "tail" else None)
+        if paces is None:
             return None
         passes = num_train * num_epochs
-        nearest = min(self._paces[mode], key=lambda pace: abs(math.log(pace.passes / passes)))
+        nearest = min(paces, key=lambda pace: abs(math.log(pace.passes / passes)))
         return nearest.seconds(num_train, num_epochs, self.num_test)
 
     def allows(self, seconds: float | None) -> bool:

@@ -6,24 +6,31 @@ import dataclasses
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featcache.cache import FeatureCache, lock_path
+from featcache.compare.alternatives import Network, train_best_head
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
-from featcache.compare.extraction import Extraction
+from featcache.compare.extraction import Extraction, record_name, shared_cache
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
+from featcache.compare.shifted import ShiftedTest
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
+from featcache.finetune.activations import extraction_config
 from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head_report
+from featcache.heads.train import provenance_of
 from featcache.results import RunReport
-from featcache.runtime import say
+from featcache.results.learning_curve import CurveMode
+from featcache.runtime import numeric_versions, say
 
 CHECKPOINT_S = 60.0
 """An epoch over few images takes less time than writing a checkpoint."""
@@ -39,19 +46,60 @@ class ComparisonSetup:
         config: The command's settings.
         output: The comparison's folder.
         dataset: Without the images that could not be read; its rows are the cache's.
-        cache: The features; its train and test rows are the dataset's.
-        extraction: What the features cost.
+        caches: The features of each network; their train and test rows are the dataset's.
+        extractions: What the features of each cost.
+        shifted: The second test set, if there is one.
+        activations: What the tail trains from, and what it cost, if there is a tail.
     """
 
     config: CompareConfig
     output: Path
     dataset: ImageDataset
-    cache: FeatureCache
-    extraction: Extraction
+    caches: dict[Network, FeatureCache]
+    extractions: dict[Network, Extraction]
+    shifted: ShiftedTest | None = None
+    activations: Extraction | None = None
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The first network's."""
+        return next(iter(self.caches.values()))
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of all extractions that the choice among networks needs."""
+        return sum(extraction.seconds_per_image for extraction in self.extractions.values())
 
     def report_path(self, planned: PlannedRun) -> Path:
         """The report file of a run."""
         return self.output / "runs" / f"{planned.name}.json"
+
+
+def decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
+    """What decides a run's outcome besides its samples and seed, by mode."""
+    config = setup.config
+    provenance = provenance_of(setup.cache)
+    same = {
+        "backbone": provenance["backbone"],
+        "cache": provenance["cache_digest"],
+        "versions": numeric_versions(config.backbone),
+    }
+    if setup.shifted is not None:
+        same["shifted"] = setup.shifted.digest
+
+    def tuning(mode: CurveMode) -> dict[str, Any]:
+        plan = resolve_recipe(finetune_config(config, None, config.seed, mode)).to_dict()
+        del plan["seed"]
+        return {**same, "plan": plan, "min_steps": config.min_steps}
+
+    digests = [cache.digest.hex() for cache in setup.caches.values()]
+    facts: dict[CurveMode, dict[str, Any]] = {
+        "cached": {**same, "caches": digests, "solver": config.solver},
+        "finetune": tuning("finetune"),
+    }
+    if setup.activations is not None:
+        facts["tail"] = {**tuning("tail"), "activations": setup.activations.cache_digest}
+    return facts
 
 
 def load_finished(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun | None:
@@ -71,8 +119,7 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
         StorageError: The report could not be written.
     """
     start = time.perf_counter()
-    train = _train_head if planned.mode == "cached" else _finetune
-    report, cost, trial = train(setup, planned)
+    report, cost, trial = TRAINERS[planned.mode](setup, planned)
     cell = {
         "key": planned.key,
         "mode": planned.mode,
@@ -91,9 +138,9 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
 def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
     """Fit a head and discard it, so that loading libraries is not in the first run's time."""
     with tempfile.TemporaryDirectory() as folder:
-        config = head_config(setup, planned)
         path = Path(folder) / "head.safetensors"
-        train_head_report(dataclasses.replace(config, output=path), planned.rows)
+        for config in head_configs(setup, planned).values():
+            train_head_report(dataclasses.replace(config, output=path), planned.rows)
 
 
 def time_finetuning(setup: ComparisonSetup) -> Pace:
@@ -116,43 +163,66 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
         rows = nested_rows(splits[name].ids, labels, each, config.seed)
         places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
         few[name] = rows[places]
-    report = _tune(setup, tuning, "timing", **few)
+    report = _tune(setup, tuning, "timing", None, **few)
     return finetune_pace(report, time.perf_counter() - start)
 
 
-def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
-    """The settings of train-head for a run on the cache."""
-    return TrainHeadConfig(
-        cache=Path(setup.extraction.cache),
-        solver=setup.config.solver,
-        seed=planned.seed,
-        cache_dir=setup.config.cache_dir,
-        output=setup.report_path(planned).with_suffix(".safetensors"),
-    )
+def head_configs(setup: ComparisonSetup, planned: PlannedRun) -> dict[Network, TrainHeadConfig]:
+    """The settings of train-head for a run on each cache."""
+    output = setup.report_path(planned).with_suffix(".safetensors")
+    return {
+        network: TrainHeadConfig(
+            cache=Path(extraction.cache),
+            solver=setup.config.solver,
+            seed=planned.seed,
+            cache_dir=setup.config.cache_dir,
+            output=output,
+        )
+        for network, extraction in setup.extractions.items()
+    }
 
 
 def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fit a head on the cached features of some train images; head and report are written."""
-    path = setup.report_path(planned)
+    """Fit a head on cached features of some train images; head and report are written.
+
+    With features of several networks, held-out rows among these images choose; choosing and all
+    extractions count.
+    """
     # An old report with different settings must not remain beside the new head.
-    path.unlink(missing_ok=True)
-    report = train_head_report(head_config(setup, planned), planned.rows)
-    fitting = float(report.more["fit_seconds"])
-    return report, setup.extraction.seconds_per_image * len(planned.rows) + fitting, fitting
+    setup.report_path(planned).unlink(missing_ok=True)
+    report = train_best_head(head_configs(setup, planned), planned.rows)
+    fitting = sum(float(each["fit_seconds"]) for each in report.more["alternatives"])
+    if setup.shifted is not None:
+        shifted = {"shifted": setup.shifted.score_head(report)}
+        report = dataclasses.replace(report, more=report.more | shifted)
+    return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
-def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
+def tail_cache(config: CompareConfig, output: Path) -> Extraction | None:
+    """The activations that the tail trains from, and what they cost; None without a tail."""
+    if config.tail is None:
+        return None
+    tail = finetune_config(config, None, config.seed, "tail")
+    wanted = extraction_config(tail, flip=resolve_recipe(tail).flip)
+    return shared_cache(wanted, output / record_name("tail"))
+
+
+def finetune_config(
+    config: CompareConfig, num_train: int | None, seed: int, mode: CurveMode = "finetune"
+) -> FinetuneConfig:
     """The settings of finetune for a run.
 
     Args:
         config: The comparison's.
         num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
+        mode: "finetune" for all layers, "tail" for those from a stage on.
     """
     values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
-    tuning = FinetuneConfig(**values, seed=seed, score="end")
+    stage = config.tail if mode == "tail" else None
+    tuning = FinetuneConfig(**values, seed=seed, score="end", from_stage=stage)
     if num_train is None:
         return tuning
     recipe = resolve_recipe(tuning)
@@ -162,22 +232,40 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
 
 
 def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fine-tune on some train images; the model is not saved."""
-    config = finetune_config(setup.config, len(planned.rows), planned.seed)
+    """Fine-tune all layers, or the tail, on some train images; the model is not saved."""
+    config = finetune_config(setup.config, len(planned.rows), planned.seed, planned.mode)
     test = np.arange(len(setup.dataset.splits["test"]))
-    report = _tune(setup, config, planned.name, train=planned.rows, test=test)
+    report = _tune(setup, config, planned.name, setup.shifted, train=planned.rows, test=test)
     cost = _finetune_seconds(report)
-    return report, cost, cost
+    if setup.activations is None or planned.mode != "tail":
+        return report, cost, cost
+    cost -= report.more["activations"]["extract_seconds"] or 0.0  # of all images
+    return report, cost + setup.activations.seconds_per_image * len(planned.rows), cost
 
 
-def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
+def _tune(
+    setup: ComparisonSetup,
+    config: FinetuneConfig,
+    name: str,
+    shifted: ShiftedTest | None,
+    **rows: Ints,
+) -> RunReport:
     """Fine-tune on these rows of train and score on these of test; return only the report."""
     model = setup.output / "work" / f"{name}.safetensors"
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in setup.dataset.splits.items()}
     dataset = dataclasses.replace(setup.dataset, splits=splits)
-    report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
+    tail = setup.activations if config.from_stage else None
+    report = finetune_report(
+        config,
+        dataset,
+        checkpoint_s=CHECKPOINT_S,
+        replace=True,
+        activations=Path(tail.cache) if tail else None,
+    )
     kept = {name: value for name, value in report.more.items() if name != "model"}
+    if shifted is not None:
+        kept["shifted"] = shifted.score_model(model, setup.config)
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
     lock_path(model).unlink(missing_ok=True)  # the folder is locked
@@ -190,3 +278,8 @@ def _finetune_seconds(report: RunReport) -> float:
     num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])
     reading = float(report.more["read_seconds"]) * num_test / (num_train + num_test)
     return max(report.seconds_total - scoring - reading, 0.0)
+
+
+# By mode, what trains a run: its report, its seconds from labeled images on, a further trial's.
+TRAINERS: dict[CurveMode, Callable[[ComparisonSetup, PlannedRun], tuple[RunReport, float, float]]]
+TRAINERS = {"cached": _train_head, "tail": _finetune, "finetune": _finetune}

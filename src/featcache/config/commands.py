@@ -14,7 +14,7 @@ from featcache.config.options import (
     ImagePathsConfig,
     OutputConfig,
 )
-from featcache.config.records import Views
+from featcache.config.records import Pool, Views
 from featcache.config.settings import settings
 from featcache.errors import UserError
 
@@ -37,9 +37,6 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     dtype: Optional[Literal["float32", "float16"]] = None
     """The type that features are stored as. By default float32, or float16 with --layers stages or
     --from-stage."""
-    from_stage: Optional[str] = None
-    """Cache the input of this stage (for example layer4) instead of features, for
-    finetune --from-stage, which otherwise does so itself."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -76,11 +73,6 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
         """What `dtype` means when it is not given."""
         rounded = "stages" in self.asked_layers or self.from_stage is not None
         return self.dtype or ("float16" if rounded else "float32")
-
-    @property
-    def cached_stage(self) -> str | None:
-        """See `BackboneConfig.cached_stage`."""
-        return self.from_stage
 
 
 @settings
@@ -191,17 +183,18 @@ class TrainHeadConfig(OutputConfig):
 class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train the whole network (or, with --freeze-backbone, its head) on the images."""
 
-    recipe: Literal["notebook", "good"] = "notebook"
+    recipe: Optional[Literal["notebook", "good"]] = None
     """notebook: Adam with one constant learning rate. good: a linear probe first, then a lower rate
-    for the backbone, warm-up, a cosine schedule and weight decay. Other flags override the
-    recipe."""
+    for the backbone, warm-up, a cosine schedule and weight decay. By default notebook, or good with
+    --from-stage. Other flags override the recipe."""
     epochs: Optional[int] = None
-    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one."""
+    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one, 8
+    with the good one and --from-stage."""
     lr: Optional[float] = None
     """Learning rate. By default 1e-3, or 1e-2 with --optimizer sgd."""
     backbone_lr: Optional[float] = None
     """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
-    recipe."""
+    recipe, a fifth with --from-stage."""
     batch_size: int = 32
     """Images per step."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
@@ -244,6 +237,9 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
+        if self.recipe is None:
+            recipe = "notebook" if self.from_stage is None else "good"
+            object.__setattr__(self, "recipe", recipe)
         check_range("epochs", self.epochs, 1, 100_000)
         check_positive("lr", self.lr)
         check_range("backbone_lr", self.backbone_lr, 0)
@@ -297,12 +293,20 @@ class VerifyConfig(OutputConfig, ImagePathsConfig):
 
 
 @settings
-class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
+class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
     Rerun the same command to resume after an interruption: finished runs are kept.
     """
 
+    layers: Literal["auto", "last", "stages"] = "auto"
+    """The features of the cached head, as in extract-features; auto caches all stages where the
+    network has them, and held-out train images choose between the last layer and all."""
+    pool: Pool = "avg+std"
+    """With all stages, how a stage's output becomes columns, as in extract-features."""
+    batchnorm: Literal["auto", "frozen", "adapt"] = "auto"
+    """BatchNorm statistics of the cached head's network, as in extract-features; auto extracts with
+    both, if the second takes at most a quarter of --budget, and held-out train images choose."""
     sizes: str = "5,20,50,all"
     """Train images per class to try, separated by commas; all is the whole train split."""
     num_seeds: int = 3
@@ -318,17 +322,26 @@ class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
     """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
     """Learning rate of fine-tuning. By default the recipe's."""
+    tail: Optional[str] = None
+    """Train the tail of the network as a third way: this stage and what follows it (for example
+    layer4), from its cached input, as finetune --from-stage does."""
+    test_shifted: Optional[Path] = None
+    """A second test set from other conditions: a folder of class folders with the same names. Both
+    ways are scored on it too; it chooses nothing."""
     min_steps: int = 60
     """Fine-tune small train sets for more epochs, up to at least this many steps."""
     workers: Optional[int] = None
     """Threads that read and decode images. By default chosen from the number of cores."""
     output: Optional[Path] = None
     """The folder for the runs and the report. By default a folder in --cache-dir."""
+    price_per_hour: Optional[float] = None
+    """What an hour of this machine costs, to say what each way costs in money."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        FeatureConfig.__post_init__(self)
+        BackboneConfig.__post_init__(self)
         self.wanted_sizes()
+        check_positive("price_per_hour", self.price_per_hour)
         check_range("num_seeds", self.num_seeds, 1, 1000)
         check_positive("budget", self.budget)
         check_range("epochs", self.epochs, 1, 100_000)

@@ -171,6 +171,9 @@ class FeatureConfig(BackboneConfig):
     batchnorm: Literal["frozen", "adapt"] = "frozen"
     """adapt: estimate BatchNorm statistics again on train images, without their labels, before
     features are computed. The network is frozen from then on."""
+    from_stage: Optional[str] = None
+    """Cache the input of this stage (for example layer4) instead of features, for
+    finetune --from-stage, which otherwise does so itself."""
 
     def __post_init__(self) -> None:
         BackboneConfig.__post_init__(self)
@@ -190,3 +193,8 @@ class FeatureConfig(BackboneConfig):
     def stage_pool(self) -> Pool | None:
         """See `BackboneConfig.stage_pool`."""
         return None if self.asked_layers == LAST else self.pool
+
+    @property
+    def cached_stage(self) -> str | None:
+        """See `BackboneConfig.cached_stage`."""
+        return self.from_stage

@@ -5,7 +5,7 @@
 """
 
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.datasets import load_dataset
+from featcache.data.datasets import load_dataset, load_test_folder
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
 from featcache.data.listing import is_clutter
 from featcache.data.pixels import normalize, to_pixels, view_pixels
@@ -20,12 +20,13 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import copies_lines, find_copies, find_shared_groups
+from featcache.data.sampling import CopiesReport, copies_lines, find_copies, find_shared_groups
 
 __all__ = [
     "EXTENSIONS",
     "REASONS",
     "BadImage",
+    "CopiesReport",
     "Decoded",
     "DecodedSplit",
     "ImageDataset",
@@ -40,6 +41,7 @@ __all__ = [
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",
+    "load_test_folder",
     "normalize",
     "pixel_task",
     "run_ahead",

@@ -22,7 +22,7 @@ from PIL import Image
 
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.folder import load_folder
+from featcache.data.folder import load_folder, load_test_tree
 from featcache.data.index import indexed
 from featcache.data.listing import alike_text, look_alikes
 from featcache.data.manifest import load_manifest
@@ -74,6 +74,26 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     return dataclasses.replace(
         dataset, notes=(*_shadow_notes(config, name), *dataset.notes, *shared)
     )
+
+
+def load_test_folder(config: DataConfig, folder: Path, class_names: list[str]) -> ImageDataset:
+    """A folder of class folders as a second test set, labeled as the first.
+
+    Args:
+        config: The settings of the first dataset: unreadable images, where to keep hashes.
+        folder: Has a folder for every class, or for some of them.
+        class_names: The first dataset's.
+
+    Returns:
+        A dataset with a test split alone, and these class names.
+
+    Raises:
+        UserError: There is no such folder, or it has other classes.
+    """
+    mode = _mode_of(str(folder), folder)
+    if mode is None or not stat.S_ISDIR(mode):
+        raise UserError(f"there is no folder {folder}: give a folder of class folders")
+    return load_test_tree(config, folder, class_names, _memo(config, folder))
 
 
 def _load(config: DataConfig, name: str | None) -> ImageDataset:
@@ -214,6 +234,8 @@ def _notes_on_classes(dataset: ImageDataset, train: ImageSplit) -> tuple[str, ..
     """
     pairs = look_alikes(dataset.class_names)
     alike = (f"classes that may be the same: {alike_text(pairs)}",) if pairs else ()
+    if train.targets is not None:
+        return alike
     there, kept = (len(np.unique(s.labels)) for s in (dataset.splits["train"], train))
     if kept < 2:
         raise UserError(

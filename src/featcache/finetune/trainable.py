@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.backbone import head_of
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, JsonObject
 from featcache.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TrainingRecipe:
     seed: int
     from_stage: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; without a stage it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.from_stage is None:
@@ -77,18 +77,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+TAIL_OF_GOOD = {"epochs": 8, "backbone_lr": 2e-4}
+"""What the good recipe changes with --from-stage: fewer layers move, and an epoch costs less."""
+
 
 def resolve_recipe(config: FinetuneConfig) -> TrainingRecipe:
     """Resolve a command's settings: what the user gave wins over the recipe."""
+    assert config.recipe is not None, "set with the settings"
     chosen = dict(RECIPES[config.recipe])
+    if config.recipe == "good" and config.from_stage is not None:
+        chosen |= TAIL_OF_GOOD
+    ratio = chosen.get("backbone_lr", chosen["lr"]) / chosen["lr"]
     for name in (*RECIPES["good"],):
         given = getattr(config, name)
         if given is not None:
             chosen[name] = given
     if config.lr is not None and config.backbone_lr is None and config.recipe == "good":
         # Keep the recipe's ratio when only the one rate is given.
-        good = RECIPES["good"]
-        chosen["backbone_lr"] = config.lr * good["backbone_lr"] / good["lr"]
+        chosen["backbone_lr"] = config.lr * ratio
     if config.lr is None and config.optimizer == "sgd":
         chosen["lr"] = SGD_LR
     chosen.setdefault("backbone_lr", chosen["lr"])

@@ -32,7 +32,7 @@ from featcache.results.plots import (
     lines_of,
     seconds_tick,
 )
-from featcache.results.tables import CURVE_HEADER, HEADER, curve_cells, seconds_text, table_cells
+from featcache.results.tables import HEADER, curve_cells, curve_header, seconds_text, table_cells
 
 MAX_DETAILED = 6
 
@@ -120,7 +120,7 @@ def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart | None:
     return make_chart(
         lines,
         lambda size: draw(lines, size, label, lambda number: f"{number:,.0f}"),
-        header=CURVE_HEADER,
+        header=curve_header(points),
         rows=curve_cells(points),
         salt=salt,
     )

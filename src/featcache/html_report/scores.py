@@ -12,7 +12,7 @@ from featcache.results.plots import Line, draw_unit
 from featcache.results.reliability import CalibrationReport, Reliability
 from featcache.results.runs import RunReport
 from featcache.results.scores import Interval, TwoClassCurves
-from featcache.results.tables import CLASS_HEADER, class_cells, score_text
+from featcache.results.tables import CLASS_HEADER, class_cells, or_dash, score_text
 
 OVERVIEW = {
     "macro F1": "macro_f1",
@@ -35,6 +35,7 @@ class RunScores:
         rows: Its body; of very many classes, the first.
         intervals_from: How the intervals of the overview were made.
         calibration: What was measured of the probabilities, if anything was.
+        rejections: Level, share called unknown and accuracy on the rest, of `predict --reject`.
         charts: Reliability, and the curves of two classes, by name.
     """
 
@@ -43,6 +44,7 @@ class RunScores:
     rows: Sequence[Sequence[str]]
     intervals_from: str
     calibration: CalibrationReport | None
+    rejections: Sequence[Sequence[str]]
     charts: dict[str, Chart]
 
 
@@ -80,6 +82,10 @@ def run_scores(report: RunReport | None, salt: str) -> RunScores | None:
         rows=class_cells(report.scores)[:MAX_CLASS_ROWS],
         intervals_from=report.scores.intervals_from,
         calibration=report.calibration,
+        rejections=[
+            [f"{row['level']:g}", f"{row['unknown']:.1%}", or_dash(row.get("answered_top1"))]
+            for row in report.more.get("rejections") or ()
+        ],
         charts=charts,
     )
 

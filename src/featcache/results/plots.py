@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
-from featcache.results.learning_curve import CurvePoint, ModeScores
+from featcache.results.forecast import forecasts
+from featcache.results.learning_curve import CurveMode, CurvePoint, ModeScores
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import seconds_text
 
@@ -59,6 +60,7 @@ class Line:
         dots: More points, which no line connects.
         lead_in: Whether a dashed line leads from the axis to the first point.
         shift: Factor for x, so that intervals at the same x do not overlap.
+        forecast: Where the line is expected to go on: x, accuracy, and the ends of its interval.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Line:
     dots: Sequence[tuple[float, float]] = ()
     lead_in: bool = False
     shift: float = 1.0
+    forecast: Sequence[tuple[float, float, float, float]] = ()
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -98,19 +101,32 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
+LINES: dict[CurveMode, tuple[str, Approach, float]] = {
+    "cached": ("cached head", "cached", 0.985),
+    "tail": ("tail, cached activations", "loop", 1.0),
+    "finetune": ("full fine-tune", "finetune", 1.015),
+}
+"""Name, style and shift of each mode's learning curve."""
+
+
 def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
-    """The learning curve's lines with their intervals, and a dot for each of several draws."""
-    heads = [(point.num_train, point.cached) for point in points if point.cached]
-    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
-    lines = [
-        _curve_line("cached head", FIRST_STYLES["cached"], 0.985, heads),
-        _curve_line("full fine-tune", FIRST_STYLES["finetune"], 1.015, tunes),
-    ]
-    return [line for line in lines if line.points]
+    """The learning curves with their intervals, a dot for each of several draws, and forecasts."""
+    lines = []
+    ends = forecasts(points)
+    for mode, (name, style, shift) in LINES.items():
+        values = [(point.num_train, side) for point in points if (side := point.scores(mode))]
+        ahead = [(float(f.num_train), f.top1, *f.interval) for f in ends if f.mode == mode]
+        if values:
+            lines.append(_curve_line(name, FIRST_STYLES[style], shift, values, ahead))
+    return lines
 
 
 def _curve_line(
-    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+    name: str,
+    style: int,
+    shift: float,
+    values: Sequence[tuple[int, ModeScores]],
+    forecast: Sequence[tuple[float, float, float, float]],
 ) -> Line:
     return Line(
         name=name,
@@ -124,6 +140,7 @@ def _curve_line(
             for top1 in side.top1_by_seed.values()
         ],
         shift=shift,
+        forecast=forecast,
     )
 
 
@@ -215,6 +232,18 @@ def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
     axes.plot(
         x, y, color=color, marker=marker, ls=dashes, lw=2.2, ms=8, mec=GROUND, mew=1, zorder=3
     )
+    if line.forecast:
+        _draw_forecast(axes, line, (x[-1], y[-1]))
+
+
+def _draw_forecast(axes: Axes, line: Line, start: tuple[float, float]) -> None:
+    """A dotted line that goes on from the last point, in the band of its interval."""
+    color = STYLES[line.style][0]
+    x = [start[0], *(place * line.shift for place, *_ in line.forecast)]
+    ends = [[start[1]] * 3, *(ends for _, *ends in line.forecast)]
+    middle, low, high = zip(*ends, strict=True)
+    axes.plot(x, middle, color=color, ls=(0, (1, 2)), lw=2)
+    axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 
 def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str]) -> None:
@@ -236,7 +265,8 @@ def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str])
 
 def x_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits of the x axis, with some room."""
-    values = [max(x, SHORTEST_S) for line in lines for x, _ in (*line.points, *line.dots)]
+    drawn = [spot for line in lines for spot in (*line.points, *line.dots, *line.forecast)]
+    values = [max(spot[0], SHORTEST_S) for spot in drawn]
     low, high = min(values, default=1.0), max(values, default=1.0)
     room = max((high / low) ** 0.06, 1.12)
     return low / room / (1.6 if any(line.lead_in for line in lines) else 1), high * room
@@ -246,6 +276,7 @@ def y_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits of the y axis, with some room, about 0 to 1 at most."""
     values = [y for line in lines for _, y in (*line.points, *line.dots)]
     values += [end for line in lines for bar in line.bars if bar for end in bar]
+    values += [end for line in lines for _, *ends in line.forecast for end in ends]
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = max(0.08 * (high - low), 0.01)
     return max(-0.01, low - room), min(1.01, high + room)
