@@ -74,7 +74,7 @@ def backbone_text(provenance: settings.JsonObject) -> str:
     backbone = provenance.get("backbone") or {}
     preprocessing = backbone.get("preprocessing") or {}
     digest = str(backbone.get("weights_sha256", "?"))[:12]
-    name, weights = backbone.get("backbone", "?"), backbone.get("weights", "?")
+    name, weights = backbone.get("backbone", "?"), settings.weights_text(backbone)
     side, resize = preprocessing.get("image_px", "?"), preprocessing.get("resize", "")
     return f"{name}, {weights} (sha256 {digest}…), {side} px {resize}"
 
