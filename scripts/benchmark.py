@@ -29,6 +29,7 @@ from typing import Any, Literal
 import tyro
 
 from featcache import cli, results
+from featcache.compare.alternatives import Network
 from featcache.config import (
     BackboneConfig,
     BackboneInfo,
@@ -41,9 +42,8 @@ from featcache.config import (
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
-from featcache.heads import Network
-from featcache.results import Row, RunReport, benchmark_rows, speedups
-from featcache.results.advice import advice, best_of
+from featcache.results import Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of, speedups
 from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
 from featcache.results.tables import markdown_table, text_table
@@ -224,8 +224,8 @@ def run_best(alternatives: Alternatives) -> tuple[RunReport, float]:
 
     These are the extractions of all alternatives and the fits of those that lost.
     """
+    from featcache.compare.alternatives import train_best_head
     from featcache.extract import extract
-    from featcache.heads import train_best_head
 
     heads, seconds = {}, 0.0
     for network, (extraction, head) in alternatives.items():

@@ -34,9 +34,9 @@ from featcache.heads import Decision, load_head, train_head
 from featcache.heads.linear import KnownRows, Threshold, nearest_distance, unit_rows
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
-from featcache.predict.command import MARKS, prediction_writer
 from featcache.predict.load import load_classifier
 from featcache.predict.pictures import find_pictures
+from featcache.predict.writers import MARKS, prediction_writer
 from featcache.tensor_files import read_tensor_file
 from trained_helpers import (
     PREP,

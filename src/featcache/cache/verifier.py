@@ -153,6 +153,10 @@ def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
     weights = columns.get("weights", np.zeros(0))
     if not (np.isfinite(weights) & (weights >= 0)).all():
         problems.append(f"{split}: a sample weight is negative or not finite")
+    if not np.isfinite(columns.get("targets", np.zeros(0))).all():
+        problems.append(f"{split}: a target is not finite")
+    if (columns.get("multihot", np.zeros(0)) > 1).any():
+        problems.append(f"{split}: multihot has values other than 0 and 1")
     return problems
 
 

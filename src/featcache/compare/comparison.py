@@ -21,6 +21,7 @@ from typing import get_args
 import numpy as np
 
 from featcache.cache import sole_writer
+from featcache.compare.alternatives import Network
 from featcache.compare.budget import Budget, FinishedRun
 from featcache.compare.extraction import MINUTE, extract_configs, record_name, shared_caches
 from featcache.compare.planned_runs import PlannedRun, plan_runs
@@ -47,7 +48,6 @@ from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import Network
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
@@ -81,6 +81,11 @@ def compare(config: CompareConfig) -> JsonObject:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    if dataset.task != "multiclass":
+        raise UserError(
+            f"{config.dataset} has several labels or a number per image: compare is for one class; "
+            "train-head and finetune report their scores"
+        )
     shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):

@@ -12,6 +12,7 @@ from typing import Literal
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of
+from featcache.compare.alternatives import Network
 from featcache.config import CompareConfig, ExtractConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error
@@ -20,7 +21,6 @@ from featcache.errors import UserError
 from featcache.extract import ExtractReport, extract
 from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
-from featcache.heads import Network
 from featcache.results.tables import seconds_text
 from featcache.runtime import StageTimer, say, torch_threads_kept
 

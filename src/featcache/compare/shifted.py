@@ -14,13 +14,14 @@ from typing import Self
 import numpy as np
 
 from featcache.cache import FeatureCache
+from featcache.compare.alternatives import Network
 from featcache.compare.extraction import extract_configs
 from featcache.config import CompareConfig, JsonObject, TrainHeadConfig
 from featcache.data import BadImage, ImageDataset, ImageSplit, bad_image_error, load_test_folder
 from featcache.errors import UserError
 from featcache.extract import extract
 from featcache.extract.request import Request
-from featcache.heads import Network, load_head
+from featcache.heads import load_head
 from featcache.heads.scoring import open_test
 from featcache.predict import Classifier
 from featcache.results import RunReport

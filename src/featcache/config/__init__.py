@@ -32,6 +32,7 @@ from featcache.config.records import (
     Preprocessing,
     StageColumns,
     StageInput,
+    Task,
     Views,
     flatten,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Solver",
     "StageColumns",
     "StageInput",
+    "Task",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",

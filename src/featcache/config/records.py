@@ -14,6 +14,8 @@ from featcache.errors import UserError
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "avg+std"]
+Task = Literal["multiclass", "multilabel", "regression"]
+"""What an image has: one class, any number of labels, or a number."""
 Precision = Literal["float32", "int8", "amp"]
 
 JsonObject = dict[str, Any]
@@ -187,12 +189,15 @@ class DatasetInfo:
     test_fraction: float | None
     seed: int
     group_from: str | None = None
+    task: Task = "multiclass"
 
     def to_dict(self) -> JsonObject:
-        """As JSON; without `group_from` it is what version 0.1.0 wrote."""
+        """As JSON; without groups, and with one class per image, it is what 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.group_from is None:
             del values["group_from"]
+        if self.task == "multiclass":
+            del values["task"]
         return values
 
 

@@ -202,7 +202,13 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
 def split_rows(split: ImageSplit) -> SplitRows:
     """What is known of a split before extraction."""
     return SplitRows(
-        split.name, split.ids, split.labels, split.content, split.weights, split.groups
+        split.name,
+        split.ids,
+        split.labels,
+        split.content,
+        split.weights,
+        split.groups,
+        split.targets,
     )
 
 
@@ -346,7 +352,11 @@ def summary_lines(report: ExtractReport) -> list[str]:
         + (f" ({split['num_skipped']} skipped)" if split["num_skipped"] else "")
         for name, split in report["splits"].items()
     )
-    counts += f" images of {report['num_classes']} classes"
+    counts += {
+        "multiclass": f" images of {report['num_classes']} classes",
+        "multilabel": f" images with any of {report['num_classes']} labels",
+        "regression": " images with a number each",
+    }[report["provenance"]["dataset"].get("task", "multiclass")]
     prep = report["provenance"]["backbone"]["preprocessing"]
     cut = report["provenance"]["backbone"]["stage_input"]
     rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"

@@ -274,16 +274,25 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
 Sample = tuple[bytes, str, str | None]
 
 
+def label_texts(class_names: list[str], rows: SplitRows | ImageSplit) -> list[str]:
+    """Every sample's class, labels or number in words."""
+    if rows.targets is None:
+        return [class_names[label] for label in rows.labels.tolist()]
+    if rows.targets.ndim == 1:
+        return [str(number) for number in rows.targets.tolist()]
+    return ["|".join(class_names[label] for label in np.flatnonzero(row)) for row in rows.targets]
+
+
 def _samples(
     class_names: list[str], splits: Mapping[str, SplitRows | ImageSplit]
 ) -> dict[str, Sample]:
     """By "split:id": content, class and group of every sample."""
     return {
-        f"{name}:{key}": (content.tobytes(), class_names[label], group)
+        f"{name}:{key}": (content.tobytes(), label, group)
         for name, rows in splits.items()
         for key, label, content, group in zip(
             rows.ids,
-            rows.labels.tolist(),
+            label_texts(class_names, rows),
             rows.content,
             rows.groups or repeat(None, len(rows.ids)),
             strict=True,

@@ -141,6 +141,11 @@ def _check_given(config: FinetuneConfig) -> TensorFile | None:
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
+    if dataset.task == "regression":
+        raise UserError(
+            f"every image of {dataset.name} has a number: finetune is for classes and labels; run "
+            "extract-features, then train-head on its cache"
+        )
     for note in dataset.notes:
         say(note)
     return dataset

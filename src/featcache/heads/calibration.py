@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.heads.features import Doubles, Floats, Ints, widen
 from featcache.heads.files import Head
 from featcache.heads.linear import (
     TEMPERATURES,
     Decision,
-    Doubles,
-    Floats,
-    Ints,
     KnownRows,
     LinearHead,
     Threshold,
@@ -27,7 +25,6 @@ from featcache.heads.linear import (
     nearest_distance,
     softmax,
     unit_rows,
-    widen,
 )
 from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver

@@ -159,3 +159,8 @@ def _check_values(head: Head, tensors: Arrays) -> None:
             raise UserError(f"{name} has shape {values.shape}, not [m, {head.feature_dim}]")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")
+    num_outputs, decision = len(head.class_names), head.decision
+    if decision.label_thresholds is not None and len(decision.label_thresholds) != num_outputs:
+        raise UserError(f"{len(decision.label_thresholds)} thresholds for {num_outputs} labels")
+    if decision.task == "regression" and num_outputs != 1:
+        raise UserError(f"{num_outputs} outputs for one number")

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.features import Floats, Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
     NotConverged,
@@ -127,7 +127,8 @@ class InMemoryData:
         counted = np.flatnonzero(train.weights)  # rows of weight 0 do not count
         if len(counted) < train.num_rows:
             train = train.take(counted)
-        check_classes(train.y, train.class_names)
+        if train.values is None:
+            check_classes(train.y, train.class_names)
         if config.class_weight == "balanced":
             weights = balanced_weights(train.y, train.weights, train.num_classes)
             train = dataclasses.replace(train, weights=weights)

@@ -9,15 +9,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from featcache.cache import FeatureCache, cost_of
+from featcache.cache import FeatureCache
 from featcache.config import JsonObject, StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.groups import draw_shots
 from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
-from featcache.heads.few_shot import ShotScore, draw_shots, shots_summary
+from featcache.heads.features import Ints
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Ints
 from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
@@ -26,7 +26,9 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.training_data import open_cache
+from featcache.heads.summary import ShotScore, shots_summary
+from featcache.heads.targets import target_head
+from featcache.heads.training_data import extraction_of, open_cache
 from featcache.results import RunReport, metrics, report_marks
 from featcache.runtime import StageTimer, environment, say
 
@@ -118,32 +120,23 @@ def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[Ru
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
-        run, test, more = run_all(config, cache, rows)
         provenance = provenance_of(cache)
-        scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
-        head = run.fitted.head.replace(
-            chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
-        )
-        found = test.evaluate(run.tested, head, config.seed)
-    more |= {"head": str(path), "extraction": extraction_of(cache)}
-    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
+        if cache.meta.dataset.task == "multiclass":
+            head, fields = _class_head(config, cache, rows)
+        else:
+            head, fields = target_head(config, cache)
+        head = head.replace(provenance=provenance)
+    more = {"head": str(path), "extraction": extraction_of(cache)}
+    more |= {"run": run_key(config, cache, rows)[:16], **fields.pop("more")}
     report = RunReport(
         command="train-head",
-        trainable_params=num_params(head, cache.meta.backbone.stages),
-        test_top1=run.test_top1,
-        test_interval=found.interval,
         seconds_total=timer.seconds["total"],
-        epochs=run.fitted.epochs,
-        scored_on=test.name,
-        chosen_on=run.choice.chosen_on,
         config=config_json(config),
         provenance=provenance,
         environment=environment(),
-        more=more,
         class_names=cache.class_names,
-        scores=found.scores,
-        calibration=found.calibration,
-        test=found.test,
+        more=more,
+        **fields,
     )
     return report, head
 
@@ -157,6 +150,28 @@ def write_head(report: RunReport, head: Head) -> None:
     path = Path(report.more["head"])
     save_head(path, head)
     report.save(path.with_suffix(".json"))
+
+
+def _class_head(
+    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
+) -> tuple[Head, JsonObject]:
+    """A head for images of one class each, and the report's fields that depend on it."""
+    run, test, more = run_all(config, cache, rows)
+    scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
+    head = run.fitted.head.replace(chosen=json.loads(json.dumps(run.chosen())), scores=scores)
+    found = test.evaluate(run.tested, head, config.seed)
+    return head, {
+        "trainable_params": num_params(head, cache.meta.backbone.stages),
+        "test_top1": run.test_top1,
+        "test_interval": found.interval,
+        "epochs": run.fitted.epochs,
+        "scored_on": test.name,
+        "chosen_on": run.choice.chosen_on,
+        "more": more | solver_fields(run, test),
+        "scores": found.scores,
+        "calibration": found.calibration,
+        "test": found.test,
+    }
 
 
 def run_all(
@@ -354,12 +369,6 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
 def provenance_of(cache: FeatureCache) -> JsonObject:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
-
-
-def extraction_of(cache: FeatureCache) -> JsonObject | None:
-    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
-    cost = cost_of(cache.path, cache.digest)
-    return None if cost is None else {"seconds": cost.seconds, "config": cost.config}
 
 
 def solver_fields(run: HeadRun, test: TestSplit) -> JsonObject:

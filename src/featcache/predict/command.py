@@ -1,55 +1,31 @@
-"""`featcache predict`: images in, labels out as a table, CSV or JSON lines."""
+"""`featcache predict`: images in, predictions out."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from featcache.config import Format, JsonObject, PredictConfig, config_json
+from featcache.config import JsonObject, PredictConfig, config_json
 from featcache.data import BadImage
-from featcache.errors import UserError, visible
-from featcache.files import check_outputs, replacing, storage_errors
-from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
+from featcache.errors import UserError
+from featcache.files import check_outputs
+from featcache.predict.classifier import Classifier
 from featcache.predict.load import ClassifierOrigin, origin_of
 from featcache.predict.pictures import find_pictures, split_of
+from featcache.predict.writers import (
+    MARKS,
+    AnyPredictionJson,
+    Write,
+    format_of,
+    prediction_json,
+    prediction_writer,
+)
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
-from featcache.streams import stdout_errors
 
 if TYPE_CHECKING:
     from featcache.engine import EngineInfo
-
-MAX_PATH_WIDTH = 60
-MARKS = re.compile(
-    rb"\Apicture +label +probability\n|\Apath,label,probability\b"
-    rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
-)
-"""How tables, CSV and JSON lines of predictions begin."""
-NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
-
-Write = Callable[[str, Prediction], None]
-
-
-class ClassProbability(TypedDict):
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-class PredictionJson(ClassProbability):
-    """One prediction; `topk` starts with the predicted class."""
-
-    path: str
-    topk: list[ClassProbability]
-    p_value: NotRequired[float]
 
 
 class SkippedImage(TypedDict):
@@ -81,147 +57,7 @@ class PredictReport(TypedDict):
     config: JsonObject
     exit_code: int
     num_unknown: NotRequired[int]
-    predictions: NotRequired[list[PredictionJson]]
-
-
-def prediction_json(path: str, prediction: Prediction) -> PredictionJson:
-    """One prediction as a JSON object."""
-    fields: PredictionJson = {
-        "path": path,
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "topk": [{"label": name, "probability": value} for name, value in prediction.topk],
-    }
-    return fields if prediction.p_value is None else {**fields, "p_value": prediction.p_value}
-
-
-def format_of(given: Format | None, output: Path | None) -> Format:
-    """The format asked for, or that of the output's name."""
-    by_name: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    return given or by_name.get(output.suffix.lower() if output else "", "table")
-
-
-@contextlib.contextmanager
-def prediction_writer(
-    kind: Format,
-    output: Path | None,
-    paths: Sequence[str],
-    class_names: Sequence[str],
-    topk: int,
-    *,
-    reject: bool = False,
-) -> Iterator[Write]:
-    """Write predictions as they come; a file appears whole in the end or not at all.
-
-    Args:
-        kind: table, csv or jsonl.
-        output: A file, or standard output where there is none.
-        paths: Of every image, for the width of columns.
-        class_names: All of them, likewise.
-        topk: Classes per prediction.
-        reject: Whether predictions have p-values.
-
-    Yields:
-        A function of path and prediction.
-
-    Raises:
-        StorageError: The file system refused.
-    """
-    topk = min(topk, len(class_names))
-    if kind == "table":
-        header, text = _table(paths, class_names, topk)
-    elif kind == "csv":
-        header, text = _csv(topk, reject=reject)
-    else:
-        header, text = "", _json_line
-    with _target(output) as write:
-        write(header)
-        yield lambda path, prediction: write(text(path, prediction))
-
-
-@contextlib.contextmanager
-def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes text; file names that are not UTF-8 keep their bytes."""
-    if output is None:
-        # A terminal gets no control characters; programs get names as they are.
-        shown = _visible_line if sys.stdout.isatty() else str
-
-        def put(text: str) -> None:
-            with stdout_errors():
-                _put(sys.stdout.buffer, shown(text))
-                sys.stdout.buffer.flush()  # a closed or full output ends the run at the first row
-
-        yield put
-        return
-    with contextlib.ExitStack() as stack:
-        with storage_errors(output):
-            draft = stack.enter_context(replacing(output))
-            file = stack.enter_context(draft.open("wb"))
-
-        def write(text: str) -> None:
-            with storage_errors(output):
-                _put(file, text)
-
-        yield write
-        with storage_errors(output):
-            file.close()
-            stack.close()
-
-
-def _visible_line(text: str) -> str:
-    return visible(text.removesuffix("\n")) + "\n" * text.endswith("\n")
-
-
-def _put(file: BinaryIO, text: str) -> None:
-    try:
-        file.write(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # half a character that is not from a file's name
-        file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def _table(
-    paths: Sequence[str], class_names: Sequence[str], topk: int
-) -> tuple[str, Callable[[str, Prediction], str]]:
-    shown = [visible(name) for name in class_names]
-    width = min(max((len(visible(path)) for path in paths), default=0), MAX_PATH_WIDTH)
-    width, label_width = max(width, len("picture")), max(map(len, [*shown, "label"]))
-
-    def text(path: str, prediction: Prediction) -> str:
-        cells = [f"{visible(label):<{label_width}} {value:.3f}" for label, value in prediction.topk]
-        if prediction.unknown:
-            cells = [f"{UNKNOWN:<{label_width}} (p {prediction.p_value:.3f}), else", *cells]
-        return f"{visible(path):<{width}}  {'  '.join(cells)}\n"
-
-    return f"{'picture':<{width}}  {'label':<{label_width}} probability\n", text
-
-
-def _csv(topk: int, *, reject: bool) -> tuple[str, Callable[[str, Prediction], str]]:
-    def line(cells: Sequence[object]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
-
-    def text(path: str, prediction: Prediction) -> str:
-        pairs = ((_as_text(label), value) for label, value in prediction.topk)
-        cells = [_as_text(path), *(cell for pair in pairs for cell in pair)]
-        if reject:
-            likeliest, cells[1] = cells[1], _as_text(prediction.label)
-            cells += [likeliest, prediction.p_value or 0.0]
-        return line(cells)
-
-    more = [f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability")]
-    more += ["likeliest", "p_value"] if reject else []
-    return line(["path", "label", "probability", *more]), text
-
-
-def _as_text(cell: str) -> str:
-    """Put ' before what a spreadsheet would run as a formula; numbers stay as they are."""
-    starts_formula = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{cell}" if starts_formula and not NUMBER.fullmatch(cell) else cell
-
-
-def _json_line(path: str, prediction: Prediction) -> str:
-    return json.dumps(prediction_json(path, prediction)) + "\n"
+    predictions: NotRequired[list[AnyPredictionJson]]
 
 
 EXIT_SKIPPED = 1
@@ -256,11 +92,10 @@ def predict(config: PredictConfig) -> PredictReport:
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    if config.reject is not None:
-        classifier.known_rows(config.reject)  # or an error, before anything is written
+    _check_flags(config, classifier)
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
-    found: list[PredictionJson] = []
+    found: list[AnyPredictionJson] = []
     with contextlib.ExitStack() as stack:
         writers: list[Write] = []
         if config.json:
@@ -269,7 +104,13 @@ def predict(config: PredictConfig) -> PredictReport:
             kind = format_of(config.format, config.output)
             names = classifier.class_names
             target = prediction_writer(
-                kind, config.output, paths, names, config.topk, reject=config.reject is not None
+                kind,
+                config.output,
+                paths,
+                names,
+                config.topk,
+                reject=config.reject is not None,
+                task=classifier.trained.decision.task,
             )
             writers.append(stack.enter_context(target))
         skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
@@ -282,6 +123,14 @@ def predict(config: PredictConfig) -> PredictReport:
     if config.json:
         report["predictions"] = found
     return report
+
+
+def _check_flags(config: PredictConfig, classifier: Classifier) -> None:
+    """Refuse what the classifier cannot do, before anything is written."""
+    if config.topk > 1 and classifier.trained.decision.task != "multiclass":
+        raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
+    if config.reject is not None:
+        classifier.known_rows(config.reject)
 
 
 def _classify(

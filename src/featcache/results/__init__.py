@@ -10,9 +10,7 @@ from featcache.results.runs import (
     Row,
     RunReport,
     benchmark_rows,
-    break_even,
     report_marks,
-    speedups,
 )
 
 __all__ = [
@@ -21,7 +19,5 @@ __all__ = [
     "Row",
     "RunReport",
     "benchmark_rows",
-    "break_even",
     "report_marks",
-    "speedups",
 ]

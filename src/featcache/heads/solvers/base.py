@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypedD
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.heads.linear import Floats, Ints, LinearHead
+from featcache.heads.features import Floats, Ints
+from featcache.heads.linear import LinearHead
 from featcache.heads.training_data import Rows, TrainRows
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.config import JsonObject
 from featcache.errors import UserError
-from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
+from featcache.heads.features import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, KnownRows
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Metric, Settings
 from featcache.heads.training_data import Rows, TrainRows
 

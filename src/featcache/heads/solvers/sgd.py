@@ -16,7 +16,8 @@ import numpy as np
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.linear import Doubles, Ints, LinearHead, Singles
+from featcache.heads.features import Doubles, Ints, Singles
+from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,

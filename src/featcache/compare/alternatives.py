@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from featcache.config import JsonObject, TrainHeadConfig
-from featcache.heads.linear import Ints
+from featcache.heads.features import Ints
 from featcache.heads.train import fit_and_score, write_head
 from featcache.results import RunReport
 
