@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from featcache.cache import sole_writer
+from featcache.compare.alternatives import Network
 from featcache.compare.budget import Budget, FinishedRun
 from featcache.compare.extraction import MINUTE, extract_configs, record_name, shared_caches
 from featcache.compare.planned_runs import PlannedRun, plan_runs
@@ -35,12 +36,18 @@ from featcache.compare.training import (
     train_and_save,
     warm_up,
 )
-from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, config_json, flatten
+from featcache.config import (
+    CompareConfig,
+    JsonObject,
+    ReportConfig,
+    TrainHeadConfig,
+    config_json,
+    flatten,
+)
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import Network
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
@@ -58,7 +65,7 @@ MODES: tuple[CurveMode, ...] = ("cached", "finetune")
 """Those that are tested against each other."""
 
 
-def compare(config: CompareConfig) -> dict[str, Any]:
+def compare(config: CompareConfig) -> JsonObject:
     """Draw the learning curve of the cached head and of fine-tuning.
 
     Args:
@@ -74,6 +81,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    if dataset.task != "multiclass":
+        raise UserError(
+            f"{config.dataset} has several labels or a number per image: compare is for one class; "
+            "train-head and finetune report their scores"
+        )
     shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
@@ -107,7 +119,7 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         yield
 
 
-def _asked_before(output: Path) -> dict[str, Any]:
+def _asked_before(output: Path) -> JsonObject:
     """Settings of the comparison in a folder; empty if there is none."""
     for name, key in (("settings.json", "settings"), ("compare.json", "config")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -117,7 +129,7 @@ def _asked_before(output: Path) -> dict[str, Any]:
     return {}
 
 
-def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
+def _compare(setup: ComparisonSetup, start: float) -> JsonObject:
     """Run the comparison and write its report; the folder is locked."""
     train = setup.dataset.splits["train"]
     planned = plan_runs(setup.config, train.ids, train.labels, decisive(setup), train.groups)
@@ -178,7 +190,7 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
 
 
-def _asked(config: CompareConfig) -> dict[str, Any]:
+def _asked(config: CompareConfig) -> JsonObject:
     """The settings that identify a comparison."""
     extraction = next(iter(extract_configs(config).values()))
     asked = flatten(config_json(extraction)) | {"dtype": extraction.stored_dtype}
@@ -301,7 +313,7 @@ def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     return schedule
 
 
-def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
+def _report(setup: ComparisonSetup, schedule: Schedule) -> JsonObject:
     """The command's report, as plain JSON values."""
     config, num_test = setup.config, len(setup.dataset.splits["test"])
     done, skipped, spent = schedule.finished(), schedule.skipped(), schedule.budget.spent
@@ -329,7 +341,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "provenance": provenance_of(setup.cache),
         "environment": environment(),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(report))
+    plain: JsonObject = json.loads(json.dumps(report))
     return plain
 
 
@@ -365,7 +377,7 @@ def _notes(
     return notes
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     return [
         *curve_text(curve_from_json(report["points"])).splitlines(),
@@ -377,7 +389,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _report_command(report: dict[str, Any]) -> str:
+def _report_command(report: JsonObject) -> str:
     """The command that writes the HTML report, with images."""
     names = {field.name for field in dataclasses.fields(ReportConfig)} - {"output"}
     shared = {name: value for name, value in report["config"].items() if name in names}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from featcache.cache import FeatureCache, lock_path
+from featcache.compare.alternatives import Network, train_best_head
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction, record_name, shared_cache
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
@@ -25,7 +26,7 @@ from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.activations import extraction_config
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import Network, train_best_head, train_head_report
+from featcache.heads import train_head_report
 from featcache.heads.train import provenance_of
 from featcache.results import RunReport
 from featcache.results.learning_curve import CurveMode

@@ -13,11 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.results.metrics import (
     balanced,
@@ -111,7 +112,7 @@ class CurveRun:
         return balanced(self.labels, self.predicted, num_classes)
 
 
-def _choice(report: RunReport) -> dict[str, Any]:
+def _choice(report: RunReport) -> JsonObject:
     """What a cached head learned from, if it had a choice."""
     alternatives = report.more.get("alternatives") or []
     if len(alternatives) < 2:

@@ -239,9 +239,10 @@ def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
 def _draw_forecast(axes: Axes, line: Line, start: tuple[float, float]) -> None:
     """A dotted line that goes on from the last point, in the band of its interval."""
     color = STYLES[line.style][0]
-    x = [place * line.shift for place, *_ in line.forecast]
-    middle, low, high = zip(*(ends for _, *ends in line.forecast), strict=True)
-    axes.plot([start[0], *x], [start[1], *middle], color=color, ls=(0, (1, 2)), lw=2)
+    x = [start[0], *(place * line.shift for place, *_ in line.forecast)]
+    ends = [[start[1]] * 3, *(ends for _, *ends in line.forecast)]
+    middle, low, high = zip(*ends, strict=True)
+    axes.plot(x, middle, color=color, ls=(0, (1, 2)), lw=2)
     axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 
