@@ -173,7 +173,7 @@ def test_the_page_has_a_table_of_each_kind(caches, tmp_path):
         for name in ("labels", "target")
     ]
     report = write_report(ReportConfig(runs=tuple(runs), output=tmp_path / "page.html"))
-    page = Path(report["page"]).read_text()
+    page = Path(report["html"]).read_text()
     for text in ("Several labels per image", "Labels of labels", "A number per image", "R squared"):
         assert text in page
     assert "train-head" in page

@@ -142,27 +142,23 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
             f"{config.cache} cannot be repaired: {found.problems[0]}; "
             "run extract-features --force to make it again"
         )
-    outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
-    check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
     if meta.backbone.is_own_module:
         raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
+    outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
+    check_outputs(outputs, [config.weights or "", config.dataset])
     backbone = _backbone_of(config, meta)
     dataset = load_dataset(_data_of(config, meta))
     _check_same(config, meta, class_names, backbone, dataset)
     network = load_backbone(backbone, config.seed, meta.backbone)
     with torch_threads_kept():
-        engine = choose_engine(
-            EngineSettings(
-                backbone=meta.backbone.backbone,
-                engine="torch" if meta.engine == "torch" else "openvino",
-                precision=meta.precision,
-            ),
-            network,
-            meta.backbone.preprocessing,
-            num_images=0,
-            train=dataset.splits.get("train"),
+        settings = EngineSettings(
+            backbone=meta.backbone.backbone,
+            engine="torch" if meta.engine == "torch" else "openvino",
+            precision=meta.precision,
         )
+        prep, train = meta.backbone.preprocessing, dataset.splits.get("train")
+        engine = choose_engine(settings, network, prep, num_images=0, train=train)
         if engine.recorded != meta.engine:
             raise CacheError(
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "

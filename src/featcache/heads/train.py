@@ -101,15 +101,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
 
 
 def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
-    """What `train_head_report` does, but for writing files, whose names are checked.
-
-    Args:
-        config: The command's settings.
-        rows: See `train_head_report`.
-
-    Returns:
-        What the run measured, and the head.
-    """
+    """As `train_head_report`, but the head is returned too and no file is written."""
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
