@@ -48,7 +48,7 @@ def sigmoid(logits: Floats) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """From which probability on a picture counts as one of two classes.
+    """The probability from which an image counts as the positive one of two classes.
 
     Attributes:
         positive: That class's number, 0 or 1.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from featcache.config import JsonObject, PredictConfig, config_json
@@ -84,7 +85,15 @@ def predict(config: PredictConfig) -> PredictReport:
     paths = find_pictures(config.inputs)
     if config.output is not None:
         check_outputs({config.output: MARKS}, [config.model, config.weights or "", *paths])
-    classifier = _classifier(config)
+    classifier = Classifier.load(
+        config.model,
+        weights=config.weights,
+        seed=config.seed,
+        device=config.device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+    _check_flags(config, classifier)
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
     found: list[AnyPredictionJson] = []
@@ -93,18 +102,7 @@ def predict(config: PredictConfig) -> PredictReport:
         if config.json:
             writers.append(lambda path, prediction: found.append(prediction_json(path, prediction)))
         if config.output is not None or not config.json:
-            kind = format_of(config.format, config.output)
-            names = classifier.class_names
-            target = prediction_writer(
-                kind,
-                config.output,
-                paths,
-                names,
-                config.topk,
-                reject=config.reject is not None,
-                task=classifier.trained.decision.task,
-            )
-            writers.append(stack.enter_context(target))
+            writers.append(stack.enter_context(_writer(config, classifier, paths)))
         skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
     if config.verbose:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
@@ -117,21 +115,26 @@ def predict(config: PredictConfig) -> PredictReport:
     return report
 
 
-def _classifier(config: PredictConfig) -> Classifier:
-    """Load it, and refuse what it cannot do before anything is written."""
-    classifier = Classifier.load(
-        config.model,
-        weights=config.weights,
-        seed=config.seed,
-        device=config.device,
-        batch_size=config.batch_size,
-        workers=config.workers,
+def _writer(
+    config: PredictConfig, classifier: Classifier, paths: list[str]
+) -> AbstractContextManager[Write]:
+    return prediction_writer(
+        format_of(config.format, config.output),
+        config.output,
+        paths,
+        classifier.class_names,
+        config.topk,
+        reject=config.reject is not None,
+        task=classifier.trained.decision.task,
     )
+
+
+def _check_flags(config: PredictConfig, classifier: Classifier) -> None:
+    """Refuse what the classifier cannot do, before anything is written."""
     if config.topk > 1 and classifier.trained.decision.task != "multiclass":
         raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
     if config.reject is not None:
         classifier.known_rows(config.reject)
-    return classifier
 
 
 def _classify(
