@@ -41,6 +41,14 @@ def test_p_values_by_hand() -> None:
     assert known.p_values(at[0.9], np.array([0.3])) == pytest.approx([0.25])
 
 
+def test_far_rows_are_strange_however_sure_the_head_is() -> None:
+    random = np.random.default_rng(0)
+    sure, distance = random.uniform(size=30), random.uniform(0.01, 0.1, size=30)
+    known = KnownRows.ranking(np.array([[1, 0]], np.float16), sure, distance)
+    far = np.array([[0.5, np.sqrt(0.75)]])  # five times as far as any
+    assert known.p_values(far, np.array([1.0])) == pytest.approx([1 / 31])
+
+
 @pytest.mark.parametrize("num_held", [19, 100])
 def test_at_most_the_level_of_known_rows_are_rejected(num_held: int) -> None:
     random = np.random.default_rng(0)

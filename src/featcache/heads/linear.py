@@ -218,8 +218,10 @@ class KnownRows:
     def _joint(self, confidence: Singles, distance: Singles, own: int) -> Doubles:
         less_sure = np.searchsorted(self.confidence, confidence, side="right")
         farther = len(self.distance) - np.searchsorted(self.distance, distance, side="left")
-        total = 2 * np.log(len(self.distance) + own)
-        return np.asarray(total - np.log(own + less_sure) - np.log(own + farther))
+        total, farthest = np.log(len(self.distance) + own), max(float(self.distance[-1]), 1e-6)
+        # Beyond the farthest held-out row ranks say no more: there the term grows with distance.
+        beyond = total * np.maximum(distance / farthest - 1, 0)
+        return np.asarray(2 * total - np.log(own + less_sure) - np.log(own + farther) + beyond)
 
 
 def unit_rows(features: Floats) -> NDArray[np.float16]:
