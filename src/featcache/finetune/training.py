@@ -30,7 +30,9 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
+from featcache.groups import is_copy
 from featcache.results import Predictions, RunReport, config_json
+from featcache.results.leaks import leak_lines, without_leaks
 from featcache.results.metrics import wilson_interval
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
@@ -206,13 +208,12 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
     split, num_test = run.test.split, len(run.test)
-    right = int((scores.predicted == split.labels).sum())
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=wilson_interval(right, num_test),
+        test_interval=wilson_interval(int((scores.predicted == split.labels).sum()), num_test),
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -230,6 +231,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "images_per_s": len(run.train) / seconds,
             "num_train": len(run.train),
             "num_test": num_test,
+            "without_leaks": _without_leaks(run, scores),
             "num_skipped": run.num_skipped,
             "num_resumed_epochs": num_resumed,
             "kept_epoch": progress.best_epoch or len(progress.epochs),
@@ -245,6 +247,13 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             confidence=[round(float(c), 6) for c in scores.confidence],
         ),
     )
+
+
+def _without_leaks(run: FinetuneRun, scores: Scores) -> dict[str, Any] | None:
+    """The score without test images that train or val has too."""
+    others = [split.content for name, split in run.dataset.splits.items() if name != "test"]
+    test = run.test.split
+    return without_leaks(test.labels, scores.predicted, is_copy(test.content, others))
 
 
 def _write_model(run: FinetuneRun, report: RunReport) -> None:
@@ -274,6 +283,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         *done,
         f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters",
+        *leak_lines(report),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
         f"{report['seconds_total']:.1f} s in all{left_out}",
         f"model: {report['model']}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from featcache.results.leaks import leak_lines
+
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """What `train-head` prints for people.
@@ -31,6 +33,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
+    lines += leak_lines(report)
     if shots := report.get("shots"):
         spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
         lines.append(

@@ -14,6 +14,7 @@ from featcache.cache import FeatureCache, cost_of, seconds_of
 from featcache.config import StageColumns, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.groups import is_copy
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
@@ -27,6 +28,7 @@ from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
 from featcache.heads.training_data import TestSplit, open_cache, open_test
 from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.results.leaks import without_leaks
 from featcache.results.runs import Predictions
 from featcache.runtime import StageTimer, environment, say
 
@@ -111,7 +113,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         )
         save_head(path, head)
     more |= {"head": str(path), "extraction": extraction_of(cache)}
-    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
+    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test, cache)}
     report = RunReport(
         command="train-head",
         trainable_params=num_params(head, cache.meta.backbone.stages),
@@ -323,15 +325,18 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
     return {"seconds": seconds_of(record), "config": record.get("config")}
 
 
-def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit, cache: FeatureCache) -> dict[str, Any]:
     """The report's fields that only this command has."""
     class_names = run.fitted.head.class_names
     num_classes = len(class_names)
+    others = [cache.split(name).content for name in cache.splits if name != "test"]
+    leaked = is_copy(cache.split("test").content, others)
     recalls = metrics.per_class(test.y, run.predicted, num_classes)
     return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
+        "without_leaks": without_leaks(test.y, run.predicted, leaked),
         "balanced_top1": metrics.balanced(test.y, run.predicted, num_classes),
         "per_class": {
             name: None if math.isnan(recall) else recall

@@ -30,6 +30,7 @@ from featcache.results import (
     curve_cells,
     curve_points,
 )
+from featcache.results.leaks import leak_lines
 from featcache.results.plots import (
     Line,
     Svg,
@@ -172,7 +173,12 @@ def _comparison_sections(
         "rows": table_cells([run.row for run in compared]),
         "has_curve": has_curve,
         "extraction_known": all(run.row.extraction_known for run in compared),
-        "notes": [note for benchmark in files.benchmarks for note in benchmark.notes],
+        "notes": [note for benchmark in files.benchmarks for note in benchmark.notes]
+        + [
+            f"{run.name}: {line}."
+            for run in compared
+            for line in leak_lines(run.report.more if run.report else {})
+        ],
     }
     sections = [Section(title="Side-by-side comparison", layout="comparison", values=table)]
     rows = [run.row for run in ranked(compared) if run.row.extraction_known]

@@ -111,6 +111,9 @@ check_run = record(
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
+        "without_leaks?": record(
+            {"num_leaked num_test": COUNT, "test_top1?": SHARE, "test_interval?": INTERVAL}
+        ),
     }
 )
 check_row = record(
