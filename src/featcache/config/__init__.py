@@ -4,6 +4,7 @@ The command line is generated from these classes.
 """
 
 from featcache.config.classifier_commands import (
+    AuditConfig,
     ClassifierConfig,
     ExportConfig,
     Format,
@@ -41,6 +42,7 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AuditConfig",
     "BackboneConfig",
     "BackboneInfo",
     "Backend",

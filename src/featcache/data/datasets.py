@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shlex
 import stat
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     else:
         dataset = _load(config, name)
     dataset = _grouped(dataset, config)
-    shared = shared_groups_lines(find_shared_groups(dataset))
+    shared = shared_groups_lines([asdict(found) for found in find_shared_groups(dataset.splits)])
     if config.strict:
         _refuse_leaks(dataset, shared)
     return dataclasses.replace(
@@ -100,7 +101,7 @@ def _grouped(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
 
 def _refuse_leaks(dataset: ImageDataset, shared: list[str]) -> None:
     sizes = {name: len(split) for name, split in dataset.splits.items()}
-    found = [*shared, *copies_lines(find_copies(dataset).report(), sizes, divided=False)]
+    found = [*shared, *copies_lines(find_copies(dataset.splits).report(), sizes, divided=False)]
     if found:
         raise UserError(f"{'; '.join(found)} (or leave out --strict)")
 

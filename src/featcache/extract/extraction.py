@@ -262,8 +262,10 @@ def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, 
         "dtype": meta.dtype,
         "num_views": meta.views.num,
         "num_classes": len(class_names),
-        "identical_images": find_copies(dataset).report(),
-        "shared_groups": [dataclasses.asdict(found) for found in find_shared_groups(dataset)],
+        "identical_images": find_copies(dataset.splits).report(),
+        "shared_groups": [
+            dataclasses.asdict(found) for found in find_shared_groups(dataset.splits)
+        ],
         "notes": list(dataset.notes),
         "splits": {name: split.report() for name, split in run.splits.items()},
         "stage_seconds": dict(run.timer.seconds),

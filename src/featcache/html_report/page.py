@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from featcache.config import ReportConfig
+from featcache.html_report.audits import audit_values
 from featcache.html_report.compared_runs import (
     ComparedRun,
     compared_advice,
@@ -103,11 +105,17 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
     sections += _mistakes_sections(ranked(compared), config)
+    for audit in files.audits:
+        title = (
+            "Audit" if len(files.audits) == 1 else f"Audit of {Path(audit.values['cache']).name}"
+        )
+        sections.append(Section(title=title, layout="audit", values=audit_values(audit, config)))
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
     sections.append(Section(title=title, layout="provenance", values=provenance))
+    about = "frozen backbone vs. fine-tuning" if compared or curves else "audit"
     return Page(
-        title=config.title or f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning",
+        title=config.title or f"{_dataset_name(compared, files)}: {about}",
         subtitle=_subtitle(compared, files),
         advice=advice,
         sections=sections,
@@ -237,7 +245,8 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
 
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
     names = [summary.dataset for summary in files.summaries]
-    names += [str(run.dataset.get("name", "")) for run in compared]
+    recorded = [run.dataset for run in compared] + [audit.dataset for audit in files.audits]
+    names += [str(dataset.get("name", "")) for dataset in recorded]
     names = list(dict.fromkeys(name[:80] for name in names if name))
     return ", ".join(names[:3]) or "featcache"
 

@@ -18,6 +18,7 @@ CLASSES: dict[str, tuple[str, type[Any], str]] = {
     "train-head": ("train-head", settings.TrainHeadConfig, "cache"),
     "finetune": ("finetune", settings.FinetuneConfig, "dataset"),
     "compare": ("featcache compare", settings.CompareConfig, "dataset"),
+    "audit": ("featcache audit", settings.AuditConfig, "cache"),
     "report": ("featcache report", settings.ReportConfig, "runs"),
 }
 HIDDEN = ("json", "verbose")
@@ -71,6 +72,7 @@ def backbone_text(provenance: dict[str, Any]) -> str:
 def _machines(compared: Sequence[ComparedRun], files: ReportFiles) -> list[list[str]]:
     known = [run.report.environment for run in compared if run.report]
     known += [summary.environment for summary in files.summaries]
+    known += [audit.values["environment"] for audit in files.audits]
     rows = []
     for environment in known:
         versions = ", ".join(
@@ -96,6 +98,7 @@ def _commands(compared: Sequence[ComparedRun], files: ReportFiles) -> list[str]:
             if extraction.get("config"):
                 lines.append(command_line("extract-features", extraction["config"]))
             lines.append(command_line(report.command, report.config))
+    lines += [command_line("audit", audit.values["config"]) for audit in files.audits]
     return [" ".join(line.split()) for line in dict.fromkeys(lines)]
 
 
@@ -105,7 +108,7 @@ def command_line(command: str, config: dict[str, Any]) -> str:
     Settings that this version does not know are left out.
 
     Args:
-        command: extract-features, train-head, finetune, compare or report.
+        command: extract-features, train-head, finetune, compare, audit or report.
         config: The recorded settings.
     """
     prog, kind, positional = CLASSES[command]

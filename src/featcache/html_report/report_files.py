@@ -17,7 +17,7 @@ from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
 MAX_CLASSES = 100_000
-HINT = "give the .json that train-head, finetune, compare or benchmark.py wrote"
+HINT = "give the .json that train-head, finetune, compare, audit or benchmark.py wrote"
 TRAINING = ("train-head", "finetune")
 
 Check = Callable[[Any], object]
@@ -138,6 +138,31 @@ check_summary = record(
         "runs?": of_type(list, "a list"),
     }
 )
+check_image = record({"split id label": TEXT})
+check_audit = record(
+    {
+        "cache list": TEXT,
+        "splits": OBJECT,
+        "classes": each(
+            record({"name": TEXT, "num_images": OBJECT, "num_groups?": COUNT}),
+            range(1, MAX_CLASSES + 1),
+        ),
+        "num_findings": OBJECT,
+        "lines": each(TEXT),
+        "findings": each(
+            record(
+                {
+                    "kind split id label": TEXT,
+                    "suggested? group?": TEXT,
+                    "score?": number(2.0),
+                    "other?": check_image,
+                }
+            )
+        ),
+        "config environment": OBJECT,
+        "provenance": record({"dataset": OBJECT}),
+    }
+)
 check_extraction = record({"seconds_total?": SECONDS, "cache cache_digest?": TEXT})
 
 
@@ -169,6 +194,19 @@ class Summary:
     typed: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `audit` wrote about a cache, as JSON that was checked."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What the cache records of its dataset."""
+        return dict(self.values["provenance"]["dataset"])
+
+
 @dataclass(kw_only=True)
 class ReportFiles:
     """Everything read.
@@ -177,6 +215,7 @@ class ReportFiles:
         runs: Training runs, those of comparisons included.
         comparisons: Learning curves.
         benchmarks: Tables of benchmark.py.
+        audits: What may be wrong with a cache.
         extractions: Seconds that extraction took, by the cache's digest or, where a file does not
             name it, the cache's file name.
         ignored: Files in a folder that are none of these.
@@ -185,6 +224,7 @@ class ReportFiles:
     runs: list[Run] = field(default_factory=list)
     comparisons: list[Summary] = field(default_factory=list)
     benchmarks: list[Summary] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
     extractions: dict[str, float] = field(default_factory=dict)
     ignored: list[Path] = field(default_factory=list)
 
@@ -196,7 +236,7 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.summaries)
+        return len(self.runs) + len(self.summaries) + len(self.audits)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
@@ -282,6 +322,9 @@ def _add(files: ReportFiles, file: Path, values: dict[str, Any]) -> None:
             files.comparisons.append(_summary(file, values))
         elif command in TRAINING:
             files.runs.append(_run(file, values))
+        elif command == "audit":
+            check_audit(values)
+            files.audits.append(Audit(path=file, values=values))
         elif command == "extract-features":
             _add_extraction(files, values)
         elif "rows" in values:

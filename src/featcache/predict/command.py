@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import re
 import sys
@@ -16,7 +14,7 @@ from typing import Any, BinaryIO
 from featcache.config import Format, PredictConfig
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
-from featcache.files import check_outputs, replacing, storage_errors
+from featcache.files import check_outputs, csv_line, replacing, storage_errors
 from featcache.predict.classifier import Classifier, Prediction
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import find_pictures, split_of
@@ -30,7 +28,6 @@ MARKS = re.compile(
     rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
 )
 """How tables, CSV and JSON lines of predictions begin."""
-NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 
 Write = Callable[[str, Prediction], None]
 
@@ -137,23 +134,11 @@ def _table(
 
 
 def _csv(topk: int) -> tuple[str, Callable[[str, Prediction], str]]:
-    def line(cells: Sequence[object]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
-
     def text(path: str, prediction: Prediction) -> str:
-        pairs = ((_as_text(label), value) for label, value in prediction.topk)
-        return line([_as_text(path), *(cell for pair in pairs for cell in pair)])
+        return csv_line([path, *(cell for pair in prediction.topk for cell in pair)])
 
     more = (f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability"))
-    return line(["path", "label", "probability", *more]), text
-
-
-def _as_text(cell: str) -> str:
-    """Put ' before what a spreadsheet would run as a formula; numbers stay as they are."""
-    starts_formula = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{cell}" if starts_formula and not NUMBER.fullmatch(cell) else cell
+    return csv_line(["path", "label", "probability", *more]), text
 
 
 def _json_line(path: str, prediction: Prediction) -> str:

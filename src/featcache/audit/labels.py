@@ -1,0 +1,153 @@
+"""Labels that are probably wrong: out-of-fold probabilities and confident learning.
+
+Every train row gets probabilities from a head that has not seen it, nor any row of its group. The
+thresholds are those of C. Northcutt, L. Jiang, I. Chuang, Confident Learning, JAIR 2021
+(arXiv 1911.00068): the mean probability that rows labeled with a class give to it. A row whose
+probability reaches the threshold of another class, and of the most probable such class, is probably
+of that class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from featcache.audit.rows import AllRows
+from featcache.cache import FeatureCache
+from featcache.config import AuditConfig, TrainHeadConfig
+from featcache.groups import assign_parts, kept_together
+from featcache.heads.columns import on_columns
+from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.selection import Choice, choose_solver, load_data
+from featcache.heads.solvers.base import Solver, threads_for
+from featcache.heads.train import make_solvers
+from featcache.heads.training_data import Rows, open_test
+from featcache.runtime import progress
+
+TINY = 1e-12
+NOT_TRAIN = 1 << 30  # the part of rows of other splits: a head on all of train predicts them
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LabelCheck:
+    """What heads that have not seen a row say of its label.
+
+    Attributes:
+        solver: The name of the solver that fitted them.
+        choice: Their settings, and how they were chosen.
+        probabilities: [N, C]; NaN for the only group of a class, which every head has to see.
+        suspects: Rows whose label is probably wrong, the most doubtful first, [S].
+        suggested: The class that each of them probably is, [S].
+        doubt: How doubtful each label is, larger is worse, [N]; NaN where it was not checked.
+    """
+
+    solver: str
+    choice: Choice
+    probabilities: Floats
+    suspects: Ints
+    suggested: Ints
+    doubt: Doubles
+
+
+def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> LabelCheck:
+    """Compare every label with what the other rows say.
+
+    The head's settings are chosen as `train-head` chooses them. Train rows are then predicted by
+    cross-validation that keeps groups and identical images together, rows of other splits by a head
+    on all of train.
+
+    Args:
+        config: Has the solver, the number of folds and the seed.
+        cache: Has train and test rows.
+        rows: Its rows.
+
+    Raises:
+        UserError: The train rows cannot be learned from.
+    """
+    settings = TrainHeadConfig(cache=config.cache, solver=config.solver, seed=config.seed)
+    data, stages = load_data(cache), cache.meta.backbone.stages
+    with threads_for(data.train.num_values * data.train.num_classes):
+        test = open_test(settings, cache, in_memory=True)
+        solvers = make_solvers(settings, test, streamed=False)
+        if stages is not None:
+            solvers = [on_columns(solver, settings, stages) for solver in solvers]
+        solver, choice, _ = choose_solver(solvers, data.selection(settings))
+        parts = assign_parts(
+            data.train.y,
+            kept_together(data.content, data.groups),
+            config.seed,
+            fraction=None,
+            num_parts=config.folds,
+            grouped=data.groups is not None,
+        )
+        probabilities = _unseen(solver, choice, data.train, rows, parts)
+    suspects, suggested, doubt = confident_learning(probabilities, rows.y, rows.num_train)
+    return LabelCheck(
+        solver=solver.name,
+        choice=choice,
+        probabilities=probabilities,
+        suspects=suspects,
+        suggested=suggested,
+        doubt=doubt,
+    )
+
+
+def _unseen(solver: Solver, choice: Choice, train: Rows, rows: AllRows, parts: Ints) -> Floats:
+    """Probabilities [N, C] of every row from a head that was not fitted to it.
+
+    Args:
+        solver: Fits the heads.
+        choice: With these settings.
+        train: The train rows.
+        rows: All rows, those of train first.
+        parts: The part of each train row; -1 for rows that are always fitted.
+    """
+    found = np.full((len(rows.y), train.num_classes), np.nan, np.float32)
+    place = np.concatenate([parts, np.full(len(rows.y) - len(parts), NOT_TRAIN)])
+    asked = np.unique(place[place >= 0])
+    with progress(len(asked), "cross-validation", unit=" folds", late=True) as bar:
+        for part in asked:
+            fitted = np.flatnonzero((parts != part) & (train.weights > 0))
+            unseen = place == part
+            if len(np.unique(train.y[fitted])) > 1:
+                prepared = solver.prepare(train.take(fitted), [choice.settings])
+                found[unseen] = prepared.fit(choice.settings).head.predict_proba(rows.X[unseen])
+            bar.update()
+    return found
+
+
+def confident_learning(
+    probabilities: Floats, labels: Ints, num_train: int
+) -> tuple[Ints, Ints, Doubles]:
+    """Labels that are probably wrong.
+
+    Args:
+        probabilities: From heads that have not seen the rows, [N, C]; NaN where there are none.
+        labels: Class indices [N].
+        num_train: Rows at the start whose labels set the thresholds.
+
+    Returns:
+        Suspects [S], the most doubtful first; the class that each of them probably is, [S]; the
+        doubt of every label, [N]: the logarithm of how many times as far, relative to the
+        thresholds, the most probable other class reaches.
+    """
+    rows = np.arange(len(labels))
+    own = probabilities[rows, labels].astype(np.float64)
+    checked = np.flatnonzero(np.isfinite(own))
+    train = checked[checked < num_train]
+    counts = np.bincount(labels[train], minlength=probabilities.shape[1])
+    sums = np.bincount(labels[train], own[train], minlength=probabilities.shape[1])
+    thresholds = np.where(counts, sums / np.maximum(counts, 1), np.inf)
+    doubt = np.full(len(labels), np.nan)
+    relative = np.maximum(probabilities[checked], TINY) / thresholds
+    beside = relative.copy()
+    beside[np.arange(len(checked)), labels[checked]] = 0
+    doubt[checked] = np.log(beside.max(axis=1) + TINY) - np.log(
+        relative[np.arange(len(checked)), labels[checked]] + TINY
+    )
+    reached = np.where(relative >= 1, probabilities[checked], -1)
+    best = reached.argmax(axis=1)
+    wrong = np.flatnonzero((reached.max(axis=1) > 0) & (best != labels[checked]))
+    order = wrong[np.argsort(-doubt[checked[wrong]], kind="stable")]
+    return checked[order], best[order], doubt
