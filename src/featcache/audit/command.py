@@ -154,6 +154,7 @@ def _labels(labels: LabelCheck, rows: AllRows, config: AuditConfig) -> dict[str,
         "solver": labels.solver,
         "settings": labels.choice.settings,
         "chosen_on": labels.choice.chosen_on,
+        "weight": labels.weight,
         "folds": config.folds,
         "train_top1": metrics.top1(rows.y[train], guess) if train.any() else None,
         "num_checked": int(checked.sum()),
@@ -176,8 +177,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
     return [
         f"{', '.join(f'{num} {name}' for name, num in sizes.items())} images of "
         f"{len(report['classes'])} classes{_groups_text(report)}",
-        f"labels that are probably wrong: {counts['wrong-label']} of {labels['num_checked']} "
-        f"({labels['solver']}, {settings}; {labels['folds']}-fold cross-validation{accuracy})",
+        f"labels that are probably wrong: {counts['wrong-label']} of {labels['num_checked']}, "
+        f"doubtful: {counts['doubtful-label']} more ({labels['solver']}, {settings}; "
+        f"{labels['folds']}-fold cross-validation{accuracy})",
         *copies_lines(report["identical_images"], sizes, divided=False),
         *shared_groups_lines(report["shared_groups"]),
         f"near-duplicates: {counts['near-duplicate']} pairs within a split, "

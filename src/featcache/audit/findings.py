@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,10 +22,14 @@ Kind = Literal[
     "near-duplicate",
     "identical",
     "outlier",
+    "doubtful-label",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order of the list: what harms most, and is surest, comes first."""
 
+ODDS = 20.0
+"""A label is called wrong, and not only doubtful, from these odds: relative to the thresholds of
+confident learning, the other class is so many times as probable."""
 HEADER = ("rank", "kind", "split", "id", "label", "suggested", "score")
 OTHER = ("other_split", "other_id", "other_label", "group")
 
@@ -36,8 +41,8 @@ class Finding:
     Attributes:
         kind: Why.
         row: Which, by its number in `AllRows`.
-        score: Of a wrong label its probability; of near-duplicates their cosine; of an outlier its
-            distance to the nearest train images.
+        score: Of a wrong or doubtful label its probability; of near-duplicates their cosine; of an
+            outlier its distance to the nearest train images.
         other: The image that it resembles.
         suggested: The number of its probable class.
     """
@@ -77,7 +82,8 @@ def _identical(rows: AllRows, copies: Copies) -> Iterator[Finding]:
 def _doubtful(rows: AllRows, labels: LabelCheck) -> Iterator[Finding]:
     for row, suggested in zip(labels.suspects.tolist(), labels.suggested.tolist(), strict=True):
         score = float(labels.probabilities[row, rows.y[row]])
-        yield Finding(kind="wrong-label", row=row, score=score, suggested=suggested)
+        kind: Kind = "wrong-label" if labels.doubt[row] >= math.log(ODDS) else "doubtful-label"
+        yield Finding(kind=kind, row=row, score=score, suggested=suggested)
 
 
 def _near(rows: AllRows, near: Neighborhood, threshold: float) -> Iterator[Finding]:

@@ -1,14 +1,18 @@
 """Labels that are probably wrong: out-of-fold probabilities and confident learning.
 
-Every train row gets probabilities from a head that has not seen it, nor any row of its group. The
-thresholds are those of C. Northcutt, L. Jiang, I. Chuang, Confident Learning, JAIR 2021
-(arXiv 1911.00068): the mean probability that rows labeled with a class give to it. A row whose
-probability reaches the threshold of another class, and of the most probable such class, is probably
-of that class.
+Every train row gets probabilities from a head that has not seen it, nor any row of its group, and
+from the votes of its nearest neighbors outside of its fold. The two err differently, so their
+geometric mean tells wrong labels from hard images better than either, provided that the better one
+weighs more: the weight is the one that makes the given labels most likely.
+
+The thresholds are those of C. Northcutt, L. Jiang, I. Chuang, Confident Learning, JAIR 2021
+(arXiv 1911.00068): the mean probability that rows labeled with a class give to it. A label is
+suspect if the row reaches the threshold of another class, the most probable one that it reaches.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +22,18 @@ from featcache.cache import FeatureCache
 from featcache.config import AuditConfig, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.columns import on_columns
-from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.linear import Doubles, Floats, Ints, softmax
 from featcache.heads.selection import Choice, choose_solver, load_data
-from featcache.heads.solvers.base import Solver, threads_for
+from featcache.heads.solvers.base import Settings, Solver, threads_for
+from featcache.heads.solvers.knn import KnnSolver
 from featcache.heads.train import make_solvers
 from featcache.heads.training_data import Rows, open_test
 from featcache.runtime import progress
 
 TINY = 1e-12
+# Added to every share of votes: none of ten neighbors is no proof.
+SMOOTHING = 0.02
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 NOT_TRAIN = 1 << 30  # the part of rows of other splits: a head on all of train predicts them
 
 
@@ -35,16 +43,20 @@ class LabelCheck:
 
     Attributes:
         solver: The name of the solver that fitted them.
+        weight: What its probabilities weigh, beside the neighbors' votes, 0 to 1.
         choice: Their settings, and how they were chosen.
         probabilities: [N, C]; NaN for the only group of a class, which every head has to see.
+        unmixed: The same of the chosen head alone.
         suspects: Rows whose label is probably wrong, the most doubtful first, [S].
         suggested: The class that each of them probably is, [S].
         doubt: How doubtful each label is, larger is worse, [N]; NaN where it was not checked.
     """
 
     solver: str
+    weight: float
     choice: Choice
     probabilities: Floats
+    unmixed: Floats
     suspects: Ints
     suggested: Ints
     doubt: Doubles
@@ -60,45 +72,54 @@ def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> Lab
     Args:
         config: Has the solver, the number of folds and the seed.
         cache: Has train and test rows.
-        rows: Its rows.
+        rows: Its rows; their labels are the ones that count.
 
     Raises:
         UserError: The train rows cannot be learned from.
     """
     settings = TrainHeadConfig(cache=config.cache, solver=config.solver, seed=config.seed)
     data, stages = load_data(cache), cache.meta.backbone.stages
-    with threads_for(data.train.num_values * data.train.num_classes):
+    train = dataclasses.replace(data.train, y=rows.y[: rows.num_train])
+    data = dataclasses.replace(data, train=train)
+    with threads_for(train.num_values * train.num_classes):
         test = open_test(settings, cache, in_memory=True)
         solvers = make_solvers(settings, test, streamed=False)
         if stages is not None:
             solvers = [on_columns(solver, settings, stages) for solver in solvers]
         solver, choice, _ = choose_solver(solvers, data.selection(settings))
         parts = assign_parts(
-            data.train.y,
+            train.y,
             kept_together(data.content, data.groups),
             config.seed,
             fraction=None,
             num_parts=config.folds,
             grouped=data.groups is not None,
         )
-        probabilities = _unseen(solver, choice, data.train, rows, parts)
+        unmixed = _unseen(solver, choice.settings, train, rows, parts)
+        probabilities, weight = unmixed, 1.0
+        if solver.name != "knn":
+            votes = {"k": min(config.neighbors, train.num_rows), "metric": "cosine"}
+            neighbors = _unseen(KnnSolver(), votes, train, rows, parts)
+            probabilities, weight = blended(unmixed, neighbors, train.y)
     suspects, suggested, doubt = confident_learning(probabilities, rows.y, rows.num_train)
     return LabelCheck(
         solver=solver.name,
+        weight=weight,
         choice=choice,
         probabilities=probabilities,
+        unmixed=unmixed,
         suspects=suspects,
         suggested=suggested,
         doubt=doubt,
     )
 
 
-def _unseen(solver: Solver, choice: Choice, train: Rows, rows: AllRows, parts: Ints) -> Floats:
+def _unseen(solver: Solver, settings: Settings, train: Rows, rows: AllRows, parts: Ints) -> Floats:
     """Probabilities [N, C] of every row from a head that was not fitted to it.
 
     Args:
         solver: Fits the heads.
-        choice: With these settings.
+        settings: With these settings.
         train: The train rows.
         rows: All rows, those of train first.
         parts: The part of each train row; -1 for rows that are always fitted.
@@ -111,10 +132,33 @@ def _unseen(solver: Solver, choice: Choice, train: Rows, rows: AllRows, parts: I
             fitted = np.flatnonzero((parts != part) & (train.weights > 0))
             unseen = place == part
             if len(np.unique(train.y[fitted])) > 1:
-                prepared = solver.prepare(train.take(fitted), [choice.settings])
-                found[unseen] = prepared.fit(choice.settings).head.predict_proba(rows.X[unseen])
+                prepared = solver.prepare(train.take(fitted), [settings])
+                found[unseen] = prepared.fit(settings).head.predict_proba(rows.X[unseen])
             bar.update()
     return found
+
+
+def blended(head: Floats, votes: Floats, labels: Ints) -> tuple[Floats, float]:
+    """The weighted geometric mean of two heads' probabilities.
+
+    Args:
+        head: Probabilities of the chosen head, [N, C].
+        votes: Shares of the neighbors' votes, [N, C].
+        labels: Class indices of the first rows, [M]: the weight makes them most likely.
+
+    Returns:
+        Probabilities [N, C], and the weight of `head`.
+    """
+    logs = np.log(np.maximum(head, TINY)), np.log(votes + SMOOTHING)
+    rows = np.arange(len(labels))
+    mixed = {weight: softmax(weight * logs[0] + (1 - weight) * logs[1]) for weight in WEIGHTS}
+    likely = {
+        weight: np.nanmean(np.log(np.maximum(p[rows, labels], TINY)))
+        for weight, p in mixed.items()
+        if np.isfinite(p[rows, labels]).any()
+    }
+    best = max(likely, key=lambda weight: (likely[weight], weight), default=1.0)
+    return mixed[best], best
 
 
 def confident_learning(

@@ -23,6 +23,8 @@ CAPTIONS = {
     "features: check whether the later one still tests anything.",
     "near-duplicate": "Near-duplicates within a split.",
     "identical": "Identical images within a split.",
+    "doubtful-label": "Labels that are doubted with less certainty: a head that errs often doubts "
+    "many right labels.",
     "outlier": "Images far from every train image, the farthest first.",
 }
 
@@ -63,7 +65,7 @@ def audit_values(audit: Audit, config: ReportConfig) -> dict[str, Any]:
         "strips": [
             Strip(
                 caption=CAPTIONS[kind],
-                num_found=int(values["num_findings"].get(kind) or len(found)),
+                num_found=_count(values["num_findings"].get(kind), len(found)),
                 pictures=[_picture(finding, rows) for finding in found[:MAX_PICTURES]],
             )
             for kind, found in by_kind.items()
@@ -72,6 +74,10 @@ def audit_values(audit: Audit, config: ReportConfig) -> dict[str, Any]:
         "has_images": rows is not None,
         "list": values["list"],
     }
+
+
+def _count(value: Any, least: int) -> int:
+    return max(value, least) if type(value) is int else least
 
 
 def class_table(classes: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
