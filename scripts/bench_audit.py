@@ -1,7 +1,8 @@
-"""How well `featcache audit` finds wrong labels, and how fast it compares all images.
+"""How well `featcache audit` finds wrong labels, how fast it compares images, what groups matter.
 
     python scripts/bench_audit.py cache/NAME.h5 ...    # labels flipped at random, then looked for
     python scripts/bench_audit.py --rows 50000         # all pairs of cosines, seconds
+    python scripts/bench_audit.py cache/NAME.h5 --groups   # random split against split by group
 
 A share of the train labels is changed to another class at random, several times. Of as many labels
 as were changed, the share that was, is both precision and recall. Rivals are the plain rule (the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import sys
 import time
@@ -27,9 +29,13 @@ from featcache.audit.labels import check_labels
 from featcache.audit.neighbors import near_threshold, neighborhood
 from featcache.audit.rows import AllRows, all_rows
 from featcache.cache import FeatureCache
-from featcache.config import AuditConfig, OutputConfig
+from featcache.config import AuditConfig, OutputConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import write_json
+from featcache.groups import hold_out_units, kept_together
+from featcache.heads.selection import InMemoryData
+from featcache.heads.train import run_protocol
+from featcache.heads.training_data import Rows, TestSplit
 from featcache.runtime import environment, say
 
 
@@ -43,6 +49,8 @@ class BenchConfig(OutputConfig):
     """The share of train labels to change."""
     num_seeds: int = 5
     """How often."""
+    groups: bool = False
+    """Compare the scores of random splits with those of splits by group instead."""
     rows: int | None = None
     """Compare this many made rows with each other instead."""
     feature_dim: int = 512
@@ -116,6 +124,66 @@ def cleanlab_of(labels: np.ndarray, probabilities: np.ndarray, wrong: np.ndarray
     }
 
 
+def measure_groups(path: Path, config: BenchConfig) -> dict[str, Any]:
+    """Test accuracy of heads when groups are divided between train and test, and when not."""
+    cache = FeatureCache(path)
+    every = all_rows(cache)
+    if every.groups is None:
+        raise UserError(f"{path} has no groups: extract it with --group-from")
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed, solver in itertools.product(range(config.num_seeds), ("logistic", "ridge", "knn")):
+        for how, groups in (("random", None), ("by group", every.groups)):
+            order = np.random.default_rng(seed).permutation(len(every.y))
+            units = kept_together(every.content, groups)
+            test = hold_out_units(order, units, every.y, 0.2)
+            settings = TrainHeadConfig(cache=path, solver=solver, seed=seed)
+            top1 = score_split(settings, cache, every, test, groups)
+            found.setdefault(solver, {}).setdefault(how, []).append(top1)
+            say(f"{path.stem}, {solver}, seed {seed}, {how}: {top1:.3f}")
+    return {"cache": path.name, "top1": found}
+
+
+def score_split(
+    config: TrainHeadConfig, cache: FeatureCache, every: AllRows, test: Any, groups: Any
+) -> float:
+    """Fit a head as train-head does on all rows but some, and score it on those."""
+    train = np.setdiff1d(np.arange(len(every.y)), test)
+    rows = Rows(
+        views=every.X[None, train],
+        y=every.y[train],
+        weights=np.ones(len(train)),
+        class_names=every.class_names,
+    )
+    data = InMemoryData(
+        train=rows, content=every.content[train], groups=None if groups is None else groups[train]
+    )
+    split = TestSplit(
+        y=every.y[test],
+        ids=[every.ids[row] for row in test],
+        num_views=1,
+        blocks=lambda: iter([[every.X[test]]]),
+    )
+    return run_protocol(config, data, split, cache.meta.backbone.stages).test_top1
+
+
+def groups_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The results as Markdown: means over seeds, and the difference with its standard error."""
+    lines = [
+        "| cache | solver | random split | split by group | difference |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        for solver, scores in row["top1"].items():
+            random, grouped = np.array(scores["random"]), np.array(scores["by group"])
+            gain = random - grouped
+            error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else float("nan")
+            lines.append(
+                f"| {row['cache']} | {solver} | {random.mean():.3f} | {grouped.mean():.3f} | "
+                f"{gain.mean():+.3f} ± {error:.3f} |"
+            )
+    return lines
+
+
 def measure_speed(config: BenchConfig) -> dict[str, Any]:
     """Seconds to compare all rows with each other, and how many planted copies were found."""
     assert config.rows is not None
@@ -176,6 +244,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
             f"{speed['seconds']:.1f} s; {speed['copies_found']:.1%} of planted near-copies found, "
             f"{speed['others_found']} other images"
         ]
+    elif config.caches and config.groups:
+        report = {"groups": [measure_groups(path, config) for path in config.caches]}
+        summary = groups_table(report["groups"])
     elif config.caches:
         report = {"labels": [measure_labels(path, config) for path in config.caches]}
         summary = table(report["labels"])
