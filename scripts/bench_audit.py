@@ -33,9 +33,10 @@ from featcache.config import AuditConfig, OutputConfig, TrainHeadConfig
 from featcache.errors import UserError
 from featcache.files import write_json
 from featcache.groups import hold_out_units, kept_together
+from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData
 from featcache.heads.train import run_protocol
-from featcache.heads.training_data import Rows, TestSplit
+from featcache.heads.training_data import Rows
 from featcache.runtime import environment, say
 
 

@@ -30,10 +30,9 @@ from typing import Any, Literal
 import numpy as np
 
 from featcache import cli
-from featcache.config import ExtractConfig, OutputConfig
+from featcache.config import ExtractConfig, OutputConfig, config_json
 from featcache.errors import UserError
 from featcache.files import write_json
-from featcache.results import config_json
 from featcache.runtime import environment, num_cores, say, version_of
 
 MATRIX_SIDE = 2048

@@ -3,6 +3,9 @@
     python scripts/bench_heads.py              # speed against scikit-learn, some minutes
     python scripts/bench_heads.py --table      # accuracy against plain LogisticRegression
     python scripts/bench_heads.py --views-of FOLDER   # what cached views buy and cost
+    python scripts/bench_heads.py --probabilities CACHE   # are they right, are others noticed
+    python scripts/bench_heads.py --gains digits FOLDER   # what cheap changes of heads gain
+    python scripts/bench_heads.py --few        # few rows of many classes
     python scripts/bench_heads.py --stream     # 5 million rows in bounded memory, 6 GB of disk
 
 Speed is measured in turns with scikit-learn on the same rows in the same process, and the median
@@ -24,18 +27,28 @@ from typing import Any
 
 import numpy as np
 
+import heads_gains
+import heads_probabilities
 import heads_quality
 import heads_stream
 from featcache import cli
 from featcache.config import OutputConfig
 from featcache.errors import UserError
-from featcache.heads.solvers.logistic import SELECTION_TOLERANCE, LogisticPath, LogisticProblem
+from featcache.heads.solvers.logistic import (
+    C_GRID,
+    SELECTION_TOLERANCE,
+    LogisticPath,
+    LogisticProblem,
+)
 from featcache.heads.solvers.ridge import alpha_grid, ridge_from_moments
 from featcache.heads.training_data import Rows
 from featcache.runtime import environment, say
 from heads_stream import make_cache
 
 PATH_TOLERANCE = 1e-6
+# Two rows for each class, and scikit-learn's C.
+FEW_CLASSES = 1200
+FEW_C = (1e-4, 1e-2, 1.0, 100.0, 1e4)
 PATH_C = tuple(float(c) for c in np.geomspace(1e-4, 1.0, 20))
 
 
@@ -61,6 +74,14 @@ class BenchConfig(OutputConfig):
     """Of --table: class folders with train/ and test/ to add, as bundled-weight features."""
     views_of: Path | None = None
     """Extract this folder with no, flipped and random views, and compare heads on them instead."""
+    probabilities: tuple[Path, ...] = ()
+    """Measure calibration, and how well left-out classes are noticed, on these caches instead."""
+    gains: tuple[str, ...] = ()
+    """Measure what cheap changes of heads gain on these datasets instead."""
+    wise_seeds: int = 3
+    """Of --gains: fine-tuning runs for each dataset, to average weights with the frozen ones."""
+    few: bool = False
+    """Measure two separable rows for each of 1,200 classes instead."""
     stream: bool = False
     """Fit a large made cache in bounded memory instead."""
     stream_rows: int = 5_000_000
@@ -75,6 +96,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         report = heads_quality.table(config.folder, config.work_dir)
     elif config.views_of is not None:
         report = heads_quality.views(config.views_of, config.work_dir)
+    elif config.probabilities:
+        report = heads_probabilities.probabilities(config.probabilities, config.work_dir)
+    elif config.gains:
+        report = heads_gains.gains(config.gains, config.work_dir, config.wise_seeds)
+    elif config.few:
+        report = few_rows(config)
     elif config.stream:
         report = heads_stream.run(config.work_dir, config.stream_rows, config.feature_dim)
     else:
@@ -97,6 +124,43 @@ def speed(config: BenchConfig) -> dict[str, Any]:
     rows.append(command_seconds(config))
     say(rows[-1]["text"])
     return {"rows": rows, "summary": []}
+
+
+def few_rows(config: BenchConfig) -> dict[str, Any]:
+    """Single fits, and all strengths as choosing needs them, of two rows for each class."""
+    random = np.random.default_rng(0)
+    y = np.repeat(np.arange(FEW_CLASSES), 2)
+    means = random.normal(size=(FEW_CLASSES, config.feature_dim))[y]
+    X = (means + random.normal(size=means.shape)).astype(np.float32)
+    rows = []
+    for C in FEW_C:
+        rows.append(against_sklearn(X, y, C, config.rounds))
+        say(logistic_line(rows[-1]))
+    ours, theirs = in_turns(
+        [lambda: fit_all(X, y, C_GRID, SELECTION_TOLERANCE), lambda: sklearn_all(X, y, C_GRID)],
+        config.rounds,
+    )
+    text = (
+        f"{len(C_GRID)} values of C with warm starts: {ours:.2f} s against scikit-learn's "
+        f"{theirs:.2f} s, {ours / theirs:.2f} times"
+    )
+    say(text)
+    rows.append({"name": "all C", "seconds": ours, "sklearn_seconds": theirs, "text": text})
+    return {"rows": rows, "num_classes": FEW_CLASSES, "summary": []}
+
+
+def fit_all(X: Any, y: Any, grid: tuple[float, ...], tolerance: float) -> int:
+    """Our fits of one C after another; returns the passes."""
+    path = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False)
+    return sum(path.fit(C, tolerance).num_passes for C in grid)
+
+
+def sklearn_all(X: Any, y: Any, grid: tuple[float, ...]) -> int:
+    """scikit-learn's likewise, with its warm starts; returns its iterations."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=20_000, warm_start=True)
+    return sum(int(model.set_params(C=C).fit(X, y).n_iter_[0]) for C in grid)
 
 
 def load_rows(config: BenchConfig, num_classes: int) -> tuple[Any, Any]:
@@ -182,11 +246,7 @@ def path_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
     """
 
     def some(grid: tuple[float, ...], tolerance: float) -> Callable[[], int]:
-        def task() -> int:
-            path = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False)
-            return sum(path.fit(C, tolerance).num_passes for C in grid)
-
-        return task
+        return lambda: fit_all(X, y, grid, tolerance)
 
     one, many, rough = in_turns(
         [

@@ -40,6 +40,7 @@ from featcache.config import (
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
+from featcache.heads import Network
 from featcache.results import Row, RunReport
 from featcache.results.runs import Approach
 from featcache.runtime import environment, load_optimizers, say
@@ -123,15 +124,16 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         path = self.folder / f"{cache}.h5"
         return TrainHeadConfig(cache=path, seed=self.seed, output=output, **changes)
 
-    def stages_alternatives(self) -> list[Alternative]:
+    def stages_alternatives(self) -> Alternatives:
         """Features of every stage, of the network as it is and with adapted BatchNorm."""
-        return [
-            (
-                self.extract_config(f"stages-{batchnorm}", layers="stages", batchnorm=batchnorm),
-                self.head_config(f"stages-{batchnorm}-head", f"stages-{batchnorm}"),
+        networks: tuple[Network, ...] = ("frozen", "adapt")
+        return {
+            network: (
+                self.extract_config(f"stages-{network}", layers="stages", batchnorm=network),
+                self.head_config("stages-head", f"stages-{network}"),
             )
-            for batchnorm in ("frozen", "adapt")
-        ]
+            for network in networks
+        }
 
     def notebook_head(self) -> TrainHeadConfig:
         """The head on the cache, trained as the one in the loop, raw features included."""
@@ -158,7 +160,7 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
 
 
 MeasuredRun = tuple[str, Approach, RunReport, float]
-Alternative = tuple[ExtractConfig, TrainHeadConfig]
+Alternatives = dict[Network, tuple[ExtractConfig, TrainHeadConfig]]
 
 
 def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
@@ -172,7 +174,7 @@ def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
     planned = plan_modes(config)
     for number, (mode, approach, settings) in enumerate(planned, start=1):
         say(f"{number}/{len(planned)} {mode}")
-        if isinstance(settings, list):
+        if isinstance(settings, dict):
             modes.append((mode, approach, *run_best(settings)))
             continue
         if approach == "cached" and not extraction:
@@ -182,7 +184,7 @@ def run_modes(config: BenchmarkConfig) -> list[MeasuredRun]:
     return modes
 
 
-Settings = TrainHeadConfig | FinetuneConfig | list[Alternative]
+Settings = TrainHeadConfig | FinetuneConfig | Alternatives
 
 
 def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
@@ -203,23 +205,25 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
     ]
 
 
-def run_best(alternatives: list[Alternative]) -> tuple[RunReport, float]:
+def run_best(alternatives: Alternatives) -> tuple[RunReport, float]:
     """The alternative with the best held-out accuracy, and the seconds that come before its fit.
 
     These are the extractions of all alternatives and the fits of those that lost.
     """
     from featcache.extract import extract
+    from featcache.heads import train_best_head
 
-    reports, seconds = [], 0.0
-    for extraction, head in alternatives:
+    heads, seconds = {}, 0.0
+    for network, (extraction, head) in alternatives.items():
         try:
             seconds += float(extract(extraction)["seconds_total"])
         except UserError as error:  # there is no BatchNorm to adapt
             say(f"left out: {error}")
             continue
-        reports.append(run_training(head))
-    best = max(reports, key=lambda report: report.more["val_top1"] or 0.0)
-    return best, seconds + sum(report.seconds_total for report in reports if report is not best)
+        heads[network] = head
+    best = train_best_head(heads)
+    seconds += sum(each["seconds_total"] for each in best.more["alternatives"])
+    return best, seconds - best.seconds_total
 
 
 def run_training(settings: TrainHeadConfig | FinetuneConfig) -> RunReport:

@@ -165,15 +165,23 @@ def meta_of(dim: int, dtype: Any) -> CacheMeta:
     )  # fmt: skip
 
 
-def make_cache(path: Path, splits: dict[str, tuple[Any, Any]], num_classes: int) -> None:
-    """A small float32 cache of given rows: (features [N, D], labels [N]) by split."""
+def make_cache(
+    path: Path, splits: dict[str, tuple[Any, Any]], num_classes: int, groups: Any = None
+) -> None:
+    """A small float32 cache of given rows: (features [N, D], labels [N]) by split.
+
+    `groups` has the groups of each split's rows [N] by its name, if there are any.
+    """
     dim = next(iter(splits.values()))[0].shape[1]
     plans = []
     for name, (X, y) in splits.items():
         digests = np.zeros((len(y), 32), np.uint8)
         digests[:, :8] = np.arange(len(X), dtype=np.int64).view(np.uint8).reshape(-1, 8)
         ids = [f"{name}/{i}" for i in range(len(y))]
-        plans.append(SplitRows(name=name, ids=ids, labels=y, content=digests, weights=None))
+        own = groups[name] if groups else None
+        plans.append(
+            SplitRows(name=name, ids=ids, labels=y, content=digests, weights=None, groups=own)
+        )
     names = [f"c{i}" for i in range(num_classes)]
     with open_writer(path, meta_of(dim, "float32"), names, plans) as writer:
         for name, rows in _pending(writer, splits):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featcache.config import FinetuneConfig, TrainHeadConfig
-from featcache.results import CurveRun, Predictions, RunReport, config_json
+from featcache.config import FinetuneConfig, TrainHeadConfig, config_json
+from featcache.results import Predictions, RunReport
+from featcache.results.learning_curve import CurveRun
+from featcache.results.reliability import CalibrationReport, reliability
+from featcache.results.scores import score_predictions
 
 NAMES = ["cat", "dog", "eel"]
 LABELS = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -60,6 +64,41 @@ def head_report(**changes: Any) -> RunReport:
         "test": predictions(HEAD),
     }
     return RunReport(**{**values, **changes})
+
+
+def scored(report: RunReport) -> RunReport:
+    """The report with scores and calibration as the commands write them, of its predictions."""
+    assert report.test is not None
+    assert report.class_names is not None
+    labels, predicted = np.array(report.test.labels), np.array(report.test.predicted)
+    confidence, num_classes = np.array(report.test.confidence), len(report.class_names)
+    table = np.repeat(((1 - confidence) / (num_classes - 1))[:, None], num_classes, axis=1)
+    table[np.arange(len(labels)), predicted] = confidence
+    right = labels == predicted
+    return dataclasses.replace(
+        report,
+        scores=score_predictions(labels, predicted, table, report.class_names),
+        calibration=CalibrationReport(
+            temperature=1.5,
+            fitted_on="a held-out 20% of train",
+            before=reliability(right, np.minimum(confidence + 0.1, 1)),
+            after=reliability(right, confidence),
+        ),
+    )
+
+
+def two_class_report() -> RunReport:
+    """A head for two classes, with scores and curves."""
+    predicted = [1, 0, 0, 1, 0, 1, 0, 0, 1, 1]
+    test = Predictions(
+        ids=IDS,
+        labels=[1, 0, 0, 0, 0, 1, 1, 0, 1, 1],
+        predicted=predicted,
+        confidence=[0.5 + 0.04 * i for i in range(len(predicted))],
+    )
+    rejections = [{"level": 0.05, "unknown": 0.1, "answered_top1": 8 / 9}]
+    more = {**head_report().more, "rejections": rejections}
+    return scored(head_report(class_names=["no", "yes"], test=test, more=more))
 
 
 def tune_report(**changes: Any) -> RunReport:

@@ -49,10 +49,12 @@ HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "open
 LATE = {
     "fusion.py",
     "stages.py",
+    "tail.py",
     "gpu.py",
     "torch_cpu.py",
     "estimator.py",
     "graph.py",
+    "small_maps.py",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import io
@@ -12,9 +11,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from featcache.config.settings import command_line
+from featcache.config.settings import command_line, description_of
 from featcache.errors import FeatcacheError, UserError, one_of
 from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
@@ -27,8 +26,7 @@ Report = dict[str, Any]
 Config = TypeVar("Config")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """One command: its settings class, and where to import its worker and summary from.
 
     `resumes`: whether the same command, typed again, resumes an interrupted run.
@@ -128,7 +126,13 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
     text, message = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(message):
-            return tyro.cli(config_class, prog=prog, args=words, config=markers)
+            return tyro.cli(
+                config_class,
+                prog=prog,
+                description=description_of(config_class),
+                args=words,
+                config=markers,
+            )
     except SystemExit as stop:
         if not stop.code:
             write_stdout(text.getvalue())

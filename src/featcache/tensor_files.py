@@ -9,17 +9,18 @@ as `--weights FILE`: features of a fine-tuned backbone can be cached like any ot
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from featcache.config import Preprocessing
 from featcache.errors import StorageError, UserError, shown
@@ -144,6 +145,19 @@ def read_tensor_file(path: Path) -> TensorFile:
     return TensorFile(path, *read_bounded(path))
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file, of which only the header is read.
+
+    Raises:
+        UserError: As for `read_tensor_file`, or it is not a safetensors file.
+        StorageError: It cannot be read.
+    """
+    with _opened(path) as (file, status):
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES + 1))
+    return TensorFile(path, length + header, status).metadata
+
+
 def read_bounded(path: Path) -> tuple[bytes, os.stat_result]:
     """All bytes of a file of tensors, and its status before it was read.
 
@@ -151,6 +165,13 @@ def read_bounded(path: Path) -> tuple[bytes, os.stat_result]:
         UserError: There is no such file, it is not an ordinary file, or it is too large.
         StorageError: It cannot be read.
     """
+    with _opened(path) as (file, status):
+        return file.read(), status
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """Open a file of tensors; errors until it is closed are those of `read_bounded`."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
             status = os.fstat(file.fileno())
@@ -159,7 +180,7 @@ def read_bounded(path: Path) -> tuple[bytes, os.stat_result]:
                     f"{path} has {status.st_size:,} bytes, more than the {MAX_FILE_BYTES:,} that "
                     "are read; give another file"
                 )
-            return file.read(), status
+            yield file, status
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: there is no such file; check the path") from error
     except MemoryError as error:

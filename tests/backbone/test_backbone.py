@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featcache import backbone as bb
-from featcache.backbone import identity, weights
+from featcache.backbone import checkpoint, identity
 from featcache.config import IMAGENET_MEAN, BackboneConfig
 from featcache.errors import UserError
 
@@ -262,7 +262,7 @@ def test_weights_too_large_for_memory_are_refused(
         raise MemoryError
 
     monkeypatch.setattr("safetensors.torch.load", refuse)
-    monkeypatch.setattr(weights, "parse_checkpoint", refuse)
+    monkeypatch.setattr(checkpoint, "parse_checkpoint", refuse)
     with pytest.raises(UserError, match=r"w\..* takes more memory than there is; give another"):
         bb.read_state(path)
 

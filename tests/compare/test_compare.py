@@ -47,6 +47,8 @@ def settings(pets: Path, tmp_path: Path, **changes: object) -> CompareConfig:
         "backbone": "shufflenet_v2_x0_5",
         "weights": "random",
         "image_px": SIDE,
+        "layers": "last",
+        "batchnorm": "frozen",
         "sizes": "3,all",
         "num_seeds": 1,
         "epochs": 1,
@@ -129,7 +131,7 @@ def test_a_cell_is_what_the_commands_do(done: tuple[CompareConfig, dict], tmp_pa
     config, report = done
     runs = runs_of(config)
     head = TrainHeadConfig(
-        cache=Path(report["extraction"]["cache"]), output=tmp_path / "head.safetensors"
+        cache=Path(report["extractions"]["frozen"]["cache"]), output=tmp_path / "head.safetensors"
     )
     train_head(head)
     alone = RunReport.load(tmp_path / "head.json")
@@ -213,10 +215,10 @@ def test_two_comparisons_in_one_folder(
         with pytest.raises(StorageError, match=r"compare\.json is being written by process") as e:
             compare(config)
         refused.append(e)
-        return shared_cache(*args)
+        return shared_caches(*args)
 
-    shared_cache = comparison.shared_cache
-    monkeypatch.setattr(comparison, "shared_cache", second)
+    shared_caches = comparison.shared_caches
+    monkeypatch.setattr(comparison, "shared_caches", second)
     compare(config)
     assert len(refused) == 1
 
@@ -247,7 +249,7 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
     config = dataclasses.replace(done[0], cache_dir=cache_dir)
     [path] = cache_dir.glob("*.h5.json")
     record = json.loads(path.read_text())
-    found = extraction.shared_cache(config, tmp_path)
+    found = extraction.shared_caches(config, tmp_path)["frozen"]
     assert found.how == "as recorded on this machine when the cache was made"
     assert found.seconds_per_image == record["seconds_total"] / 50
     monkeypatch.setattr(extraction, "_time_sample", lambda config, cache: (10, 2.0))
@@ -257,9 +259,9 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
         {"seconds_total": None},
         {"config": None},
     ):
-        (tmp_path / "extraction.json").unlink(missing_ok=True)
+        (tmp_path / "extraction-frozen.json").unlink(missing_ok=True)
         path.write_text(json.dumps({**record, **changes}))
-        found = extraction.shared_cache(config, tmp_path)
+        found = extraction.shared_caches(config, tmp_path)["frozen"]
         assert found.seconds_per_image == 0.2
         assert found.how.startswith("measured on 10 images computed again, as no usable record")
 
@@ -427,3 +429,137 @@ def test_sizes_that_make_no_sense(sizes: str) -> None:
 def test_sizes_are_sorted_and_taken_once() -> None:
     config = CompareConfig(dataset="digits", sizes="all, 50,5,5")
     assert config.wanted_sizes() == (5, 50, None)
+
+
+@pytest.fixture(scope="module")
+def everything(
+    pets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CompareConfig, dict, Path]:
+    """The default choice of features, and a second test set."""
+    tmp_path = tmp_path_factory.mktemp("everything")
+    elsewhere = shutil.copytree(pets / "test", tmp_path / "elsewhere")
+    shutil.copy(pets / "train" / "dog" / "00.png", elsewhere / "dog" / "known.png")
+    shutil.rmtree(elsewhere / "eel")
+    config = settings(
+        pets,
+        tmp_path,
+        layers="auto",
+        batchnorm="auto",
+        sizes="all",
+        solver="ridge",
+        test_shifted=elsewhere,
+    )
+    return config, compare(config), elsewhere
+
+
+def test_held_out_train_images_choose_the_network(
+    everything: tuple[CompareConfig, dict, Path],
+) -> None:
+    config, report, _ = everything
+    run = runs_of(config)["cached-all-draw0"]
+    alternatives = run.more["alternatives"]
+    assert len(alternatives) == 2
+    assert run.more["features"] in [each["features"] for each in alternatives]
+    assert run.more["val_top1"] == max(each["val_top1"] for each in alternatives)
+    assert "adapted BatchNorm" in alternatives[1]["features"]
+    [point] = report["points"]
+    assert point["cached"]["features"] == {run.more["features"]: 1}
+    held_out = {each["features"]: each["val_top1"] for each in alternatives}
+    assert point["cached"]["held_out"] == held_out
+    assert run.more["features"] in next(line for line in report["advice"] if "held-out" in line)
+
+
+def test_both_extractions_and_fits_count(everything: tuple[CompareConfig, dict, Path]) -> None:
+    config, report, _ = everything
+    assert list(report["extractions"]) == ["frozen", "adapt"]
+    per_image = sum(each["seconds_per_image"] for each in report["extractions"].values())
+    run = runs_of(config)["cached-all-draw0"]
+    fits = sum(each["fit_seconds"] for each in run.more["alternatives"])
+    [point] = report["points"]
+    assert point["cached"]["trial_seconds"] == pytest.approx(fits)
+    assert point["cached"]["cost_seconds"] == pytest.approx(fits + 30 * per_image)
+    assert report["spent_seconds"] >= sum(
+        each["spent_seconds"] for each in report["extractions"].values()
+    )
+
+
+def test_both_modes_are_scored_on_the_second_test_set(
+    everything: tuple[CompareConfig, dict, Path],
+) -> None:
+    config, report, _ = everything
+    assert report["shifted"]["num_images"] == 13  # two classes, the damaged image left out
+    assert report["shifted"]["dataset"] == "elsewhere"
+    runs = runs_of(config)
+    [point] = report["points"]
+    for mode in ("cached", "finetune"):
+        found = runs[f"{mode}-all-draw0"].more["shifted"]
+        right = np.array(found["labels"]) == np.array(found["predicted"])
+        assert point[mode]["shifted_top1"] == found["test_top1"] == right.mean()
+        home = runs[f"{mode}-all-draw0"].test
+        known = dict(
+            zip((name.removeprefix("test/") for name in home.ids), home.predicted, strict=True)
+        )
+        names = sorted(p for p in known if not p.startswith("eel"))
+        # The same images get the same answers, whichever test set they are in.
+        ids = sorted([*names, "dog/known.png"])
+        answers = dict(zip(ids, found["predicted"], strict=True))
+        assert [answers[name] for name in names] == [known[name] for name in names]
+    assert any("second, shifted test set (13 images)" in line for line in report["advice"])
+    assert "1 images of the second test set are train images too: remove" in " ".join(
+        report["notes"]
+    )
+    assert "cached head, shifted" in "\n".join(summary_lines(report))
+
+
+def test_the_second_test_set_is_not_another_run_of_the_first(
+    everything: tuple[CompareConfig, dict, Path], tmp_path: Path
+) -> None:
+    config, _, _ = everything
+    shutil.copytree(config.output, tmp_path / "out")
+    beyond = shutil.copytree(config.test_shifted, tmp_path / "beyond")
+    other = dataclasses.replace(config, output=tmp_path / "out", test_shifted=beyond)
+    with pytest.raises(UserError, match=r"test_shifted elsewhere there, beyond here"):
+        compare(other)
+
+
+def test_a_second_test_set_that_does_not_fit(pets: Path, tmp_path: Path) -> None:
+    def refused(folder: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            compare(settings(pets, tmp_path, test_shifted=folder))
+        return str(caught.value)
+
+    missing = tmp_path / "missing"
+    assert refused(missing) == (
+        f"--test-shifted: there is no folder {missing}: give a folder of class folders"
+    )
+    assert refused(pets) == (
+        f"--test-shifted: {pets} has the folders test, train, not class folders: give one of them, "
+        f"for example {pets / 'test'}"
+    )
+    other = tmp_path / "other"
+    shutil.copytree(pets / "test" / "dog", other / "Dog")
+    assert refused(other) == (
+        f"--test-shifted: {other} has class folders that are not among the classes of train: "
+        "'Dog' ('Dog' and 'dog' (they differ only in case or spaces)); rename or remove them"
+    )
+
+
+def test_a_second_network_that_takes_too_long_is_left_out(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(pets, tmp_path, batchnorm="auto", budget=1e-6)
+    found = extraction.shared_caches(config, tmp_path)
+    assert list(found) == ["frozen"]
+    assert "leaving out adapted BatchNorm statistics: their features would take" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_network_without_batchnorm_is_not_adapted(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(pets, tmp_path, batchnorm="auto", backbone="squeezenet1_1")
+    assert list(extraction.shared_caches(config, tmp_path)) == ["frozen"]
+    assert "squeezenet1_1 has no BatchNorm layers" in capsys.readouterr().err
+    with pytest.raises(UserError, match="squeezenet1_1 has no BatchNorm layers"):
+        extraction.shared_caches(dataclasses.replace(config, batchnorm="adapt"), tmp_path)

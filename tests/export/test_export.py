@@ -23,7 +23,8 @@ from featcache.export import command as export_run
 from featcache.export import export
 from featcache.export.graph import ClassifierGraph, head_layer
 from featcache.files import check_outputs
-from featcache.predict import Classifier
+from featcache.heads import Decision
+from featcache.predict import Classifier, load_classifier
 from trained_helpers import extracted_cache, knn_head, linear_head, make_model, write_head
 
 NUMBERS = (3, 300, 700, 1001, 5000, 9, 77)
@@ -164,6 +165,23 @@ class TestGraph:
         wanted = head.decision_function(X)
         assert got.dtype == np.float32
         assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+    def test_probabilities_have_the_heads_temperature(
+        self, cache: FeatureCache, head_file: Path
+    ) -> None:
+        decision = Decision(temperature=2.5)
+        for head in (linear_head(cache), knn_head(cache, "cosine")):
+            trained = dataclasses.replace(
+                load_classifier(head_file), head=head.replace(decision=decision)
+            )
+            graph = ClassifierGraph(trained, takes_pixels=True)
+            classifier = Classifier(trained, workers=0)
+            with torch.inference_mode():
+                _, got = graph(torch.from_numpy(pixels_of(classifier)))
+            wanted = classifier.predict_proba([picture(n) for n in NUMBERS])
+            assert np.abs(got.numpy() - wanted).max() < 1e-5
+            about = export_run.describe(trained, ExportConfig(model=head_file))
+            assert about["provenance"]["decision"]["temperature"] == 2.5
 
     def test_differences_are_found(self, classifier: Classifier) -> None:
         graph = ClassifierGraph(classifier.trained, takes_pixels=True)

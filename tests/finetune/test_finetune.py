@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import featcache.finetune.loop
+import featcache.finetune.samples
 import featcache.finetune.setup as preparation
 import featcache.finetune.training as run_module
 from data_helpers import SIDE, make_folder, make_pets
@@ -21,7 +21,8 @@ from featcache.data import load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.finetune import finetune, finetune_report, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
-from featcache.finetune.loop import Images, _with_lone_merged, hold_out
+from featcache.finetune.loop import _with_lone_merged
+from featcache.finetune.samples import Images, hold_out
 from featcache.finetune.trainable import TrainableModel, rate_factor, resolve_recipe
 from featcache.results import RunReport
 from featcache.tensor_files import model_card, read_tensor_file
@@ -243,7 +244,7 @@ class TestSameAgain:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         config, report = full
-        monkeypatch.setattr(featcache.finetune.loop, "DECODED_BYTES", 0)
+        monkeypatch.setattr(featcache.finetune.samples, "DECODED_BYTES", 0)
         again = finetune(
             dataclasses.replace(config, workers=2, output=tmp_path / "again.safetensors")
         )
@@ -506,7 +507,7 @@ class TestBadPictures:
     def test_skip_leaves_them_out_and_counts(
         self, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoded_bytes: int
     ) -> None:
-        monkeypatch.setattr(featcache.finetune.loop, "DECODED_BYTES", decoded_bytes)
+        monkeypatch.setattr(featcache.finetune.samples, "DECODED_BYTES", decoded_bytes)
         config = settings(damaged, tmp_path, on_error="skip", freeze_backbone=True)
         report = finetune(config)
         assert report["num_skipped"] == {"train": 1, "test": 1}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import featcache.html_report.page as page_module
+import featcache.html_report.charts as charts_module
 import featcache.html_report.report_files as report_files_module
 from featcache import cli
 from featcache.config import (
@@ -27,6 +27,7 @@ from featcache.config import (
     FinetuneConfig,
     ReportConfig,
     TrainHeadConfig,
+    config_json,
 )
 from featcache.data import load_dataset
 from featcache.errors import UserError
@@ -37,7 +38,9 @@ from featcache.html_report.page import make_page
 from featcache.html_report.provenance import command_line
 from featcache.html_report.render import plain, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
-from featcache.results import config_json, curve_advice, curve_points, curve_to_json
+from featcache.results.curve_advice import curve_advice
+from featcache.results.curve_json import curve_to_json
+from featcache.results.learning_curve import curve_points
 from featcache.results.plots import Svg, log_ticks
 from run_helpers import (
     HEAD,
@@ -51,6 +54,7 @@ from run_helpers import (
     predictions,
     save_pair,
     tune_report,
+    two_class_report,
 )
 
 VOID = {"meta", "link", "img", "br"}
@@ -126,10 +130,40 @@ def test_table_figures_scores_and_origin(tmp_path: Path) -> None:
     for text in ("resnet18, bundled (sha256 abababababab…), 64 px squash", "abacus"):
         assert text in page.cells
     assert "train-head cache/pets.h5" in page.text
-    assert "finetune pets --weights bundled --epochs 2 --lr 0.0001" in page.text
+    assert "finetune pets --weights bundled --recipe notebook --epochs 2 --lr 0.0001" in page.text
     assert result["advice"][0].startswith("Faster: the cached head, 6.0 s")
     assert "No clear winner on accuracy" in result["advice"][1]
     assert summary_lines(result)[-1].endswith("r.md")
+
+
+def test_scores_by_class_reliability_and_curves(tmp_path: Path) -> None:
+    two_class_report().save(tmp_path / "two.json")
+    page, markdown, _ = report(tmp_path, tmp_path / "two.json")
+    for cell in (
+        "macro F1",
+        "calibration error",
+        "average precision",
+        "share correct",
+        "precision",
+    ):
+        assert cell in page.cells, cell
+        assert cell in markdown, cell
+    # Of 5 "yes" 4 are found, and one "no" is taken for "yes".
+    wanted = ["yes", "5", "0.800", "0.800", "0.800"]
+    assert any(page.cells[i : i + 5] == wanted for i in range(len(page.cells)))
+    assert page.count("svg", role="img") == 2 * 3  # reliability, ROC, precision-recall
+    assert "without the temperature of 1.50, fitted on a held-out 20% of train." in page.text
+    place = page.cells.index("predict --reject")
+    assert page.cells[place + 3 : place + 6] == ["0.05", "10.0%", "0.889"]
+    for title in (
+        "Scores by class",
+        "Unknown images",
+        "Reliability",
+        "ROC curve",
+        "Precision-recall curve",
+    ):
+        assert title in page.text
+        assert f"**{title}**" in markdown
 
 
 def test_figures_have_their_numbers_as_tables(tmp_path: Path) -> None:
@@ -607,13 +641,13 @@ JUNK = [
 ]
 
 
-KINDS = ["head", "tune", "cell", "compare", "benchmark"]
+KINDS = ["head", "tune", "scored", "cell", "compare", "benchmark"]
 
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the drawing out, which takes half a second; test_report.py draws the extremes."""
-    monkeypatch.setattr(page_module, "as_svg", lambda make, salt: Svg("0 0 1 1", ""))
+    monkeypatch.setattr(charts_module, "as_svg", lambda make, salt: Svg("0 0 1 1", ""))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -637,6 +671,7 @@ def try_junk(tmp_path: Path, kind: str, most: int) -> None:
     sources = {
         "head": lambda: head_report().save(tmp_path / "s.json"),
         "tune": lambda: tune_report().save(tmp_path / "s.json"),
+        "scored": lambda: two_class_report().save(tmp_path / "s.json"),
         "cell": lambda: cell_report("finetune", "2", 6).save(tmp_path / "s.json"),
         "compare": lambda: shutil.copy(
             comparison_json(tmp_path / "x") / "compare.json", tmp_path / "s.json"

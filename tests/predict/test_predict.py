@@ -30,7 +30,8 @@ from featcache.config import BackboneConfig, Format, PredictConfig, TrainHeadCon
 from featcache.data import normalize, to_pixels
 from featcache.errors import CacheError, StorageError, UserError, visible
 from featcache.files import check_outputs
-from featcache.heads import load_head, train_head
+from featcache.heads import Decision, load_head, train_head
+from featcache.heads.linear import KnownRows, Threshold, nearest_distance, unit_rows
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
 from featcache.predict.command import MARKS, prediction_writer
@@ -135,6 +136,83 @@ class TestSamePath:
         got = classifier.predict_proba([root / "pets" / name for name in test.ids])
         assert np.abs(got - head.predict_proba(test.X)).max() < 1e-5
         assert classifier.provenance["dataset"]["fingerprint"] == cache.meta.dataset.fingerprint
+
+    def test_a_threshold_decides(self, cache: FeatureCache, root: Path, head_file: Path) -> None:
+        threshold = Threshold(
+            positive=0, probability=0.01, wanted="recall", level=0.9, precision=0.5, recall=0.9
+        )
+        head = linear_head(cache).replace(decision=Decision(threshold=threshold))
+        trained = dataclasses.replace(load_classifier(head_file), head=head)
+        pictures = [root / "pets" / name for name in cache.split("train").ids]
+        found = Classifier(trained, workers=0).predict(pictures, topk=2)
+        shares = head.predict_proba(cache.split("train").X)[:, 0]
+        assert 0 < np.sum(shares < 0.01) < np.sum(shares < 0.5)  # the threshold matters
+        for prediction, share in zip(found, shares, strict=True):
+            first = 0 if share >= 0.01 else 1
+            assert prediction.label == cache.class_names[first]
+            wanted = share if first == 0 else 1 - share
+            assert prediction.probability == pytest.approx(wanted, abs=1e-5)
+            assert prediction.topk[1][0] == cache.class_names[1 - first]
+
+    def test_strange_images_are_unknown(
+        self,
+        cache: FeatureCache,
+        root: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """The head knows train images only: those are usual, noise is not."""
+        train = cache.split("train")
+        head = linear_head(cache)
+        sure = head.predict_proba(train.X).max(axis=1)
+        known = KnownRows.ranking(unit_rows(train.X), sure, np.full(16, 1e-3))
+        path = write_head(tmp_path / "known.safetensors", head.replace(known=known))
+        classifier = Classifier.load(path, workers=0)
+        noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        usual = classifier.predict([root / "pets" / name for name in train.ids], reject=0.06)
+        assert [found.unknown for found in usual].count(True) <= 1
+        found = classifier.predict(noise, reject=0.5)[0]
+        plain = classifier.predict(noise)[0]
+        assert (found.label, found.unknown) == ("unknown", True)
+        assert found.probability == plain.probability
+        assert found.topk == plain.topk
+        assert plain.p_value is None
+        distance = nearest_distance(known.rows.astype(np.float32), classifier.features(noise))
+        assert distance > 1e-3
+        Image.fromarray(noise).save(tmp_path / "noise.png")
+        ask = [path, tmp_path / "noise.png", "--reject", 0.5]
+        code, out, err = run(capsys, *ask, "--format", "csv")
+        assert code == 0
+        assert "1 of 1 images classified, 1 of them unknown, in" in err
+        header, row = csv.reader(out.splitlines())
+        assert header == ["path", "label", "probability", "likeliest", "p_value"]
+        assert row[1] == "unknown"
+        assert row[3] == plain.label
+        assert float(row[4]) == found.p_value
+        assert re.search(rf"unknown +\(p 0\.\d+\), else +{plain.label} ", run(capsys, *ask)[1])
+        report = json.loads(run(capsys, *ask, "--json")[1])
+        assert report["num_unknown"] == 1
+        assert report["predictions"][0]["p_value"] == found.p_value
+
+    def test_rejecting_needs_what_the_head_may_lack(
+        self, cache: FeatureCache, head_file: Path, tmp_path: Path
+    ) -> None:
+        picture = np.zeros((8, 8), np.uint8)
+        with pytest.raises(UserError, match=r"reject: .* kept no held-out rows and cannot tell"):
+            Classifier.load(head_file).predict(picture, reject=0.05)
+        model = make_model(tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=r"reject: .* is a fine-tuned model and cannot tell"):
+            Classifier.load(model).predict(picture, reject=0.05)
+        known = KnownRows.ranking(
+            unit_rows(cache.split("train").X), np.linspace(0.5, 1, 9), np.linspace(0, 1, 9)
+        )
+        few = write_head(tmp_path / "few.safetensors", linear_head(cache).replace(known=known))
+        with pytest.raises(UserError, match="has 9 held-out rows to compare with: give a share fr"):
+            Classifier.load(few).predict(picture, reject=0.05)
+        called = linear_head(cache).replace(known=known, class_names=["cat", "unknown"])
+        path = write_head(tmp_path / "called.safetensors", called)
+        with pytest.raises(UserError, match="has a class 'unknown': leave"):
+            Classifier.load(path).predict(picture, reject=0.2)
 
     def test_features_are_rounded_as_the_cache_rounded_them(
         self, cache: FeatureCache, classifier: Classifier, root: Path

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from featcache.errors import UserError
-from featcache.results import (
-    CURVE_HEADER,
-    CurveRun,
-    crossing,
-    curve_advice,
-    curve_cells,
-    curve_from_json,
-    curve_points,
-    curve_text,
-    curve_to_json,
-)
-from featcache.results.learning_curve import holm
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.curve_json import curve_from_json, curve_to_json
+from featcache.results.learning_curve import CurveRun, curve_points, holm
 from featcache.results.metrics import mcnemar
+from featcache.results.tables import CURVE_HEADER, curve_cells, curve_header, curve_text
 from run_helpers import NUM_TEST, cell, pair
 
 
@@ -93,7 +88,7 @@ def test_crossing_kinds() -> None:
 
 
 def test_sentences_where_the_curves_cross() -> None:
-    assert curve_advice(curve_points(CLEAR)) == [
+    assert curve_advice(curve_points(CLEAR))[:3] == [
         "With all 2,000 images, fine-tuning is more accurate: 0.900 against 0.700 for the cached "
         "head on the same 500 test images, a significant difference (p < 0.001, corrected for 3 "
         "sizes); with fewer, the cached head leads significantly (5 per class) and there is no "
@@ -102,8 +97,8 @@ def test_sentences_where_the_curves_cross() -> None:
         "with fewer, pick the cached head; with more, pick fine-tuning if 20.0 percentage points "
         "are worth 114 s more.",
         "With all 2,000 images, a first cached head takes 6.0 s (5.5 s of it extraction), every "
-        "further one 0.500 s, a fine-tune 120 s: the cache pays for itself with the first "
-        "head, and each percentage point that fine-tuning gains costs 5.7 s.",
+        "further experiment 0.500 s, a fine-tune 2.0 minutes each time: the cache pays for itself "
+        "with the first head, and each percentage point that fine-tuning gains costs 5.7 s.",
     ]
 
 
@@ -141,21 +136,24 @@ def test_sentences_where_nothing_is_decided() -> None:
     )
     assert said[1] == (
         "These results do not show whether the curves cross: pick the cached head, which costs "
-        "114 s less; more test images or seeds could settle it."
+        "114 s less; about 1,900 more test images would settle it with a probability of 80 %, if "
+        "the modes differ as much as here."
     )
 
 
 def test_sentences_where_a_lead_is_lost_or_changes_twice() -> None:
     assert curve_advice(curve_points(LEVEL))[1] == (
         "The curves do not cross significantly within the data, but the cached head loses its lead "
-        "with all 2,000 images: pick the cached head, which costs 114 s less; more test images or "
-        "seeds could settle it."
+        "with all 2,000 images: pick the cached head, which costs 114 s less; about 1,900 more "
+        "test images would settle it with a probability of 80 %, if the modes differ as much as "
+        "here."
     )
     ahead = [*pair("5", 50, 100, 200), *pair("all", 2000, 400, 402)]
     assert curve_advice(curve_points(ahead))[1] == (
         "The curves do not cross within the data: fine-tuning is ahead with all 2,000 images too, "
         "by 0.4 percentage points, but that may be chance: pick the cached head, which costs 114 s "
-        "less; more test images or seeds could settle it."
+        "less; about 1,900 more test images would settle it with a probability of 80 %, if the "
+        "modes differ as much as here."
     )
     assert curve_advice(curve_points(REPEATED))[1].startswith("The lead changes more than once")
 
@@ -259,6 +257,74 @@ def test_no_sentences_without_a_size_in_both_modes() -> None:
     assert points[0].verdict == "unmeasured"
     assert curve_cells(points)[0][2:6] == ("–", "–", "–", "not measured")
     assert curve_cells(curve_points(pair("5", 50, 200, 200)))[0][3] == "0.0"
+
+
+def test_money_is_named_if_the_price_is_known() -> None:
+    said = curve_advice(curve_points(HEAD_WINS), price_per_hour=30)
+    assert said[2].endswith(
+        "the cache pays for itself with the first head. At 30 an hour that is 0.05 for the first "
+        "head, 0.0042 for every further one, and 1 for each fine-tune."
+    )
+
+
+def chosen(seed: int, features: str, **held_out: float) -> CurveRun:
+    """A cached head that chose between all stages of two networks."""
+    run = cell("cached", "all", 2000, 300, seed=seed, cost=6.0)
+    names = {"plain": "all stages", "adapted": "all stages, adapted BatchNorm"}
+    held = {names[name]: top1 for name, top1 in held_out.items()}
+    return dataclasses.replace(run, features=names[features], held_out=held)
+
+
+def test_what_the_head_learned_from_and_why_is_said() -> None:
+    tunes = [cell("finetune", "all", 2000, 400, seed=seed) for seed in range(3)]
+    heads = [
+        chosen(0, "adapted", plain=0.60, adapted=0.70),
+        chosen(1, "adapted", plain=0.62, adapted=0.66),
+        chosen(2, "plain", plain=0.64, adapted=0.62),
+    ]
+    points = curve_points([*heads, *tunes])
+    assert points[0].cached.features == {"all stages, adapted BatchNorm": 2, "all stages": 1}
+    assert curve_advice(points)[3] == (
+        "With all 2,000 images, the cached head uses all stages, adapted BatchNorm with 2 of 3 "
+        "seeds, chosen by accuracy on held-out train images: 0.660, against all stages 0.620."
+    )
+    assert curve_cells(points)[0][-1] == "all stages, adapted BatchNorm 0.660; all stages 0.620"
+    assert curve_header(points)[-1] == "head's features (held-out accuracy)"
+    assert len(curve_cells(points)[1]) == len(curve_header(points))
+    assert max(map(len, curve_text(points).splitlines())) <= 100
+    assert curve_from_json(json.loads(json.dumps(curve_to_json(points)))) == points
+
+
+def shifted(runs: list[CurveRun], head: int, tune: int) -> list[CurveRun]:
+    """The same runs, so many of 200 shifted images right."""
+    right = {"cached": np.arange(200) < head, "finetune": np.arange(200) >= 200 - tune}
+    return [dataclasses.replace(run, shifted_correct=right[run.mode]) for run in runs]
+
+
+def test_the_second_test_set_is_shown_beside_the_first() -> None:
+    points = curve_points(shifted(pair("all", 2000, 350, 450), 130, 80))
+    assert points[0].verdict == "finetune"
+    assert curve_advice(points)[3] == (
+        "On the second, shifted test set (200 images), the cached head has 0.650 (−5.0 percentage "
+        "points) and fine-tuning 0.400 (−50.0): the cached head is significantly more accurate "
+        "there (p < 0.001), unlike on the first test set."
+    )
+    level = curve_points(shifted(pair("all", 2000, 350, 450), 100, 100))
+    assert curve_advice(level)[3].endswith("(−40.0): there is no clear winner there (p = 1).")
+    assert curve_header(points)[-2:] == ("cached head, shifted", "fine-tune, shifted")
+    assert curve_cells(points)[0][-2:] == ("0.650", "0.400")
+    assert curve_from_json(json.loads(json.dumps(curve_to_json(points)))) == points
+    assert "shifted" not in " ".join(curve_header(curve_points(CLEAR)))
+
+
+def test_more_test_images_are_advised_for_chance_alone() -> None:
+    cells = [*pair("all", 100, 100, 400, 0), *pair("all", 100, 150, 140, 1)]
+    assert curve_advice(curve_points(cells))[1].endswith(
+        "more test images or seeds could settle it."
+    )
+    assert curve_advice(curve_points(pair("all", 9, 300, 300)))[1].endswith(
+        "more test images or seeds could settle it."
+    )
 
 
 def test_table_and_json_hold_the_same() -> None:

@@ -91,3 +91,25 @@ def test_mcnemar_approximation_joins_the_exact_test():
 
     assert p_value(471, 531) == pytest.approx(p_value(470, 530), rel=0.02)
     assert p_value(400, 700) < 1e-15
+
+
+def test_how_many_rows_would_decide() -> None:
+    # By hand: (1.95996 √0.28 + 0.84162 √(0.28 - 0.04²))² / 0.04² = 1371.2
+    assert metrics.samples_to_decide(60, 80, 500) == 1372
+    assert metrics.samples_to_decide(80, 60, 500) == metrics.samples_to_decide(60, 80, 500)
+    assert metrics.samples_to_decide(60, 80, 500, significance=0.01) > metrics.samples_to_decide(
+        60, 80, 500
+    )
+    assert metrics.samples_to_decide(5, 5, 500) is None
+    assert metrics.samples_to_decide(0, 0, 500) is None
+
+
+def test_that_many_rows_do_decide_four_times_out_of_five() -> None:
+    num = metrics.samples_to_decide(60, 80, 500)
+    assert num is not None
+    random = np.random.default_rng(0)
+    decided = 0
+    for _ in range(300):
+        kind = random.choice(3, num, p=[0.12, 0.16, 0.72])
+        decided += metrics.mcnemar(kind == 0, kind == 1) < 0.05
+    assert 0.74 <= decided / 300 <= 0.86

@@ -7,21 +7,22 @@ import re
 import pytest
 
 from featcache.errors import StorageError, UserError
-from featcache.results import (
-    Predictions,
-    Row,
-    RunReport,
-    advice,
-    benchmark_rows,
-    best_of,
-    break_even,
-    markdown_table,
+from featcache.results import Predictions, Row, RunReport, benchmark_rows, break_even, speedups
+from featcache.results.advice import advice, best_of
+from featcache.results.plots import (
+    as_svg,
+    draw,
+    lines_of,
     plot_accuracy_against_seconds,
-    speedups,
-    text_table,
+    seconds_tick,
 )
-from featcache.results.plots import as_svg, draw, lines_of, seconds_tick
-from featcache.results.tables import seconds_text, table_cells, times_text
+from featcache.results.tables import (
+    markdown_table,
+    seconds_text,
+    table_cells,
+    text_table,
+    times_text,
+)
 
 LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
 TUNE, SLOW_TUNE = "full fine-tune (lr 1e-3)", "full fine-tune (lr 1e-4)"

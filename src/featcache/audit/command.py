@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import time
@@ -25,13 +24,13 @@ from featcache.audit.labels import LabelCheck, check_labels
 from featcache.audit.neighbors import near_threshold, neighborhood
 from featcache.audit.rows import AllRows, all_rows
 from featcache.cache import FeatureCache
-from featcache.config import AuditConfig, TrainHeadConfig
+from featcache.config import AuditConfig, TrainHeadConfig, config_json
 from featcache.data import copies_lines, find_copies, find_shared_groups, shared_groups_lines
 from featcache.errors import listed
 from featcache.files import check_outputs, csv_line, write_atomically, write_json
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
-from featcache.results import config_json, metrics, report_marks
+from featcache.results import metrics, report_marks
 from featcache.runtime import environment
 
 MARKS = re.compile(rb"\Arank,kind,split,id,")
@@ -79,7 +78,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         "num_findings": count_by_kind(findings),
         "identical_images": copies.report(),
         "shared_groups": [
-            dataclasses.asdict(shared)
+            shared._asdict()
             for shared in find_shared_groups({name: cache.rows(name) for name in cache.splits})
         ],
         "labels": _labels(labels, rows, config),

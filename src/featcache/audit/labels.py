@@ -23,11 +23,12 @@ from featcache.config import AuditConfig, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.columns import on_columns
 from featcache.heads.linear import Doubles, Floats, Ints, softmax
+from featcache.heads.scoring import open_test
 from featcache.heads.selection import Choice, choose_solver, load_data
 from featcache.heads.solvers.base import Settings, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
 from featcache.heads.train import make_solvers
-from featcache.heads.training_data import Rows, open_test
+from featcache.heads.training_data import Rows
 from featcache.runtime import progress
 
 TINY = 1e-12

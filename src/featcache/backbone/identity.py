@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from featcache.backbone.weights import (
     own_preprocessing,
     weights_of,
 )
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing, StageColumns
+from featcache.config import BackboneConfig, BackboneInfo, Preprocessing, StageColumns, StageInput
 from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of
@@ -39,6 +40,8 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     key = f"backbone:{config.backbone}:{spec}:{drawn if spec == 'random' else ''}"
     if config.stage_pool is not None:
         key += f":{config.stage_pool}"
+    if config.cached_stage is not None:
+        key += f":from {config.cached_stage}"
     known = _remembered(memo := Memo(cache_dir), key)
     if known is None:
         now_s = time.time()
@@ -67,11 +70,14 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> di
         model = build_network(config.backbone, seed=None)
     own = own_preprocessing(config, file)
     stages = None if config.stage_pool is None else _stages(config, own)
+    cut = None if config.cached_stage is None else _stage_input(config, own)
+    width = feature_dim_of(head_of(model)[1])
     return {
         "weights_sha256": file.sha256 if file else state_sha256(model),
-        "feature_dim": sum(stages.widths) if stages else feature_dim_of(head_of(model)[1]),
+        "feature_dim": sum(stages.widths) if stages else math.prod(cut.shape) if cut else width,
         "preprocessing": dataclasses.asdict(own),
         "stages": dataclasses.asdict(stages) if stages else None,
+        "stage_input": dataclasses.asdict(cut) if cut else None,
     }
 
 
@@ -82,6 +88,15 @@ def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
     assert config.stage_pool is not None
     network = without_head(build_network(config.backbone, seed=0))
     return stage_columns(network, config.preprocessing(own).image_px, config.stage_pool)
+
+
+def _stage_input(config: BackboneConfig, own: Preprocessing) -> StageInput:
+    """The shape of a stage's input, which does not depend on the weights."""
+    from featcache.backbone.tail import stage_input
+
+    assert config.cached_stage is not None
+    network = without_head(build_network(config.backbone, seed=0))
+    return stage_input(network, config.cached_stage, config.preprocessing(own).image_px)
 
 
 def _is_still(file: WeightsFile) -> bool:

@@ -20,7 +20,8 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
     Args:
         config: Which backbone and weights.
         seed: Draws `random` weights.
-        info: What `identify` found: other weights are refused, and its stages are features too.
+        info: What `identify` found: other weights are refused, and its stages are features too,
+            or the input of one is what the network gives.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
@@ -30,7 +31,11 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
         UserError: Unknown backbone, or weights that are missing, do not fit, or have changed.
     """
     network = verified_network(config, seed, info.weights_sha256 if info else None)
-    return without_head(network, info.stages if info else None)
+    if info is None or info.stage_input is None:
+        return without_head(network, info.stages if info else None)
+    from featcache.backbone.tail import Front
+
+    return Front(without_head(network), info.stage_input.stage).eval()
 
 
 def without_head(model: nn.Module, stages: StageColumns | None = None) -> nn.Module:

@@ -41,19 +41,11 @@ class StageFeatures(nn.Module):
     """
 
     def __init__(self, network: nn.Module, columns: tuple[str, ...]) -> None:
-        from torchvision.models.feature_extraction import (
-            create_feature_extractor,
-            get_graph_node_names,
-        )
-
         super().__init__()
         self.groups = [name.rpartition(".")[::2] for name in columns if name != "last"]
         self.space = SPACE.get(type(network).__name__, (2, 3))
-        _, nodes = get_graph_node_names(network.eval())
-        returned = {stage: stage for stage, _ in self.groups} | {nodes[-1]: "last"}
-        extractor = create_feature_extractor(network, returned)
-        # torchvision's class keeps a second graph, for training, and a copy of it takes that one.
-        self.body = fx.GraphModule(extractor, extractor.graph)
+        returned = {stage: stage for stage, _ in self.groups} | {last_node(network): "last"}
+        self.body = extractor(network, returned)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [N, num_columns] of images [N, 3, H, W]."""
@@ -67,6 +59,28 @@ class StageFeatures(nn.Module):
             return mean.flatten(1)
         centred = maps - mean
         return (centred * centred).mean(self.space).sqrt()
+
+
+def last_node(network: nn.Module) -> str:
+    """The name of what a network computes last."""
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    _, nodes = get_graph_node_names(network.eval())
+    return str(nodes[-1])
+
+
+def extractor(network: nn.Module, returned: dict[str, str]) -> fx.GraphModule:
+    """A network that gives outputs of some of its nodes, in eval mode; modules are shared.
+
+    Args:
+        network: Left in eval mode.
+        returned: By a node's name, the key of its output in the dict that the module gives.
+    """
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    found = create_feature_extractor(network.eval(), returned)
+    # torchvision's class keeps a second graph, for training, and a copy of it takes that one.
+    return fx.GraphModule(found, found.graph)
 
 
 def stage_columns(network: nn.Module, image_px: int, pool: Pool) -> StageColumns:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbone.checkpoint import parse_checkpoint
 from featcache.backbone.networks import classifiers, head_of
 from featcache.config import BackboneConfig, Preprocessing
 from featcache.errors import UserError, listed, one_of, shown
@@ -51,6 +50,10 @@ class WeightsFile(TensorFile):
         try:
             if self.path.suffix == ".safetensors":
                 return super().tensors()
+            from featcache.backbone.checkpoint import (
+                parse_checkpoint,  # late: a hit reads no weights
+            )
+
             return parse_checkpoint(self.data, str(self.path))
         except MemoryError as error:
             raise too_large_for_memory(self.path) from error

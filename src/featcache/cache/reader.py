@@ -240,12 +240,14 @@ class FeatureSplit:
                 )
             self._checked[block] = True
 
-    def take(self, indices: npt.ArrayLike, view: int = 0) -> npt.NDArray[Any]:
+    def take(
+        self, indices: npt.ArrayLike, view: int | npt.NDArray[np.integer[Any]] = 0
+    ) -> npt.NDArray[Any]:
         """A copy of features [m, D] of some rows, checking only their blocks.
 
         Args:
             indices: [m] of 0 to n - 1, in any order.
-            view: Which view.
+            view: Which view, or which of each row, [m].
 
         Raises:
             CacheError: A block is damaged.

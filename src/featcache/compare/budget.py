@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
 from featcache.errors import UserError
-from featcache.results import CurveMode, CurveRun, RunReport
+from featcache.results import RunReport
+from featcache.results.learning_curve import CurveMode, CurveRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ def head_pace(report: RunReport, spent: float) -> Pace:
         report: The run's.
         spent: Its seconds in total.
     """
-    fitting, num_train = float(report.more["fit_seconds"]), int(report.more["num_train"])
+    fitting, num_train = float(report.more["cell"]["trial_seconds"]), int(report.more["num_train"])
     return Pace(passes=num_train, per_pass=fitting / num_train, fixed=max(spent - fitting, 0.0))
 
 
@@ -67,6 +69,12 @@ def finetune_pace(report: RunReport, spent: float) -> Pace:
     )
 
 
+PACES: dict[CurveMode, Callable[[RunReport, float], Pace]] = {
+    "cached": head_pace,
+    "finetune": finetune_pace,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
     """A run of the comparison: its report, and what was read from it."""
@@ -84,10 +92,10 @@ class FinishedRun:
             UserError: It is not of a run of a comparison, or is damaged.
         """
         run = CurveRun.from_report(report)
-        pace = head_pace if run.mode == "cached" else finetune_pace
         try:
             spent = float(report.more["cell"]["spent_seconds"])
-            return cls(report=report, curve_run=run, pace=pace(report, spent), spent_seconds=spent)
+            pace = PACES[run.mode](report, spent)
+            return cls(report=report, curve_run=run, pace=pace, spent_seconds=spent)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"not a run of a comparison: {error}") from error
 

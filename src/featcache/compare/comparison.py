@@ -18,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from featcache.cache import sole_writer
 from featcache.compare.budget import Budget, FinishedRun
-from featcache.compare.extraction import extract_config, shared_cache
+from featcache.compare.extraction import MINUTE, extract_configs, record_name, shared_caches
 from featcache.compare.planned_runs import PlannedRun, plan_runs
+from featcache.compare.shifted import ShiftedTest, shifted_images
 from featcache.compare.training import (
     ComparisonSetup,
     finetune_config,
@@ -30,31 +33,25 @@ from featcache.compare.training import (
     train_and_save,
     warm_up,
 )
-from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, flatten
+from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, config_json, flatten
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.trainable import resolve_recipe
+from featcache.heads import Network
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
-from featcache.results import (
-    CurveMode,
-    CurvePoint,
-    config_json,
-    crossing,
-    curve_advice,
-    curve_from_json,
-    curve_points,
-    curve_text,
-    curve_to_json,
-    report_marks,
-)
+from featcache.results import report_marks
+from featcache.results.curve_advice import crossing, curve_advice
+from featcache.results.curve_json import curve_from_json, curve_to_json
+from featcache.results.forecast import forecasts
+from featcache.results.learning_curve import CurveMode, CurvePoint, curve_points
 from featcache.results.runs import MAX_BYTES
-from featcache.results.tables import seconds_text
+from featcache.results.tables import curve_text, seconds_text
 from featcache.runtime import environment, load_optimizers, numeric_versions, say
 
-MINUTE = 60.0
+NETWORKS: dict[Network, str] = {"frozen": "", "adapt": "with adapted BatchNorm statistics "}
 MODES: tuple[CurveMode, ...] = get_args(CurveMode)
 
 
@@ -74,9 +71,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
-        return _compare(config, dataset, output, start)
+        setup = prepare(config, dataset, shifted, output)
+        return _compare(setup, start)
 
 
 @contextlib.contextmanager
@@ -88,7 +87,7 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         StorageError: Another run is writing to it, or it cannot be written.
     """
     marks = re.compile(report_marks("compare").pattern + rb'|\A\{\s*"cache": |\A\{\s*"settings": ')
-    names = ("compare.json", "extraction.json", "settings.json")
+    names = ("compare.json", *map(record_name, get_args(Network)), "settings.json")
     check_outputs(dict.fromkeys((output / name for name in names), marks), [config.weights])
     check_writable(output / "compare.json")
     with sole_writer(output / "compare.json"):
@@ -115,13 +114,10 @@ def _asked_before(output: Path) -> dict[str, Any]:
     return {}
 
 
-def _compare(
-    config: CompareConfig, dataset: ImageDataset, output: Path, start: float
-) -> dict[str, Any]:
+def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
     """Run the comparison and write its report; the folder is locked."""
-    setup = prepare(config, dataset, output)
     train = setup.dataset.splits["train"]
-    planned = plan_runs(config, train.ids, train.labels, _decisive(setup), train.groups)
+    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -131,23 +127,42 @@ def _compare(
     return report
 
 
-def prepare(config: CompareConfig, dataset: ImageDataset, output: Path) -> ComparisonSetup:
-    """Extract or find the cache, and keep the images that both modes can use."""
-    extraction = shared_cache(config, output)
-    head = TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver)
-    cache = open_cache(head)
+def prepare(
+    config: CompareConfig, dataset: ImageDataset, shifted: ImageDataset | None, output: Path
+) -> ComparisonSetup:
+    """Extract or find the caches, and keep the images that both modes can use.
+
+    Args:
+        config: The command's settings.
+        dataset: Train and test images.
+        shifted: The second test set, if there is one.
+        output: The comparison's folder.
+
+    Raises:
+        UserError: Wrong input, or images that changed between two extractions.
+    """
+    extractions = shared_caches(config, output)
+    caches = {
+        network: open_cache(TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver))
+        for network, extraction in extractions.items()
+    }
+    first, *others = caches.values()
     usable = {}
     for name in ("train", "test"):
-        rows = cache.split(name).rows
+        rows = first.split(name).rows
+        if any(not np.array_equal(other.split(name).rows, rows) for other in others):
+            raise UserError("images became unreadable during the run: run the same command again")
         usable[name] = dataset.splits[name].subset(rows)
         # Both modes learn from the same images: those that the features were made from.
-        usable[name].record(cache.rows(name).content[rows])
+        for cache in caches.values():
+            usable[name].record(cache.rows(name).content[rows])
     return ComparisonSetup(
         config=config,
         output=output,
         dataset=dataclasses.replace(dataset, splits=usable),
-        cache=cache,
-        extraction=extraction,
+        caches=caches,
+        extractions=extractions,
+        shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
     )
 
 
@@ -161,12 +176,15 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
 
 def _asked(config: CompareConfig) -> dict[str, Any]:
     """The settings that identify a comparison."""
-    extraction = extract_config(config)
+    extraction = next(iter(extract_configs(config).values()))
     asked = flatten(config_json(extraction)) | {"dtype": extraction.stored_dtype}
+    asked |= {"layers": config.layers, "batchnorm": config.batchnorm}
     if config.layers == "last":
         del asked["layers"], asked["pool"]  # as in version 0.1.0
     if config.batchnorm == "frozen":
         del asked["batchnorm"]
+    if config.test_shifted is not None:
+        asked["test_shifted"] = config.test_shifted.name
     if config.group_from is None:
         del asked["group_from"]
     asked |= {"solver": config.solver, "lr": config.lr}
@@ -186,10 +204,13 @@ def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cache": provenance["cache_digest"],
         "versions": numeric_versions(),
     }
-    tuning = dataclasses.asdict(resolve_recipe(finetune_config(config, None, config.seed)))
+    if setup.shifted is not None:
+        same["shifted"] = setup.shifted.digest
+    digests = [cache.digest.hex() for cache in setup.caches.values()]
+    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
     del tuning["seed"]
     return {
-        "cached": {**same, "solver": config.solver},
+        "cached": {**same, "caches": digests, "solver": config.solver},
         "finetune": {**same, "plan": tuning, "min_steps": config.min_steps},
     }
 
@@ -266,7 +287,8 @@ class Schedule:
 def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     """Find or train every run that the budget allows."""
     num_test = len(setup.dataset.splits["test"])
-    budget = Budget(setup.config.budget * MINUTE, num_test, setup.extraction.spent_seconds)
+    spent = sum(extraction.spent_seconds for extraction in setup.extractions.values())
+    budget = Budget(setup.config.budget * MINUTE, num_test, spent)
     schedule = Schedule(setup=setup, planned=planned, budget=budget)
     for one in planned:
         run = load_finished(setup, one)
@@ -300,13 +322,15 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "dataset": setup.cache.meta.dataset.name,
         "points": curve_to_json(points),
         "crossing": dataclasses.asdict(crossing(points)),
-        "advice": curve_advice(points),
+        "forecast": [dataclasses.asdict(found) for found in forecasts(points)],
+        "advice": curve_advice(points, config.price_per_hour),
         "left_out": [dataclasses.asdict(run) for run in skipped],
         "notes": _notes(setup, points, skipped, spent),
         "runs": [f"runs/{planned.name}.json" for planned in done],
         "num_planned": len(schedule.planned),
         "spent_seconds": spent,
-        "extraction": dataclasses.asdict(setup.extraction),
+        "extractions": {name: dataclasses.asdict(e) for name, e in setup.extractions.items()},
+        "shifted": setup.shifted and setup.shifted.describe(),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",
         "chosen_on": "a held-out part of each run's own train images",
@@ -322,8 +346,17 @@ def _notes(
     setup: ComparisonSetup, points: list[CurvePoint], skipped: list[SkippedRun], spent: float
 ) -> list[str]:
     """What a reader needs to judge the results."""
-    config, rate = setup.config, 1 / setup.extraction.seconds_per_image
-    notes = [f"Extraction runs at {rate:,.0f} images per second, {setup.extraction.how}."]
+    config = setup.config
+    notes = [
+        f"Extraction {NETWORKS[name]}runs at {1 / extraction.seconds_per_image:,.0f} images per "
+        f"second, {extraction.how}."
+        for name, extraction in setup.extractions.items()
+    ]
+    if setup.shifted is not None and setup.shifted.num_in_train:
+        notes.append(
+            f"{setup.shifted.num_in_train:,} images of the second test set are train images too: "
+            "remove them from either."
+        )
     draws = [len(p.cached.top1_by_seed) for p in points if p.cached]
     if draws and min(draws) < 2:
         notes.append(

@@ -1,4 +1,4 @@
-"""The cache that all runs share, and what its extraction took."""
+"""The caches that all runs share, and what their extraction took."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Any
 
 from featcache.backbone import load_backbone
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import CompareConfig, ExtractConfig
-from featcache.data import BadImage, bad_image_error, load_dataset
+from featcache.config import CompareConfig, ExtractConfig, config_json
+from featcache.config.settings import carried_over
+from featcache.data import BadImage, bad_image_error
 from featcache.engine.inference import computed_rows
+from featcache.errors import UserError
 from featcache.extract import extract
+from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
-from featcache.results import config_json
+from featcache.heads import Network
+from featcache.results.tables import seconds_text
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
 MAX_BYTES = 1 << 20
+MINUTE = 60.0
 SAMPLE_IMAGES = 256
 """Enough for a steady rate, few enough to take little time."""
+SECOND_SHARE = 0.25
+"""Part of the budget that features of a second network may take."""
 SPEED_SETTINGS = ("device", "engine", "precision", "batch_size", "workers")
 """Settings that change the time of an extraction, not its features."""
 
@@ -42,32 +49,61 @@ class Extraction:
     how: str
 
 
-def extract_config(config: CompareConfig) -> ExtractConfig:
-    """The comparison's settings as those of an extraction."""
-    names = {field.name for field in dataclasses.fields(ExtractConfig)}
-    shared = ("json", "verbose", "output")
-    values = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name in names and field.name not in shared
+def extract_configs(config: CompareConfig) -> dict[Network, ExtractConfig]:
+    """The comparison's settings as those of extractions; held-out rows choose if there are two."""
+    but = ("json", "verbose", "output", "layers", "batchnorm")
+    shared = carried_over(config, ExtractConfig, but=but)
+    # The last layer's columns are among those of all stages.
+    layers = "stages" if config.layers == "auto" else config.layers
+    networks: tuple[Network, ...] = ("frozen", "adapt")
+    if config.batchnorm != "auto":
+        networks = (config.batchnorm,)
+    return {
+        network: ExtractConfig(**shared, layers=layers, batchnorm=network) for network in networks
     }
-    return ExtractConfig(**values)
 
 
-def shared_cache(config: CompareConfig, output: Path) -> Extraction:
-    """Extract every image once, or find its cache, and what extraction takes.
+def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extraction]:
+    """Extract every image once with each network, or find the caches, and what extraction takes.
 
-    The record beside the cache tells what it cost, if it is of this machine and these settings.
-    Otherwise a sample is computed again and timed. The result is saved in the comparison's folder.
+    A second network is left out where its features would take too much of the budget, or where it
+    cannot be made, for lack of BatchNorm layers.
 
     Raises:
         UserError: Wrong input.
-        StorageError: The cache could not be written.
+        StorageError: A cache could not be written.
     """
-    wanted = extract_config(config)
+    found: dict[Network, Extraction] = {}
+    for network, wanted in extract_configs(config).items():
+        expected = max((e.seconds_per_image * e.num_images for e in found.values()), default=0.0)
+        if expected > SECOND_SHARE * config.budget * MINUTE:
+            say(
+                "leaving out adapted BatchNorm statistics: their features would take "
+                f"{seconds_text(expected)} of --budget {config.budget:g} minutes"
+            )
+            continue
+        try:
+            found[network] = _shared_cache(wanted, output / record_name(network))
+        except UserError as error:
+            if not found:
+                raise
+            say(f"leaving out adapted BatchNorm statistics: {error}")
+    return found
+
+
+def record_name(network: Network) -> str:
+    """The file in the comparison's folder that remembers what extraction took."""
+    return f"extraction-{network}.json"
+
+
+def _shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
+    """One cache, and what its extraction takes.
+
+    The record beside the cache tells what it cost, if it is of this machine and these settings.
+    Otherwise a sample is computed again and timed. The result is saved in the comparison's folder.
+    """
     report = extract(wanted)
     cache = FeatureCache(report["cache"])
-    record = output / "extraction.json"
     known = _remembered(record, cache.digest.hex())
     if known is not None:
         return dataclasses.replace(known, cache=report["cache"])
@@ -120,10 +156,11 @@ def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float
     from featcache.engine import EngineSettings, choose_engine
 
     say(f"computing up to {SAMPLE_IMAGES} cached images again, to measure what extraction takes")
-    split, rows = load_dataset(config).splits["train"], cache.split("train").rows[:SAMPLE_IMAGES]
+    request, rows = Request.of(config), cache.split("train").rows[:SAMPLE_IMAGES]
+    split = request.dataset.splits["train"]
     split.subset(rows).record(cache.rows("train").content[rows])
     views, prep = cache.meta.views, cache.meta.backbone.preprocessing
-    network = load_backbone(config, config.seed, cache.meta.backbone)
+    network = load_backbone(request.config, config.seed, cache.meta.backbone)
     with torch_threads_kept():
         engine = choose_engine(EngineSettings.of(config), network, prep, num_images=len(rows))
         start = time.perf_counter()

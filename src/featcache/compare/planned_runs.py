@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from featcache.config import CompareConfig
 from featcache.finetune.checkpoint import run_key
 from featcache.groups import whole_groups_first
-from featcache.results import CurveMode
+from featcache.results.learning_curve import CurveMode
 
 Ints = NDArray[np.int64]
 FORMAT = 1

@@ -6,9 +6,9 @@ import dataclasses
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,13 +16,16 @@ from featcache.cache import FeatureCache, lock_path
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import Extraction
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
-from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig
+from featcache.compare.shifted import ShiftedTest
+from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
+from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import train_head_report
-from featcache.results import RunReport, config_json
+from featcache.heads import Network, train_best_head, train_head_report
+from featcache.results import RunReport
+from featcache.results.learning_curve import CurveMode
 from featcache.runtime import say
 
 CHECKPOINT_S = 60.0
@@ -39,15 +42,27 @@ class ComparisonSetup:
         config: The command's settings.
         output: The comparison's folder.
         dataset: Without the images that could not be read; its rows are the cache's.
-        cache: The features; its train and test rows are the dataset's.
-        extraction: What the features cost.
+        caches: The features of each network; their train and test rows are the dataset's.
+        extractions: What the features of each cost.
+        shifted: The second test set, if there is one.
     """
 
     config: CompareConfig
     output: Path
     dataset: ImageDataset
-    cache: FeatureCache
-    extraction: Extraction
+    caches: dict[Network, FeatureCache]
+    extractions: dict[Network, Extraction]
+    shifted: ShiftedTest | None = None
+
+    @property
+    def cache(self) -> FeatureCache:
+        """The first network's."""
+        return next(iter(self.caches.values()))
+
+    @property
+    def seconds_per_image(self) -> float:
+        """Of all extractions that the choice among networks needs."""
+        return sum(extraction.seconds_per_image for extraction in self.extractions.values())
 
     def report_path(self, planned: PlannedRun) -> Path:
         """The report file of a run."""
@@ -71,8 +86,7 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
         StorageError: The report could not be written.
     """
     start = time.perf_counter()
-    train = _train_head if planned.mode == "cached" else _finetune
-    report, cost, trial = train(setup, planned)
+    report, cost, trial = TRAINERS[planned.mode](setup, planned)
     cell = {
         "key": planned.key,
         "mode": planned.mode,
@@ -91,9 +105,9 @@ def train_and_save(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun:
 def warm_up(setup: ComparisonSetup, planned: PlannedRun) -> None:
     """Fit a head and discard it, so that loading libraries is not in the first run's time."""
     with tempfile.TemporaryDirectory() as folder:
-        config = head_config(setup, planned)
         path = Path(folder) / "head.safetensors"
-        train_head_report(dataclasses.replace(config, output=path), planned.rows)
+        for config in head_configs(setup, planned).values():
+            train_head_report(dataclasses.replace(config, output=path), planned.rows)
 
 
 def time_finetuning(setup: ComparisonSetup) -> Pace:
@@ -116,29 +130,39 @@ def time_finetuning(setup: ComparisonSetup) -> Pace:
         rows = nested_rows(splits[name].ids, labels, each, config.seed)
         places = np.linspace(0, len(rows) - 1, min(wanted, len(rows))).astype(np.int64)
         few[name] = rows[places]
-    report = _tune(setup, tuning, "timing", **few)
+    report = _tune(setup, tuning, "timing", None, **few)
     return finetune_pace(report, time.perf_counter() - start)
 
 
-def head_config(setup: ComparisonSetup, planned: PlannedRun) -> TrainHeadConfig:
-    """The settings of train-head for a run on the cache."""
-    return TrainHeadConfig(
-        cache=Path(setup.extraction.cache),
-        solver=setup.config.solver,
-        seed=planned.seed,
-        cache_dir=setup.config.cache_dir,
-        output=setup.report_path(planned).with_suffix(".safetensors"),
-    )
+def head_configs(setup: ComparisonSetup, planned: PlannedRun) -> dict[Network, TrainHeadConfig]:
+    """The settings of train-head for a run on each cache."""
+    output = setup.report_path(planned).with_suffix(".safetensors")
+    return {
+        network: TrainHeadConfig(
+            cache=Path(extraction.cache),
+            solver=setup.config.solver,
+            seed=planned.seed,
+            cache_dir=setup.config.cache_dir,
+            output=output,
+        )
+        for network, extraction in setup.extractions.items()
+    }
 
 
 def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fit a head on the cached features of some train images; head and report are written."""
-    path = setup.report_path(planned)
+    """Fit a head on cached features of some train images; head and report are written.
+
+    With features of several networks, held-out rows among these images choose; choosing and all
+    extractions count.
+    """
     # An old report with different settings must not remain beside the new head.
-    path.unlink(missing_ok=True)
-    report = train_head_report(head_config(setup, planned), planned.rows)
-    fitting = float(report.more["fit_seconds"])
-    return report, setup.extraction.seconds_per_image * len(planned.rows) + fitting, fitting
+    setup.report_path(planned).unlink(missing_ok=True)
+    report = train_best_head(head_configs(setup, planned), planned.rows)
+    fitting = sum(float(each["fit_seconds"]) for each in report.more["alternatives"])
+    if setup.shifted is not None:
+        shifted = {"shifted": setup.shifted.score_head(report)}
+        report = dataclasses.replace(report, more=report.more | shifted)
+    return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
 def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
@@ -149,10 +173,7 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
         num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
     """
-    ours = {field.name for field in dataclasses.fields(CompareConfig)}
-    theirs = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    shared = (ours & theirs) - {"json", "verbose", "output", "seed"}
-    values: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
     tuning = FinetuneConfig(**values, seed=seed, score="end")
@@ -168,12 +189,18 @@ def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, f
     """Fine-tune on some train images; the model is not saved."""
     config = finetune_config(setup.config, len(planned.rows), planned.seed)
     test = np.arange(len(setup.dataset.splits["test"]))
-    report = _tune(setup, config, planned.name, train=planned.rows, test=test)
+    report = _tune(setup, config, planned.name, setup.shifted, train=planned.rows, test=test)
     cost = _finetune_seconds(report)
     return report, cost, cost
 
 
-def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Ints) -> RunReport:
+def _tune(
+    setup: ComparisonSetup,
+    config: FinetuneConfig,
+    name: str,
+    shifted: ShiftedTest | None,
+    **rows: Ints,
+) -> RunReport:
     """Fine-tune on these rows of train and score on these of test; return only the report."""
     model = setup.output / "work" / f"{name}.safetensors"
     config = dataclasses.replace(config, output=model)
@@ -181,6 +208,8 @@ def _tune(setup: ComparisonSetup, config: FinetuneConfig, name: str, **rows: Int
     dataset = dataclasses.replace(setup.dataset, splits=splits)
     report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
     kept = {name: value for name, value in report.more.items() if name != "model"}
+    if shifted is not None:
+        kept["shifted"] = shifted.score_model(model, setup.config)
     model.unlink(missing_ok=True)
     model.with_suffix(".json").unlink(missing_ok=True)
     lock_path(model).unlink(missing_ok=True)  # the folder is locked
@@ -193,3 +222,8 @@ def _finetune_seconds(report: RunReport) -> float:
     num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])
     reading = float(report.more["read_seconds"]) * num_test / (num_train + num_test)
     return max(report.seconds_total - scoring - reading, 0.0)
+
+
+# By mode, what trains a run: its report, its seconds from labeled images on, a further trial's.
+TRAINERS: dict[CurveMode, Callable[[ComparisonSetup, PlannedRun], tuple[RunReport, float, float]]]
+TRAINERS = {"cached": _train_head, "finetune": _finetune}

@@ -34,9 +34,11 @@ from featcache.config.records import (
     Preprocessing,
     Resize,
     StageColumns,
+    StageInput,
     Views,
     flatten,
 )
+from featcache.config.settings import config_json
 
 __all__ = [
     "HALF",
@@ -65,8 +67,10 @@ __all__ = [
     "Resize",
     "Solver",
     "StageColumns",
+    "StageInput",
     "TrainHeadConfig",
     "VerifyConfig",
     "Views",
+    "config_json",
     "flatten",
 ]

@@ -46,6 +46,10 @@ class PredictConfig(ClassifierConfig):
     input, one per line or separated by NUL (find -print0)."""
     topk: int = 1
     """Print this many of the most probable classes."""
+    reject: Optional[float] = None
+    """Call an image unknown if it is stranger than all but this share of the head's held-out train
+    images: no class is likely, or it is far from all train images. So at most this share of images
+    of the known classes is called unknown; 0.05 is a common choice."""
     format: Optional[Format] = None
     """table (for people), csv (for spreadsheets: a cell that would be a formula is prefixed with a
     single quote), or jsonl (one JSON object per line). By default what the suffix of --output says,
@@ -65,6 +69,7 @@ class PredictConfig(ClassifierConfig):
     def __post_init__(self) -> None:
         ClassifierConfig.__post_init__(self)
         check_range("topk", self.topk, 1)
+        check_range("reject", self.reject, 0, 1)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
         if self.output is not None and self.output.suffix.lower() not in PREDICTION_SUFFIXES:

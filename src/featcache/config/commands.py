@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -13,7 +14,7 @@ from featcache.config.options import (
     ImagePathsConfig,
     OutputConfig,
 )
-from featcache.config.records import Views
+from featcache.config.records import Pool, Views
 from featcache.config.settings import settings
 from featcache.errors import UserError
 
@@ -34,7 +35,11 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     """Versions of each image to cache besides view 0, the plain image: none, flip (its mirror
     image), or a number N (N random crops, resized and flipped at random; seeded)."""
     dtype: Optional[Literal["float32", "float16"]] = None
-    """The type that features are stored as. By default float32, or float16 with --layers stages."""
+    """The type that features are stored as. By default float32, or float16 with --layers stages or
+    --from-stage."""
+    from_stage: Optional[str] = None
+    """Cache the input of this stage (for example layer4) instead of features, for
+    finetune --from-stage, which otherwise does so itself."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -63,11 +68,19 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
+        if self.from_stage is not None and self.layers == "stages":
+            raise UserError("--from-stage caches activations, --layers features: give one of them")
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        return self.dtype or ("float32" if self.layers == "last" else "float16")
+        plain = self.layers == "last" and self.from_stage is None
+        return self.dtype or ("float32" if plain else "float16")
+
+    @property
+    def cached_stage(self) -> str | None:
+        """See `BackboneConfig.cached_stage`."""
+        return self.from_stage
 
 
 @settings
@@ -114,6 +127,12 @@ class TrainHeadConfig(OutputConfig):
     chooses on the held-out part (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weighs classes by the inverse of their frequency."""
+    threshold_for: Optional[str] = None
+    """For two classes, precision=LEVEL or recall=LEVEL: choose, on held-out rows, the probability
+    from which an image counts as --positive, so that this much is reached. It is stored with the
+    head, and predict uses it."""
+    positive: Optional[str] = None
+    """The class that --threshold-for is about. By default the second one."""
     shots: Optional[int] = None
     """Use only K train rows of each class, and repeat with --num-seeds samples."""
     num_seeds: int = 5
@@ -145,23 +164,44 @@ class TrainHeadConfig(OutputConfig):
         check_range("seed", self.seed, 0, 2**32 - 1)
         if not 0 < self.holdout < 1:
             raise UserError(f"--holdout {self.holdout} is out of range: between 0 and 1, say 0.2")
+        if self.wanted_threshold() is None and self.positive is not None:
+            raise UserError("--positive is for --threshold-for: leave it out, or give both")
+
+    def wanted_threshold(self) -> tuple[Literal["precision", "recall"], float] | None:
+        """What `threshold_for` asks for, if it is given.
+
+        Raises:
+            UserError: It is neither precision nor recall, or the level is not between 0 and 1.
+        """
+        if self.threshold_for is None:
+            return None
+        name, _, text = self.threshold_for.partition("=")
+        level = float(text) if re.fullmatch(r"[01]?\.?\d{1,9}", text) else 0.0
+        for wanted in ("precision", "recall"):
+            if name == wanted and 0 < level <= 1:
+                return wanted, level
+        raise UserError(
+            f"--threshold-for {self.threshold_for!r:.80}: give precision=LEVEL or recall=LEVEL "
+            "with a level from 0 to 1, for example precision=0.95"
+        )
 
 
 @settings
 class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train the whole network (or, with --freeze-backbone, its head) on the images."""
 
-    recipe: Literal["notebook", "good"] = "notebook"
+    recipe: Optional[Literal["notebook", "good"]] = None
     """notebook: Adam with one constant learning rate. good: a linear probe first, then a lower rate
-    for the backbone, warm-up, a cosine schedule and weight decay. Other flags override the
-    recipe."""
+    for the backbone, warm-up, a cosine schedule and weight decay. By default notebook, or good with
+    --from-stage. Other flags override the recipe."""
     epochs: Optional[int] = None
-    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one."""
+    """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one, 8
+    with the good one and --from-stage."""
     lr: Optional[float] = None
     """Learning rate. By default 1e-3, or 1e-2 with --optimizer sgd."""
     backbone_lr: Optional[float] = None
     """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
-    recipe."""
+    recipe, a fifth with --from-stage."""
     batch_size: int = 32
     """Images per step."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
@@ -175,6 +215,11 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Train only the head, running the frozen network each step: a linear probe without cache."""
     unfreeze: Optional[str] = None
     """Train only the head and the modules whose names start with this, for example layer4."""
+    from_stage: Optional[str] = None
+    """Train only this stage and what follows it, for example layer4, from its cached input: the
+    network before it runs once over every image and its mirror image instead of in every epoch."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """The type that the cached input of --from-stage is stored as."""
     bn_eval: Optional[bool] = None
     """Keep BatchNorm statistics fixed; those of frozen parts always are. By default True with the
     good recipe."""
@@ -199,6 +244,9 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
+        if self.recipe is None:
+            recipe = "notebook" if self.from_stage is None else "good"
+            object.__setattr__(self, "recipe", recipe)
         check_range("epochs", self.epochs, 1, 100_000)
         check_positive("lr", self.lr)
         check_range("backbone_lr", self.backbone_lr, 0)
@@ -212,6 +260,10 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError("--freeze-backbone and --unfreeze contradict each other: give one")
         if self.freeze_backbone and self.backbone_lr is not None:
             raise UserError("--freeze-backbone trains the head alone: leave --backbone-lr out")
+        if self.from_stage is not None and (self.freeze_backbone or self.unfreeze):
+            raise UserError(
+                "--from-stage says what trains: leave --freeze-backbone and --unfreeze out"
+            )
 
 
 @settings
@@ -248,12 +300,20 @@ class VerifyConfig(OutputConfig, ImagePathsConfig):
 
 
 @settings
-class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
+class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
     Rerun the same command to resume after an interruption: finished runs are kept.
     """
 
+    layers: Literal["auto", "last", "stages"] = "auto"
+    """The features of the cached head, as in extract-features; auto caches all stages where the
+    network has them, and held-out train images choose between the last layer and all."""
+    pool: Pool = "avg+std"
+    """With all stages, how a stage's output becomes columns, as in extract-features."""
+    batchnorm: Literal["auto", "frozen", "adapt"] = "auto"
+    """BatchNorm statistics of the cached head's network, as in extract-features; auto extracts with
+    both, if the second takes at most a quarter of --budget, and held-out train images choose."""
     sizes: str = "5,20,50,all"
     """Train images per class to try, separated by commas; all is the whole train split."""
     num_seeds: int = 3
@@ -269,17 +329,23 @@ class CompareConfig(OutputConfig, FeatureConfig, DataConfig):
     """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
     """Learning rate of fine-tuning. By default the recipe's."""
+    test_shifted: Optional[Path] = None
+    """A second test set from other conditions: a folder of class folders with the same names. Both
+    ways are scored on it too; it chooses nothing."""
     min_steps: int = 60
     """Fine-tune small train sets for more epochs, up to at least this many steps."""
     workers: Optional[int] = None
     """Threads that read and decode images. By default chosen from the number of cores."""
     output: Optional[Path] = None
     """The folder for the runs and the report. By default a folder in --cache-dir."""
+    price_per_hour: Optional[float] = None
+    """What an hour of this machine costs, to say what each way costs in money."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         BackboneConfig.__post_init__(self)
         self.wanted_sizes()
+        check_positive("price_per_hour", self.price_per_hour)
         check_range("num_seeds", self.num_seeds, 1, 1000)
         check_positive("budget", self.budget)
         check_range("epochs", self.epochs, 1, 100_000)

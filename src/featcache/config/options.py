@@ -120,6 +120,11 @@ class BackboneConfig:
         """How the outputs of the network's stages are pooled; None for the last layer alone."""
         return None
 
+    @property
+    def cached_stage(self) -> str | None:
+        """The stage whose input is cached; None for features."""
+        return None
+
     def preprocessing(self, own: Preprocessing) -> Preprocessing:
         """The weights' own preprocessing with this command's overrides applied."""
         changes: dict[str, Any] = {}

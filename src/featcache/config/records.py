@@ -83,11 +83,29 @@ class StageColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageInput:
+    """Which activations inside a network are cached instead of features.
+
+    Attributes:
+        stage: The stage that they are the input of, such as "layer4".
+        shape: Of one image's, such as [C, H, W]; the cache holds them as one row.
+    """
+
+    stage: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.stage or not self.shape or min(self.shape) < 1:
+            raise UserError(f"activations {self.stage!r:.80} of shape {self.shape!r:.80}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
     """Which frozen network made the features.
 
     `weights_sha256` is that of the weights file; for `random` weights, of the tensors. `stages` is
-    None where the features are the last layer's alone.
+    None where the features are the last layer's alone. With `stage_input`, rows are activations
+    for `finetune --from-stage`, not features.
     """
 
     backbone: str
@@ -96,6 +114,12 @@ class BackboneInfo:
     feature_dim: int
     preprocessing: Preprocessing
     stages: StageColumns | None = None
+    stage_input: StageInput | None = None
+
+    def __post_init__(self) -> None:
+        cut = self.stage_input
+        if cut is not None and math.prod(cut.shape) != self.feature_dim:
+            raise UserError(f"activations of shape {cut.shape} are not {self.feature_dim} numbers")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -107,10 +131,11 @@ class BackboneInfo:
         return _from_dict(cls, values, "a backbone's record")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; without stages it is what version 0.1.0 wrote."""
+        """As JSON; of the last layer alone it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
-        if self.stages is None:
-            del values["stages"]
+        for name in ("stages", "stage_input"):
+            if values[name] is None:
+                del values[name]
         return values
 
 

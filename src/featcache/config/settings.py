@@ -12,8 +12,9 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from featcache.config.checks import hints_of
@@ -68,6 +69,25 @@ def settings(cls: type[T]) -> type[T]:
     return made
 
 
+def config_json(config: Any) -> dict[str, Any]:
+    """A command's settings as JSON; paths become strings."""
+    fields = dataclasses.asdict(config)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
+
+
+def carried_over(config: Any, kind: type, *, but: Collection[str]) -> dict[str, Any]:
+    """The values of one command's settings that another command's class has too.
+
+    Args:
+        config: The settings.
+        kind: The other command's class.
+        but: Names that are left out.
+    """
+    theirs = {field.name for field in dataclasses.fields(kind)}
+    names = [f.name for f in dataclasses.fields(config) if f.name in theirs and f.name not in but]
+    return {name: getattr(config, name) for name in names}
+
+
 def in_python(text: str, config_class: type) -> str:
     """Reword a message so that it names a config's fields instead of flags.
 
@@ -102,7 +122,7 @@ class _Doc:
     """A docstring with those of the fields, which `help` ignores; assembled on first use."""
 
     def __init__(self, text: str) -> None:
-        self._text = inspect.cleandoc(text)
+        self.text = inspect.cleandoc(text)
 
     def __get__(self, config: object, kind: type) -> str:
         docs: dict[str, str] = {}
@@ -111,7 +131,13 @@ class _Doc:
                 docs |= _field_docs(base)
         own_first = [name for name in kind.__annotations__ | docs if name in docs]
         fields = (f"    {name}: {docs[name]}" for name in own_first)
-        return "\n".join([self._text, "", "Attributes:", *fields])
+        return "\n".join([self.text, "", "Attributes:", *fields])
+
+
+def description_of(config_class: type) -> str:
+    """A settings class's docstring without the fields', for which `__doc__` parses the source."""
+    own = vars(config_class)["__doc__"]
+    return own.text if isinstance(own, _Doc) else inspect.cleandoc(own)
 
 
 @functools.cache

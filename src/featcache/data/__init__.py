@@ -5,7 +5,7 @@
 """
 
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.datasets import load_dataset
+from featcache.data.datasets import load_dataset, load_test_folder
 from featcache.data.images import EXTENSIONS, REASONS, BadImage
 from featcache.data.listing import is_clutter
 from featcache.data.pixels import normalize, to_pixels, view_pixels
@@ -47,6 +47,7 @@ __all__ = [
     "iterate_batches",
     "iterate_pixels",
     "load_dataset",
+    "load_test_folder",
     "normalize",
     "pixel_task",
     "run_ahead",

@@ -14,7 +14,6 @@ import importlib.util
 import os
 import shlex
 import stat
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 
 from featcache.config import DataConfig
 from featcache.data.dataset import ImageDataset, ImageSplit
-from featcache.data.folder import load_folder
+from featcache.data.folder import load_folder, load_test_tree
 from featcache.data.index import indexed
 from featcache.data.listing import alike_text, look_alikes
 from featcache.data.manifest import load_manifest
@@ -69,12 +68,32 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     else:
         dataset = _load(config, name)
     dataset = _grouped(dataset, config)
-    shared = shared_groups_lines([asdict(found) for found in find_shared_groups(dataset.splits)])
+    shared = shared_groups_lines([found._asdict() for found in find_shared_groups(dataset.splits)])
     if config.strict:
         _refuse_leaks(dataset, shared)
     return dataclasses.replace(
         dataset, notes=(*_shadow_notes(config, name), *dataset.notes, *shared)
     )
+
+
+def load_test_folder(config: DataConfig, folder: Path, class_names: list[str]) -> ImageDataset:
+    """A folder of class folders as a second test set, labeled as the first.
+
+    Args:
+        config: The settings of the first dataset: unreadable images, where to keep hashes.
+        folder: Has a folder for every class, or for some of them.
+        class_names: The first dataset's.
+
+    Returns:
+        A dataset with a test split alone, and these class names.
+
+    Raises:
+        UserError: There is no such folder, or it has other classes.
+    """
+    mode = _mode_of(str(folder), folder)
+    if mode is None or not stat.S_ISDIR(mode):
+        raise UserError(f"there is no folder {folder}: give a folder of class folders")
+    return load_test_tree(config, folder, class_names, _memo(config, folder))
 
 
 def _load(config: DataConfig, name: str | None) -> ImageDataset:

@@ -53,21 +53,17 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
     Raises:
         UserError: It is not such a folder; the message says why and what to do.
     """
-
-    def new_listing() -> Listing:
-        return Listing(_own_folders(config), skip_names=config.on_error == "skip")
-
-    tops, beside = _split_tops(root, new_listing())
+    tops, beside = _split_tops(root, _new_listing(config))
     if "train" in tops and len(tops) > 1:
         if config.test_fraction is not None:
             others = " and ".join(f"{tops[s].name}/" for s in tops if s != "train")
             raise UserError(f"{root} has its own {others}: leave out --test-fraction")
-        trees = {split: _read_tree(root, top, new_listing()) for split, top in tops.items()}
+        trees = {split: _read_tree(root, top, _new_listing(config)) for split, top in tops.items()}
         return _load_split_tree(root, trees, memo, beside)
     if not beside or config.test_fraction is None:
         # Beside other folders and with --test-fraction, train/ may be a class, say of vehicles.
         _refuse_half_split(root, tops)
-    tree = _read_tree(root, root, new_listing())
+    tree = _read_tree(root, root, _new_listing(config))
     _check_train(tree)
     if config.test_fraction is None:
         raise UserError(
@@ -85,6 +81,43 @@ def load_folder(config: DataConfig, root: Path, memo: Memo) -> ImageDataset:
         test_fraction=config.test_fraction,
         notes=_notes([tree]),
     )
+
+
+def load_test_tree(
+    config: DataConfig, root: Path, class_names: list[str], memo: Memo
+) -> ImageDataset:
+    """Read one tree of class folders as a test split alone, with the labels of another dataset.
+
+    Raises:
+        UserError: It is not such a tree, or has a class that the other dataset lacks.
+    """
+    tree = _read_tree(root, root, _new_listing(config))
+    _check_tree(tree)
+    unknown = sorted(tree.by_class.keys() - set(class_names))
+    if unknown:
+        if all(name.lower() in SPLIT_NAMES for name in unknown):
+            raise UserError(
+                f"{root} has the folders {', '.join(unknown)}, not class folders: give one of "
+                f"them, for example {root / unknown[0]}"
+            )
+        pairs = look_alikes([*unknown, *(set(class_names) - tree.by_class.keys())])
+        alike = f" ({alike_text(pairs)})" if pairs else ""
+        raise UserError(
+            f"{root} has class folders that are not among the classes of train: "
+            f"{', '.join(map(repr, unknown[:5]))}{_and_more(unknown, 5)}{alike}; rename or remove "
+            "them"
+        )
+    missing = [name for name in class_names if not tree.by_class.get(name)]
+    notes = _notes([tree])
+    if missing:
+        notes += (f"{root} has no images of {', '.join(missing[:5])}{_and_more(missing, 5)}",)
+    splits = {"test": _split_of("test", tree, root, class_names, memo)}
+    name = short_name(root.resolve().name)
+    return ImageDataset(name, "folder", splits, class_names, notes=notes)
+
+
+def _new_listing(config: DataConfig) -> Listing:
+    return Listing(_own_folders(config), skip_names=config.on_error == "skip")
 
 
 def _own_folders(config: DataConfig) -> frozenset[str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,8 +143,7 @@ class LabeledRows(Protocol):
         """Their N groups, if they have any."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copy:
+class Copy(NamedTuple):
     """An image, and the first one that is identical to it."""
 
     split: str
@@ -157,8 +155,7 @@ class Copy:
     same_label: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copies:
+class Copies(NamedTuple):
     """All images that are copies of an earlier one."""
 
     found: list[Copy]
@@ -214,8 +211,7 @@ def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     return Copies(found=found)
 
 
-@dataclass
-class SharedGroups:
+class SharedGroups(NamedTuple):
     """How many groups two splits have in common, and the first few."""
 
     split: str

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache import __version__
-from featcache.config import ExportConfig
+from featcache.config import ExportConfig, config_json
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
 from featcache.predict import LoadedClassifier, load_classifier, provenance_json
-from featcache.results import config_json
 from featcache.runtime import environment
 
 if TYPE_CHECKING:

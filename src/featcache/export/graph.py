@@ -7,11 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from featcache.heads import Head, KnnHead
-from featcache.heads.solvers.knn import TEMPERATURE
+from featcache.heads.solvers.knn import SMALLEST_SHARE, TEMPERATURE
 from featcache.predict import LoadedClassifier
-
-# Shares of votes become logits; no votes at all would be minus infinity.
-SMALLEST_SHARE = 1e-12
 
 
 class ClassifierGraph(nn.Module):
@@ -27,6 +24,7 @@ class ClassifierGraph(nn.Module):
         super().__init__()
         self.network = trained.network
         self.head = head_layer(trained.head) if trained.head else nn.Identity()
+        self.temperature = trained.decision.temperature
         self.takes_pixels = takes_pixels
         prep = trained.preprocessing
         self.mean: Tensor
@@ -41,7 +39,7 @@ class ClassifierGraph(nn.Module):
             scaled = pictures.permute(0, 3, 1, 2).to(torch.float32) / 255
             pictures = (scaled - self.mean) / self.std
         logits: Tensor = self.head(self.network(pictures))
-        return logits, logits.softmax(1)
+        return logits, (logits / self.temperature).softmax(1)
 
 
 def head_layer(head: Head) -> nn.Module:

@@ -21,7 +21,7 @@ from featcache.data import ImageDataset, ImageSplit, iterate_batches, normalize
 from featcache.data.sampling import stratified_rows
 from featcache.errors import UserError
 from featcache.runtime import num_cores, numeric_versions, say, torch_threads_kept
-from featcache.tensor_files import read_tensor_file, write_safetensors
+from featcache.tensor_files import read_metadata, write_safetensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +44,8 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     """
     if config.batchnorm == "frozen":
         return config
-    plain = dataclasses.replace(config, layers="last")  # the file is of the network itself
+    # The file is of the network itself.
+    plain = dataclasses.replace(config, layers="last", from_stage=None)
     info = identify(plain, config.seed, config.cache_dir)
     train = dataset.splits["train"]
     num_images = min(len(train), MAX_IMAGES)
@@ -59,7 +60,7 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     key = hashlib.sha256(record.encode()).hexdigest()
     stem = Path(info.weights).stem
     path = config.cache_dir / f"{stem}-batchnorm-{key[:8]}.safetensors"
-    if not (path.is_file() and read_tensor_file(path).metadata.get("batchnorm") == record):
+    if not (path.is_file() and read_metadata(path).get("batchnorm") == record):
         say(f"estimating BatchNorm statistics on {num_images} train images")
         network = load_backbone(plain, config.seed, info)
         rows = stratified_rows(

@@ -28,7 +28,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import CacheMeta, ExtractConfig, config_json
 from featcache.data import (
     BadImage,
     ImageDataset,
@@ -40,7 +40,6 @@ from featcache.data import (
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.results import config_json
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
@@ -76,11 +75,13 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig) -> dict[str, Any]:
+def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
+        dataset: The images, where they are loaded already; those that the settings name unless
+            given.
 
     Returns:
         The command's JSON report.
@@ -91,8 +92,8 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config)
-    for note in request.dataset.notes:
+    request = Request.of(config, dataset)
+    for note in request.dataset.notes if dataset is None else ():
         say(note)
     found = None if config.force else find_hit(request)
     if found is not None and not (config.update and left_out(found)):
@@ -104,8 +105,11 @@ def extract(config: ExtractConfig) -> dict[str, Any]:
         check_skipped(config, part_path(path), "--force")
     check_unlocked(path)
     earlier = EarlierRows.find(config, path)
+    if request.meta.backbone.stage_input is not None:
+        num_bytes = _num_bytes(request.meta, request.dataset)
+        say(f"caching {rows_text(request.meta)}, {num_bytes / 1e6:,.1f} MB: {path}")
     with torch_threads_kept():
-        _compute(dataclasses.replace(request, path=path), earlier, run)
+        _compute(request._replace(path=path), earlier, run)
     report = _report(path, request.dataset, run)
     finish_cost(path, part_path(path), _cost(config, report, earlier.seconds))
     return report
@@ -135,10 +139,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         request.path,
         meta,
         dataset.class_names,
-        [
-            SplitRows(s.name, s.ids, s.labels, s.content, s.weights, s.groups)
-            for s in dataset.splits.values()
-        ],
+        [split_rows(split) for split in dataset.splits.values()],
         force=config.force,
         reuse=earlier.cache,
     )
@@ -153,6 +154,13 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         assert state_sha256(network) == before, "the frozen network changed"
         with run.timer("finish"):
             writer.finish()
+
+
+def split_rows(split: ImageSplit) -> SplitRows:
+    """What is known of a split before extraction."""
+    return SplitRows(
+        split.name, split.ids, split.labels, split.content, split.weights, split.groups
+    )
 
 
 def fill_split(
@@ -196,6 +204,21 @@ def fill_split(
         num_resumed=len(split) - len(missing),
         seconds=time.perf_counter() - start,
     )
+
+
+def rows_text(meta: CacheMeta) -> str:
+    """What a row of a cache of activations holds, for people."""
+    cut = meta.backbone.stage_input
+    assert cut is not None
+    shape = " × ".join(map(str, cut.shape))
+    views = "" if meta.views.num == 1 else f" of {meta.views.num} views"
+    return f"the input of {cut.stage} ({shape}, {meta.dtype}){views} of every image"
+
+
+def _num_bytes(meta: CacheMeta, dataset: ImageDataset) -> int:
+    """Bytes of the rows."""
+    per_row = meta.views.num * meta.backbone.feature_dim * np.dtype(meta.dtype).itemsize
+    return per_row * sum(map(len, dataset.splits.values()))
 
 
 def _skip(split: ImageSplit, index: int, bad: BadImage, on_error: str) -> int:
@@ -263,9 +286,7 @@ def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, 
         "num_views": meta.views.num,
         "num_classes": len(class_names),
         "identical_images": find_copies(dataset.splits).report(),
-        "shared_groups": [
-            dataclasses.asdict(found) for found in find_shared_groups(dataset.splits)
-        ],
+        "shared_groups": [found._asdict() for found in find_shared_groups(dataset.splits)],
         "notes": list(dataset.notes),
         "splits": {name: split.report() for name, split in run.splits.items()},
         "stage_seconds": dict(run.timer.seconds),
@@ -284,8 +305,10 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     )
     counts += f" images of {report['num_classes']} classes"
     prep = report["provenance"]["backbone"]["preprocessing"]
+    cut = report["provenance"]["backbone"]["stage_input"]
+    rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"
     made_by = (
-        f"{report['backbone']} ({report['weights']}), {report['feature_dim']}-d, "
+        f"{report['backbone']} ({report['weights']}), {rows}, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:
@@ -301,4 +324,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     sizes = {name: split["num_samples"] for name, split in report["splits"].items()}
     divided = report["provenance"]["dataset"]["test_fraction"] is not None
     lines += copies_lines(report["identical_images"], sizes, divided=divided)
-    return [*lines, f"cache: {report['cache']}", f"next: train-head {shlex.quote(report['cache'])}"]
+    following = f"train-head {shlex.quote(report['cache'])}"
+    if cut:
+        following = f"finetune with the same settings and --from-stage {cut['stage']}"
+    return [*lines, f"cache: {report['cache']}", f"next: {following}"]

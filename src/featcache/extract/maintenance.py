@@ -10,7 +10,7 @@ from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, v
 from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
-from featcache.extract.extraction import ExtractionRun, fill_split
+from featcache.extract.extraction import ExtractionRun, fill_split, rows_text
 from featcache.files import check_outputs
 from featcache.runtime import torch_threads_kept
 
@@ -50,6 +50,10 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
         + listed(report["class_names"], MAX_LISTED),
     ]
+    if backbone["stage_input"] is not None:
+        lines.append(
+            f"rows       {rows_text(CacheMeta.from_dict(meta))}, for finetune --from-stage"
+        )
     for name, split in report["splits"].items():
         done = f", {split['num_blocks_done']} of {split['num_blocks']} blocks written"
         lines.append(
@@ -164,6 +168,7 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         weights=config.weights or meta.backbone.weights,
         layers="last" if meta.backbone.stages is None else "stages",
         pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
+        from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
         views=views,
         dtype=meta.dtype,
         engine="torch" if meta.engine == "torch" else "openvino",

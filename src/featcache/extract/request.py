@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from featcache.backbone import identify
 from featcache.cache import (
+    MAX_DIM,
     FeatureCache,
     SplitRows,
     begun_with,
@@ -35,8 +35,7 @@ from featcache.runtime import numeric_versions, recorded_engine
 IMMATERIAL = ("dataset.name",)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(NamedTuple):
     """What a run asks for.
 
     Attributes:
@@ -52,16 +51,27 @@ class Request:
     path: Path
 
     @classmethod
-    def of(cls, config: ExtractConfig) -> Self:
+    def of(cls, config: ExtractConfig, dataset: ImageDataset | None = None) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
+        Args:
+            config: The command's settings.
+            dataset: The images, where they are loaded already; those that the settings name unless
+                given.
+
         Raises:
-            UserError: There is no such dataset or weights.
+            UserError: There is no such dataset, weights or stage, or a row would be too long.
         """
-        dataset = load_dataset(config)
+        dataset = dataset or load_dataset(config)
         config = with_adapted_batchnorm(config, dataset)
+        backbone = identify(config, config.seed, config.cache_dir)
+        if backbone.feature_dim > MAX_DIM:
+            raise UserError(
+                f"--from-stage {config.from_stage}: its input is {backbone.feature_dim:,} numbers "
+                f"an image, a cache holds {MAX_DIM:,}: give a later stage or a smaller --image-px"
+            )
         meta = CacheMeta(
-            backbone=identify(config, config.seed, config.cache_dir),
+            backbone=backbone,
             dataset=dataset.info(config),
             views=Views.parse(config.views, config.seed),
             dtype=config.stored_dtype,
@@ -139,8 +149,7 @@ def find_hit(request: Request) -> Path | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EarlierRows:
+class EarlierRows(NamedTuple):
     """What earlier runs left: an unfinished cache, and the finished one that `--update` replaces.
 
     `engine` made these rows. `seconds` were spent on them, None if that is not known.

@@ -21,7 +21,7 @@ from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
 from featcache.finetune.trainable import TrainableModel
 from featcache.results import RunReport
-from featcache.tensor_files import State, read_tensor_file, write_safetensors
+from featcache.tensor_files import State, read_metadata, read_tensor_file, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +164,7 @@ def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        metadata = read_tensor_file(path).metadata
+        metadata = read_metadata(path)
         if "settings" not in metadata:  # of version 0.1.0
             return {"key": metadata["key"]}
         return dict(json.loads(metadata["settings"]))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from featcache.config import BackboneInfo
 from featcache.data.sampling import held_out_rows, stratified_rows
 from featcache.errors import CacheError, UserError, listed
-from featcache.finetune.loop import Images, Placement
+from featcache.finetune.samples import Placement, Samples
 from featcache.finetune.trainable import TrainableModel
 from featcache.heads import LinearHead, check_head_fits
 from featcache.heads.files import parse_head
@@ -48,18 +48,18 @@ def set_head(head: nn.Module, weight: Floats, bias: Floats) -> None:
             parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
 
 
-def frozen_features(trainable: TrainableModel, images: Images, placement: Placement) -> Float32:
-    """The head's input for every image, with the network in eval mode: float32 [N, D]."""
+def frozen_features(trainable: TrainableModel, samples: Samples, placement: Placement) -> Float32:
+    """The head's input for every sample, with the network in eval mode: float32 [N, D]."""
     import torch
 
     caught: list[torch.Tensor] = []
     handle = trainable.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    features = np.empty((len(images), trainable.head_width()), np.float32)
+    features = np.empty((len(samples), trainable.head_width()), np.float32)
     trainable.model.eval()
     try:
         with torch.inference_mode():
-            for pixels, _, rows in images.batches(placement):
-                trainable.model(placement.inputs(pixels, images.prep))
+            for raw, _, rows in samples.all_batches(placement):
+                trainable.network(samples.inputs(raw, placement))
                 features[rows] = caught.pop().float().cpu().numpy()
     finally:
         handle.remove()
@@ -67,7 +67,7 @@ def frozen_features(trainable: TrainableModel, images: Images, placement: Placem
 
 
 def fit_probe(
-    trainable: TrainableModel, images: Images, placement: Placement, num_classes: int
+    trainable: TrainableModel, samples: Samples, placement: Placement, num_classes: int
 ) -> dict[str, float]:
     """Start the head from logistic regression on the frozen features of the train images.
 
@@ -78,32 +78,32 @@ def fit_probe(
         What was chosen: the strength C and the number of images.
     """
     seed = trainable.recipe.seed
-    if len(images) > MAX_PROBE_ROWS:
-        split = images.split
+    if len(samples) > MAX_PROBE_ROWS:
+        split = samples.split
         rows = stratified_rows(split.ids, split.labels, MAX_PROBE_ROWS, seed=seed, purpose="probe")
-        images = images.subset(rows, "train")
-    features = frozen_features(trainable, images, placement)
+        samples = samples.subset(rows, "train")
+    features = frozen_features(trainable, samples, placement)
     # One scale for all: scaling each feature by itself would blow up those that hardly vary here
     # but begin to once the backbone moves.
     mean = features.mean(0)
     scale = max(float((features - mean).std()), 1e-6)
     scaled = (features - mean) / scale
-    strength = _choose_strength(scaled, images, seed)
-    probe = _fitted(scaled, images.split.labels, strength)
+    strength = _choose_strength(scaled, samples, seed)
+    probe = _fitted(scaled, samples.split.labels, strength)
     # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
     weight = np.zeros((num_classes, len(mean)), np.float32)
     bias = np.full(num_classes, ABSENT_BIAS, np.float32)
     weight[probe.classes_] = probe.coef_ / scale
     bias[probe.classes_] = probe.intercept_
     set_head(trainable.head, weight, bias - weight @ mean)
-    return {"C": strength, "num_images": len(images)}
+    return {"C": strength, "num_images": len(samples)}
 
 
-def _choose_strength(scaled: Float32, images: Images, seed: int) -> float:
-    labels = images.split.labels
-    num = round(CHOICE_SHARE * len(images))
-    held = held_out_rows(images.split, num, seed=seed, purpose="probe-choice")
-    rest = np.setdiff1d(np.arange(len(images)), held)
+def _choose_strength(scaled: Float32, samples: Samples, seed: int) -> float:
+    labels = samples.split.labels
+    num = round(CHOICE_SHARE * len(samples))
+    held = held_out_rows(samples.split, num, seed=seed, purpose="probe-choice")
+    rest = np.setdiff1d(np.arange(len(samples)), held)
     if len(held) == 0 or len(np.unique(labels[rest])) < 2:
         return STRENGTHS[1]
     scores = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -15,10 +14,11 @@ from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.finetune.activations import StageCache
 from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
 from featcache.finetune.checkpoint import checkpoint_path, run_key
-from featcache.finetune.loop import Images, Placement, hold_out, read_images
 from featcache.finetune.probe import head_to_start_from
+from featcache.finetune.samples import Placement, Samples, hold_out, read_images
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve_recipe
 from featcache.heads import LinearHead
 from featcache.results import report_marks
@@ -37,7 +37,8 @@ class FinetuneRun:
 
     `decisive` is everything that decides its outcome, as JSON; `chosen_on` says in words which
     images a setting was chosen on; `read_seconds` is the time of reading and decoding before the
-    first epoch; `checkpoint_s` is the least time between checkpoints.
+    first epoch; `checkpoint_s` is the least time between checkpoints; `stage_cache` holds the
+    input of the stage that training starts from.
     """
 
     config: FinetuneConfig
@@ -46,9 +47,10 @@ class FinetuneRun:
     dataset: ImageDataset
     placement: Placement
     trainable: TrainableModel
-    train: Images
-    test: Images
-    held: Images | None
+    train: Samples
+    test: Samples
+    held: Samples | None
+    stage_cache: StageCache | None
     init_head: LinearHead | None
     chosen_on: str
     num_skipped: dict[str, int]
@@ -59,12 +61,15 @@ class FinetuneRun:
     checkpoint_s: float = 0.0
 
 
-def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> FinetuneRun:
+def prepare(
+    config: FinetuneConfig, dataset: ImageDataset | None = None, activations: Path | None = None
+) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
 
     Args:
         config: The command's settings.
         dataset: What to train and score on; what the settings name unless given.
+        activations: For `from_stage`, a cache of these images and perhaps others.
 
     Raises:
         UserError: Wrong input, or an unreadable image under `on_error="fail"`.
@@ -78,18 +83,18 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Fine
     names = dataset.class_names
     init_head = head_to_start_from(head_file, info, names) if head_file else None
     placement = choose_placement(config)
-    network = build_classifier(config, len(names), config.seed, info.weights_sha256)
-    trainable = TrainableModel(network, recipe)
-    check_input(trainable.model, info, config)
-    _place(trainable.model, placement)
+    trainable = _trainable(config, recipe, info, len(names))
+    _place(trainable, placement)
+    stage_cache = _stage_cache(config, recipe, dataset, activations)
     start = time.perf_counter()
-    images, skipped = _read_splits(dataset, info.preprocessing, config, placement.workers)
+    samples = _read_splits(dataset, info.preprocessing, config, placement.workers, stage_cache)
     read_seconds = time.perf_counter() - start
-    train, held, chosen_on = images["train"], None, "nothing: no setting was chosen by a score"
+    train, held, chosen_on = samples["train"], None, "nothing: no setting was chosen by a score"
     if recipe.patience:
-        train, held, chosen_on = hold_out(train, images.get("val"), config)
+        train, held, chosen_on = hold_out(train, samples.get("val"), config)
     _check_batches(trainable, len(train))
-    decisive = _decisive(recipe, info, dataset, placement, images, head_file)
+    decisive = _decisive(recipe, info, dataset, placement, samples, head_file)
+    decisive |= stage_cache.decisive() if stage_cache else {}
     return FinetuneRun(
         config=config,
         recipe=recipe,
@@ -98,16 +103,31 @@ def prepare(config: FinetuneConfig, dataset: ImageDataset | None = None) -> Fine
         placement=placement,
         trainable=trainable,
         train=train,
-        test=images["test"],
+        test=samples["test"],
         held=held,
+        stage_cache=stage_cache,
         init_head=init_head,
         chosen_on=chosen_on,
-        num_skipped=skipped,
+        num_skipped={n: len(dataset.splits[n]) - len(split) for n, split in samples.items()},
         read_seconds=read_seconds,
         decisive=decisive,
         output=config.output
         or config.cache_dir / _file_name(recipe, info, dataset, run_key(decisive)),
     )
+
+
+def _trainable(
+    config: FinetuneConfig, recipe: TrainingRecipe, info: BackboneInfo, num_classes: int
+) -> TrainableModel:
+    """The network with a fresh head, on the CPU, divided by the recipe.
+
+    Raises:
+        UserError: The weights, the recipe or the size of images do not fit it.
+    """
+    network = build_classifier(config, num_classes, config.seed, info.weights_sha256)
+    trainable = TrainableModel(network, recipe)
+    check_input(trainable.model, info, config)
+    return trainable
 
 
 def _check_given(config: FinetuneConfig) -> TensorFile | None:
@@ -145,7 +165,8 @@ def choose_placement(config: FinetuneConfig) -> Placement:
 
     The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
     its continuation, round alike. Channels last, because it was never slower: measured with a
-    ResNet18 on a CPU, a training step takes as long at 64 px and two thirds at 224 px.
+    ResNet18 on a CPU, a training step takes as long at 64 px and two thirds at 224 px. The tail
+    alone, whose maps are small and whose weights are large, is faster without on a CPU.
     """
     import torch
 
@@ -153,14 +174,16 @@ def choose_placement(config: FinetuneConfig) -> Placement:
     # The frozen network has to give the features that a cache would hold: float32.
     amp = device == "cuda" and not config.freeze_backbone and torch.cuda.is_bf16_supported()
     workers = num_cores() if config.workers is None else config.workers
-    return Placement(device=device, amp=amp, channels_last=device != "mps", workers=workers)
+    channels_last = device == "cuda" or (device == "cpu" and config.from_stage is None)
+    return Placement(device=device, amp=amp, channels_last=channels_last, workers=workers)
 
 
-def _place(model: nn.Module, placement: Placement) -> None:
+def _place(trainable: TrainableModel, placement: Placement) -> None:
     import torch
 
     layout = torch.channels_last if placement.channels_last else torch.preserve_format
-    model.to(placement.device).to(memory_format=layout)
+    for module in (trainable.model, trainable.network):  # a tail may have constants of its own
+        module.to(placement.device).to(memory_format=layout)
 
 
 def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) -> None:
@@ -183,16 +206,33 @@ def check_input(model: nn.Module, info: BackboneInfo, config: FinetuneConfig) ->
         ) from error
 
 
+def _stage_cache(
+    config: FinetuneConfig,
+    recipe: TrainingRecipe,
+    dataset: ImageDataset,
+    activations: Path | None,
+) -> StageCache | None:
+    """The input of the stage to train from; None where the whole network runs in every step."""
+    if recipe.from_stage is None:
+        return None
+    if activations is not None:
+        return StageCache.at(activations)
+    return StageCache.made_or_found(config, flip=recipe.flip, dataset=dataset)
+
+
 def _read_splits(
-    dataset: ImageDataset, prep: Preprocessing, config: FinetuneConfig, workers: int
-) -> tuple[dict[str, Images], dict[str, int]]:
+    dataset: ImageDataset,
+    prep: Preprocessing,
+    config: FinetuneConfig,
+    workers: int,
+    stage_cache: StageCache | None,
+) -> dict[str, Samples]:
     wanted = ["train", "test"]
     if config.patience and "val" in dataset.splits:
         wanted.append("val")
-    images, skipped = {}, {}
-    for name in wanted:
-        images[name], skipped[name] = read_images(dataset.splits[name], prep, config, workers)
-    return images, skipped
+    if stage_cache is not None:
+        return {name: stage_cache.samples(dataset.splits[name]) for name in wanted}
+    return {name: read_images(dataset.splits[name], prep, config, workers) for name in wanted}
 
 
 def _check_batches(trainable: TrainableModel, num_train: int) -> None:
@@ -213,15 +253,15 @@ def _decisive(
     info: BackboneInfo,
     dataset: ImageDataset,
     placement: Placement,
-    images: dict[str, Images],
+    samples: dict[str, Samples],
     head_file: TensorFile | None,
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
-    for name in sorted(images):
-        kept.update("\0".join([name, *images[name].split.ids, ""]).encode())
+    for name in sorted(samples):
+        kept.update("\0".join([name, *samples[name].split.ids, ""]).encode())
     return {
-        "plan": dataclasses.asdict(recipe),
+        "plan": recipe.to_dict(),
         "backbone": info.to_dict(),
         "dataset": dataset.fingerprint,
         "images": kept.hexdigest(),
@@ -233,5 +273,6 @@ def _decisive(
 
 def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
+    what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
     weights = Path(info.weights).stem
     return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-EVAL_BATCH_SIZE = 64
 WARM_UP_SHARE = 0.1
 SGD_LR = 1e-2
 """As in train-head; Adam's rate would be too timid."""
@@ -26,7 +26,8 @@ class TrainingRecipe:
     """Every choice that changes the outcome, none left open.
 
     `lr` is the head's rate, `backbone_lr` that of everything else; `probe` starts from a linear
-    probe; `patience` counts epochs without gain on the held-out part of train, None never stops.
+    probe; `patience` counts epochs without gain on the held-out part of train, None never stops;
+    `from_stage` trains this stage and what follows from the stage's cached input.
     """
 
     epochs: int
@@ -44,6 +45,14 @@ class TrainingRecipe:
     patience: int | None
     holdout: float
     seed: int
+    from_stage: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON; without a stage it is what version 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if self.from_stage is None:
+            del values["from_stage"]
+        return values
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -68,18 +77,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+TAIL_OF_GOOD = {"epochs": 8, "backbone_lr": 2e-4}
+"""What the good recipe changes with --from-stage: fewer layers move, and an epoch costs less."""
+
 
 def resolve_recipe(config: FinetuneConfig) -> TrainingRecipe:
     """Resolve a command's settings: what the user gave wins over the recipe."""
+    assert config.recipe is not None, "set with the settings"
     chosen = dict(RECIPES[config.recipe])
+    if config.recipe == "good" and config.from_stage is not None:
+        chosen |= TAIL_OF_GOOD
+    ratio = chosen.get("backbone_lr", chosen["lr"]) / chosen["lr"]
     for name in (*RECIPES["good"],):
         given = getattr(config, name)
         if given is not None:
             chosen[name] = given
     if config.lr is not None and config.backbone_lr is None and config.recipe == "good":
         # Keep the recipe's ratio when only the one rate is given.
-        good = RECIPES["good"]
-        chosen["backbone_lr"] = config.lr * good["backbone_lr"] / good["lr"]
+        chosen["backbone_lr"] = config.lr * ratio
     if config.lr is None and config.optimizer == "sgd":
         chosen["lr"] = SGD_LR
     chosen.setdefault("backbone_lr", chosen["lr"])
@@ -93,6 +108,7 @@ def resolve_recipe(config: FinetuneConfig) -> TrainingRecipe:
         patience=config.patience,
         holdout=config.holdout,
         seed=config.seed,
+        from_stage=config.from_stage,
     )
 
 
@@ -125,14 +141,18 @@ class TrainableModel:
 
     Args:
         model: The whole classifier.
-        recipe: Says what trains: everything, the head, or the head and named modules.
+        recipe: Says what trains: everything, the head, the head and named modules, or the tail
+            from a stage on.
+
+    Attributes:
+        network: What a batch goes through: the model, or its tail, which takes a stage's inputs.
 
     Raises:
-        UserError: `recipe.unfreeze` names no module of this network.
+        UserError: `recipe.unfreeze` or `recipe.from_stage` names no module of this network.
     """
 
     def __init__(self, model: nn.Module, recipe: TrainingRecipe) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.network, self.recipe = model, model, recipe
         self.head_name, self.head = head_of(model)
         self._prefixes = self._trained_prefixes()
         for name, parameter in model.named_parameters():
@@ -142,6 +162,13 @@ class TrainableModel:
         """Dotted names whose modules train; None trains all."""
         if self.recipe.freeze_backbone:
             return (self.head_name,)
+        if self.recipe.from_stage is not None:
+            from featcache.backbone.tail import names_in_tail, tail_of
+            from featcache.finetune.small_maps import with_small_maps
+
+            tail = tail_of(self.model, self.recipe.from_stage)
+            self.network = with_small_maps(tail)
+            return names_in_tail(self.model, tail)
         if not self.recipe.unfreeze:
             return None
         with_parameters = [

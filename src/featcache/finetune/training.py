@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -31,9 +32,10 @@ from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.groups import is_copy
-from featcache.results import Predictions, RunReport, config_json
+from featcache.results import RunReport
 from featcache.results.leaks import leak_lines, without_leaks
-from featcache.results.metrics import wilson_interval
+from featcache.results.runs import Evaluation, evaluate
+from featcache.results.tables import score_lines
 from featcache.runtime import environment, say
 from featcache.tensor_files import ModelCard, write_model
 
@@ -56,6 +58,7 @@ def finetune_report(
     checkpoint_s: float = 0.0,
     *,
     replace: bool = False,
+    activations: Path | None = None,
 ) -> RunReport:
     """Train a whole network, or parts of it, on the images themselves.
 
@@ -64,6 +67,8 @@ def finetune_report(
         dataset: What to train and score on; what the settings name unless given.
         checkpoint_s: Least seconds between checkpoints; 0 writes one after every epoch.
         replace: Write over a run with other settings, as `resume=False` does.
+        activations: For `from_stage`, a cache of the input of that stage that holds these images
+            and perhaps others; extracted, or found by the settings, unless given.
 
     Returns:
         What the run measured; the model file and the report file are written.
@@ -79,7 +84,7 @@ def finetune_report(
     try:
         # Same seed, same weights, on GPUs too.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            run = prepare(config, dataset)
+            run = prepare(config, dataset, activations)
             run.checkpoint_s = checkpoint_s
             check_files(config, run.output)
             with sole_writer(run.output):
@@ -87,6 +92,8 @@ def finetune_report(
                     check_same_run(run.output, run.decisive)
                 for path in (run.output, checkpoint_path(run.output)):
                     remove_temporaries(path)
+                if run.stage_cache is not None:  # what it cost is added at the end
+                    start += run.stage_cache.wall_s
                 return _finished(run) or _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
@@ -119,7 +126,8 @@ def _execute(run: FinetuneRun, start: float) -> RunReport:
     key = run_key(run.decisive)
     written = {"hit": False, "key": key, "model_sha256": file_sha256(run.output), "run": key[:16]}
     report = dataclasses.replace(report, more=report.more | written)
-    report = dataclasses.replace(report, seconds_total=time.perf_counter() - start)
+    seconds = time.perf_counter() - start + (run.stage_cache.cost_s if run.stage_cache else 0.0)
+    report = dataclasses.replace(report, seconds_total=seconds)
     report.save(run.output.with_suffix(".json"))
     remove_checkpoint(checkpoint)
     return report
@@ -167,7 +175,7 @@ def _train(
             _score_held_out(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
         if run.config.score == "epoch" or epoch + 1 == recipe.epochs:
-            scores = score(trainable.model, run.test, run.placement)
+            scores = score(trainable, run.test, run.placement)
             record |= {"test_top1": scores.top1, "test_loss": scores.loss}
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
@@ -182,13 +190,13 @@ def _train(
     if progress.best and progress.best_epoch != len(progress.epochs):
         load_moving(trainable, progress.best)
         scores = None
-    return scores or score(trainable.model, run.test, run.placement)
+    return scores or score(trainable, run.test, run.placement)
 
 
 def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
-    held = score(run.trainable.model, run.held, run.placement)
+    held = score(run.trainable, run.held, run.placement)
     record |= {"val_top1": held.top1, "val_loss": held.loss, "val_seconds": held.seconds}
     if (held.top1, -held.loss) > progress.best_score:
         progress.best_score, progress.best_epoch = (held.top1, -held.loss), record["epoch"]
@@ -207,23 +215,20 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
-    split, num_test = run.test.split, len(run.test)
+    num_test = len(run.test)
+    found = _evaluated(run, scores)
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
         test_top1=scores.top1,
-        test_interval=wilson_interval(int((scores.predicted == split.labels).sum()), num_test),
+        test_interval=found.interval,
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
         chosen_on=run.chosen_on,
         config=config_json(run.config),
-        provenance={
-            "backbone": run.info.to_dict(),
-            "dataset": dataclasses.asdict(run.dataset.info(run.config)),
-            "cache": None,
-        },
+        provenance=_provenance(run),
         environment=environment() | run.placement.describe(),
         more={
             "model": str(run.output),
@@ -236,16 +241,14 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "num_resumed_epochs": num_resumed,
             "kept_epoch": progress.best_epoch or len(progress.epochs),
             "read_seconds": run.read_seconds,
-            "recipe": dataclasses.asdict(run.recipe),
+            "recipe": run.recipe.to_dict(),
             "probe": run.probe,
+            **_tail_fields(run),
         },
         class_names=run.dataset.class_names,
-        test=Predictions(
-            ids=split.ids,
-            labels=split.labels.tolist(),
-            predicted=scores.predicted.tolist(),
-            confidence=[round(float(c), 6) for c in scores.confidence],
-        ),
+        scores=found.scores,
+        calibration=found.calibration,
+        test=found.test,
     )
 
 
@@ -254,6 +257,38 @@ def _without_leaks(run: FinetuneRun, scores: Scores) -> dict[str, Any] | None:
     others = [split.content for name, split in run.dataset.splits.items() if name != "test"]
     test = run.test.split
     return without_leaks(test.labels, scores.predicted, is_copy(test.content, others))
+
+
+def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
+    split = run.test.split
+    return evaluate(
+        split.labels,
+        scores.predicted,
+        scores.probabilities,
+        ids=split.ids,
+        class_names=run.dataset.class_names,
+        confidence=scores.confidence,
+        groups=split.groups,
+        seed=run.config.seed,
+    )
+
+
+def _provenance(run: FinetuneRun) -> dict[str, Any]:
+    return {
+        "backbone": run.info.to_dict(),
+        "dataset": dataclasses.asdict(run.dataset.info(run.config)),
+        "cache": run.stage_cache.cache.path.name if run.stage_cache else None,
+    }
+
+
+def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
+    """What a report says of a run from cached activations only."""
+    if run.stage_cache is None:
+        return {}
+    return {
+        "mode": f"tail from {run.recipe.from_stage}",
+        "activations": run.stage_cache.describe(),
+    }
 
 
 def _write_model(run: FinetuneRun, report: RunReport) -> None:
@@ -279,12 +314,16 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     skipped = sum(report["num_skipped"].values())
     left_out = f"; {skipped} unreadable images left out" if skipped else ""
     done = ["already trained, nothing to do; --no-resume trains again"] if report["hit"] else []
+    tail = f" ({report['mode']})" if "mode" in report else ""
+    extraction = report.get("activations", {}).get("extract_seconds")
+    once = "" if extraction is None else f", {extraction:.1f} s of it once for the activations"
     return [
         *done,
         f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
-        f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters",
+        f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters{tail}",
         *leak_lines(report),
+        *score_lines(RunReport.from_dict(report)),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
-        f"{report['seconds_total']:.1f} s in all{left_out}",
+        f"{report['seconds_total']:.1f} s in all{once}{left_out}",
         f"model: {report['model']}",
     ]

@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.linear import Floats, LinearHead, softmax
+from featcache.heads.linear import PLAIN, Floats, LinearHead
 from featcache.heads.solvers.base import FittedHead, threads_for
 from featcache.heads.solvers.logistic import LogisticPath, LogisticProblem
 from featcache.heads.solvers.ridge import ridge_of
@@ -38,6 +38,9 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         intercept_: [C].
         n_features_in_: Width D.
         n_iter_: Passes over the rows.
+        decision_: How logits become probabilities and a class: temperature and threshold of the
+            head given to `from_head`. `fit` holds out no rows and calibrates nothing:
+            scikit-learn's `CalibratedClassifierCV` and `TunedThresholdClassifierCV` do.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         self.coef_: Floats = fitted.head.weight
         self.intercept_: Floats = fitted.head.bias
         self.n_iter_ = fitted.num_passes
+        self.decision_ = PLAIN
         return self
 
     def _check_params(self) -> None:
@@ -105,12 +109,13 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Probabilities [N, C] of features [N, D]."""
-        return softmax(self._scores(X))
+        scores = self._scores(X)
+        return self.decision_.probabilities(scores)
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Labels [N] of features [N, D]."""
         scores = self._scores(X)
-        return np.asarray(self.classes_[scores.argmax(axis=1)])
+        return np.asarray(self.classes_[self.decision_.predict(scores)])
 
     def _scores(self, X: ArrayLike) -> Floats:
         check_is_fitted(self)
@@ -126,7 +131,12 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         check_is_fitted(self)
         names = [str(label) for label in self.classes_]
         return LinearHead(
-            **{"class_names": names, "solver": self.solver, **fields},
+            **{
+                "class_names": names,
+                "solver": self.solver,
+                "decision": self.decision_,
+                **fields,
+            },
             weight=self.coef_.copy(),
             bias=self.intercept_.copy(),
         )
@@ -138,4 +148,5 @@ class FeatureHeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[mis
         model.classes_ = np.arange(len(head.class_names))
         model.coef_, model.intercept_ = head.weight.copy(), head.bias.copy()
         model.n_features_in_, model.n_iter_ = head.feature_dim, 0
+        model.decision_ = head.decision
         return model

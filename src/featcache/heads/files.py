@@ -2,7 +2,10 @@
 
 Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], with `mean` and `scale`
 [D] when features were standardised (already folded into weight and bias); or, for knn, `rows`
-[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest.
+[N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest;
+without `decision`, which 0.1.0 did not write, nothing is calibrated. Where rows were held out,
+`known.rows` [m, D] and `known.confidence`, `known.distance` and `known.strangeness` [n] tell images
+of other classes.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ import numpy as np
 from featcache.config import BackboneInfo, CacheMeta, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
-from featcache.heads.linear import LinearHead
+from featcache.heads.linear import PLAIN, Decision, KnownRows, LinearHead
 from featcache.heads.solvers.knn import KnnHead
 from featcache.tensor_files import Arrays, TensorFile, read_tensor_file
 
 FORMAT, VERSION = "featcache-head", "1"
 MARKS = re.compile(rb'"%s"' % FORMAT.encode())
 DTYPES = ("float16", "float32", "float64", "int64")
+KNOWN = "known."
+"""How the names of a head's `KnownRows` begin in the file."""
 Head = LinearHead | KnnHead
 
 
@@ -43,11 +48,18 @@ def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) 
 
     if provenance is not None:
         head = head.replace(provenance=provenance)
-    tensors, rest = {}, {}
+    tensors: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for item in dataclasses.fields(head):
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
             tensors[item.name] = np.ascontiguousarray(value)
+        elif isinstance(value, KnownRows):
+            tensors |= {
+                KNOWN + part.name: getattr(value, part.name) for part in dataclasses.fields(value)
+            }
+        elif isinstance(value, Decision):
+            rest |= {} if value == PLAIN else {item.name: value.to_json()}
         elif value is not None:
             rest[item.name] = value
     metadata = {"format": FORMAT, "version": VERSION, "head": json.dumps(rest, sort_keys=True)}
@@ -82,11 +94,16 @@ def parse_head(file: TensorFile) -> Head:
     try:
         rest = json.loads(metadata["head"])
         kind = KnnHead if "rows" in tensors else LinearHead
-        names = {item.name for item in dataclasses.fields(kind)}
+        known = {KNOWN + item.name: item.name for item in dataclasses.fields(KnownRows)}
+        names = known.keys() | {item.name for item in dataclasses.fields(kind)} - {"known"}
         if unknown := (rest.keys() | tensors.keys()) - names:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
         parts: dict[str, Any] = {**rest, **tensors}
+        if "decision" in rest:
+            parts["decision"] = Decision.from_json(rest["decision"])
+        if stored := {name: parts.pop(key) for key, name in known.items() if key in tensors}:
+            parts["known"] = KnownRows(**stored)
         head = kind(**parts)
         _check_values(head, tensors)
     except (UserError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -139,5 +156,7 @@ def _check_values(head: Head, tensors: Arrays) -> None:
     for name, values in tensors.items():
         if not np.isfinite(values).all():
             raise UserError(f"{name} has values that are not finite")
+        if name == f"{KNOWN}rows" and values.shape[1] != head.feature_dim:
+            raise UserError(f"{name} has shape {values.shape}, not [m, {head.feature_dim}]")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")

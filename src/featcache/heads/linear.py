@@ -1,15 +1,17 @@
-"""The linear head, which a head file holds and which scores features; and features as float32."""
+"""The linear head; what every head knows of probabilities and other classes; float32 features."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config.checks import check_range, record_from_json
 from featcache.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,10 +21,13 @@ Floats = NDArray[np.floating[Any]]
 Singles = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Wanted = Literal["precision", "recall"]
 
 BLOCK_ROWS = 8192
 # Weight zero and this bias: a class without train rows is never predicted.
 ABSENT_BIAS = -1e4
+# The range of temperatures.
+TEMPERATURES = (1e-2, 1e2)
 # `widen` moves bits and multiplies, without branches. numpy converts float16 one by one, with
 # branches that zeros among other values make unpredictable: a whole streamed run then takes 20 to
 # 30 % more processor time.
@@ -33,12 +38,6 @@ _FRACTION_BITS = 23 - 10
 # Exponents count from 15 in halves and from 127 in singles; also right for values below 2**-14.
 _BIAS = np.float32(2.0 ** (127 - 15))
 _CHUNK = 1 << 16  # values that stay in a core's cache between the steps
-
-
-def softmax(logits: Floats) -> Floats:
-    """Probabilities from logits, along the last axis, without overflow."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
 def row_blocks(X: Floats, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, Floats]]:
@@ -81,6 +80,175 @@ def widen(features: NDArray[np.floating[Any]], out: Singles | None = None) -> Si
     return found
 
 
+def softmax(logits: Floats) -> Floats:
+    """Probabilities from logits, along the last axis, without overflow."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """From which probability on a picture counts as one of two classes.
+
+    Attributes:
+        positive: That class's number, 0 or 1.
+        probability: The threshold.
+        wanted: What was asked for.
+        level: How much of it.
+        precision: Reached on the held-out rows.
+        recall: Likewise.
+    """
+
+    positive: int
+    probability: float
+    wanted: Wanted
+    level: float
+    precision: float
+    recall: float
+
+    def __post_init__(self) -> None:
+        check_range("positive", self.positive, 0, 1)
+        for name in ("probability", "level", "precision", "recall"):
+            check_range(name, getattr(self, name), 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How a head's logits become probabilities and a class, fitted on rows it had not learned from.
+
+    Attributes:
+        temperature: What logits are divided by before the softmax.
+        threshold: For two classes, if one was asked for; without one, the likeliest class wins.
+        fitted_on: The rows that decided, in words.
+    """
+
+    temperature: float = 1.0
+    threshold: Threshold | None = None
+    fitted_on: str = "nothing"
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, *TEMPERATURES)
+
+    def probabilities(self, logits: Floats) -> Floats:
+        """Calibrated probabilities, along the last axis."""
+        return softmax(logits if self.temperature == 1 else logits / self.temperature)
+
+    def classes(self, probabilities: Floats) -> Ints:
+        """The class of each row of calibrated probabilities [N, C]."""
+        if self.threshold is None:
+            return np.asarray(probabilities.argmax(axis=1), np.int64)
+        positive = self.threshold.positive
+        reached = probabilities[:, positive] >= self.threshold.probability
+        return np.where(reached, positive, 1 - positive).astype(np.int64)
+
+    def predict(self, logits: Floats) -> Ints:
+        """The class of each row of logits [N, C]."""
+        return self.classes(logits if self.threshold is None else self.probabilities(logits))
+
+    def to_json(self) -> dict[str, Any]:
+        """As in a head file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """Rebuild from what `to_json` returned.
+
+        Raises:
+            ValueError: A field is unknown, has another type, or is out of range.
+        """
+        return record_from_json(cls, value)
+
+
+PLAIN = Decision()
+"""Nothing fitted: softmax, and the likeliest class."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KnownRows:
+    """What tells images of the known classes from others, by conformal p-values.
+
+    An image is strange if no class is likely, or if its features are far from those of all train
+    images. Both are ranked among held-out train rows, Fisher's method joins the two ranks, and the
+    joint score is ranked again: of images like the held-out ones, a share of `level` has a p-value
+    of at most `level`, whatever the network (Bates et al. 2023, "Testing for Outliers with
+    Conformal p-values").
+
+    Attributes:
+        rows: Some train rows, scaled to length one [m, D] float16.
+        confidence: Probability of the likeliest class of n held-out rows, ascending.
+        distance: Their distance to the nearest of `rows`: one less the cosine, ascending.
+        strangeness: Their joint scores, ascending.
+    """
+
+    rows: NDArray[np.float16]
+    confidence: Singles
+    distance: Singles
+    strangeness: Singles
+
+    def __post_init__(self) -> None:
+        ranked = (self.confidence, self.distance, self.strangeness)
+        if self.rows.ndim != 2 or len({a.shape for a in ranked}) > 1 or ranked[0].ndim != 1:
+            raise UserError("known rows need rows [m, D] and three columns of equal length")
+        if not all((a[1:] >= a[:-1]).all() for a in ranked):
+            raise UserError("the columns of known rows are not ascending")
+
+    @classmethod
+    def ranking(cls, rows: NDArray[np.float16], confidence: Floats, distance: Floats) -> KnownRows:
+        """Rank held-out rows.
+
+        Args:
+            rows: Train rows, scaled to length one [m, D].
+            confidence: Of held-out rows [n], in any order.
+            distance: Of the same rows to train rows without them [n].
+        """
+        ranks = cls(
+            rows=rows,
+            confidence=np.sort(confidence).astype(np.float32),
+            distance=np.sort(distance).astype(np.float32),
+            strangeness=np.zeros(len(confidence), np.float32),
+        )
+        # A held-out row counts itself, as `p_values` counts the row that is asked about.
+        strangeness = ranks._joint(confidence.astype(np.float32), distance.astype(np.float32), 0)
+        return dataclasses.replace(ranks, strangeness=np.sort(strangeness).astype(np.float32))
+
+    @cached_property
+    def _bank(self) -> Singles:
+        return widen(self.rows)
+
+    def p_values(self, features: Floats, confidence: Floats) -> Doubles:
+        """How usual rows are among held-out ones [N]: low for other classes.
+
+        Args:
+            features: [N, D].
+            confidence: The probability of each row's likeliest class [N].
+        """
+        distance = nearest_distance(self._bank, features)
+        joint = self._joint(confidence.astype(np.float32), distance, 1).astype(np.float32)
+        stranger = len(self.strangeness) - np.searchsorted(self.strangeness, joint, side="left")
+        return np.asarray((1 + stranger) / (len(self.strangeness) + 1))
+
+    def _joint(self, confidence: Singles, distance: Singles, own: int) -> Doubles:
+        less_sure = np.searchsorted(self.confidence, confidence, side="right")
+        farther = len(self.distance) - np.searchsorted(self.distance, distance, side="left")
+        total = 2 * np.log(len(self.distance) + own)
+        return np.asarray(total - np.log(own + less_sure) - np.log(own + farther))
+
+
+def unit_rows(features: Floats) -> NDArray[np.float16]:
+    """Features [N, D] scaled to length one; zeros stay zeros."""
+    wide = widen(features)
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.asarray(wide / np.where(length > 0, length, 1), np.float16)
+
+
+def nearest_distance(bank: Singles, features: Floats) -> Singles:
+    """One less the largest cosine between each of features [N, D] and unit rows [m, D]."""
+    found = np.empty(len(features), np.float32)
+    for cut, block in row_blocks(features, 1024):
+        found[cut] = 1 - (widen(unit_rows(block)) @ bank.T).max(axis=1)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LinearHead:
     """Logits are `X @ weight.T + bias` of raw features; standardization is already folded in.
@@ -95,6 +263,8 @@ class LinearHead:
         chosen: The settings it was fitted with, and how they were chosen.
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
+        decision: How logits become probabilities and a class.
+        known: Tells images of other classes, if rows were held out.
     """
 
     weight: Floats
@@ -106,6 +276,8 @@ class LinearHead:
     chosen: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    decision: Decision = PLAIN
+    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
@@ -141,11 +313,11 @@ class LinearHead:
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Probabilities [N, C] of features [N, D]."""
-        return softmax(self.decision_function(X))
+        return self.decision.probabilities(self.decision_function(X))
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Class indices [N] of features [N, D]."""
-        return np.asarray(self.decision_function(X).argmax(axis=1), np.int64)
+        return self.decision.predict(self.decision_function(X))
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Top-1 accuracy on features [N, D] with class indices [N]."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
-from featcache.heads.linear import Ints
+from featcache.heads.linear import Floats, Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
     NotConverged,
@@ -41,6 +41,9 @@ from featcache.heads.training_data import (
 )
 from featcache.runtime import progress
 
+# Logits of a held-out part are kept up to this many values.
+MAX_KEPT = 1 << 22
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -55,6 +58,7 @@ class Choice:
         best_score: The highest score of any candidate. Solvers are compared by it, since each of
             them is then equally favored by chance.
         table: Every candidate with its scores, in the order tried.
+        logits: The winner's of each held-out part [M, C], where they were kept.
     """
 
     settings: Settings
@@ -63,6 +67,7 @@ class Choice:
     val_top1: float | None = None
     best_score: float | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
+    logits: list[Floats] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -222,6 +227,7 @@ class HeldOutScores:
         hits: Number of rows classified correctly.
         rows: Number of all rows.
         loss: Weighted sum of the losses; None where the solver has none.
+        logits: Of each part [M, C]; None where the solver has none, or they are not kept.
     """
 
     right: float = 0.0
@@ -230,6 +236,7 @@ class HeldOutScores:
     hits: int = 0
     rows: int = 0
     loss: float | None = 0.0
+    logits: list[Floats] | None = field(default_factory=list)
 
     def add(self, held: Rows, predictions: HeldOutPredictions) -> None:
         """Add a held-out part."""
@@ -243,6 +250,10 @@ class HeldOutScores:
             self.loss = None
         else:
             self.loss += float(held.weights @ predictions.losses)
+        if predictions.logits is None or predictions.logits.size > MAX_KEPT:
+            self.logits = None
+        elif self.logits is not None:
+            self.logits.append(predictions.logits)
 
     @property
     def score(self) -> float:
@@ -305,6 +316,9 @@ def evaluate_grid(
                     raise
                 break  # the rest of the series is regularized even less, which is harder
             grid.append((settings, scores))
+            for _, other in grid[:-1]:
+                if other.score < scores.score - scores.standard_error:
+                    other.logits = None  # it will not win
             bar.update()
             reached = (scores.score, -scores.mean_loss)
             worse = 0 if reached > best else worse + 1
@@ -330,4 +344,5 @@ def best_candidate(grid: Grid, chosen_on: str) -> Choice:
         best_score=top[1].score,
         chosen_on=chosen_on,
         table=[{**settings, **scores.to_json()} for settings, scores in grid],
+        logits=scores.logits,
     )

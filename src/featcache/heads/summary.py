@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from featcache.results.leaks import leak_lines
+from featcache.results.runs import RunReport
+from featcache.results.tables import score_lines
+
+# The level that the summary shows.
+REJECT = 0.05
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -34,6 +39,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
     lines += leak_lines(report)
+    lines += score_lines(RunReport.from_dict(report)) + _threshold_lines(report)
+    lines += _rejection_lines(report)
     if shots := report.get("shots"):
         spread = "" if shots["std"] is None else f", standard deviation {shots['std']:.3f}"
         lines.append(
@@ -47,6 +54,31 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
     return lines
+
+
+def _rejection_lines(report: dict[str, Any]) -> list[str]:
+    """What rejecting strange rows would do on the test split."""
+    for row in report.get("rejections") or ():
+        if row["level"] == REJECT and row["answered_top1"] is not None:
+            return [
+                f"predict --reject {REJECT:g} would call {row['unknown']:.1%} of the test rows "
+                f"unknown; accuracy on the others {row['answered_top1']:.3f}"
+            ]
+    return []
+
+
+def _threshold_lines(report: dict[str, Any]) -> list[str]:
+    """The threshold of a head that has one, and what it reaches on the test split."""
+    threshold = report.get("threshold")
+    if threshold is None:
+        return []
+    name = threshold["class"]
+    test = report["scores"]["classes"][name]
+    reached = [
+        f"{score} {threshold[score]:.3f} on held-out rows, {test[score] or 0:.3f} on test"
+        for score in ("precision", "recall")
+    ]
+    return [f"{name} from a probability of {threshold['probability']:.3f}: {'; '.join(reached)}"]
 
 
 def _settings(values: dict[str, Any]) -> str:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig
+from featcache.config import StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.groups import is_copy
+from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
 from featcache.heads.few_shot import draw_shots, shots_summary
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.linear import Ints
+from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
@@ -26,10 +28,9 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.training_data import TestSplit, open_cache, open_test
-from featcache.results import RunReport, config_json, metrics, report_marks
+from featcache.heads.training_data import open_cache
+from featcache.results import RunReport, metrics, report_marks
 from featcache.results.leaks import without_leaks
-from featcache.results.runs import Predictions
 from featcache.runtime import StageTimer, environment, say
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
@@ -44,8 +45,7 @@ class HeadRun:
         solver: The one that won.
         choice: How its settings were chosen.
         fitted: On all of train.
-        predicted: Classes of the test rows, [N].
-        confidence: The probability given to each, [N].
+        tested: Predictions of the test rows.
         test_top1: The share that is right.
         fit_seconds: Wall time of choosing and fitting.
         num_train: Rows that were fitted, views not counted.
@@ -55,8 +55,7 @@ class HeadRun:
     solver: Solver
     choice: Choice
     fitted: FittedHead[Head]
-    predicted: Ints
-    confidence: Floats
+    tested: TestPredictions
     test_top1: float
     fit_seconds: float
     num_train: int
@@ -97,11 +96,28 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
             replaced.
         StorageError: The head cannot be written.
     """
+    report, head = fit_and_score(config, rows)
+    write_head(report, head)
+    return report
+
+
+def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
+    """What `train_head_report` does, but for writing files, whose names are checked.
+
+    Args:
+        config: The command's settings.
+        rows: See `train_head_report`.
+
+    Returns:
+        What the run measured, and the head.
+    """
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
         config = without_strength(config)
-        cache = open_cache(config)
+        cache = _of_features(open_cache(config))
+        if config.threshold_for is not None:
+            positive_class(config, cache.class_names)
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
@@ -111,14 +127,14 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         head = run.fitted.head.replace(
             chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
         )
-        save_head(path, head)
+        found = test.evaluate(run.tested, head, config.seed)
     more |= {"head": str(path), "extraction": extraction_of(cache)}
     more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test, cache)}
     report = RunReport(
         command="train-head",
         trainable_params=num_params(head, cache.meta.backbone.stages),
         test_top1=run.test_top1,
-        test_interval=metrics.wilson_interval(int((run.predicted == test.y).sum()), test.num_rows),
+        test_interval=found.interval,
         seconds_total=timer.seconds["total"],
         epochs=run.fitted.epochs,
         scored_on=test.name,
@@ -128,15 +144,22 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
         environment=environment(),
         more=more,
         class_names=cache.class_names,
-        test=Predictions(
-            ids=test.ids,
-            labels=test.y.tolist(),
-            predicted=run.predicted.tolist(),
-            confidence=[round(p, 6) for p in run.confidence.tolist()],
-        ),
+        scores=found.scores,
+        calibration=found.calibration,
+        test=found.test,
     )
+    return report, head
+
+
+def write_head(report: RunReport, head: Head) -> None:
+    """Write a head where its report says, and the report beside it.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    path = Path(report.more["head"])
+    save_head(path, head)
     report.save(path.with_suffix(".json"))
-    return report
 
 
 def run_all(
@@ -193,15 +216,19 @@ def run_protocol(
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
+            held = out_of_fold(solver, choice, selection, config.seed)
+    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    known = fit_known(held, decision, train.sample, config.seed)
+    head = fitted.head.replace(decision=decision, known=known)
+    fitted = dataclasses.replace(fitted, head=head)
     scoring = sum(epoch["eval_seconds"] for epoch in fitted.epochs)
-    predicted, confidence = test.score(fitted.head)
+    tested = test.predict(fitted.head)
     return HeadRun(
         solver=solver,
         choice=choice,
         fitted=fitted,
-        predicted=predicted,
-        confidence=confidence,
-        test_top1=metrics.top1(test.y, predicted),
+        tested=tested,
+        test_top1=metrics.top1(test.y, tested.classes),
         fit_seconds=timer.seconds["fit"] - scoring,
         num_train=train.num_rows,
         compared=compared,
@@ -228,7 +255,7 @@ def make_solvers(config: TrainHeadConfig, test: TestSplit, *, streamed: bool) ->
     if config.solver in ("adam", "sgd"):
 
         def score(head: Head) -> float:
-            return metrics.top1(test.y, test.score(head)[0])
+            return metrics.top1(test.y, test.predict(head).classes)
 
         return [SgdSolver(config=config, score_epoch=score)]
     return [solver for solver in (logistic, ridge, knn) if solver.name == config.solver]
@@ -312,6 +339,21 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def _of_features(cache: FeatureCache) -> FeatureCache:
+    """The cache, unless it is one of activations.
+
+    Raises:
+        UserError: It is one.
+    """
+    if (cut := cache.meta.backbone.stage_input) is not None:
+        raise UserError(
+            f"{cache.path} holds the input of {cut.stage}, not features: type featcache finetune "
+            f"DATASET --from-stage {cut.stage} to train on it, or extract-features without "
+            "--from-stage for a cache that heads can use"
+        )
+    return cache
+
+
 def provenance_of(cache: FeatureCache) -> dict[str, Any]:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
@@ -327,21 +369,24 @@ def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
 
 def solver_fields(run: HeadRun, test: TestSplit, cache: FeatureCache) -> dict[str, Any]:
     """The report's fields that only this command has."""
-    class_names = run.fitted.head.class_names
-    num_classes = len(class_names)
+    class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
+    num_classes, predicted = len(class_names), run.tested.classes
     others = [cache.split(name).content for name in cache.splits if name != "test"]
     leaked = is_copy(cache.split("test").content, others)
-    recalls = metrics.per_class(test.y, run.predicted, num_classes)
+    recalls = metrics.per_class(test.y, predicted, num_classes)
     return {
         "solver": run.solver.name,
         "backend": run.solver.backend,
         "val_top1": run.choice.val_top1,
-        "without_leaks": without_leaks(test.y, run.predicted, leaked),
-        "balanced_top1": metrics.balanced(test.y, run.predicted, num_classes),
+        "without_leaks": without_leaks(test.y, predicted, leaked),
+        "balanced_top1": metrics.balanced(test.y, predicted, num_classes),
         "per_class": {
             name: None if math.isnan(recall) else recall
             for name, recall in zip(class_names, recalls, strict=True)
         },
+        "threshold": threshold
+        and {"class": class_names[threshold.positive], **dataclasses.asdict(threshold)},
+        "rejections": run.tested.rejections(predicted == test.y),
         "fit_seconds": run.fit_seconds,
         "chosen": run.chosen(),
         "converged": run.fitted.converged,

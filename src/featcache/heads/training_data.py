@@ -1,4 +1,4 @@
-"""Rows to learn from and rows to score on: a cache's splits, checked, in memory.
+"""Rows to learn from: a cache's splits, checked, in memory.
 
 Solvers fit `TrainRows`: `Rows`, or `streaming.StreamedRows`.
 """
@@ -15,13 +15,21 @@ import numpy as np
 from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.linear import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
+from featcache.heads.linear import (
+    Doubles,
+    Floats,
+    Ints,
+    Singles,
+    all_finite,
+    row_blocks,
+    widen,
+)
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
 
 if TYPE_CHECKING:
-    from featcache.heads.files import Head
+    pass
 
 # Rows checked or scored at a time.
 BLOCK_ROWS = 8192
@@ -198,47 +206,6 @@ def cut_batches(
         yield X[cut], y[cut], None if alike else own[cut]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TestSplit:
-    """The rows that heads are scored on, block by block.
-
-    Attributes:
-        y: Class indices [N].
-        ids: N sample ids.
-        num_views: Views that count: all with --tta, else the plain one.
-        blocks: Makes an iterator of consecutive rows: features [n, D] of each view that counts.
-    """
-
-    __test__ = False  # pytest: not a test
-
-    y: Ints
-    ids: list[str]
-    num_views: int
-    blocks: Callable[[], Iterator[list[Floats]]]
-
-    @property
-    def num_rows(self) -> int:
-        """Number N of rows."""
-        return len(self.y)
-
-    @property
-    def name(self) -> str:
-        """What was scored, in words."""
-        views = f"mean over {self.num_views} views" if self.num_views > 1 else "view 0"
-        return f"test, {views} ({self.num_rows} rows)"
-
-    def score(self, head: Head) -> tuple[Ints, Floats]:
-        """Predicted classes [N], and the probability given to each [N] float32."""
-        predicted, confidence = [], []
-        for views in self.blocks():
-            total = head.predict_proba(views[0])
-            for view in views[1:]:
-                total = total + head.predict_proba(view)
-            predicted.append(total.argmax(axis=1).astype(np.int64))
-            confidence.append((total.max(axis=1) / len(views)).astype(np.float32))
-        return np.concatenate(predicted), np.concatenate(confidence)
-
-
 def open_cache(config: TrainHeadConfig) -> FeatureCache:
     """Open the cache and check that it has what training needs.
 
@@ -259,34 +226,6 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
             "--views flip, or leave --tta out"
         )
     return cache
-
-
-def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) -> TestSplit:
-    """The test split, mapped, or read anew each time in bounded memory.
-
-    Raises:
-        UserError: A row cannot be scored.
-    """
-    split = cache.split("test")
-    num_views = split.num_views if config.tta else 1
-    mapped = load_rows(split, cache.class_names).views[:num_views] if in_memory else None
-
-    def blocks() -> Iterator[list[Floats]]:
-        if mapped is not None:
-            for start in range(0, mapped.shape[1], BLOCK_ROWS):
-                yield list(mapped[:, start : start + BLOCK_ROWS])
-            return
-        for start in range(0, split.num_places, BLOCK_ROWS):
-            places = range(start, min(start + BLOCK_ROWS, split.num_places))
-            kept, features = split.read(places)
-            views = [features, *(split.read(places, v)[1] for v in range(1, num_views))]
-            for view in views:
-                if not surely_finite(view):
-                    check_finite(view, split.ids[kept], "test")
-            if len(features):
-                yield views
-
-    return TestSplit(y=split.y, ids=split.ids, num_views=num_views, blocks=blocks)
 
 
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:

@@ -10,7 +10,8 @@ from typing import Any
 
 from featcache.config import flatten
 from featcache.html_report.report_files import ReportFiles, Run, Summary
-from featcache.results import Predictions, Row, RunReport, advice, benchmark_rows, best_of
+from featcache.results import Predictions, Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of
 from featcache.results.metrics import mcnemar
 from featcache.results.runs import Approach
 
@@ -155,6 +156,8 @@ def _name(report: RunReport, approach: Approach) -> str:
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(recipe.get("unfreeze"), list) and recipe["unfreeze"]:
         parts.append("only " + ", ".join(str(name)[:40] for name in recipe["unfreeze"][:4]))
+    if isinstance(report.more.get("mode"), str):
+        parts.append(report.more["mode"][:60])
     if isinstance(recipe.get("lr"), float):
         parts.append(f"lr {recipe['lr']:g}")
     parts = [part for part in parts if part]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from featcache.config import ReportConfig
 from featcache.html_report.audits import audit_values
+from featcache.html_report.charts import Chart, make_chart
 from featcache.html_report.compared_runs import (
     ComparedRun,
     compared_advice,
@@ -23,28 +23,20 @@ from featcache.html_report.mistakes import (
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
-from featcache.results import (
-    CURVE_HEADER,
-    CurvePoint,
-    CurveRun,
-    Row,
-    curve_advice,
-    curve_cells,
-    curve_points,
-)
+from featcache.html_report.scores import overview, run_scores
+from featcache.results import Row
+from featcache.results.curve_advice import curve_advice
 from featcache.results.leaks import leak_lines
+from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
 from featcache.results.plots import (
     Line,
-    Svg,
-    as_svg,
     curve_lines,
     draw,
     lines_of,
     seconds_tick,
 )
-from featcache.results.tables import HEADER, seconds_text, table_cells
+from featcache.results.tables import HEADER, curve_cells, curve_header, seconds_text, table_cells
 
-SIZES = {"wide": (760, 400), "narrow": (360, 330)}
 MAX_DETAILED = 6
 
 
@@ -66,16 +58,6 @@ class Page:
     subtitle: str
     advice: list[str]
     sections: list[Section]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A chart drawn for wide and for narrow screens, its lines, its numbers as a table."""
-
-    lines: Sequence[Line]
-    drawings: dict[str, Svg]
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def make_page(files: ReportFiles, config: ReportConfig) -> Page:
@@ -104,6 +86,10 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         }
         sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
+    header, rows = overview(compared)
+    if rows:
+        scores = {"header": header, "rows": rows}
+        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
     sections += _mistakes_sections(ranked(compared), config)
     for audit in files.audits:
         title = (
@@ -139,34 +125,13 @@ def _unfinished_comparisons(files: ReportFiles) -> list[Summary]:
 def _curve_chart(points: Sequence[CurvePoint], salt: str) -> Chart | None:
     if not points:
         return None
-    return _chart(
-        curve_lines(points),
-        header=CURVE_HEADER,
+    lines, label = curve_lines(points), "training images (log scale)"
+    return make_chart(
+        lines,
+        lambda size: draw(lines, size, label, lambda number: f"{number:,.0f}"),
+        header=curve_header(points),
         rows=curve_cells(points),
-        x_label="training images (log scale)",
-        x_text=lambda number: f"{number:,.0f}",
         salt=salt,
-    )
-
-
-def _chart(
-    lines: Sequence[Line],
-    *,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    x_label: str,
-    x_text: Callable[[float], str],
-    salt: str,
-) -> Chart:
-    """Draw lines for both kinds of screens."""
-    return Chart(
-        lines=lines,
-        drawings={
-            screen: as_svg(partial(draw, lines, size, x_label, x_text), f"{salt}-{screen}")
-            for screen, size in SIZES.items()
-        },
-        header=header,
-        rows=rows,
     )
 
 
@@ -208,12 +173,11 @@ def _seconds_chart(rows: Sequence[Row], lines: Sequence[Line]) -> Chart:
         for row in rows
         for number, (seconds, top1) in enumerate(row.points, start=1)
     ]
-    return _chart(
+    return make_chart(
         lines,
+        lambda size: draw(lines, size, "seconds (log scale)", seconds_tick),
         header=["mode", "point", "seconds", "test accuracy"],
         rows=cells,
-        x_label="seconds (log scale)",
-        x_text=seconds_tick,
         salt="seconds",
     )
 
@@ -235,10 +199,14 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
             Section(
                 title=group[0].name,
                 layout="mistakes",
-                values={"mistakes": mistakes_of(group, split), "has_images": split is not None},
+                values={
+                    "mistakes": mistakes_of(group, split),
+                    "has_images": split is not None,
+                    "scores": run_scores(group[0].report, f"scores-{number}"),
+                },
                 level=3,
             )
-            for group in shown
+            for number, group in enumerate(shown)
         ),
     ]
 

@@ -54,6 +54,7 @@ def _environment(form: Literal["html", "markdown"]) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
         "fenced": fenced,
         "flat": flat,
         "legend_svg": legend_svg,

@@ -12,7 +12,9 @@ from typing import Any, get_args
 
 from featcache.errors import UserError
 from featcache.files import read_regular
-from featcache.results import CurvePoint, CurveRun, Row, RunReport, curve_from_json
+from featcache.results import Row, RunReport
+from featcache.results.curve_json import curve_from_json
+from featcache.results.learning_curve import CurvePoint, CurveRun
 from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
@@ -111,6 +113,8 @@ check_run = record(
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
+        "scores? calibration?": OBJECT,
+        "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
         "without_leaks?": record(
             {"num_leaked num_test": COUNT, "test_top1?": SHARE, "test_interval?": INTERVAL}
         ),

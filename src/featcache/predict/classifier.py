@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from featcache.engine import EngineSettings
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
 from featcache.heads import KnnHead, softmax
+from featcache.heads.linear import KnownRows
 from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
 from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
@@ -29,7 +31,10 @@ from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 if TYPE_CHECKING:
     from featcache.engine import Engine
 
+T = TypeVar("T")
 Row = NDArray[np.float32]
+UNKNOWN = "unknown"
+"""The label of images that are rejected."""
 # Neighbors of many images are found together: the train rows are read once for all of them.
 KNN_ROWS = 512
 # For all classifiers, since a lock cannot be pickled; engines are built one at a time anyway.
@@ -41,14 +46,20 @@ class Prediction:
     """The predicted class of one image.
 
     Attributes:
-        label: The likeliest class.
+        label: The likeliest class or, of a head with a threshold, the one that the threshold says.
         probability: Of that class.
-        topk: The likeliest classes with their probabilities, likeliest first.
+        topk: That class, then the likeliest others, with their probabilities.
+        p_value: How usual the image is among held-out train images, if `reject` was given: of
+            images like those, a share of p has a value of at most p.
+        unknown: Whether the p-value is at most `reject`: the image may belong to none of the
+            classes. Then `label` is "unknown", and the rest is as without `reject`.
     """
 
     label: str
     probability: float
     topk: tuple[tuple[str, float], ...]
+    p_value: float | None = None
+    unknown: bool = False
 
 
 class Classifier:
@@ -120,7 +131,12 @@ class Classifier:
         """What the classifier was made from."""
         return self.trained.provenance
 
-    def predict(self, pictures: Picture | Iterable[Picture], topk: int = 1) -> list[Prediction]:
+    def predict(
+        self,
+        pictures: Picture | Iterable[Picture],
+        topk: int = 1,
+        reject: float | None = None,
+    ) -> list[Prediction]:
         """Classify images.
 
         Args:
@@ -128,14 +144,18 @@ class Classifier:
                 binary mode, or arrays uint8 [H, W], [H, W, C] or [N, H, W, C] with C of 1, 3 (RGB)
                 or 4 (RGBA).
             topk: Number of likeliest classes to return.
+            reject: Call images unknown that are stranger than all but this share of held-out
+                train images: at most so many images of the known classes are called unknown.
 
         Returns:
             One prediction per image, in order.
 
         Raises:
-            UserError: An image cannot be read.
+            UserError: An image cannot be read, or the classifier cannot tell unknown images.
         """
-        return [self.prediction(row, topk) for row in self.predict_proba(pictures)]
+        split = split_of(pictures)
+        with contextlib.closing(self.predictions(split, topk=topk, reject=reject)) as stream:
+            return [_readable(split, index, found) for index, found in stream]
 
     def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """Probabilities [N, C] of images; `predict` describes `pictures`.
@@ -164,8 +184,12 @@ class Classifier:
         return self._as_cached(rows)
 
     def prediction(self, probabilities: Row, topk: int = 1) -> Prediction:
-        """Name the likeliest classes of one row of probabilities [C]."""
-        order = np.argsort(-probabilities, kind="stable")[: max(1, topk)]
+        """Name the class of one row of probabilities [C], and the likeliest others."""
+        order = np.argsort(-probabilities, kind="stable")
+        if self.trained.decision.threshold is not None:  # of two classes, maybe the less likely
+            first = self.trained.decision.classes(probabilities[None])[0]
+            order = np.array([first, 1 - first])
+        order = order[: max(1, topk)]
         names = self.trained.class_names
         best = tuple((names[c], float(probabilities[c])) for c in order)
         return Prediction(best[0][0], best[0][1], best)
@@ -188,7 +212,7 @@ class Classifier:
     def stream(
         self, split: ImageSplit, timer: StageTimer | None = None
     ) -> Generator[tuple[int, Row | BadImage], None, None]:
-        """Classify the images of a split in order, in bounded memory.
+        """Probabilities of the images of a split in order, in bounded memory.
 
         Args:
             split: The images.
@@ -197,7 +221,68 @@ class Classifier:
         Yields:
             The row, and its probabilities [C] or the reason why there are none.
         """
-        timer = timer or StageTimer()
+        for index, row in self._classified(split, timer or StageTimer()):
+            yield index, row if isinstance(row, BadImage) else row[1]
+
+    def predictions(
+        self,
+        split: ImageSplit,
+        timer: StageTimer | None = None,
+        *,
+        topk: int = 1,
+        reject: float | None = None,
+    ) -> Generator[tuple[int, Prediction | BadImage], None, None]:
+        """Classify the images of a split in order, in bounded memory; arguments as for `predict`.
+
+        Yields:
+            The row, and its prediction or the reason why there is none.
+
+        Raises:
+            UserError: The classifier cannot tell unknown images.
+        """
+        known = None if reject is None else self.known_rows(reject)
+        for index, row in self._classified(split, timer or StageTimer()):
+            if isinstance(row, BadImage):
+                yield index, row
+                continue
+            features, probabilities = row
+            found = self.prediction(probabilities, topk)
+            if known is not None:
+                given = probabilities.max(keepdims=True)
+                p_value = float(known.p_values(self._as_cached(features[None]), given)[0])
+                found = dataclasses.replace(found, p_value=p_value)
+                if p_value <= (reject or 0):
+                    found = dataclasses.replace(found, label=UNKNOWN, unknown=True)
+            yield index, found
+
+    def known_rows(self, reject: float) -> KnownRows:
+        """What tells unknown images at this level.
+
+        Raises:
+            UserError: Nothing does, or too few rows were held out for it.
+        """
+        path, head = self.trained.path, self.trained.head
+        known = None if head is None else head.known
+        if known is None:
+            what = "is a fine-tuned model" if head is None else "kept no held-out rows"
+            raise UserError(
+                f"--reject: {path} {what} and cannot tell unknown images: give a head that this "
+                "version of train-head fitted to enough images"
+            )
+        if UNKNOWN in self.trained.class_names:
+            raise UserError(f"--reject: {path} has a class {UNKNOWN!r}: leave --reject out")
+        least = 1 / (len(known.strangeness) + 1)
+        if not least <= reject < 1:
+            raise UserError(
+                f"--reject {reject:g}: {path} has {len(known.strangeness)} held-out rows to "
+                f"compare with: give a share from {math.ceil(1000 * least) / 1000:g} to below 1"
+            )
+        return known
+
+    def _classified(
+        self, split: ImageSplit, timer: StageTimer
+    ) -> Generator[tuple[int, tuple[Row, Row] | BadImage], None, None]:
+        """Every image's output of the network, and its probabilities [C]."""
         together = KNN_ROWS if isinstance(self.trained.head, KnnHead) else 1
         with torch_threads_kept():
             outputs = self._outputs(split, timer)
@@ -205,7 +290,7 @@ class Classifier:
                 good = [row for _, row in group if not isinstance(row, BadImage)]
                 probabilities = iter(self._probabilities(np.stack(good)) if good else ())
                 for index, row in group:
-                    yield index, row if isinstance(row, BadImage) else next(probabilities)
+                    yield index, row if isinstance(row, BadImage) else (row, next(probabilities))
 
     def _outputs(
         self, split: ImageSplit, timer: StageTimer
@@ -230,6 +315,17 @@ class Classifier:
         return features.astype(np.float16).astype(np.float32) if half else features
 
 
+def _readable(split: ImageSplit, index: int, found: T | BadImage) -> T:
+    """What was found of an image.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if isinstance(found, BadImage):
+        raise UserError(f"{split.ids[index]}: {found}; repair it or leave it out")
+    return found
+
+
 def _filled(
     split: ImageSplit, stream: Generator[tuple[int, Row | BadImage], None, None], width: int
 ) -> NDArray[np.float32]:
@@ -241,9 +337,7 @@ def _filled(
     rows = np.zeros((len(split), width), np.float32)
     with contextlib.closing(stream):
         for index, row in stream:
-            if isinstance(row, BadImage):
-                raise UserError(f"{split.ids[index]}: {row}; repair it or leave it out")
-            rows[index] = row
+            rows[index] = _readable(split, index, row)
     return rows
 
 

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from featcache.config import Format, PredictConfig
+from featcache.config import Format, PredictConfig, config_json
 from featcache.data import BadImage
 from featcache.errors import UserError, visible
 from featcache.files import check_outputs, csv_line, replacing, storage_errors
-from featcache.predict.classifier import Classifier, Prediction
+from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
 from featcache.predict.load import provenance_json
 from featcache.predict.pictures import find_pictures, split_of
-from featcache.results import config_json
 from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 from featcache.streams import stdout_errors
 
@@ -39,6 +38,7 @@ def prediction_json(path: str, prediction: Prediction) -> dict[str, Any]:
         "label": prediction.label,
         "probability": prediction.probability,
         "topk": [{"label": name, "probability": value} for name, value in prediction.topk],
+        **({} if prediction.p_value is None else {"p_value": prediction.p_value}),
     }
 
 
@@ -50,7 +50,13 @@ def format_of(given: Format | None, output: Path | None) -> Format:
 
 @contextlib.contextmanager
 def prediction_writer(
-    kind: Format, output: Path | None, paths: Sequence[str], class_names: Sequence[str], topk: int
+    kind: Format,
+    output: Path | None,
+    paths: Sequence[str],
+    class_names: Sequence[str],
+    topk: int,
+    *,
+    reject: bool = False,
 ) -> Iterator[Write]:
     """Write predictions as they come; a file appears whole in the end or not at all.
 
@@ -60,6 +66,7 @@ def prediction_writer(
         paths: Of every image, for the width of columns.
         class_names: All of them, likewise.
         topk: Classes per prediction.
+        reject: Whether predictions have p-values.
 
     Yields:
         A function of path and prediction.
@@ -71,7 +78,7 @@ def prediction_writer(
     if kind == "table":
         header, text = _table(paths, class_names, topk)
     elif kind == "csv":
-        header, text = _csv(topk)
+        header, text = _csv(topk, reject=reject)
     else:
         header, text = "", _json_line
     with _target(output) as write:
@@ -128,16 +135,23 @@ def _table(
 
     def text(path: str, prediction: Prediction) -> str:
         cells = [f"{visible(label):<{label_width}} {value:.3f}" for label, value in prediction.topk]
+        if prediction.unknown:
+            cells = [f"{UNKNOWN:<{label_width}} (p {prediction.p_value:.3f}), else", *cells]
         return f"{visible(path):<{width}}  {'  '.join(cells)}\n"
 
     return f"{'picture':<{width}}  {'label':<{label_width}} probability\n", text
 
 
-def _csv(topk: int) -> tuple[str, Callable[[str, Prediction], str]]:
+def _csv(topk: int, *, reject: bool) -> tuple[str, Callable[[str, Prediction], str]]:
     def text(path: str, prediction: Prediction) -> str:
-        return csv_line([path, *(cell for pair in prediction.topk for cell in pair)])
+        cells = [path, *(cell for pair in prediction.topk for cell in pair)]
+        if reject:
+            likeliest, cells[1] = cells[1], prediction.label
+            cells += [likeliest, prediction.p_value or 0.0]
+        return csv_line(cells)
 
-    more = (f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability"))
+    more = [f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability")]
+    more += ["likeliest", "p_value"] if reject else []
     return csv_line(["path", "label", "probability", *more]), text
 
 
@@ -177,6 +191,8 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         workers=config.workers,
     )
+    if config.reject is not None:
+        classifier.known_rows(config.reject)  # or an error, before anything is written
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
     found: list[dict[str, Any]] = []
@@ -187,13 +203,16 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         if config.output is not None or not config.json:
             kind = format_of(config.format, config.output)
             names = classifier.class_names
-            target = prediction_writer(kind, config.output, paths, names, config.topk)
+            target = prediction_writer(
+                kind, config.output, paths, names, config.topk, reject=config.reject is not None
+            )
             writers.append(stack.enter_context(target))
-        skipped = _classify(config, classifier, paths, writers, timer)
+        skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
     if config.verbose:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
     seconds = time.perf_counter() - start
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
+    report |= {} if config.reject is None else {"num_unknown": num_unknown}
     return report | ({"predictions": found} if config.json else {})
 
 
@@ -203,23 +222,28 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> list[dict[str, str]]:
-    """Send every image's prediction to the writers; returns the images that had none."""
-    split, skipped = split_of(paths), []
+) -> tuple[list[dict[str, str]], int]:
+    """Send every image's prediction to the writers.
+
+    Returns:
+        The images that had none, and how many are unknown.
+    """
+    split, skipped, num_unknown = split_of(paths), [], 0
     # Rows that scroll by on the same screen show the progress themselves.
     on_screen = config.output is None and not config.json and sys.stdout.isatty()
     bar = progress(len(paths), delay=BAR_DELAY_S, disable=on_screen or bar_hidden())
-    with bar, contextlib.closing(classifier.stream(split, timer)) as stream, timer("total"):
-        for index, row in stream:
+    found = classifier.predictions(split, timer, topk=config.topk, reject=config.reject)
+    with bar, contextlib.closing(found) as stream, timer("total"):
+        for index, prediction in stream:
             path = paths[index]
-            if isinstance(row, BadImage):
-                skipped.append(_skip(config, path, row))
+            if isinstance(prediction, BadImage):
+                skipped.append(_skip(config, path, prediction))
             else:
-                prediction = classifier.prediction(row, config.topk)
+                num_unknown += prediction.unknown
                 for write in writers:
                     write(path, prediction)
             bar.update()
-    return skipped
+    return skipped, num_unknown
 
 
 def _skip(config: PredictConfig, path: str, bad: BadImage) -> dict[str, str]:
@@ -268,6 +292,8 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     num, skipped = report["num_images"], report["num_skipped"]
     left_out = f", {skipped} unreadable and left out" if skipped else ""
+    if "num_unknown" in report:
+        left_out += f", {report['num_unknown']} of them unknown"
     lines = [
         f"{num - skipped} of {num} images classified{left_out}, in "
         f"{report['seconds_total']:.1f} s by {report['classifier']}"

@@ -22,9 +22,10 @@ from featcache.backbone.load import OtherWeightsError, verified_network, without
 from featcache.backbone.weights import NAMED_WEIGHTS
 from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
 from featcache.errors import CacheError, UserError, one_of
-from featcache.heads import Head
+from featcache.heads import Decision, Head
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
+from featcache.heads.linear import PLAIN
 from featcache.tensor_files import MODEL_FORMAT, TensorFile, model_card, read_tensor_file
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class LoadedClassifier:
     precision: str
     scores: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def decision(self) -> Decision:
+        """How logits become probabilities and a class."""
+        return PLAIN if self.head is None else self.head.decision
 
     def describe(self) -> str:
         """One phrase for people: what classifies."""
@@ -230,6 +236,7 @@ def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
         "backbone": trained.backbone,
         "solver": trained.head.solver if trained.head else None,
         "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "decision": trained.decision.to_json(),
         "scores": trained.scores,
         "trained_on": trained.provenance,
     }

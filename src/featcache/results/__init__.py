@@ -1,63 +1,25 @@
-"""What a run measured, and what follows from it: run files, tables, advice, plots."""
+"""What a run measured, and what follows from it.
 
-from featcache.results.advice import advice, beside_top1, best_of
-from featcache.results.curve_advice import Crossing, crossing, curve_advice
-from featcache.results.learning_curve import (
-    CurveMode,
-    CurvePoint,
-    CurveRun,
-    ModeScores,
-    curve_from_json,
-    curve_points,
-    curve_to_json,
-    size_text,
-)
-from featcache.results.plots import plot_accuracy_against_seconds
+Run reports are here; tables, plots, the learning curve and advice are in modules of those names,
+which the commands that only write a report do not load.
+"""
+
 from featcache.results.runs import (
     Predictions,
     Row,
     RunReport,
     benchmark_rows,
     break_even,
-    config_json,
     report_marks,
     speedups,
 )
-from featcache.results.tables import (
-    CURVE_HEADER,
-    curve_cells,
-    curve_text,
-    markdown_table,
-    text_table,
-)
 
 __all__ = [
-    "CURVE_HEADER",
-    "Crossing",
-    "CurveMode",
-    "CurvePoint",
-    "CurveRun",
-    "ModeScores",
     "Predictions",
     "Row",
     "RunReport",
-    "advice",
     "benchmark_rows",
-    "beside_top1",
-    "best_of",
     "break_even",
-    "config_json",
-    "crossing",
-    "curve_advice",
-    "curve_cells",
-    "curve_from_json",
-    "curve_points",
-    "curve_text",
-    "curve_to_json",
-    "markdown_table",
-    "plot_accuracy_against_seconds",
     "report_marks",
-    "size_text",
     "speedups",
-    "text_table",
 ]

@@ -9,8 +9,10 @@ from itertools import pairwise
 from typing import Literal
 
 from featcache.results.advice import beside_top1
+from featcache.results.forecast import forecasts
 from featcache.results.learning_curve import NAMES, SIGNIFICANCE, CurveMode, CurvePoint, size_text
-from featcache.results.tables import MAJORITY, seconds_text
+from featcache.results.metrics import samples_to_decide
+from featcache.results.tables import MAJORITY, minutes_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +66,28 @@ def _meeting(points: Sequence[CurvePoint]) -> int | None:
     return None
 
 
-def curve_advice(points: Sequence[CurvePoint]) -> list[str]:
+def curve_advice(points: Sequence[CurvePoint], price_per_hour: float | None = None) -> list[str]:
     """Say which mode is better with most images, whether that changes with fewer, and the cost.
 
     Args:
         points: From `curve_points`.
+        price_per_hour: What an hour of the machine costs, in any currency.
 
     Returns:
-        Three statements; none where no size was measured in both modes.
+        Three statements, then those that can be made: on what the cached head learned from, on a
+        second test set, on more train images; none where no size was measured in both modes.
     """
     measured = [point for point in points if point.difference is not None]
     if not measured:
         return []
-    return [_accuracy(points, measured), _switch(measured, crossing(measured)), _cost(measured[-1])]
+    last = measured[-1]
+    more = [_features(last), _shifted(last), _with_more_images(points)]
+    return [
+        _accuracy(points, measured),
+        _switch(measured, crossing(measured)),
+        _cost(last, price_per_hour),
+        *(line for line in more if line),
+    ]
 
 
 def _sizes(points: Sequence[CurvePoint]) -> str:
@@ -169,13 +180,15 @@ def _switch(measured: Sequence[CurvePoint], found: Crossing) -> str:
             "to yours, and repeat it with more seeds."
         )
     if len(measured) == 1:
-        advice = _by_cost(last) if found.leader is None else _pick_leader(last, found.leader)
+        advice = _by_cost(last, 1) if found.leader is None else _pick_leader(last, found.leader)
         return f"One size does not show whether the curves cross: {advice}."
     if found.leader is None:
-        return f"These results do not show whether the curves cross: {_by_cost(last)}."
+        return (
+            f"These results do not show whether the curves cross: {_by_cost(last, len(measured))}."
+        )
     lead, other = NAMES[found.leader], NAMES[_other(found.leader)]
     if found.kind == "level":
-        return f"{_lead_in_doubt(last, found.leader)}: {_by_cost(last)}."
+        return f"{_lead_in_doubt(last, found.leader)}: {_by_cost(last, len(measured))}."
     return (
         f"The curves do not cross within the data: {lead} stays ahead of {other} up to "
         f"{size_text(last)}, so {_pick_leader(last, found.leader)}."
@@ -223,7 +236,7 @@ def _pick_leader(last: CurvePoint, leader: CurveMode) -> str:
     assert last.finetune is not None
     points = abs(last.difference or 0.0) * 100
     more = last.finetune.cost_seconds - last.cached.cost_seconds
-    gap = seconds_text(abs(more))
+    gap = minutes_text(abs(more))
     if leader == "cached":
         time = f"and {gap} less" if more > 0 else f"for {gap} more"
         return f"pick the cached head: {points:.1f} percentage points better {time}"
@@ -232,7 +245,7 @@ def _pick_leader(last: CurvePoint, leader: CurveMode) -> str:
     return f"pick fine-tuning: {points:.1f} percentage points better and {gap} less"
 
 
-def _by_cost(last: CurvePoint) -> str:
+def _by_cost(last: CurvePoint, num_tests: int) -> str:
     """What to do where there is no clear winner on accuracy, as part of a sentence."""
     if not last.useful:
         return "pick neither yet, and try more train images or other weights first"
@@ -240,26 +253,112 @@ def _by_cost(last: CurvePoint) -> str:
     assert last.finetune is not None
     cached_cheaper = last.cached.cost_seconds <= last.finetune.cost_seconds
     cheaper = NAMES["cached" if cached_cheaper else "finetune"]
-    gap = seconds_text(abs(last.finetune.cost_seconds - last.cached.cost_seconds))
-    return f"pick {cheaper}, which costs {gap} less; more test images or seeds could settle it"
+    gap = minutes_text(abs(last.finetune.cost_seconds - last.cached.cost_seconds))
+    return f"pick {cheaper}, which costs {gap} less; {_to_decide(last, num_tests)}"
 
 
-def _cost(last: CurvePoint) -> str:
-    """Seconds of both modes at the largest size, per trial and per point."""
+def _to_decide(last: CurvePoint, num_tests: int) -> str:
+    """What could settle an undecided comparison, as part of a sentence."""
+    by_chance = last.p_value is not None and last.p_value >= SIGNIFICANCE
+    if not by_chance or last.only_cached is None or last.only_finetune is None:
+        return "more test images or seeds could settle it"
+    needed = samples_to_decide(
+        last.only_cached, last.only_finetune, last.num_test, significance=SIGNIFICANCE / num_tests
+    )
+    if needed is None or needed <= last.num_test:
+        return "more test images or seeds could settle it"
+    return (
+        f"about {_rounded(needed - last.num_test)} more test images would settle it with a "
+        "probability of 80 %, if the modes differ as much as here"
+    )
+
+
+def _rounded(number: int) -> str:
+    """Two significant digits, since it is an estimate."""
+    return f"{int(float(f'{number:.2g}')):,}"
+
+
+def _cost(last: CurvePoint, price_per_hour: float | None) -> str:
+    """What both modes cost at the largest size now, per further experiment, and per point."""
     assert last.cached is not None
     assert last.finetune is not None
     cached, tuned = last.cached, last.finetune
-    once = seconds_text(cached.cost_seconds - cached.trial_seconds)
+    once = minutes_text(cached.cost_seconds - cached.trial_seconds)
     text = (
-        f"With {size_text(last)}, a first cached head takes {seconds_text(cached.cost_seconds)} "
-        f"({once} of it extraction), every further one {seconds_text(cached.trial_seconds)}, a "
-        f"fine-tune {seconds_text(tuned.cost_seconds)}: {_pays(last)}"
+        f"With {size_text(last)}, a first cached head takes {minutes_text(cached.cost_seconds)} "
+        f"({once} of it extraction), every further experiment {minutes_text(cached.trial_seconds)},"
+        f" a fine-tune {minutes_text(tuned.cost_seconds)} each time: {_pays(last)}"
     )
     per_point = last.seconds_per_point
     if per_point is not None and last.verdict == "finetune":
-        gain = f"each percentage point that fine-tuning gains costs {seconds_text(per_point)}"
-        return f"{text}, and {gain}."
-    return f"{text}."
+        gain = f"each percentage point that fine-tuning gains costs {minutes_text(per_point)}"
+        text = f"{text}, and {gain}"
+    if price_per_hour is None:
+        return f"{text}."
+    first, again, tune = (
+        f"{seconds / 3600 * price_per_hour:.2g}"
+        for seconds in (cached.cost_seconds, cached.trial_seconds, tuned.cost_seconds)
+    )
+    return (
+        f"{text}. At {price_per_hour:g} an hour that is {first} for the first head, {again} for "
+        f"every further one, and {tune} for each fine-tune."
+    )
+
+
+def _features(last: CurvePoint) -> str:
+    """What the cached head learned from, and by which held-out scores it was chosen."""
+    side = last.cached
+    if side is None or not side.features or len(side.held_out) < 2:
+        return ""
+    chosen = next(iter(side.features))
+    others = [f"{name} {top1:.3f}" for name, top1 in side.held_out.items() if name != chosen]
+    seeds = sum(side.features.values())
+    often = f" with {side.features[chosen]} of {seeds} seeds" if len(side.features) > 1 else ""
+    return (
+        f"With {size_text(last)}, the cached head uses {chosen}{often}, chosen by accuracy on "
+        f"held-out train images: {side.held_out.get(chosen, math.nan):.3f}, against "
+        f"{_and(others)}."
+    )
+
+
+def _shifted(last: CurvePoint) -> str:
+    """Both modes on the second test set, and whether that changes who is ahead."""
+    if last.cached is None or last.finetune is None or last.num_shifted is None:
+        return ""
+    head, tune, p_value = last.cached.shifted_top1, last.finetune.shifted_top1, last.shifted_p_value
+    if head is None or tune is None or p_value is None:
+        return ""
+    gains = [score - side.top1 for score, side in ((head, last.cached), (tune, last.finetune))]
+    if p_value < SIGNIFICANCE:
+        leader: CurveMode = "cached" if head > tune else "finetune"
+        chance = "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+        verdict = f"{NAMES[leader]} is significantly more accurate there ({chance})"
+        if last.verdict == _other(leader):
+            verdict += ", unlike on the first test set"
+    else:
+        verdict = f"there is no clear winner there (p = {p_value:.2g})"
+    return (
+        f"On the second, shifted test set ({last.num_shifted:,} images), the cached head has "
+        f"{head:.3f} ({_signed(gains[0])} percentage points) and fine-tuning {tune:.3f} "
+        f"({_signed(gains[1])}): {verdict}."
+    )
+
+
+def _signed(gain: float) -> str:
+    return f"{100 * gain:+.1f}".replace("-", "−")
+
+
+def _with_more_images(points: Sequence[CurvePoint]) -> str:
+    """Where the extrapolated curves arrive."""
+    ends = {found.mode: found for found in forecasts(points)}
+    texts = [
+        f"{NAMES[mode]} about {end.top1:.2f} with {end.num_train:,} images (80 % interval "
+        f"{end.interval[0]:.2f} to {end.interval[1]:.2f})"
+        for mode, end in ends.items()
+    ]
+    if not texts:
+        return ""
+    return f"If the curves go on as measured, four times the data gives {_and(texts)}."
 
 
 def _pays(last: CurvePoint) -> str:

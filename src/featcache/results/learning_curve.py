@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -29,8 +30,6 @@ from featcache.results.metrics import (
 from featcache.results.runs import RunReport, break_even
 
 SIGNIFICANCE = 0.05
-MAX_COUNT = 10**15
-MAX_SECONDS = 1e10
 
 CurveMode = Literal["cached", "finetune"]
 Verdict = Literal["cached", "finetune", "undecided", "unmeasured"]
@@ -51,6 +50,9 @@ class CurveRun:
         cost_seconds: What the classifier costs from labelled images on: reading, extraction of its
             train images where there is one, choosing and training; scoring is left out.
         trial_seconds: What another try costs; with a cache, all but the extraction.
+        features: What a cached head learned from, in words, where it had a choice.
+        held_out: The held-out accuracies that decided, by such words.
+        shifted_correct: Whether each image of a second test set was classified correctly, [M].
     """
 
     mode: CurveMode
@@ -61,6 +63,9 @@ class CurveRun:
     predicted: NDArray[np.int64]
     cost_seconds: float
     trial_seconds: float
+    features: str = ""
+    held_out: dict[str, float] = field(default_factory=dict)
+    shifted_correct: NDArray[np.bool_] | None = None
 
     @classmethod
     def from_report(cls, report: RunReport) -> Self:
@@ -87,6 +92,8 @@ class CurveRun:
                 predicted=np.array(report.test.predicted, np.int64),
                 cost_seconds=cost,
                 trial_seconds=trial,
+                **_choice(report),
+                shifted_correct=_shifted_correct(report),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AssertionError) as error:
             raise UserError(f"not a run of a comparison: {error}") from error
@@ -103,13 +110,38 @@ class CurveRun:
         return balanced(self.labels, self.predicted, num_classes)
 
 
+def _choice(report: RunReport) -> dict[str, Any]:
+    """What a cached head learned from, if it had a choice."""
+    alternatives = report.more.get("alternatives") or []
+    if len(alternatives) < 2:
+        return {}
+    held_out = {str(a["features"]): a["val_top1"] for a in alternatives}
+    return {
+        "features": str(report.more["features"]),
+        "held_out": {name: float(top1) for name, top1 in held_out.items() if top1 is not None},
+    }
+
+
+def _shifted_correct(report: RunReport) -> NDArray[np.bool_] | None:
+    shifted = report.more.get("shifted")
+    if shifted is None:
+        return None
+    labels, predicted = (np.array(shifted[name], np.int64) for name in ("labels", "predicted"))
+    if labels.shape != predicted.shape or not labels.size:
+        raise ValueError(f"{labels.shape} labels, {predicted.shape} predictions")
+    return np.asarray(labels == predicted)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeScores:
     """One mode at one size, over its seeds.
 
     `top1` is the mean of `top1_by_seed`; `interval` is its 95 % interval over test images, each
     counted once, so that seeds do not narrow it; `balanced_top1`, the mean recall over classes, and
-    seconds are means over seeds too. Files of 0.1.0 have no `balanced_top1`.
+    seconds are means over seeds too. Files of 0.1.0 have no `balanced_top1`. `features` counts the
+    seeds by what their cached head learned from, and `held_out` has the mean held-out accuracies
+    that decided; both are empty where there was no choice. `shifted_top1` is the mean accuracy on a
+    second test set.
     """
 
     top1: float
@@ -118,6 +150,9 @@ class ModeScores:
     cost_seconds: float
     trial_seconds: float
     balanced_top1: float | None = None
+    features: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+    shifted_top1: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +163,9 @@ class CurvePoint:
     the more accurate mode if the difference is significant, every seed agrees, the mode is
     `useful`, and balanced accuracy does not say the opposite. `baseline_top1` is what answering the
     most frequent class of the test images reaches (None in files of 0.1.0); `imbalanced` tells
-    whether that class is so common that balanced accuracy has to be read too.
+    whether that class is so common that balanced accuracy has to be read too. `only_cached` and
+    `only_finetune` count the test images that one mode classifies correctly more often than the
+    other. `num_shifted` and `shifted_p_value` are of a second test set, if there is one.
     """
 
     size: str
@@ -140,6 +177,14 @@ class CurvePoint:
     verdict: Verdict
     baseline_top1: float | None = None
     imbalanced: bool = False
+    only_cached: int | None = None
+    only_finetune: int | None = None
+    num_shifted: int | None = None
+    shifted_p_value: float | None = None
+
+    def scores(self, mode: CurveMode) -> ModeScores | None:
+        """Those of a mode; None if it was not measured."""
+        return self.finetune if mode == "finetune" else self.cached
 
     @property
     def ahead(self) -> CurveMode:
@@ -149,7 +194,7 @@ class CurvePoint:
     @property
     def useful(self) -> bool:
         """Whether the mode ahead beats always answering the most frequent class."""
-        side = self.finetune if self.ahead == "finetune" else self.cached
+        side = self.scores(self.ahead)
         return side is None or beats(side.top1, self.baseline_top1)
 
     @property
@@ -206,8 +251,15 @@ def curve_points(runs: Iterable[CurveRun]) -> list[CurvePoint]:
         groups.setdefault(run.size, []).append(run)
     found = sorted(groups.values(), key=lambda group: (group[0].num_train, group[0].size))
     pairs = [_paired(group) for group in found]
-    raw = [_p_value(*pair) for pair in pairs]
-    return [_curve_point(*pair, p) for pair, p in zip(pairs, holm(raw), strict=True)]
+    tests = [_SignTest.of(*pair) for pair in pairs]
+    shifted = [_SignTest.of(*pair, shifted=True) for pair in pairs]
+    corrected, on_shifted = (
+        holm([None if test is None else test.p_value for test in each]) for each in (tests, shifted)
+    )
+    return [
+        _curve_point(*pair, test, p, p_shifted)
+        for pair, test, p, p_shifted in zip(pairs, tests, corrected, on_shifted, strict=True)
+    ]
 
 
 def _paired(group: Sequence[CurveRun]) -> tuple[dict[int, CurveRun], dict[int, CurveRun]]:
@@ -220,12 +272,37 @@ def _paired(group: Sequence[CurveRun]) -> tuple[dict[int, CurveRun], dict[int, C
     return cached, tuned
 
 
-def _p_value(cached: dict[int, CurveRun], tuned: dict[int, CurveRun]) -> float | None:
-    """Of the sign test on images; with one seed that is McNemar's test."""
-    if not cached.keys() & tuned.keys():
-        return None
-    balance = sum(tuned[s].correct.astype(np.int64) - cached[s].correct for s in cached)
-    return mcnemar(np.asarray(balance) > 0, np.asarray(balance) < 0)
+@dataclass(frozen=True, kw_only=True)
+class _SignTest:
+    """The sign test on images; with one seed that is McNemar's test.
+
+    The counts are of images that one mode classifies correctly more often than the other.
+    """
+
+    only_cached: int
+    only_finetune: int
+    p_value: float
+
+    @classmethod
+    def of(
+        cls, cached: dict[int, CurveRun], tuned: dict[int, CurveRun], *, shifted: bool = False
+    ) -> Self | None:
+        """Test runs with the same seeds on the test images, or on those of the second test set."""
+        balance: NDArray[np.int64] | None = None
+        for seed in cached.keys() & tuned.keys():
+            pair = (cached[seed], tuned[seed])
+            head, tune = (run.shifted_correct if shifted else run.correct for run in pair)
+            if head is None or tune is None:
+                return None
+            gain = tune.astype(np.int64) - head
+            balance = gain if balance is None else balance + gain
+        if balance is None:
+            return None
+        return cls(
+            only_cached=int((balance < 0).sum()),
+            only_finetune=int((balance > 0).sum()),
+            p_value=mcnemar(balance > 0, balance < 0),
+        )
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -247,9 +324,14 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _curve_point(
-    cached: dict[int, CurveRun], tuned: dict[int, CurveRun], p_value: float | None
+    cached: dict[int, CurveRun],
+    tuned: dict[int, CurveRun],
+    test: _SignTest | None,
+    p_value: float | None,
+    shifted_p_value: float | None,
 ) -> CurvePoint:
     some = next(iter((cached or tuned).values()))
+    shifted = some.shifted_correct
     point = CurvePoint(
         size=some.size,
         num_train=some.num_train,
@@ -260,6 +342,10 @@ def _curve_point(
         verdict=_verdict(cached, tuned, p_value),
         baseline_top1=majority(some.labels),
         imbalanced=imbalanced(some.labels),
+        only_cached=None if test is None else test.only_cached,
+        only_finetune=None if test is None else test.only_finetune,
+        num_shifted=None if shifted is None else len(shifted),
+        shifted_p_value=shifted_p_value,
     )
     sound = point.useful and not point.contradicted
     return point if sound or p_value is None else dataclasses.replace(point, verdict="undecided")
@@ -270,6 +356,8 @@ def _mode_scores(runs: dict[int, CurveRun]) -> ModeScores | None:
         return None
     by_seed = {seed: float(run.correct.mean()) for seed, run in runs.items()}
     mean, num_test = float(np.mean(list(by_seed.values()))), len(next(iter(runs.values())).correct)
+    names = dict.fromkeys(name for run in runs.values() for name in run.held_out)
+    shifted = [r.shifted_correct.mean() for r in runs.values() if r.shifted_correct is not None]
     return ModeScores(
         top1=mean,
         interval=wilson_interval(round(mean * num_test), num_test),
@@ -277,6 +365,12 @@ def _mode_scores(runs: dict[int, CurveRun]) -> ModeScores | None:
         cost_seconds=float(np.mean([run.cost_seconds for run in runs.values()])),
         trial_seconds=float(np.mean([run.trial_seconds for run in runs.values()])),
         balanced_top1=float(np.mean([run.balanced_top1 for run in runs.values()])),
+        features=dict(Counter(run.features for run in runs.values() if run.features).most_common()),
+        held_out={
+            name: float(np.mean([r.held_out[name] for r in runs.values() if name in r.held_out]))
+            for name in names
+        },
+        shifted_top1=float(np.mean(shifted)) if len(shifted) == len(runs) else None,
     )
 
 
@@ -289,73 +383,3 @@ def _verdict(
     if p_value >= SIGNIFICANCE or not (min(gains) > 0 or max(gains) < 0):
         return "undecided"
     return "finetune" if gains[0] > 0 else "cached"
-
-
-def curve_to_json(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
-    """Plain values, what follows from the points included."""
-    return [
-        {
-            **dataclasses.asdict(point),
-            "difference": point.difference,
-            "seconds_per_point": point.seconds_per_point,
-            "pays_after_trials": point.pays_after_trials,
-        }
-        for point in points
-    ]
-
-
-def curve_from_json(values: Any) -> list[CurvePoint]:
-    """Rebuild what `curve_to_json` made and JSON carried.
-
-    Raises:
-        UserError: It is not that.
-    """
-    try:
-        return [_point_from_json(dict(value)) for value in values]
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"not the points of a learning curve: {error}") from error
-
-
-def _point_from_json(value: dict[str, Any]) -> CurvePoint:
-    num_train, num_test = int(value["num_train"]), int(value["num_test"])
-    if not (0 < num_train < MAX_COUNT and 0 < num_test < MAX_COUNT):
-        raise ValueError(f"{num_train} train and {num_test} test images")
-    if value["verdict"] not in ("cached", "finetune", "undecided", "unmeasured"):
-        raise ValueError(f"verdict {value['verdict']!r:.40}")
-    return CurvePoint(
-        size=str(value["size"]),
-        num_train=num_train,
-        num_test=num_test,
-        cached=_scores_from_json(value["cached"]),
-        finetune=_scores_from_json(value["finetune"]),
-        p_value=_optional_share(value["p_value"]),
-        verdict=value["verdict"],
-        baseline_top1=_optional_share(value.get("baseline_top1")),
-        imbalanced=value.get("imbalanced") is True,
-    )
-
-
-def _scores_from_json(value: Any) -> ModeScores | None:
-    if value is None:
-        return None
-    low, high = value["interval"]
-    return ModeScores(
-        top1=_number(value["top1"], 1.0),
-        interval=(_number(low, 1.0), _number(high, 1.0)),
-        top1_by_seed={int(k): _number(top1, 1.0) for k, top1 in value["top1_by_seed"].items()},
-        cost_seconds=_number(value["cost_seconds"], MAX_SECONDS),
-        trial_seconds=_number(value["trial_seconds"], MAX_SECONDS),
-        balanced_top1=_optional_share(value.get("balanced_top1")),
-    )
-
-
-def _optional_share(value: Any) -> float | None:
-    """A share; None where it is missing, as in files of 0.1.0."""
-    return None if value is None else _number(value, 1.0)
-
-
-def _number(value: Any, most: float) -> float:
-    number = float(value)
-    if not 0 <= number <= most:  # also refuses NaN
-        raise ValueError(f"{number} is not between 0 and {most:g}")
-    return number

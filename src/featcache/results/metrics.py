@@ -202,6 +202,33 @@ def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:
     return min(1.0, 2 * tail / (1 << differing))
 
 
+def samples_to_decide(
+    only_a: int, only_b: int, num_samples: int, *, significance: float = 0.05, power: float = 0.8
+) -> int | None:
+    """How many rows `mcnemar` needs to tell two classifiers apart, if they go on to differ so.
+
+    Connor's formula (Biometrics 43, 1987). With d the difference of the two rates of rows that only
+    one got right and s their sum: n = (z(1 - significance / 2) √s + z(power) √(s - d²))² / d².
+
+    Args:
+        only_a: Rows that only the first got right.
+        only_b: Rows that only the second got right.
+        num_samples: All rows.
+        significance: The p value has to be below this.
+        power: The probability that it will be.
+
+    Returns:
+        Rows in total; None where neither is ahead.
+    """
+    total, difference = (only_a + only_b) / num_samples, (only_b - only_a) / num_samples
+    if not difference:
+        return None
+    normal = NormalDist()
+    alpha, beta = normal.inv_cdf(1 - significance / 2), normal.inv_cdf(power)
+    root = alpha * math.sqrt(total) + beta * math.sqrt(total - difference**2)
+    return math.ceil((root / difference) ** 2)
+
+
 def _classes(
     labels: ArrayLike, predicted: ArrayLike, num_classes: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

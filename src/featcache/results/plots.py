@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from featcache.files import write_atomically
-from featcache.results.learning_curve import CurvePoint, ModeScores
+from featcache.results.forecast import forecasts
+from featcache.results.learning_curve import CurveMode, CurvePoint, ModeScores
 from featcache.results.runs import Approach, Row
 from featcache.results.tables import seconds_text
 
@@ -41,6 +42,8 @@ VARIABLES = {
 MARGINS = {"left": 64, "right": 26, "top": 10, "bottom": 46}
 """Room for ticks and labels in px of an SVG; measuring it would double the time to draw."""
 SHORTEST_S = 1e-4
+MAX_MARKERS = 20
+"""Lines of more points are drawn without markers."""
 PIXELS_PER_INCH = 72
 """So that a point of matplotlib is a pixel of an SVG."""
 
@@ -57,6 +60,7 @@ class Line:
         dots: More points, which no line connects.
         lead_in: Whether a dashed line leads from the axis to the first point.
         shift: Factor for x, so that intervals at the same x do not overlap.
+        forecast: Where the line is expected to go on: x, accuracy, and the ends of its interval.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Line:
     dots: Sequence[tuple[float, float]] = ()
     lead_in: bool = False
     shift: float = 1.0
+    forecast: Sequence[tuple[float, float, float, float]] = ()
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -96,19 +101,31 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
+LINES: dict[CurveMode, tuple[str, float]] = {
+    "cached": ("cached head", 0.985),
+    "finetune": ("full fine-tune", 1.015),
+}
+"""Name and shift of each mode's learning curve."""
+
+
 def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
-    """The learning curve's lines with their intervals, and a dot for each of several draws."""
-    heads = [(point.num_train, point.cached) for point in points if point.cached]
-    tunes = [(point.num_train, point.finetune) for point in points if point.finetune]
-    lines = [
-        _curve_line("cached head", FIRST_STYLES["cached"], 0.985, heads),
-        _curve_line("full fine-tune", FIRST_STYLES["finetune"], 1.015, tunes),
-    ]
-    return [line for line in lines if line.points]
+    """The learning curves with their intervals, a dot for each of several draws, and forecasts."""
+    lines = []
+    ends = forecasts(points)
+    for mode, (name, shift) in LINES.items():
+        values = [(point.num_train, side) for point in points if (side := point.scores(mode))]
+        ahead = [(float(f.num_train), f.top1, *f.interval) for f in ends if f.mode == mode]
+        if values:
+            lines.append(_curve_line(name, FIRST_STYLES[mode], shift, values, ahead))
+    return lines
 
 
 def _curve_line(
-    name: str, style: int, shift: float, values: Sequence[tuple[int, ModeScores]]
+    name: str,
+    style: int,
+    shift: float,
+    values: Sequence[tuple[int, ModeScores]],
+    forecast: Sequence[tuple[float, float, float, float]],
 ) -> Line:
     return Line(
         name=name,
@@ -122,6 +139,7 @@ def _curve_line(
             for top1 in side.top1_by_seed.values()
         ],
         shift=shift,
+        forecast=forecast,
     )
 
 
@@ -141,19 +159,7 @@ def draw(
         x_label: Label of the x axis.
         x_text: Makes the label of a tick of the x axis.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(
-        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
-        dpi=PIXELS_PER_INCH,
-        facecolor="none",
-    )
-    figure.subplots_adjust(
-        left=MARGINS["left"] / size[0],
-        right=1 - MARGINS["right"] / size[0],
-        bottom=MARGINS["bottom"] / size[1],
-        top=1 - MARGINS["top"] / size[1],
-    )
+    figure = _figure(size)
     axes = figure.subplots()
     axes.set_xscale("log")
     low, high = x_range(lines)
@@ -167,7 +173,50 @@ def draw(
     return figure
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def _figure(size: tuple[int, int]) -> Figure:
+    """An empty figure of so many px of an SVG, with its margins."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(size[0] / PIXELS_PER_INCH, size[1] / PIXELS_PER_INCH),
+        dpi=PIXELS_PER_INCH,
+        facecolor="none",
+    )
+    figure.subplots_adjust(
+        left=MARGINS["left"] / size[0],
+        right=1 - MARGINS["right"] / size[0],
+        bottom=MARGINS["bottom"] / size[1],
+        top=1 - MARGINS["top"] / size[1],
+    )
+    return figure
+
+
+def draw_unit(
+    lines: Sequence[Line], size: tuple[int, int], x_label: str, y_label: str, *, diagonal: bool
+) -> Figure:
+    """Draw lines of shares over shares, both axes from 0 to 1.
+
+    Args:
+        lines: Their points and intervals.
+        size: Width and height in px of an SVG.
+        x_label: Label of the x axis.
+        y_label: Label of the y axis.
+        diagonal: Whether to draw where both are equal.
+    """
+    figure = _figure(size)
+    axes = figure.subplots()
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    if diagonal:
+        axes.plot([0, 1], [0, 1], color=SOFT, lw=1, ls=(0, (4, 3)))
+    for line in lines:
+        _draw_line(axes, line, markers=len(line.points) <= MAX_MARKERS)
+    _dress(axes, [0, 0.2, 0.4, 0.6, 0.8, 1], lambda x: f"{x:g}")
+    axes.set_xlabel(x_label, color=INK, size=13)
+    axes.set_ylabel(y_label, color=INK, size=13)
+    return figure
+
+
+def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
     color, marker, dashes = STYLES[line.style]
     x = [max(x, SHORTEST_S) * line.shift for x, _ in line.points]
     y = [top1 for _, top1 in line.points]
@@ -178,9 +227,21 @@ def _draw_line(axes: Axes, line: Line) -> None:
         axes.plot([axes.get_xlim()[0], x[0]], y[:1] * 2, color=color, lw=1.6, ls=(0, (4, 3)))
     for place, top1 in line.dots:
         axes.plot([place * line.shift], [top1], color=color, marker="o", ms=4, mew=0, alpha=0.55)
+    marker = marker if markers else ""
     axes.plot(
         x, y, color=color, marker=marker, ls=dashes, lw=2.2, ms=8, mec=GROUND, mew=1, zorder=3
     )
+    if line.forecast:
+        _draw_forecast(axes, line, (x[-1], y[-1]))
+
+
+def _draw_forecast(axes: Axes, line: Line, start: tuple[float, float]) -> None:
+    """A dotted line that goes on from the last point, in the band of its interval."""
+    color = STYLES[line.style][0]
+    x = [place * line.shift for place, *_ in line.forecast]
+    middle, low, high = zip(*(ends for _, *ends in line.forecast), strict=True)
+    axes.plot([start[0], *x], [start[1], *middle], color=color, ls=(0, (1, 2)), lw=2)
+    axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 
 def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str]) -> None:
@@ -202,7 +263,8 @@ def _dress(axes: Axes, x_ticks: Sequence[float], x_text: Callable[[float], str])
 
 def x_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits of the x axis, with some room."""
-    values = [max(x, SHORTEST_S) for line in lines for x, _ in (*line.points, *line.dots)]
+    drawn = [spot for line in lines for spot in (*line.points, *line.dots, *line.forecast)]
+    values = [max(spot[0], SHORTEST_S) for spot in drawn]
     low, high = min(values, default=1.0), max(values, default=1.0)
     room = max((high / low) ** 0.06, 1.12)
     return low / room / (1.6 if any(line.lead_in for line in lines) else 1), high * room
@@ -212,6 +274,7 @@ def y_range(lines: Sequence[Line]) -> tuple[float, float]:
     """Limits of the y axis, with some room, about 0 to 1 at most."""
     values = [y for line in lines for _, y in (*line.points, *line.dots)]
     values += [end for line in lines for bar in line.bars if bar for end in bar]
+    values += [end for line in lines for _, *ends in line.forecast for end in ends]
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = max(0.08 * (high - low), 0.01)
     return max(-0.01, low - room), min(1.01, high + room)

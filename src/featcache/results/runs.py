@@ -11,9 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
+from featcache.results.reliability import CalibrationReport, reliability
+from featcache.results.scores import Interval, Scores, score_predictions
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -54,7 +60,7 @@ class RunReport:
 
     `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
     `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
-    as is the run's id under "run" (missing from reports of 0.1.0).
+    as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
     """
 
     command: str
@@ -70,6 +76,8 @@ class RunReport:
     environment: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
+    scores: Scores | None = None
+    calibration: CalibrationReport | None = None
     test: Predictions | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +86,8 @@ class RunReport:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
-        plain: dict[str, Any] = json.loads(json.dumps({**shown, **self.more}))
+        text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
+        plain: dict[str, Any] = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:
@@ -106,6 +115,9 @@ class RunReport:
             own = {name: values[name] for name in known & values.keys()}
             low, high = (float(bound) for bound in own["test_interval"])
             test = own.pop("test", None)
+            for name, kind in (("scores", Scores), ("calibration", CalibrationReport)):
+                if own.get(name) is not None:
+                    own[name] = record_from_json(kind, own[name])
             report = cls(
                 **{**own, "test_interval": (low, high)},
                 more={name: value for name, value in values.items() if name not in known},
@@ -135,15 +147,79 @@ class RunReport:
         return cls.from_dict(values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The fields of a `RunReport` that come from predictions.
+
+    Attributes:
+        top1: Accuracy.
+        interval: Its 95 % interval.
+        scores: Beyond accuracy.
+        calibration: Whether the probabilities can be believed.
+        test: The predictions.
+    """
+
+    top1: float
+    interval: Interval
+    scores: Scores
+    calibration: CalibrationReport
+    test: Predictions
+
+
+def evaluate(
+    labels: ArrayLike,
+    predicted: ArrayLike,
+    probabilities: ArrayLike | None,
+    *,
+    ids: list[str],
+    class_names: Sequence[str],
+    confidence: ArrayLike,
+    uncalibrated: ArrayLike | None = None,
+    temperature: float = 1.0,
+    fitted_on: str = "nothing",
+    groups: ArrayLike | None = None,
+    seed: int = 42,
+) -> Evaluation:
+    """Score predictions.
+
+    Args:
+        labels: True classes [N].
+        predicted: Predicted classes [N].
+        probabilities: Of all classes [N, C], if they are at hand.
+        ids: N names of rows.
+        class_names: C names.
+        confidence: The probability of each predicted class [N].
+        uncalibrated: The same with a temperature of one; equal unless given.
+        temperature: What logits were divided by.
+        fitted_on: The rows that the temperature was fitted on, in words.
+        groups: Each row's group [N], where rows come in groups.
+        seed: Of the bootstrap.
+    """
+    truth, guess, given = np.asarray(labels), np.asarray(predicted), np.asarray(confidence)
+    correct = truth == guess
+    scores = score_predictions(truth, guess, probabilities, class_names, groups=groups, seed=seed)
+    return Evaluation(
+        top1=metrics.top1(truth, guess),
+        interval=scores.top1_interval(int(correct.sum()), len(truth)),
+        scores=scores,
+        calibration=CalibrationReport(
+            temperature=temperature,
+            fitted_on=fitted_on,
+            before=reliability(correct, given if uncalibrated is None else uncalibrated),
+            after=reliability(correct, given),
+        ),
+        test=Predictions(
+            ids=ids,
+            labels=truth.tolist(),
+            predicted=guess.tolist(),
+            confidence=[round(float(p), 6) for p in given],
+        ),
+    )
+
+
 def report_marks(command: str) -> re.Pattern[bytes]:
     """Matches a command's report file, not other JSON."""
     return re.compile(rb'"command":\s*"%s"' % command.encode())
-
-
-def config_json(config: Any) -> dict[str, Any]:
-    """A command's settings as JSON; paths become strings."""
-    fields = dataclasses.asdict(config)
-    return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +269,7 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
     Args:
         runs: For each mode its name, its kind, its report, and the seconds of extraction that
-            came before it (0 for a mode that needs none).
+            came before it (0 for a mode that needs none, or whose report counts it).
 
     Returns:
         One row per run, in the order given.
@@ -203,6 +279,8 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
 def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
     num_train = int(run.more["num_train"])
+    cached_input = run.more.get("activations") or {}
+    extract_within = float(cached_input.get("extract_seconds") or 0.0)
     num_epochs = max(len(run.epochs), 1)
     per_epoch = sum(float(e["seconds"]) for e in run.epochs) / num_epochs
     scoring = sum(float(e.get("eval_seconds", 0.0)) for e in run.epochs) / num_epochs
@@ -217,7 +295,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         seconds_per_epoch=per_epoch,
         images_per_s=num_train / per_epoch if per_epoch else 0.0,
         eval_seconds_per_epoch=scoring,
-        extract_seconds=extract_seconds,
+        extract_seconds=extract_seconds + extract_within,
         num_epochs=len(run.epochs),
         points=_points(run, extract_seconds),
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from featcache.results.learning_curve import NAMES, CurvePoint, ModeScores, size_text
-from featcache.results.runs import Row
+from featcache.results.learning_curve import NAMES, CurveMode, CurvePoint, ModeScores, size_text
+from featcache.results.runs import Row, RunReport
+from featcache.results.scores import BY_CLASS, Scores
 
 HEADER = (
     "mode",
@@ -31,6 +32,18 @@ CURVE_HEADER = (
     "cache pays after",
 )
 
+FEATURES_HEADER = ("head's features (held-out accuracy)",)
+SHIFTED_HEADER = ("cached head, shifted", "fine-tune, shifted")
+CLASS_HEADER = (
+    "class",
+    "test images",
+    "precision",
+    "recall",
+    "F1",
+    "AUROC",
+    "average precision",
+)
+
 GAP = "  "
 MAX_WIDTH = 100
 
@@ -45,6 +58,11 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds / 3600:.1f} h"
     decimals = next(d for limit, d in ((1, 3), (100, 1), (3600, 0)) if seconds < limit)
     return f"{seconds:.{decimals}f} s"
+
+
+def minutes_text(seconds: float) -> str:
+    """Seconds in the unit that people would say: "6.1 s", "5.1 minutes", "2.1 h"."""
+    return f"{seconds / 60:.1f} minutes" if 120 <= seconds < 3600 else seconds_text(seconds)
 
 
 def times_text(ratio: float) -> str:
@@ -122,16 +140,83 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join([head, rule, *body])
 
 
+def curve_header(points: Sequence[CurvePoint]) -> tuple[str, ...]:
+    """The columns of `curve_cells`: more where heads had a choice or there is a second test set."""
+    return (
+        *CURVE_HEADER,
+        *(FEATURES_HEADER if _have_features(points) else ()),
+        *(SHIFTED_HEADER if _have_shifted(points) else ()),
+    )
+
+
+def _have_features(points: Sequence[CurvePoint]) -> bool:
+    return any(point.cached and point.cached.held_out for point in points)
+
+
+def _have_shifted(points: Sequence[CurvePoint]) -> bool:
+    return any(point.num_shifted for point in points)
+
+
+def score_text(name: str, value: float | None, scores: Scores) -> str:
+    """A score for people with its 95 % interval: "0.912 [0.901, 0.923]"."""
+    if value is None:
+        return "–"
+    ends = scores.intervals.get(name)
+    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def score_lines(report: RunReport) -> list[str]:
+    """A run's scores beyond accuracy; with --verbose, of every class; none of old reports."""
+    scores, calibration = report.scores, report.calibration
+    if scores is None or calibration is None:
+        return []
+    named = [
+        f"{words} {score_text(name, getattr(scores, name), scores)}"
+        for words, name in (("macro F1", "macro_f1"), ("AUROC", "auroc"), ("log loss", "log_loss"))
+        if getattr(scores, name) is not None
+    ]
+    line = f"calibration error {calibration.after.ece:.3f}"
+    if calibration.temperature != 1:
+        line += (
+            f" ({calibration.before.ece:.3f} without the temperature of "
+            f"{calibration.temperature:.2f})"
+        )
+    lines = [", ".join(named), line]
+    return lines + (class_text(scores).split("\n") if report.config.get("verbose") else [])
+
+
+def class_cells(scores: Scores) -> list[tuple[str, ...]]:
+    """Scores of every class as text, one tuple per class in the order of `CLASS_HEADER`."""
+    return [
+        (name, f"{c.support:,}", *(or_dash(getattr(c, key)) for key in BY_CLASS))
+        for name, c in scores.classes.items()
+    ]
+
+
+def or_dash(share: float | None) -> str:
+    """A share for people, a dash where it has no meaning."""
+    return "–" if share is None else f"{share:.3f}"
+
+
+def class_text(scores: Scores) -> str:
+    """The table of classes for a terminal."""
+    lines = [CLASS_HEADER, *class_cells(scores)]
+    return _aligned(lines, _widths(lines), range(len(CLASS_HEADER)), left=(0,))
+
+
 def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
-    """The table's body as text, one tuple per size in the order of `CURVE_HEADER`.
+    """The table's body as text, one tuple per size in the order of `curve_header`.
 
     Accuracy is a mean over seeds with its 95 % interval over test images, difference in points
     (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
     stands beside it. The last row is the baseline that both modes have to beat.
     """
     baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
-    rest = ("–",) * (len(CURVE_HEADER) - 3)
-    return [_curve_row(p) for p in points] + [
+    rest = ("–",) * (len(curve_header(points)) - 3)
+    more: list[Callable[[CurvePoint], str]] = []
+    more += [_features_cell] if _have_features(points) else []
+    more += [_shifted_cell(mode) for mode in NAMES] if _have_shifted(points) else []
+    return [(*_curve_row(p), *(cell(p) for cell in more)) for p in points] + [
         ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
     ]
 
@@ -156,6 +241,23 @@ def _curve_row(point: CurvePoint) -> tuple[str, ...]:
     )
 
 
+def _features_cell(point: CurvePoint) -> str:
+    """What the cached head chose among, what it chose most often first."""
+    if point.cached is None or not point.cached.held_out:
+        return "–"
+    held_out = point.cached.held_out
+    names = dict.fromkeys([*point.cached.features, *held_out])
+    return "; ".join(f"{name} {held_out[name]:.3f}" for name in names if name in held_out)
+
+
+def _shifted_cell(mode: CurveMode) -> Callable[[CurvePoint], str]:
+    def cell(point: CurvePoint) -> str:
+        side = point.scores(mode)
+        return "–" if side is None or side.shifted_top1 is None else f"{side.shifted_top1:.3f}"
+
+    return cell
+
+
 def _points(gain: float) -> str:
     """Hundredths with their sign; none where they round to zero."""
     rounded = round(100 * gain, 1)
@@ -177,14 +279,16 @@ def curve_text(points: Sequence[CurvePoint]) -> str:
 
     Columns that find no room go into further tables below, which begin with the sizes again.
     """
-    lines = [CURVE_HEADER, *curve_cells(points)]
+    header = curve_header(points)
+    lines = [header, *curve_cells(points)]
     widths = _widths(lines)
     tables = [[0]]
-    for i in range(1, len(CURVE_HEADER)):
+    for i in range(1, len(header)):
         if sum(widths[j] + len(GAP) for j in tables[-1]) + widths[i] > MAX_WIDTH:
             tables.append([0])
         tables[-1].append(i)
-    left = (0, CURVE_HEADER.index("more accurate"))
+    words = ("train images", "more accurate", *FEATURES_HEADER)
+    left = [i for i, name in enumerate(header) if name in words]
     return "\n\n".join(_aligned(lines, widths, columns, left) for columns in tables)
 
 

@@ -54,10 +54,12 @@ class HeldOutPredictions(NamedTuple):
     Attributes:
         classes: Class indices [M].
         losses: What the solver minimizes, for each row alone, [M]; None if it has no loss.
+        logits: [M, C], where predicting computes those of the head that `fit` returns.
     """
 
     classes: Ints
     losses: Floats | None = None
+    logits: Floats | None = None
 
 
 def cross_entropy_predictions(head: LinearHead, held: Rows) -> HeldOutPredictions:
@@ -66,7 +68,8 @@ def cross_entropy_predictions(head: LinearHead, held: Rows) -> HeldOutPrediction
     classes = logits.argmax(axis=1)
     logits -= logits.max(axis=1, keepdims=True)
     own = logits[np.arange(len(classes)), held.y]
-    return HeldOutPredictions(classes, np.log(np.exp(logits).sum(axis=1)) - own)
+    losses = np.log(np.exp(logits).sum(axis=1)) - own
+    return HeldOutPredictions(classes, losses, logits)
 
 
 class Prepared(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from featcache.errors import UserError
-from featcache.heads.linear import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
@@ -22,6 +22,8 @@ Metric = Literal["cosine", "euclidean"]
 TEMPERATURE = 0.07
 # Similarities computed at a time.
 BLOCK_VALUES = 1 << 24
+# Shares of votes become logits; no votes at all would be minus infinity.
+SMALLEST_SHARE = 1e-12
 # Candidates for k.
 K_GRID = (50, 20, 10, 5, 3, 1)
 
@@ -44,6 +46,8 @@ class KnnHead:
         chosen: The settings, and how they were chosen.
         scores: What it scored, by name.
         provenance: Which backbone, preprocessing and dataset the features came from.
+        decision: How logits become probabilities and a class.
+        known: Tells images of other classes, if rows were held out.
     """
 
     rows: Floats
@@ -56,6 +60,8 @@ class KnnHead:
     chosen: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    decision: Decision = PLAIN
+    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.labels.shape != (len(self.rows),) or not len(self.rows):
@@ -82,7 +88,15 @@ class KnnHead:
         """0: nothing is trained."""
         return 0
 
+    def decision_function(self, X: ArrayLike) -> Floats:
+        """Logits [N, C] of features [N, D]: logarithms of the shares of the votes."""
+        return np.log(np.maximum(self.shares(X), SMALLEST_SHARE))
+
     def predict_proba(self, X: ArrayLike) -> Floats:
+        """Probabilities [N, C] of features [N, D]: shares of the votes, calibrated."""
+        return self.decision.probabilities(self.decision_function(X))
+
+    def shares(self, X: ArrayLike) -> Floats:
         """Share of the votes by class, [N, C], for features [N, D]."""
         features = checked_features(X, self.feature_dim)
         found = [
@@ -92,7 +106,7 @@ class KnnHead:
 
     def predict(self, X: ArrayLike) -> NDArray[np.int64]:
         """Class indices [N] of features [N, D]."""
-        return np.asarray(self.predict_proba(X).argmax(axis=1), np.int64)
+        return self.decision.predict(self.decision_function(X))
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
         """Top-1 accuracy on features [N, D] with class indices [N]."""

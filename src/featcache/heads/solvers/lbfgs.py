@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,6 +43,14 @@ TOLERANCE = 1e-7
 NOISE = 1e-9
 # Steps without gain after which the limit of precision is reached.
 MAX_STALLED = 5
+
+
+class Loss(Protocol):
+    """A mean loss over rows."""
+
+    def evaluate(self, weight: Doubles, bias: Doubles, curvature: Doubles | None = None) -> Any:
+        """As `SoftmaxLoss.evaluate`."""
+
 
 # A step, the gradient's change along it without the penalty's part, both [D + 1, C].
 Pair = tuple[Doubles, Doubles]
@@ -153,16 +163,16 @@ class Solution:
     classes: Spectrum | None = None
 
 
-class _Memory:
+class Memory:
     """The last steps and the gradient's changes along them, which give a step for a new gradient.
 
     The penalty's part of a change is lam times the step, known exactly; it is kept apart, so that
     what was learned under one penalty is useful under the next.
     """
 
-    def __init__(self, lam: float, pairs: tuple[Pair, ...]) -> None:
+    def __init__(self, lam: float, pairs: tuple[Pair, ...], length: int = MEMORY) -> None:
         self._lam = lam
-        self._pairs: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=MEMORY)
+        self._pairs: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=length)
         for step, change in pairs:
             whole = change.copy()
             whole[:-1] += lam * step[:-1]
@@ -187,7 +197,7 @@ class _Memory:
             pairs.append((step, bare))
         return tuple(pairs)
 
-    def direction(self, gradient: Doubles, first: InverseHessian) -> Doubles:
+    def direction(self, gradient: Doubles, first: Callable[[Doubles], Doubles]) -> Doubles:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
         rest, factors = gradient.copy(), []
         for step, change, inverse in reversed(self._pairs):
@@ -248,15 +258,15 @@ def _descend(
     max_iterations: int,
 ) -> Solution:
     """Descend from a solution's point and pairs until the gap is small or no step gains."""
-    point, memory = begin.point, _Memory(lam, begin.pairs)
+    point, memory = begin.point, Memory(lam, begin.pairs)
     first = InverseHessian(spectrum, lam, plain=begin.plain, classes=begin.classes)
     known = first.plain or first.classes is not None
     curvature = np.empty((loss.num_classes, loss.num_classes))
-    value, gradient = _penalized(loss, lam, point, None if known else curvature)
+    value, gradient = penalized(loss, lam, point, None if known else curvature)
     if not known:
         first.measure(curvature)
     first.fit(memory.last(), compare=True)
-    best, stalled, values = _Best(point, value, np.inf), 0, [value]
+    best, stalled, values = Best(point, value, np.inf), 0, [value]
     steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
         direction = memory.direction(gradient, first)
@@ -267,9 +277,9 @@ def _descend(
             break
         early = known and iteration < FIRST_REFRESH
         refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
-        found = _line_search(loss, lam, (point, value, decrement), direction, refresh)
+        found = line_search(loss, lam, (point, value, decrement), direction, refresh)
         if found is None and decrement / 2 > TOLERANCE * abs(value) and not first.plain:
-            first, memory = InverseHessian(spectrum, lam, plain=True), _Memory(lam, ())
+            first, memory = InverseHessian(spectrum, lam, plain=True), Memory(lam, ())
             continue  # the preconditioner misled the search
         if found is None:
             break  # any decrease left is below the features' precision
@@ -282,20 +292,8 @@ def _descend(
         first.fit(memory.last(), compare=iteration in COMPARE)
         steps.update()
     steps.close()
-    return _solution(best, memory, first, max(tolerance, TOLERANCE))
-
-
-def _solution(best: _Best, memory: _Memory, first: InverseHessian, tolerance: float) -> Solution:
-    return Solution(
-        point=best.point,
-        objective=best.value,
-        gap=best.decrement / 2,
-        num_passes=0,
-        converged=best.decrement / 2 <= tolerance * abs(best.value),
-        pairs=memory.pairs(),
-        plain=first.plain,
-        classes=first.classes,
-    )
+    solution = best.solution(memory.pairs(), max(tolerance, TOLERANCE))
+    return dataclasses.replace(solution, plain=first.plain, classes=first.classes)
 
 
 def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
@@ -308,7 +306,7 @@ def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
 
 
 @dataclass
-class _Best:
+class Best:
     """The best point so far; at the limit of precision it is not always the last one."""
 
     point: Doubles
@@ -323,6 +321,12 @@ class _Best:
             return True
         return False
 
+    def solution(self, pairs: tuple[Pair, ...], tolerance: float) -> Solution:
+        """The best point as the end of a search."""
+        gap = self.decrement / 2
+        near = gap <= tolerance * abs(self.value)
+        return Solution(self.point, self.value, gap, 0, near, pairs)
+
 
 def start_point(loss: SoftmaxLoss) -> Doubles:
     """Zero weights, and biases that predict the class frequencies: [D + 1, C]."""
@@ -332,17 +336,18 @@ def start_point(loss: SoftmaxLoss) -> Doubles:
     return point
 
 
-def _penalized(
-    loss: SoftmaxLoss, lam: float, point: Doubles, curvature: Doubles | None
+def penalized(
+    loss: Loss, lam: float, point: Doubles, curvature: Doubles | None
 ) -> tuple[float, Doubles]:
+    """F at a point, and its gradient [D + 1, C]; `curvature` as in `SoftmaxLoss.evaluate`."""
     weight = point[:-1]
     value, gradient = loss.evaluate(weight, point[-1], curvature)
     gradient[:-1] += lam * weight
     return value + lam / 2 * float(np.vdot(weight, weight)), gradient
 
 
-def _line_search(
-    loss: SoftmaxLoss,
+def line_search(
+    loss: Loss,
     lam: float,
     here: tuple[Doubles, float, float],
     direction: Doubles,
@@ -357,7 +362,7 @@ def _line_search(
     length = 1.0
     for _ in range(30):
         new_point = point - length * direction
-        new_value, gradient = _penalized(loss, lam, new_point, curvature)
+        new_value, gradient = penalized(loss, lam, new_point, curvature)
         if new_value <= value - 1e-4 * length * decrement + NOISE * abs(value):
             return new_point, new_value, gradient
         bent = new_value - value + length * decrement

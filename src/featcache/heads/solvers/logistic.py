@@ -27,6 +27,7 @@ from featcache.heads.solvers.base import (
     cross_entropy_predictions,
     standardize_choices,
 )
+from featcache.heads.solvers.few_rows import FewRows, are_few
 from featcache.heads.solvers.lbfgs import (
     TOLERANCE,
     Solution,
@@ -131,9 +132,14 @@ class LogisticPath:
 
     def __init__(self, problem: LogisticProblem, *, standardize: bool) -> None:
         self._problem, self._standardize = problem, standardize
-        self._loss = problem.loss(standardize=standardize)
-        self._spectrum = problem.spectrum(standardize=standardize)
         self._before: list[tuple[float, Solution]] = []
+        self._few: FewRows | None = None
+        if are_few(len(problem.y), len(problem.present)):
+            X = problem.features(standardize=standardize)
+            self._few = FewRows(X, problem.y, problem.share, len(problem.present))
+        else:
+            self._loss = problem.loss(standardize=standardize)
+            self._spectrum = problem.spectrum(standardize=standardize)
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
         """Fit with scikit-learn's C; from small to large is fastest.
@@ -142,20 +148,19 @@ class LogisticPath:
             C: Inverse strength of the regularization, above zero.
             tolerance: How far the objective may be from its minimum, relative to itself.
         """
-        solution = minimize(
-            self._loss,
-            self._problem.penalty(C),
-            self._spectrum,
-            self._start(np.log(C)),
-            self._before[-1][1] if self._before else None,
-            tolerance=tolerance,
-        )
+        lam, start = self._problem.penalty(C), self._start(np.log(C))
+        if self._few is not None:
+            solution = self._few.minimize(lam, tolerance, start)
+        else:
+            before = self._before[-1][1] if self._before else None
+            solution = minimize(self._loss, lam, self._spectrum, start, before, tolerance=tolerance)
         self._before = [*self._before[-1:], (np.log(C), solution)]
-        return self._problem.fitted(solution, standardize=self._standardize)
+        return self._problem.fitted(self.last(), standardize=self._standardize)
 
     def last(self) -> Solution:
         """The last fit, of centered (and scaled) rows."""
-        return self._before[-1][1]
+        solution = self._before[-1][1]
+        return solution if self._few is None else self._few.turned_back(solution)
 
     def _start(self, log_C: float) -> Doubles | None:
         if not self._before:

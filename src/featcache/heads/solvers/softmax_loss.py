@@ -58,40 +58,47 @@ class SoftmaxLoss:
         """
         self.num_evaluations += 1
         gradient = np.zeros((self.feature_dim + 1, self.num_classes))
-        outer = np.zeros((self.num_classes, self.num_classes))
-        present = np.zeros(self.num_classes)
+        if curvature is not None:
+            curvature[:] = 0.0
         loss = 0.0
         for features, y, share in self.blocks():
             X = features.astype(np.float64) if self.exact else features
-            p, block_loss = _probabilities(X, y, share, weight, bias)
-            loss += block_loss
+            error, losses = prediction_errors(X, y, weight, bias)
+            loss += float(share.astype(np.float64) @ losses)
             if curvature is not None:
-                outer += p.T @ (p * share[:, None])
-            p *= share[:, None]
-            gradient[-1] += p.sum(axis=0, dtype=np.float64)
-            # The shares as rounded here: with other sums the gradient would never reach zero.
-            present += np.bincount(y, share, self.num_classes)
-            p[np.arange(len(y)), y] -= share
-            gradient[:-1] += X.T @ p
-        if curvature is not None:
-            curvature[:] = np.diag(gradient[-1]) - outer
-        gradient[-1] -= present
+                curvature += _class_curvature(error, y, share)
+            error *= share[:, None]
+            gradient[-1] += error.sum(axis=0, dtype=np.float64)
+            gradient[:-1] += X.T @ error
         return loss, gradient
 
 
-def _probabilities(
-    X: Floats, y: Ints, share: Floats, weight: Doubles, bias: Doubles
-) -> tuple[Floats, float]:
-    """Probabilities [n, C] and the block's part of the loss."""
+def prediction_errors(X: Floats, y: Ints, weight: Doubles, bias: Doubles) -> tuple[Floats, Floats]:
+    """Probabilities less one-hot labels [n, C], and cross-entropies [n].
+
+    Both are as precise, relative to their size, where a row is almost surely right: what the
+    other classes have left is summed, not subtracted from one.
+    """
     z = X @ weight.astype(X.dtype, copy=False)
     z += bias.astype(X.dtype, copy=False)
     z -= z.max(axis=1, keepdims=True)
-    own = z[np.arange(len(y)), y]
+    place = np.arange(len(y)), y
+    own = z[place]
     np.exp(z, out=z)
-    total = z.sum(axis=1)
-    loss = float(share.astype(np.float64) @ (np.log(total) - own))
+    z[place] = 0
+    others = z.sum(axis=1)
+    total = others + np.exp(own)
     z /= total[:, None]
-    return z, loss
+    z[place] = -others / total
+    return z, np.where(own == 0, np.log1p(others), np.log(total) - own)
+
+
+def _class_curvature(error: Floats, y: Ints, share: Floats) -> Doubles:
+    """The block's part of the mean of diag(p) - p p^T, [C, C]."""
+    p = error.copy()
+    p[np.arange(len(y)), y] += 1
+    weighted = p * share[:, None]
+    return np.asarray(np.diag(weighted.sum(axis=0, dtype=np.float64)) - p.T @ weighted)
 
 
 def loss_in_memory(X: Floats, y: Ints, share: Doubles, num_classes: int) -> SoftmaxLoss:

@@ -1,0 +1,146 @@
+"""Scores beyond accuracy: the overview of all runs, and one run's classes and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from featcache.html_report.charts import Chart, make_chart
+from featcache.html_report.compared_runs import ComparedRun
+from featcache.results.metrics import wilson_interval
+from featcache.results.plots import Line, draw_unit
+from featcache.results.reliability import CalibrationReport, Reliability
+from featcache.results.runs import RunReport
+from featcache.results.scores import Interval, TwoClassCurves
+from featcache.results.tables import CLASS_HEADER, class_cells, or_dash, score_text
+
+OVERVIEW = {
+    "macro F1": "macro_f1",
+    "weighted F1": "weighted_f1",
+    "AUROC": "auroc",
+    "average precision": "average_precision",
+    "log loss": "log_loss",
+}
+"""Columns of the overview and the scores that they show."""
+MAX_CLASS_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunScores:
+    """What one run's details show.
+
+    Attributes:
+        num_classes: Number of all classes.
+        header: Of the table of classes.
+        rows: Its body; of very many classes, the first.
+        intervals_from: How the intervals of the overview were made.
+        calibration: What was measured of the probabilities, if anything was.
+        rejections: Level, share called unknown and accuracy on the rest, of `predict --reject`.
+        charts: Reliability, and the curves of two classes, by name.
+    """
+
+    num_classes: int
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    intervals_from: str
+    calibration: CalibrationReport | None
+    rejections: Sequence[Sequence[str]]
+    charts: dict[str, Chart]
+
+
+def overview(compared: Iterable[ComparedRun]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: scores over classes and the calibration error of every run that has them."""
+    rows = [
+        [
+            run.name,
+            *(score_text(name, getattr(scores, name), scores) for name in OVERVIEW.values()),
+            f"{run.report.calibration.after.ece:.3f}" if run.report.calibration else "–",
+        ]
+        for run in compared
+        if run.report is not None and (scores := run.report.scores) is not None
+    ]
+    return ["mode", *OVERVIEW, "calibration error"], rows
+
+
+def run_scores(report: RunReport | None, salt: str) -> RunScores | None:
+    """One run's classes and charts; None for reports without scores.
+
+    Args:
+        report: The run's.
+        salt: A different one for each run of a page.
+    """
+    if report is None or report.scores is None:
+        return None
+    charts = {}
+    if report.calibration is not None:
+        charts["reliability"] = _reliability(report.calibration, f"{salt}-reliability")
+    if report.scores.curves is not None:
+        charts |= _curves(report.scores.curves, salt)
+    return RunScores(
+        num_classes=len(report.scores.classes),
+        header=CLASS_HEADER,
+        rows=class_cells(report.scores)[:MAX_CLASS_ROWS],
+        intervals_from=report.scores.intervals_from,
+        calibration=report.calibration,
+        rejections=[
+            [f"{row['level']:g}", f"{row['unknown']:.1%}", or_dash(row.get("answered_top1"))]
+            for row in report.more.get("rejections") or ()
+        ],
+        charts=charts,
+    )
+
+
+def _reliability(calibration: CalibrationReport, salt: str) -> Chart:
+    measured = {"calibrated": calibration.after}
+    if calibration.temperature != 1:
+        measured["temperature 1"] = calibration.before
+    lines = [
+        Line(name=name, style=style, points=points, bars=bars)
+        for style, (name, found) in enumerate(measured.items())
+        for points, bars in [_bins(found)]
+    ]
+    cells = [
+        [name, f"{x:.3f}", f"{y:.3f}", f"{n:,}"]
+        for name, found in measured.items()
+        for x, y, n in zip(found.confidence, found.top1, found.counts, strict=True)
+        if x is not None and y is not None
+    ]
+    return make_chart(
+        lines,
+        lambda size: draw_unit(
+            lines, size, "mean probability of the predicted class", "share correct", diagonal=True
+        ),
+        header=["probabilities", "mean probability", "share correct", "test images"],
+        rows=cells,
+        salt=salt,
+    )
+
+
+def _bins(found: Reliability) -> tuple[list[tuple[float, float]], list[Interval | None]]:
+    """A point and an interval for each bin that has rows."""
+    points, bars = [], list[Interval | None]()
+    for x, y, count in zip(found.confidence, found.top1, found.counts, strict=True):
+        if x is not None and y is not None:
+            points.append((x, y))
+            bars.append(wilson_interval(round(y * count), count))
+    return points, bars
+
+
+def _curves(curves: TwoClassCurves, salt: str) -> dict[str, Chart]:
+    charts = {}
+    for name, found, x, y in (
+        ("ROC curve", curves.roc, "false-positive rate", "true-positive rate"),
+        ("precision-recall curve", curves.precision_recall, "recall", "precision"),
+    ):
+        points = [(a, b) for _, a, b in found]
+        lines = [Line(name=curves.positive, style=0, points=points, bars=[None] * len(points))]
+        charts[name] = make_chart(
+            lines,
+            lambda size, lines=lines, x=x, y=y: draw_unit(  # type: ignore[misc]
+                lines, size, x, y, diagonal=x != "recall"
+            ),
+            header=["threshold", x, y],
+            rows=[[f"{value:.3f}" for value in point] for point in found],
+            salt=f"{salt}-{name.split()[0]}",
+        )
+    return charts

@@ -1,0 +1,92 @@
+"""A network cut before a stage: front and tail together are the network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import featcache.backbone as bb
+from featcache.backbone.stages import stage_names
+from featcache.backbone.tail import Front, names_in_tail, stage_input, tail_of
+from featcache.config import BackboneInfo, Preprocessing, StageInput
+from featcache.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "trained"),
+    [
+        ("resnet18", 64, ["layer4", "fc"]),
+        ("squeezenet1_1", 64, [f"features.{n}" for n in (9, 10, 11, 12)] + ["classifier"]),
+        ("shufflenet_v2_x0_5", 64, ["stage4", "conv5", "fc"]),
+        ("regnet_y_400mf", 64, ["trunk_output.block4", "fc"]),
+        pytest.param(
+            "mobilenet_v3_small", 64, [f"features.{n}" for n in (9, 10, 11, 12)] + ["classifier"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "mnasnet0_5", 64, [f"layers.{n}" for n in (12, 13, 14, 15)] + ["classifier"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "efficientnet_b0", 64, ["features.6", "features.7", "features.8", "classifier"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("vgg11", 64, ["classifier"], marks=pytest.mark.slow),
+        pytest.param(
+            "densenet121", 64,
+            [f"features.{n}" for n in ("transition3", "denseblock4", "norm5")] + ["classifier"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "convnext_tiny", 64, ["features.6", "features.7", "classifier"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "swin_t", 64, ["features.6", "features.7", "norm", "head"], marks=pytest.mark.slow
+        ),
+        pytest.param("googlenet", 64, ["inception5a", "inception5b", "fc"], marks=pytest.mark.slow),
+        pytest.param(
+            "inception_v3", 224, ["Mixed_7a", "Mixed_7b", "Mixed_7c", "fc"], marks=pytest.mark.slow
+        ),
+        pytest.param("maxvit_t", 224, ["blocks.3", "classifier"], marks=pytest.mark.slow),
+        pytest.param(
+            "vit_b_16", 224,
+            [f"encoder.layers.encoder_layer_{n}" for n in (9, 10, 11)] + ["encoder.ln", "heads"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_every_family_can_be_cut(name: str, side: int, trained: list[str]) -> None:
+    network = bb.build_network(name, seed=0).eval()
+    stage = stage_names(network)[-1]
+    cut = stage_input(network, stage, side)
+    front, tail = Front(network, stage), tail_of(network, stage)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        activations = front(images)
+        assert torch.equal(tail(activations.unflatten(1, cut.shape)), network(images))
+    assert list(names_in_tail(network, tail)) == trained
+    owned = {id(parameter) for parameter in network.parameters()}
+    assert {id(parameter) for parameter in tail.parameters()} <= owned
+
+
+def test_every_stage_but_the_first() -> None:
+    network = bb.build_network("resnet18", seed=0)
+    shapes = [stage_input(network, f"layer{n}", 64).shape for n in (2, 3, 4)]
+    assert shapes == [(64, 16, 16), (128, 8, 8), (256, 4, 4)]
+    for stage in ("layer1", "layer9"):
+        with pytest.raises(UserError, match="--from-stage"):
+            tail_of(network, stage)
+
+
+def test_records_are_checked() -> None:
+    for stage, shape in (("", (1,)), ("layer4", ()), ("layer4", (2, 0))):
+        with pytest.raises(UserError, match="activations"):
+            StageInput(stage=stage, shape=shape)
+    cut = StageInput(stage="layer4", shape=(2, 3))
+    prep = Preprocessing(image_px=32, resize="squash", resize_px=32)
+    fields = {"backbone": "resnet18", "weights": "random", "weights_sha256": "ab" * 32}
+    made = BackboneInfo(**fields, feature_dim=6, preprocessing=prep, stage_input=cut)
+    assert BackboneInfo.from_dict(made.to_dict()) == made
+    with pytest.raises(UserError, match=r"activations of shape \(2, 3\) are not 7 numbers"):
+        BackboneInfo(**fields, feature_dim=7, preprocessing=prep, stage_input=cut)
