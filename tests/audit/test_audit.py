@@ -146,12 +146,12 @@ def test_groups_stay_together_and_small_classes_are_named(tmp_path: Path) -> Non
 def test_confident_learning_by_hand() -> None:
     p = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.1, 0.9], [np.nan, np.nan]])
     labels = np.array([0, 0, 1, 1, 0, 1])
-    suspects, suggested, doubt = confident_learning(p, labels, len(p))
+    suspects, suggested, odds = confident_learning(p, labels, len(p))
     # Thresholds: the means of 0.9, 0.8, 0.1 and of 0.9, 0.8. Only row 4 reaches another's.
     assert (suspects.tolist(), suggested.tolist()) == ([4], [1])
-    assert doubt[4] == pytest.approx(np.log((0.9 / 0.85) / (0.1 / 0.6)))
-    assert np.isnan(doubt[5])
-    assert (doubt[:4] < 0).all()
+    assert odds[4] == pytest.approx((0.9 / 0.85) / (0.1 / 0.6))
+    assert np.isnan(odds[5])
+    assert (odds[:4] < 1).all()
 
 
 def test_the_threshold_ignores_the_duplicates_themselves() -> None:

@@ -146,7 +146,7 @@ def _classes(rows: AllRows) -> list[dict[str, Any]]:
 
 
 def _labels(labels: LabelCheck, rows: AllRows, config: AuditConfig) -> dict[str, Any]:
-    checked = np.isfinite(labels.doubt)
+    checked = np.isfinite(labels.odds)
     train = checked & (np.arange(len(checked)) < rows.num_train)
     guess = labels.probabilities[train].argmax(axis=1)
     return {

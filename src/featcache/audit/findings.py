@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -82,7 +81,7 @@ def _identical(rows: AllRows, copies: Copies) -> Iterator[Finding]:
 def _doubtful(rows: AllRows, labels: LabelCheck) -> Iterator[Finding]:
     for row, suggested in zip(labels.suspects.tolist(), labels.suggested.tolist(), strict=True):
         score = float(labels.probabilities[row, rows.y[row]])
-        kind: Kind = "wrong-label" if labels.doubt[row] >= math.log(ODDS) else "doubtful-label"
+        kind: Kind = "wrong-label" if labels.odds[row] >= ODDS else "doubtful-label"
         yield Finding(kind=kind, row=row, score=score, suggested=suggested)
 
 

@@ -48,9 +48,10 @@ class LabelCheck:
         choice: Their settings, and how they were chosen.
         probabilities: [N, C]; NaN for the only group of a class, which every head has to see.
         unmixed: The same of the chosen head alone.
-        suspects: Rows whose label is probably wrong, the most doubtful first, [S].
+        suspects: Rows whose label is doubtful, the least probable label first, [S].
         suggested: The class that each of them probably is, [S].
-        doubt: How doubtful each label is, larger is worse, [N]; NaN where it was not checked.
+        odds: Relative to the thresholds, how many times as probable the most probable other class
+            is, [N]; NaN where the label was not checked.
     """
 
     solver: str
@@ -60,7 +61,7 @@ class LabelCheck:
     unmixed: Floats
     suspects: Ints
     suggested: Ints
-    doubt: Doubles
+    odds: Doubles
 
 
 def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> LabelCheck:
@@ -102,7 +103,7 @@ def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> Lab
             votes = {"k": min(config.neighbors, train.num_rows), "metric": "cosine"}
             neighbors = _unseen(KnnSolver(), votes, train, rows, parts)
             probabilities, weight = blended(unmixed, neighbors, train.y)
-    suspects, suggested, doubt = confident_learning(probabilities, rows.y, rows.num_train)
+    suspects, suggested, odds = confident_learning(probabilities, rows.y, rows.num_train)
     return LabelCheck(
         solver=solver.name,
         weight=weight,
@@ -111,7 +112,7 @@ def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> Lab
         unmixed=unmixed,
         suspects=suspects,
         suggested=suggested,
-        doubt=doubt,
+        odds=odds,
     )
 
 
@@ -173,26 +174,23 @@ def confident_learning(
         num_train: Rows at the start whose labels set the thresholds.
 
     Returns:
-        Suspects [S], the most doubtful first; the class that each of them probably is, [S]; the
-        doubt of every label, [N]: the logarithm of how many times as far, relative to the
-        thresholds, the most probable other class reaches.
+        Suspects [S], the class that each of them probably is [S], and the odds of every label [N],
+        as in `LabelCheck`.
     """
-    rows = np.arange(len(labels))
-    own = probabilities[rows, labels].astype(np.float64)
+    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     checked = np.flatnonzero(np.isfinite(own))
     train = checked[checked < num_train]
     counts = np.bincount(labels[train], minlength=probabilities.shape[1])
     sums = np.bincount(labels[train], own[train], minlength=probabilities.shape[1])
     thresholds = np.where(counts, sums / np.maximum(counts, 1), np.inf)
-    doubt = np.full(len(labels), np.nan)
     relative = np.maximum(probabilities[checked], TINY) / thresholds
+    mine = np.arange(len(checked)), labels[checked]
     beside = relative.copy()
-    beside[np.arange(len(checked)), labels[checked]] = 0
-    doubt[checked] = np.log(beside.max(axis=1) + TINY) - np.log(
-        relative[np.arange(len(checked)), labels[checked]] + TINY
-    )
+    beside[mine] = 0
+    odds = np.full(len(labels), np.nan)
+    odds[checked] = beside.max(axis=1) / np.maximum(relative[mine], TINY)
     reached = np.where(relative >= 1, probabilities[checked], -1)
     best = reached.argmax(axis=1)
     wrong = np.flatnonzero((reached.max(axis=1) > 0) & (best != labels[checked]))
-    order = wrong[np.argsort(-doubt[checked[wrong]], kind="stable")]
-    return checked[order], best[order], doubt
+    order = wrong[np.argsort(own[checked[wrong]], kind="stable")]
+    return checked[order], best[order], odds

@@ -17,8 +17,8 @@ CAPTIONS = {
     "identical-two-labels": "Identical images with different labels: at most one label is right.",
     "identical-across-splits": "Images that two splits share: the score of the later one is too "
     "high.",
-    "wrong-label": "Labels that are probably wrong, most doubtful first: the label, the class that "
-    "other images suggest, and the probability of the label.",
+    "wrong-label": "Labels that are probably wrong, the least probable first: the label, the class "
+    "that other images suggest, and the probability of the label.",
     "near-duplicate-across-splits": "Near-duplicates across splits, and the cosine of their "
     "features: check whether the later one still tests anything.",
     "near-duplicate": "Near-duplicates within a split.",
