@@ -24,6 +24,7 @@ from featcache.results.metrics import top1
 from featcache.runtime import say
 
 SEEDS = 5
+FIT_ROWS = 500
 RANDOM_FEATURES = 4000
 WISE = "weights halfway to the fine-tuned ones"
 
@@ -31,9 +32,9 @@ WISE = "weights halfway to the fine-tuned ones"
 def gains(datasets: tuple[str, ...], work_dir: Path, wise_seeds: int) -> dict[str, Any]:
     """What each cheap change adds to a head on all stages, on held-out train rows and on test.
 
-    Half of train is held out by each seed; the other half chooses the strength and is fitted, as
-    train-head does, standardized unless the change says otherwise. A change wins on a dataset
-    where it adds more than two standard errors.
+    Each seed draws the rows to fit, half of train and at most FIT_ROWS; they choose the strength as
+    in train-head, standardized unless the change says otherwise, and the other train rows score. A
+    change wins on a dataset where it adds more than two standard errors.
 
     Args:
         datasets: As bench_answer.py takes them.
@@ -104,7 +105,7 @@ class Part:
         places: Places in train of the rows to fit and of the held-out rows.
         content: Digests of the rows to fit.
         stages: Which columns are which.
-        seed: Of the held-out half and of choosing.
+        seed: Of the draw and of choosing.
     """
 
     fit: Rows
@@ -147,9 +148,10 @@ class Part:
 
 
 def part_of(data: Extracted, seed: int) -> Part:
-    """Hold half of train out, as train-head would, to score what the other half fitted."""
+    """Draw the rows to fit; the other train rows are held out, as train-head would."""
     train, content = data.train.train, data.train.content
-    parts = assign_parts(train.y, same_content(content), seed, fraction=0.5, num_parts=1)
+    fraction = max(0.5, 1 - FIT_ROWS / train.num_rows)
+    parts = assign_parts(train.y, same_content(content), seed, fraction=fraction, num_parts=1)
     fit, held = np.flatnonzero(parts != 0), np.flatnonzero(parts == 0)
     return Part(
         fit=train.take(fit), scored=(train.take(held), data.test), places=(fit, held),
@@ -203,7 +205,7 @@ def logistic(part: Part) -> Answer:
 def changed_heads(
     parts: dict[str, Part], power: Callable[[Any], Any], mirroring_s: float
 ) -> list[dict[str, Any]]:
-    """Every change of features, views or heads, with one held-out half.
+    """Every change of features, views or heads, with one draw of rows.
 
     Args:
         parts: Of the caches: plain, flip and adapt.
@@ -309,16 +311,17 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
 
     WiSE-FT (arXiv:2109.01903) with its coefficient of a half, against the fine-tuned weights.
     """
+    from bench_answer import mirrored
     from featcache.data import load_dataset
     from featcache.finetune import finetune_report
-    from featcache.finetune.loop import read_images, score
+    from featcache.finetune.loop import score
     from featcache.finetune.probe import fit_probe
+    from featcache.finetune.samples import read_images
     from featcache.finetune.setup import prepare
     from featcache.tensor_files import read_tensor_file
 
-    config = FinetuneConfig(
-        **shared, recipe="good", score="end", output=folder / "tuned.safetensors"
-    )
+    output, flip = folder / "tuned.safetensors", mirrored(shared["dataset"])
+    config = FinetuneConfig(**shared, recipe="good", flip=flip, score="end", output=output)
     dataset = load_dataset(config)
     config = dataclasses.replace(config, seed=part.seed)
     train = dataset.splits["train"]
@@ -330,13 +333,13 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
     begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune_report(config, dataset)
     end = read_tensor_file(config.output).tensors()
-    sets = [read_images(held, run.test.prep, config, run.placement.workers)[0], run.test]
+    sets = [read_images(held, run.info.preprocessing, config, run.placement.workers), run.test]
     right = {}
     for name, share in (("tuned", 1.0), ("halfway", 0.5)):
         start = time.process_time()
         model.load_state_dict({k: v.lerp(end[k], share) if v.is_floating_point() else end[k]
                                for k, v in begin.items()})  # fmt: skip
-        right[name] = [score(model, images, run.placement).top1 for images in sets]
+        right[name] = [score(run.trainable, images, run.placement).top1 for images in sets]
         seconds = time.process_time() - start
     (held_0, test_0), (held_1, test_1) = right["tuned"], right["halfway"]
     return {"change": WISE, "held_out": held_1 - held_0, "test": test_1 - test_0,
@@ -344,7 +347,7 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
 
 
 def compared(change: str, part: Part, base: Answer, made: Answer, seconds: float) -> dict[str, Any]:
-    """One change against its base, with one held-out half."""
+    """One change against its base, with one draw of rows."""
     before, after = (
         [top1(rows.y, p.argmax(1)) for rows, p in zip(part.scored, each.probabilities, strict=True)]
         for each in (base, made)

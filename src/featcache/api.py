@@ -1,8 +1,11 @@
 """The commands as Python functions; in a notebook they also print the command's summary."""
 
+# mypy: disable-error-code=no-any-return
+# Commands are found by name, so the type of their report is known here alone.
+
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.cli import COMMANDS, from_home
 from featcache.config import (
@@ -11,6 +14,7 @@ from featcache.config import (
     ExportConfig,
     ExtractConfig,
     FinetuneConfig,
+    JsonObject,
     PredictConfig,
     ReportConfig,
     TrainHeadConfig,
@@ -18,10 +22,14 @@ from featcache.config import (
 from featcache.config.settings import python_errors
 from featcache.runtime import in_notebook, say
 
-Report = dict[str, Any]
+if TYPE_CHECKING:
+    from featcache.export import ExportReport
+    from featcache.extract import ExtractReport
+    from featcache.html_report import PageReport
+    from featcache.predict import PredictReport
 
 
-def extract_features(config: ExtractConfig) -> Report:
+def extract_features(config: ExtractConfig) -> ExtractReport:
     """Run the frozen backbone once over a dataset and cache its features.
 
     Returns:
@@ -35,7 +43,7 @@ def extract_features(config: ExtractConfig) -> Report:
     return _run("extract-features", config)
 
 
-def train_head(config: TrainHeadConfig) -> Report:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Fit a head on cached features and write it.
 
     Returns:
@@ -49,7 +57,7 @@ def train_head(config: TrainHeadConfig) -> Report:
     return _run("train-head", config)
 
 
-def audit_cache(config: AuditConfig) -> Report:
+def audit_cache(config: AuditConfig) -> JsonObject:
     """Look for wrong labels, leaks, near-duplicates and odd images; the cache is not changed.
 
     Returns:
@@ -63,7 +71,7 @@ def audit_cache(config: AuditConfig) -> Report:
     return _run("audit", config)
 
 
-def finetune_network(config: FinetuneConfig) -> Report:
+def finetune_network(config: FinetuneConfig) -> JsonObject:
     """Train the whole network, or its head with the network in the loop, on the images.
 
     Returns:
@@ -76,7 +84,7 @@ def finetune_network(config: FinetuneConfig) -> Report:
     return _run("finetune", config)
 
 
-def predict_images(config: PredictConfig) -> Report:
+def predict_images(config: PredictConfig) -> PredictReport:
     """Classify image files and folders; for images in memory use `Classifier`.
 
     Returns:
@@ -90,7 +98,7 @@ def predict_images(config: PredictConfig) -> Report:
     return _run("predict", config)
 
 
-def export_classifier(config: ExportConfig) -> Report:
+def export_classifier(config: ExportConfig) -> ExportReport:
     """Write backbone and head as one ONNX or torch.export file, checked against torch.
 
     Returns:
@@ -104,7 +112,7 @@ def export_classifier(config: ExportConfig) -> Report:
     return _run("export", config)
 
 
-def compare_training(config: CompareConfig) -> Report:
+def compare_training(config: CompareConfig) -> JsonObject:
     """Draw the learning curve of cached head and fine-tuning, with advice.
 
     Returns:
@@ -117,7 +125,7 @@ def compare_training(config: CompareConfig) -> Report:
     return _run("compare", config)
 
 
-def write_report(config: ReportConfig) -> Report:
+def write_report(config: ReportConfig) -> PageReport:
     """Write one HTML page, and a Markdown file, from the reports of runs.
 
     Returns:
@@ -130,11 +138,11 @@ def write_report(config: ReportConfig) -> Report:
     return _run("report", config)
 
 
-def _run(name: str, config: Any) -> Report:
+def _run(name: str, config: Any) -> Any:
     """Run a command's worker; in a notebook, print the summary too."""
     command = COMMANDS[name]
     with python_errors(type(config)):
-        report: Report = from_home(command.worker)(config)
+        report = from_home(command.worker)(config)
     if in_notebook():
         for line in from_home(command.summary)(report):
             say(line)

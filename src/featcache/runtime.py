@@ -118,7 +118,7 @@ def recorded_engine(package: str) -> str:
     return package if package == "torch" or version == "absent" else f"{package}-{version}"
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str | int]:
     """Machine and versions, for reports."""
     libraries = (*NUMERIC_LIBRARIES, "numpy", "scikit-learn", "h5py")
     return {

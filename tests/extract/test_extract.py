@@ -23,7 +23,8 @@ from featcache.backbone import load_backbone, state_sha256
 from featcache.cache import FeatureCache, part_path
 from featcache.config import ExtractConfig, VerifyConfig
 from featcache.data import BadImage, load_dataset, normalize, to_pixels
-from featcache.engine import Engine, EngineSettings, relative_error
+from featcache.engine import Engine, EngineSettings
+from featcache.engine.base import relative_error
 from featcache.errors import CacheError, UserError
 
 Interrupt = Callable[[ExtractConfig, int], None]

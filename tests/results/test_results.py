@@ -7,8 +7,8 @@ import re
 import pytest
 
 from featcache.errors import StorageError, UserError
-from featcache.results import Predictions, Row, RunReport, benchmark_rows, break_even, speedups
-from featcache.results.advice import advice, best_of
+from featcache.results import Predictions, Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of, break_even, speedups
 from featcache.results.plots import (
     as_svg,
     draw,

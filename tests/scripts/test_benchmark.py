@@ -57,6 +57,7 @@ class TestRun:
             "full fine-tune (lr 0.001)",
             "full fine-tune (lr 0.0001)",
             script.GOOD_TUNE,
+            script.TAIL,
         ]
         wanted = {
             "mode", "trainable_params", "test_top1", "seconds_total", "seconds_per_epoch",
@@ -65,10 +66,10 @@ class TestRun:
         assert all(wanted <= row.keys() for row in result["rows"])
         params = [row["trainable_params"] for row in result["rows"]]
         assert params.pop(3) in (1539, 3 * 1921)
-        assert params == [1539] * 3 + [11178051] * 3
-        # train-head's default has no epochs, the good recipe has five.
-        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 0, 2, 2, 5]
-        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 1, 2, 2, 5]
+        assert params == [1539] * 3 + [11178051] * 3 + [8_393_728 + 1539]
+        # train-head's default has no epochs, the good recipe has five, or eight for the tail.
+        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 0, 2, 2, 5, 8]
+        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 1, 2, 2, 5, 8]
 
     def test_rows_refer_to_their_runs_by_id(self, ran: tuple[Path, dict, int]) -> None:
         folder, result, _ = ran

@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,11 +23,11 @@ from featcache.audit.labels import LabelCheck, check_labels
 from featcache.audit.neighbors import near_threshold, neighborhood
 from featcache.audit.rows import AllRows, all_rows
 from featcache.cache import FeatureCache
-from featcache.config import AuditConfig, TrainHeadConfig, config_json
+from featcache.config import AuditConfig, JsonObject, TrainHeadConfig, config_json
 from featcache.data import copies_lines, find_copies, find_shared_groups, shared_groups_lines
-from featcache.errors import listed
+from featcache.errors import UserError, listed
 from featcache.files import check_outputs, csv_line, write_atomically, write_json
-from featcache.heads.train import provenance_of
+from featcache.heads.train import of_features, provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.results import metrics, report_marks
 from featcache.runtime import environment
@@ -42,7 +41,7 @@ FEW_IMAGES = 10
 MAX_NAMED = 10
 
 
-def audit(config: AuditConfig) -> dict[str, Any]:
+def audit(config: AuditConfig) -> JsonObject:
     """Look for wrong labels, leaks, near-duplicates and odd images.
 
     Args:
@@ -52,12 +51,18 @@ def audit(config: AuditConfig) -> dict[str, Any]:
         The command's JSON report, which is also written beside the list.
 
     Raises:
-        UserError: The cache has no train or test rows, or a file of another kind would be replaced.
+        UserError: The cache has no train or test rows or other labels than classes, or a file of
+            another kind would be replaced.
         CacheError: Not a cache, or damaged.
         StorageError: A file cannot be written.
     """
     start = time.perf_counter()
-    cache = open_cache(TrainHeadConfig(cache=config.cache))
+    cache = of_features(open_cache(TrainHeadConfig(cache=config.cache)))
+    if cache.meta.dataset.task != "multiclass":
+        raise UserError(
+            f"{config.cache} is of a {cache.meta.dataset.task} dataset: audit is for one class per "
+            "image"
+        )
     listing = config.output or cache.path.with_suffix(".audit.csv")
     marks = {listing: MARKS, listing.with_suffix(".json"): report_marks("audit")}
     check_outputs(marks, [config.cache])
@@ -103,7 +108,7 @@ def _write_list(path: Path, findings: Sequence[Finding], rows: AllRows) -> None:
     write_atomically(path, "".join(lines).encode())
 
 
-def _shown(findings: Sequence[Finding], rows: AllRows) -> list[dict[str, Any]]:
+def _shown(findings: Sequence[Finding], rows: AllRows) -> list[JsonObject]:
     """The first findings of each kind."""
     shown: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -111,7 +116,7 @@ def _shown(findings: Sequence[Finding], rows: AllRows) -> list[dict[str, Any]]:
     return [as_json(f, rows) for some in shown.values() for f in some[:MAX_SHOWN]]
 
 
-def _splits(cache: FeatureCache, rows: AllRows) -> dict[str, Any]:
+def _splits(cache: FeatureCache, rows: AllRows) -> JsonObject:
     """Counts of images and groups."""
     return {
         name: {
@@ -125,7 +130,7 @@ def _splits(cache: FeatureCache, rows: AllRows) -> dict[str, Any]:
     }
 
 
-def _classes(rows: AllRows) -> list[dict[str, Any]]:
+def _classes(rows: AllRows) -> list[JsonObject]:
     """Counts of each class's images by split, and of its groups in train."""
     table = []
     for label, name in enumerate(rows.class_names):
@@ -145,7 +150,7 @@ def _classes(rows: AllRows) -> list[dict[str, Any]]:
     return table
 
 
-def _labels(labels: LabelCheck, rows: AllRows, config: AuditConfig) -> dict[str, Any]:
+def _labels(labels: LabelCheck, rows: AllRows, config: AuditConfig) -> JsonObject:
     checked = np.isfinite(labels.odds)
     train = checked & (np.arange(len(checked)) < rows.num_train)
     guess = labels.probabilities[train].argmax(axis=1)
@@ -161,13 +166,13 @@ def _labels(labels: LabelCheck, rows: AllRows, config: AuditConfig) -> dict[str,
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     page = f"featcache report {shlex.quote(report['report'])} --dataset DATASET"
     return [*report["lines"], f"list: {report['list']}", f"next: {page}"]
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
+def _lines(report: JsonObject) -> list[str]:
     """What was found, in sentences."""
     sizes = {name: split["num_samples"] for name, split in report["splits"].items()}
     counts, labels = report["num_findings"], report["labels"]
@@ -189,14 +194,14 @@ def _lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _groups_text(report: dict[str, Any]) -> str:
+def _groups_text(report: JsonObject) -> str:
     groups = {name: split["num_groups"] for name, split in report["splits"].items()}
     if None in groups.values():
         return ", no groups"
     return f", groups: {', '.join(f'{num} {name}' for name, num in groups.items())}"
 
 
-def _class_lines(classes: Sequence[dict[str, Any]]) -> list[str]:
+def _class_lines(classes: Sequence[JsonObject]) -> list[str]:
     """Classes that are small, all in one group, or of very different sizes."""
     sizes = {row["name"]: row["num_images"]["train"] for row in classes}
     few = [f"{name} ({num})" for name, num in sizes.items() if num < FEW_IMAGES]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from featcache.audit.labels import LabelCheck
 from featcache.audit.neighbors import Neighborhood, near_pairs, outliers
 from featcache.audit.rows import AllRows
+from featcache.config import JsonObject
 from featcache.data import Copies
 
 Kind = Literal[
@@ -93,10 +94,10 @@ def _near(rows: AllRows, near: Neighborhood, threshold: float) -> Iterator[Findi
         yield Finding(kind=kind, row=row, other=other, score=score)
 
 
-def as_json(finding: Finding, rows: AllRows) -> dict[str, Any]:
+def as_json(finding: Finding, rows: AllRows) -> JsonObject:
     """A finding with names instead of numbers."""
 
-    def named(row: int | None) -> dict[str, Any] | None:
+    def named(row: int | None) -> JsonObject | None:
         if row is None:
             return None
         label = rows.class_names[rows.y[row]]
@@ -113,7 +114,7 @@ def as_json(finding: Finding, rows: AllRows) -> dict[str, Any]:
     }
 
 
-def as_cells(rank: int, finding: dict[str, Any]) -> list[object]:
+def as_cells(rank: int, finding: JsonObject) -> list[object]:
     """A line of the list, from a finding as JSON."""
     other = finding["other"] or {}
     cells = [rank, *(finding[name] for name in HEADER[1:])]

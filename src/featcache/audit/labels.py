@@ -22,7 +22,8 @@ from featcache.cache import FeatureCache
 from featcache.config import AuditConfig, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.columns import on_columns
-from featcache.heads.linear import Doubles, Floats, Ints, softmax
+from featcache.heads.features import Doubles, Floats, Ints
+from featcache.heads.linear import softmax
 from featcache.heads.scoring import open_test
 from featcache.heads.selection import Choice, choose_solver, load_data
 from featcache.heads.solvers.base import Settings, Solver, threads_for
@@ -100,7 +101,7 @@ def check_labels(config: AuditConfig, cache: FeatureCache, rows: AllRows) -> Lab
         unmixed = _unseen(solver, choice.settings, train, rows, parts)
         probabilities, weight = unmixed, 1.0
         if solver.name != "knn":
-            votes = {"k": min(config.neighbors, train.num_rows), "metric": "cosine"}
+            votes: Settings = {"k": min(config.neighbors, train.num_rows), "metric": "cosine"}
             neighbors = _unseen(KnnSolver(), votes, train, rows, parts)
             probabilities, weight = blended(unmixed, neighbors, train.y)
     suspects, suggested, odds = confident_learning(probabilities, rows.y, rows.num_train)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.audit.rows import AllRows
-from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.features import Doubles, Floats, Ints
 from featcache.heads.solvers.knn import TEMPERATURE, nearest
 
 # Robust deviations of the logarithm: of normal values, 3 in 100,000 lie farther out.

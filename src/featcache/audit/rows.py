@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.errors import UserError
-from featcache.heads.linear import Floats, Ints, Singles, widen
+from featcache.heads.features import Floats, Ints, Singles, widen
 from featcache.runtime import available_memory
 
 ORDER = ("train", "val", "test")

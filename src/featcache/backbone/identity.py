@@ -8,7 +8,6 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from featcache.backbone.load import loaded_network, without_head
 from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
@@ -19,7 +18,14 @@ from featcache.backbone.weights import (
     own_preprocessing,
     weights_of,
 )
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing, StageColumns, StageInput
+from featcache.config import (
+    BackboneConfig,
+    BackboneInfo,
+    JsonObject,
+    Preprocessing,
+    StageColumns,
+    StageInput,
+)
 from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of
@@ -62,7 +68,7 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     )
 
 
-def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> dict[str, Any]:
+def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> JsonObject:
     """Compute what `identify` remembers; no file means random weights."""
     if file is None:
         model = loaded_network(config, seed, None)
@@ -107,7 +113,7 @@ def _is_still(file: WeightsFile) -> bool:
         return False
 
 
-def _remembered(memo: Memo, key: str) -> dict[str, Any] | None:
+def _remembered(memo: Memo, key: str) -> JsonObject | None:
     """What `identify` found earlier, if the weights file is still the same."""
     path = memo.get(f"{key}:path", ())
     if not isinstance(path, str):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
+from featcache.backbone.networks import build_network
 from featcache.backbone.stages import extractor, last_node, stage_names
 from featcache.config import StageInput
 from featcache.errors import UserError, one_of
@@ -95,6 +96,15 @@ def names_in_tail(network: nn.Module, tail: fx.GraphModule) -> tuple[str, ...]:
             yield from tops(child, f"{prefix}{name}.")
 
     return tuple(tops(network, ""))
+
+
+def last_stage(backbone: str) -> str:
+    """The name of the last stage of one of torchvision's networks.
+
+    Raises:
+        UserError: There is no such network.
+    """
+    return stage_names(build_network(backbone, seed=None))[-1]
 
 
 def _before(network: nn.Module, stage: str) -> str:

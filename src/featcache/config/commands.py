@@ -37,9 +37,6 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     dtype: Optional[Literal["float32", "float16"]] = None
     """The type that features are stored as. By default float32, or float16 with --layers stages or
     --from-stage."""
-    from_stage: Optional[str] = None
-    """Cache the input of this stage (for example layer4) instead of features, for
-    finetune --from-stage, which otherwise does so itself."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What runs the network; auto measures those installed and takes the fastest."""
     precision: Literal["float32", "int8", "amp"] = "float32"
@@ -76,11 +73,6 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
         """What `dtype` means when it is not given."""
         plain = self.layers == "last" and self.from_stage is None
         return self.dtype or ("float32" if plain else "float16")
-
-    @property
-    def cached_stage(self) -> str | None:
-        """See `BackboneConfig.cached_stage`."""
-        return self.from_stage
 
 
 @settings
@@ -329,6 +321,9 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
     """Learning rate of fine-tuning. By default the recipe's."""
+    tail: Optional[str] = None
+    """Train the tail of the network as a third way: this stage and what follows it (for example
+    layer4), from its cached input, as finetune --from-stage does."""
     test_shifted: Optional[Path] = None
     """A second test set from other conditions: a folder of class folders with the same names. Both
     ways are scored on it too; it chooses nothing."""

@@ -157,8 +157,16 @@ class FeatureConfig(BackboneConfig):
     batchnorm: Literal["frozen", "adapt"] = "frozen"
     """adapt: estimate BatchNorm statistics again on train images, without their labels, before
     features are computed. The network is frozen from then on."""
+    from_stage: Optional[str] = None
+    """Cache the input of this stage (for example layer4) instead of features, for
+    finetune --from-stage, which otherwise does so itself."""
 
     @property
     def stage_pool(self) -> Pool | None:
         """See `BackboneConfig.stage_pool`."""
         return self.pool if self.layers == "stages" else None
+
+    @property
+    def cached_stage(self) -> str | None:
+        """See `BackboneConfig.cached_stage`."""
+        return self.from_stage

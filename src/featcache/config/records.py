@@ -14,6 +14,12 @@ from featcache.errors import UserError
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Pool = Literal["avg", "avg+std"]
+Task = Literal["multiclass", "multilabel", "regression"]
+"""What an image has: one class, any number of labels, or a number."""
+Precision = Literal["float32", "int8", "amp"]
+
+JsonObject = dict[str, Any]
+"""A JSON object as it was parsed, before its fields are checked, or as it will be written."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,7 +54,7 @@ class Preprocessing:
             )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from `dataclasses.asdict` output that went through JSON.
 
         Raises:
@@ -122,7 +128,7 @@ class BackboneInfo:
             raise UserError(f"activations of shape {cut.shape} are not {self.feature_dim} numbers")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from `dataclasses.asdict` output that went through JSON.
 
         Raises:
@@ -130,7 +136,7 @@ class BackboneInfo:
         """
         return _from_dict(cls, values, "a backbone's record")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; of the last layer alone it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         for name in ("stages", "stage_input"):
@@ -183,12 +189,15 @@ class DatasetInfo:
     test_fraction: float | None
     seed: int
     group_from: str | None = None
+    task: Task = "multiclass"
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON; without `group_from` it is what version 0.1.0 wrote."""
+    def to_dict(self) -> JsonObject:
+        """As JSON; without groups, and with one class per image, it is what 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.group_from is None:
             del values["group_from"]
+        if self.task == "multiclass":
+            del values["task"]
         return values
 
 
@@ -204,7 +213,7 @@ class CacheMeta:
     dataset: DatasetInfo
     views: Views
     dtype: Literal["float32", "float16"]
-    precision: str
+    precision: Precision
     engine: str
     versions: dict[str, str]
 
@@ -212,13 +221,13 @@ class CacheMeta:
         """Canonical JSON: sorted keys, no spaces, ASCII."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON."""
         own = {"backbone": self.backbone.to_dict(), "dataset": self.dataset.to_dict()}
         return {**dataclasses.asdict(self), **own}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from parsed JSON.
 
         Raises:
@@ -233,16 +242,16 @@ class CacheMeta:
         return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 
-def _from_dict(kind: type[Record], values: dict[str, Any], what: str) -> Record:
+def _from_dict(kind: type[Record], values: JsonObject, what: str) -> Record:
     try:
         return record_from_json(kind, values)
     except ValueError as error:
         raise UserError(f"not {what}: {error}") from error
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: JsonObject, prefix: str = "") -> JsonObject:
     """Turn nested dicts into one with dotted names."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             flat.update(flatten(value, f"{prefix}{key}."))

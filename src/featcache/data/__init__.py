@@ -22,6 +22,7 @@ from featcache.data.prefetch import (
 )
 from featcache.data.sampling import (
     Copies,
+    CopiesReport,
     copies_lines,
     find_copies,
     find_shared_groups,
@@ -33,6 +34,7 @@ __all__ = [
     "REASONS",
     "BadImage",
     "Copies",
+    "CopiesReport",
     "Decoded",
     "DecodedSplit",
     "ImageDataset",

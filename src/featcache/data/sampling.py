@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,28 @@ def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
     return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
 
 
+class PairsReport(TypedDict):
+    """How many images are copies, and the ids of the first few with those of their originals."""
+
+    num_images: int
+    examples: list[tuple[str, str]]
+
+
+class PairsAcross(PairsReport):
+    """Images of `split` that are also in `also_in`."""
+
+    split: str
+    also_in: str
+
+
+class CopiesReport(TypedDict):
+    """`Copies` as JSON."""
+
+    num_copies: int
+    across_splits: list[PairsAcross]
+    two_labels: PairsReport
+
+
 class LabeledRows(Protocol):
     """The images of a split, decoded or not: an `ImageSplit`, or the rows of a cache."""
 
@@ -160,7 +182,7 @@ class Copies(NamedTuple):
 
     found: list[Copy]
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> CopiesReport:
         """How many there are, across splits and with different labels, and a few of each."""
         across: dict[tuple[str, str], list[Copy]] = {}
         for copy in self.found:
@@ -176,7 +198,7 @@ class Copies(NamedTuple):
         }
 
 
-def _counted(copies: Sequence[Copy]) -> dict[str, Any]:
+def _counted(copies: Sequence[Copy]) -> PairsReport:
     examples = [(copy.id, copy.also_id) for copy in copies[:MAX_EXAMPLES]]
     return {"num_images": len(copies), "examples": examples}
 
@@ -241,7 +263,7 @@ def shared_groups_lines(shared: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:
+def copies_lines(report: CopiesReport, sizes: dict[str, int], *, divided: bool) -> list[str]:
     """The findings of `Copies.report` as sentences.
 
     Args:
@@ -269,6 +291,6 @@ def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool
     return lines
 
 
-def _such_as(found: dict[str, Any]) -> str:
+def _such_as(found: PairsReport) -> str:
     one, two = found["examples"][0]
     return f"such as {one} and {two}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import identify, load_backbone
-from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
+from featcache.cache import MARKS, CacheInfo, info, part_path, prepare_repair, read_meta, verify
+from featcache.config import CacheMeta, DataConfig, InfoConfig, JsonObject, VerifyConfig
+from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.extraction import ExtractionRun, fill_split, rows_text
@@ -21,7 +22,13 @@ EXIT_DAMAGED = 2
 MAX_LISTED = 10
 
 
-def inspect(config: InfoConfig) -> dict[str, Any]:
+class InfoReport(CacheInfo):
+    """What `featcache info --json` prints."""
+
+    command: str
+
+
+def inspect(config: InfoConfig) -> InfoReport:
     """What a cache, finished or not, records about itself; features are not read.
 
     Raises:
@@ -30,7 +37,7 @@ def inspect(config: InfoConfig) -> dict[str, Any]:
     return {"command": "info", **info(config.cache)}
 
 
-def inspect_lines(report: dict[str, Any]) -> list[str]:
+def inspect_lines(report: InfoReport) -> list[str]:
     """The report for people."""
     meta = report["meta"]
     backbone, dataset = meta["backbone"], meta["dataset"]
@@ -68,7 +75,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check(config: VerifyConfig) -> dict[str, Any]:
+def check(config: VerifyConfig) -> JsonObject:
     """Check every byte of a cache that can be checked; with `repair`, recompute damaged blocks.
 
     Returns:
@@ -86,7 +93,7 @@ def check(config: VerifyConfig) -> dict[str, Any]:
     return {**report, "exit_code": 0 if report["ok"] else EXIT_DAMAGED}
 
 
-def check_lines(report: dict[str, Any]) -> list[str]:
+def check_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     path = report["path"]
     rows = sum(report["num_rows"].values())
@@ -120,13 +127,17 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
     meta, class_names = read_meta(config.cache)
-    settings = _settings_of(config, meta)
-    dataset = load_dataset(settings)
-    _check_same(meta, class_names, settings, dataset)
-    network = load_backbone(settings, settings.seed, meta.backbone)
+    backbone = _backbone_of(config, meta)
+    dataset = load_dataset(_data_of(config, meta))
+    _check_same(config, meta, class_names, backbone, dataset)
+    network = load_backbone(backbone, config.seed, meta.backbone)
     with torch_threads_kept():
         engine = choose_engine(
-            EngineSettings.of(settings),
+            EngineSettings(
+                backbone=meta.backbone.backbone,
+                engine="torch" if meta.engine == "torch" else "openvino",
+                precision=meta.precision,
+            ),
             network,
             meta.backbone.preprocessing,
             num_images=0,
@@ -141,18 +152,15 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
         with prepare_repair(config.cache) as writer:
             damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
             for split in dataset.splits.values():
-                fill_split(run, writer, split, meta, settings.on_error)
+                fill_split(run, writer, split, meta, "skip")
             writer.finish()
     return damaged
 
 
-def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
-    """The extraction settings that a cache was made with, as far as it records them."""
+def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
+    """Which images a cache was made from: the dataset's place as given, the rest as recorded."""
     assert config.dataset is not None
-    if meta.precision not in ("float32", "int8", "amp"):
-        raise CacheError(f"{config.cache}: unknown precision {meta.precision!r}")
-    views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
-    return ExtractConfig(
+    return DataConfig(
         dataset=config.dataset,
         data_root=config.data_root,
         image_root=config.image_root,
@@ -164,23 +172,30 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         on_error="skip",
         seed=config.seed,
         cache_dir=config.cache.parent,
+    )
+
+
+def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
+    """The network and weights that a cache was made with."""
+    stages = meta.backbone.stages
+    return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if meta.backbone.stages is None else "stages",
-        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
+        layers="last" if stages is None else "stages",
+        pool="avg+std" if stages is None else stages.pool,
         from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
-        views=views,
-        dtype=meta.dtype,
-        engine="torch" if meta.engine == "torch" else "openvino",
-        precision=meta.precision,  # type: ignore[arg-type]
     )
 
 
 def _check_same(
-    meta: CacheMeta, class_names: list[str], settings: ExtractConfig, dataset: ImageDataset
+    config: VerifyConfig,
+    meta: CacheMeta,
+    class_names: list[str],
+    backbone: FeatureConfig,
+    dataset: ImageDataset,
 ) -> None:
     """Refuse to repair a cache from other images or weights than it was made from."""
-    info_now = identify(settings, settings.seed, settings.cache_dir)
+    info_now = identify(backbone, config.seed, config.cache.parent)
     wanted = {
         "weights_sha256": (meta.backbone.weights_sha256, info_now.weights_sha256),
         "dataset.fingerprint": (meta.dataset.fingerprint, dataset.fingerprint),

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -16,13 +16,13 @@ from featcache.backbone import identify
 from featcache.cache import (
     MAX_DIM,
     FeatureCache,
+    SkippedSample,
     SplitRows,
     begun_with,
     cost_of,
     info,
     part_path,
     read_meta,
-    seconds_of,
     spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
@@ -171,7 +171,8 @@ class EarlierRows(NamedTuple):
         if part_path(path).exists():
             seconds = spent_on(part_path(path))
         elif cache is not None:
-            seconds = seconds_of(cost_of(path, cache.digest))
+            cost = cost_of(path, cache.digest)
+            seconds = cost.seconds if cost else None
         made_by = begun or (cache.meta if cache else None)
         return cls(
             part=part_path(path) if begun else None,
@@ -195,7 +196,7 @@ class EarlierRows(NamedTuple):
         return num
 
 
-def left_out(path: Path) -> list[dict[str, Any]]:
+def left_out(path: Path) -> list[SkippedSample]:
     """The images that a cache, finished or not, leaves out: id and code of each."""
     return [row for split in info(path)["splits"].values() for row in split["skipped"]]
 
@@ -273,16 +274,25 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
 Sample = tuple[bytes, str, str | None]
 
 
+def label_texts(class_names: list[str], rows: SplitRows | ImageSplit) -> list[str]:
+    """Every sample's class, labels or number in words."""
+    if rows.targets is None:
+        return [class_names[label] for label in rows.labels.tolist()]
+    if rows.targets.ndim == 1:
+        return [str(number) for number in rows.targets.tolist()]
+    return ["|".join(class_names[label] for label in np.flatnonzero(row)) for row in rows.targets]
+
+
 def _samples(
     class_names: list[str], splits: Mapping[str, SplitRows | ImageSplit]
 ) -> dict[str, Sample]:
     """By "split:id": content, class and group of every sample."""
     return {
-        f"{name}:{key}": (content.tobytes(), class_names[label], group)
+        f"{name}:{key}": (content.tobytes(), label, group)
         for name, rows in splits.items()
         for key, label, content, group in zip(
             rows.ids,
-            rows.labels.tolist(),
+            label_texts(class_names, rows),
             rows.content,
             rows.groups or repeat(None, len(rows.ids)),
             strict=True,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.config import StageColumns, TrainHeadConfig
-from featcache.heads.linear import Floats, LinearHead
+from featcache.heads.features import Floats
+from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Prepared, Settings, Solver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.training_data import Rows, TrainRows
@@ -131,4 +132,6 @@ class _PreparedColumns:
 
 
 def _without_columns(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name != "columns"}
+    own = settings.copy()
+    del own["columns"]
+    return own

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featcache.config import ReportConfig
+from featcache.config import JsonObject, ReportConfig
 from featcache.errors import UserError
 from featcache.html_report.mistakes import load_images, thumbnail
 from featcache.html_report.report_files import Audit
@@ -46,7 +46,7 @@ class Strip:
     pictures: list[Picture]
 
 
-def audit_values(audit: Audit, config: ReportConfig) -> dict[str, Any]:
+def audit_values(audit: Audit, config: ReportConfig) -> JsonObject:
     """What the macro `audit` shows.
 
     Raises:
@@ -54,7 +54,7 @@ def audit_values(audit: Audit, config: ReportConfig) -> dict[str, Any]:
     """
     values = audit.values
     rows = _rows(audit, config)
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[JsonObject]] = {}
     for finding in values["findings"]:
         by_kind.setdefault(finding["kind"], []).append(finding)
     header, table = class_table(values["classes"])
@@ -80,7 +80,7 @@ def _count(value: Any, least: int) -> int:
     return max(value, least) if type(value) is int else least
 
 
-def class_table(classes: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def class_table(classes: Sequence[JsonObject]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: how many images of each class every split has, and groups of train."""
     splits = list(classes[0]["num_images"])
     grouped = any(row.get("num_groups") is not None for row in classes)
@@ -113,7 +113,7 @@ def _rows(audit: Audit, config: ReportConfig) -> Images | None:
     }
 
 
-def _picture(finding: dict[str, Any], rows: Images | None) -> Picture:
+def _picture(finding: JsonObject, rows: Images | None) -> Picture:
     other, score = finding.get("other"), finding.get("score")
     lines = [f"{finding['label']}", finding["id"]]
     if finding.get("suggested"):

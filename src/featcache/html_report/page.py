@@ -26,7 +26,6 @@ from featcache.html_report.report_files import ReportFiles, Summary
 from featcache.html_report.scores import overview, run_scores
 from featcache.results import Row
 from featcache.results.curve_advice import curve_advice
-from featcache.results.leaks import leak_lines
 from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
 from featcache.results.plots import (
     Line,
@@ -35,7 +34,14 @@ from featcache.results.plots import (
     lines_of,
     seconds_tick,
 )
-from featcache.results.tables import HEADER, curve_cells, curve_header, seconds_text, table_cells
+from featcache.results.tables import (
+    HEADER,
+    curve_cells,
+    curve_header,
+    leak_lines,
+    seconds_text,
+    table_cells,
+)
 
 MAX_DETAILED = 6
 

@@ -53,13 +53,13 @@ def _facts(report: RunReport | None) -> list[str]:
     ]
 
 
-def dataset_text(provenance: dict[str, Any]) -> str:
+def dataset_text(provenance: settings.JsonObject) -> str:
     """For example "cifar10-2500, fingerprint 3fa0c2b1d9e4"."""
     dataset = provenance.get("dataset") or {}
     return f"{dataset.get('name', '?')}, fingerprint {str(dataset.get('fingerprint', '?'))[:12]}"
 
 
-def backbone_text(provenance: dict[str, Any]) -> str:
+def backbone_text(provenance: settings.JsonObject) -> str:
     """For example "resnet18, bundled (sha256 1f0c…), 64 px squash"."""
     backbone = provenance.get("backbone") or {}
     preprocessing = backbone.get("preprocessing") or {}
@@ -102,7 +102,7 @@ def _commands(compared: Sequence[ComparedRun], files: ReportFiles) -> list[str]:
     return [" ".join(line.split()) for line in dict.fromkeys(lines)]
 
 
-def command_line(command: str, config: dict[str, Any]) -> str:
+def command_line(command: str, config: settings.JsonObject) -> str:
     """The command with the settings that differ from their defaults.
 
     Settings that this version does not know are left out.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.files import read_regular
 from featcache.results import Row, RunReport
@@ -111,6 +112,8 @@ check_run = record(
             {"ids": each(TEXT), "labels predicted": each(COUNT), "confidence": each(SHARE)}
         ),
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
+        "fit_seconds?": SECONDS,
+        "features?": TEXT,
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
         "scores? calibration?": OBJECT,
@@ -192,8 +195,8 @@ class Summary:
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dataset: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     runs: list[Any] = field(default_factory=list)
     typed: str | None = None
 
@@ -303,7 +306,7 @@ def _read(files: ReportFiles, file: Path, seen: set[Path], *, named: bool) -> No
         files.ignored.append(file)
 
 
-def _parsed(file: Path) -> dict[str, Any]:
+def _parsed(file: Path) -> JsonObject:
     try:
         text = read_regular(file, MAX_BYTES)
     except FileNotFoundError:
@@ -319,7 +322,7 @@ def _parsed(file: Path) -> dict[str, Any]:
     return values
 
 
-def _add(files: ReportFiles, file: Path, values: dict[str, Any]) -> None:
+def _add(files: ReportFiles, file: Path, values: JsonObject) -> None:
     command = values.get("command")
     try:
         if command == "compare":
@@ -340,7 +343,7 @@ def _add(files: ReportFiles, file: Path, values: dict[str, Any]) -> None:
         raise UserError(f"{file} is not a readable report ({reason}); {HINT}") from error
 
 
-def _add_extraction(files: ReportFiles, values: dict[str, Any]) -> None:
+def _add_extraction(files: ReportFiles, values: JsonObject) -> None:
     """The time an extraction took, unless it is unknown or the cache was already complete."""
     check_extraction(values)
     key = str(values.get("cache_digest") or Path(values["cache"]).name)
@@ -348,7 +351,7 @@ def _add_extraction(files: ReportFiles, values: dict[str, Any]) -> None:
         files.extractions[key] = float(values["seconds_total"])
 
 
-def _run(file: Path, values: dict[str, Any]) -> Run:
+def _run(file: Path, values: JsonObject) -> Run:
     check_run(values)
     # Null means missing, but readers of epochs expect numbers.
     epochs = [{k: v for k, v in epoch.items() if v is not None} for epoch in values["epochs"]]
@@ -363,7 +366,7 @@ def _run(file: Path, values: dict[str, Any]) -> Run:
     return Run(path=file, report=report)
 
 
-def _summary(file: Path, values: dict[str, Any]) -> Summary:
+def _summary(file: Path, values: JsonObject) -> Summary:
     check_summary(values)
     known = {f.name for f in dataclasses.fields(Summary)} - {"path", "points", "rows"}
     return Summary(
@@ -374,7 +377,7 @@ def _summary(file: Path, values: dict[str, Any]) -> Summary:
     )
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: JsonObject) -> Row:
     if values["approach"] not in get_args(Approach):
         raise UserError(f"approach {values['approach']!r:.40}")
     names = [item.name for item in dataclasses.fields(Row)]

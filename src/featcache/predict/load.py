@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from featcache.backbone import (
     build_classifier,
@@ -20,13 +20,19 @@ from featcache.backbone import (
 )
 from featcache.backbone.load import OtherWeightsError, verified_network, without_head
 from featcache.backbone.weights import NAMED_WEIGHTS
-from featcache.config import BackboneConfig, BackboneInfo, Preprocessing
+from featcache.config import BackboneConfig, BackboneInfo, JsonObject, Preprocessing, Task
 from featcache.errors import CacheError, UserError, one_of
 from featcache.heads import Decision, Head
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
 from featcache.heads.linear import PLAIN
-from featcache.tensor_files import MODEL_FORMAT, TensorFile, model_card, read_tensor_file
+from featcache.tensor_files import (
+    LABEL_THRESHOLD,
+    MODEL_FORMAT,
+    TensorFile,
+    model_card,
+    read_tensor_file,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +56,7 @@ class LoadedClassifier:
         precision: How they were computed.
         scores: What the classifier scored when it was trained.
         provenance: What it was made from.
+        task: Of a model, what an image has: one class, or any of several labels.
     """
 
     path: Path
@@ -61,13 +68,19 @@ class LoadedClassifier:
     backbone: str
     dtype: str
     precision: str
-    scores: dict[str, Any]
-    provenance: dict[str, Any]
+    scores: JsonObject
+    provenance: JsonObject
+    task: Task = "multiclass"
 
     @property
     def decision(self) -> Decision:
         """How logits become probabilities and a class."""
-        return PLAIN if self.head is None else self.head.decision
+        if self.head is not None:
+            return self.head.decision
+        if self.task == "multilabel":
+            thresholds = (LABEL_THRESHOLD,) * len(self.class_names)
+            return Decision(task=self.task, label_thresholds=thresholds)
+        return PLAIN
 
     def describe(self) -> str:
         """One phrase for people: what classifies."""
@@ -225,10 +238,24 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
         precision="float32",
         scores=card.scores,
         provenance=card.provenance,
+        task=card.task,
     )
 
 
-def provenance_json(trained: LoadedClassifier) -> dict[str, Any]:
+class ClassifierOrigin(TypedDict):
+    """What classifies and what it was made from; `preprocessing` is a `config.Preprocessing`."""
+
+    kind: str
+    file: str
+    backbone: str
+    solver: str | None
+    preprocessing: JsonObject
+    decision: JsonObject
+    scores: JsonObject
+    trained_on: JsonObject
+
+
+def origin_of(trained: LoadedClassifier) -> ClassifierOrigin:
     """What classifies and what it was made from, as JSON for reports and exported files."""
     return {
         "kind": trained.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from featcache.config import JsonObject
 from featcache.results.learning_curve import NAMES, CurveMode, CurvePoint, ModeScores, size_text
 from featcache.results.runs import Row, RunReport
 from featcache.results.scores import BY_CLASS, Scores
@@ -33,6 +34,7 @@ CURVE_HEADER = (
 )
 
 FEATURES_HEADER = ("head's features (held-out accuracy)",)
+TAIL_HEADER = ("tail, cached activations", "tail time")
 SHIFTED_HEADER = ("cached head, shifted", "fine-tune, shifted")
 CLASS_HEADER = (
     "class",
@@ -145,12 +147,17 @@ def curve_header(points: Sequence[CurvePoint]) -> tuple[str, ...]:
     return (
         *CURVE_HEADER,
         *(FEATURES_HEADER if _have_features(points) else ()),
+        *(TAIL_HEADER if _have_tail(points) else ()),
         *(SHIFTED_HEADER if _have_shifted(points) else ()),
     )
 
 
 def _have_features(points: Sequence[CurvePoint]) -> bool:
     return any(point.cached and point.cached.held_out for point in points)
+
+
+def _have_tail(points: Sequence[CurvePoint]) -> bool:
+    return any(point.tail for point in points)
 
 
 def _have_shifted(points: Sequence[CurvePoint]) -> bool:
@@ -215,6 +222,7 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     rest = ("–",) * (len(curve_header(points)) - 3)
     more: list[Callable[[CurvePoint], str]] = []
     more += [_features_cell] if _have_features(points) else []
+    more += [_tail_cell, _tail_time] if _have_tail(points) else []
     more += [_shifted_cell(mode) for mode in NAMES] if _have_shifted(points) else []
     return [(*_curve_row(p), *(cell(p) for cell in more)) for p in points] + [
         ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
@@ -248,6 +256,14 @@ def _features_cell(point: CurvePoint) -> str:
     held_out = point.cached.held_out
     names = dict.fromkeys([*point.cached.features, *held_out])
     return "; ".join(f"{name} {held_out[name]:.3f}" for name in names if name in held_out)
+
+
+def _tail_cell(point: CurvePoint) -> str:
+    return _scores(point.tail, point)
+
+
+def _tail_time(point: CurvePoint) -> str:
+    return "–" if point.tail is None else seconds_text(point.tail.cost_seconds)
 
 
 def _shifted_cell(mode: CurveMode) -> Callable[[CurvePoint], str]:
@@ -310,3 +326,22 @@ def _aligned(
         for line in lines
     )
     return "\n".join([header, GAP.join("-" * widths[i] for i in columns), *rows])
+
+
+def leak_lines(report: JsonObject) -> list[str]:
+    """The same of a report as JSON, as a sentence; nothing of one without leaks.
+
+    Args:
+        report: `RunReport.to_json`, of any version.
+    """
+    found = report.get("without_leaks")
+    if not found:
+        return []
+    if not found["num_test"]:
+        return [f"all {found['num_leaked']} test images are also in train: the accuracy is no test"]
+    low, high = found["test_interval"]
+    return [
+        f"without the {found['num_leaked']} test images that are also in train: test accuracy "
+        f"{found['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}) on "
+        f"{found['num_test']} images"
+    ]
