@@ -36,7 +36,7 @@ ROWS = [
     {"cache", "data", "backbone", "results"},
     {"engine"},
     {"heads", "extract", "html_report"},
-    {"finetune"},
+    {"audit", "finetune"},
     {"predict"},
     {"export"},
     {"compare"},

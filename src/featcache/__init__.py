@@ -4,6 +4,7 @@ Commands, each with a settings class (`help(featcache.ExtractConfig)` explains t
 
     extract_features(ExtractConfig)    cache the features of a dataset's images
     train_head(TrainHeadConfig)        fit a head on a cache
+    audit_cache(AuditConfig)           find wrong labels, leaks and odd images in a cache
     finetune_network(FinetuneConfig)   train the whole network on the images
     predict_images(PredictConfig)      classify files and folders
     export_classifier(ExportConfig)    write backbone and head as ONNX or torch.export
@@ -40,6 +41,7 @@ TYPE_CHECKING = False
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers and completion
+    from featcache.api import audit_cache as audit_cache
     from featcache.api import compare_training as compare_training
     from featcache.api import export_classifier as export_classifier
     from featcache.api import extract_features as extract_features
@@ -49,6 +51,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.api import write_report as write_report
     from featcache.cache import FeatureCache as FeatureCache
     from featcache.cache import FeatureDataset as FeatureDataset
+    from featcache.config import AuditConfig as AuditConfig
     from featcache.config import CompareConfig as CompareConfig
     from featcache.config import ExportConfig as ExportConfig
     from featcache.config import ExtractConfig as ExtractConfig
@@ -69,6 +72,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
 # Public names and their modules. No public name equals a module's: importing featcache.NAME would
 # replace it.
 _HOMES = {
+    "AuditConfig": "config",
     "CacheError": "errors",
     "Classifier": "predict",
     "CompareConfig": "config",
@@ -87,6 +91,7 @@ _HOMES = {
     "StorageError": "errors",
     "TrainHeadConfig": "config",
     "UserError": "errors",
+    "audit_cache": "api",
     "compare_training": "api",
     "export_classifier": "api",
     "extract_features": "api",

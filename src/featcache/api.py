@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.cli import COMMANDS, from_home
 from featcache.config import (
+    AuditConfig,
     CompareConfig,
     ExportConfig,
     ExtractConfig,
@@ -72,6 +73,20 @@ def train_head(config: TrainHeadConfig) -> JsonObject:
         StorageError: The head cannot be written.
     """
     return _run("train-head", config)
+
+
+def audit_cache(config: AuditConfig) -> JsonObject:
+    """Look for wrong labels, leaks, near-duplicates and odd images; the cache is not changed.
+
+    Returns:
+        The command's JSON report; `report["list"]` is the ranked list, a CSV file.
+
+    Raises:
+        UserError: Wrong input.
+        CacheError: The cache is unfinished, damaged, or not a cache.
+        StorageError: The list cannot be written.
+    """
+    return _run("audit", config)
 
 
 def finetune_network(config: FinetuneConfig) -> JsonObject:

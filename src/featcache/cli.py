@@ -71,6 +71,12 @@ COMMANDS = {
         summary="extract:check_lines",
         help="check a cache for damage, and repair it",
     ),
+    "audit": Command(
+        config="AuditConfig",
+        worker="audit:audit",
+        summary="audit:summary_lines",
+        help="find wrong labels, leaks, near-duplicates and odd images in a cache",
+    ),
     "predict": Command(
         config="PredictConfig",
         worker="predict:predict",

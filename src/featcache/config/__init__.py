@@ -4,6 +4,7 @@ The command line is generated from these classes.
 """
 
 from featcache.config.classifier_commands import (
+    AuditConfig,
     ExportConfig,
     Format,
     PredictConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "IMAGENET_STD",
     "OWN_MODULE",
     "TIMM",
+    "AuditConfig",
     "BackboneConfig",
     "BackboneInfo",
     "CacheMeta",

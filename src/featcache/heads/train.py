@@ -106,7 +106,7 @@ def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[Ru
     with timer("total"):
         check_settings(config)
         config = without_strength(config)
-        cache = _of_features(open_cache(config))
+        cache = of_features(open_cache(config))
         if config.threshold_for is not None:
             positive_class(config, cache.class_names)
         path = head_path(config, cache)
@@ -159,7 +159,7 @@ def _class_head(
         "epochs": run.fitted.epochs,
         "scored_on": test.name,
         "chosen_on": run.choice.chosen_on,
-        "more": more | solver_fields(run, test),
+        "more": more | solver_fields(run, test) | {"without_leaks": test.without_leaks(run.tested)},
         "scores": found.scores,
         "calibration": found.calibration,
         "test": found.test,
@@ -350,7 +350,7 @@ def run_key(config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None = No
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def _of_features(cache: FeatureCache) -> FeatureCache:
+def of_features(cache: FeatureCache) -> FeatureCache:
     """The cache, unless it is one of activations.
 
     Raises:

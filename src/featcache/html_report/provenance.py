@@ -19,6 +19,7 @@ CLASSES: dict[str, tuple[str, type[Any], str]] = {
     "train-head": ("train-head", settings.TrainHeadConfig, "cache"),
     "finetune": ("finetune", settings.FinetuneConfig, "dataset"),
     "compare": ("featcache compare", settings.CompareConfig, "dataset"),
+    "audit": ("featcache audit", settings.AuditConfig, "cache"),
     "report": ("featcache report", settings.ReportConfig, "runs"),
 }
 HIDDEN = ("json", "verbose")
@@ -82,6 +83,7 @@ def backbone_text(provenance: settings.JsonObject) -> str:
 def _machines(runs: Sequence[SourcedRun], files: ReportFiles) -> list[list[str]]:
     known = [run.report.environment for run in runs if run.report]
     known += [summary.environment for summary in files.summaries]
+    known += [audit.values["environment"] for audit in files.audits]
     rows = []
     for environment in known:
         versions = ", ".join(
@@ -107,6 +109,7 @@ def _commands(runs: Sequence[SourcedRun], files: ReportFiles) -> list[str]:
             if extraction.get("config"):
                 lines.append(command_line("extract-features", extraction["config"]))
             lines.append(command_line(report.command, report.config))
+    lines += [command_line("audit", audit.values["config"]) for audit in files.audits]
     return [" ".join(line.split()) for line in dict.fromkeys(lines)]
 
 
@@ -116,7 +119,7 @@ def command_line(command: str, config: settings.JsonObject) -> str:
     Settings that this version does not know are left out.
 
     Args:
-        command: extract-features, train-head, finetune, compare or report.
+        command: extract-features, train-head, finetune, compare, audit or report.
         config: The recorded settings.
     """
     prog, kind, positional = CLASSES[command]

@@ -20,7 +20,7 @@ from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
 MAX_CLASSES = 100_000
-HINT = "give the .json that train-head, finetune, compare or benchmark.py wrote"
+HINT = "give the .json that train-head, finetune, compare, audit or benchmark.py wrote"
 TRAINING = ("train-head", "finetune")
 
 Check = Callable[[Any], object]
@@ -118,6 +118,9 @@ check_run = record(
         "run?": TEXT,
         "scores? calibration? target_scores?": OBJECT,
         "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
+        "without_leaks?": record(
+            {"num_leaked num_test": COUNT, "test_top1?": SHARE, "test_interval?": INTERVAL}
+        ),
     }
 )
 check_row = record(
@@ -140,6 +143,31 @@ check_summary = record(
         "environment? config?": OBJECT,
         "rows?": each(check_row),
         "runs?": of_type(list, "a list"),
+    }
+)
+check_image = record({"split id label": TEXT})
+check_audit = record(
+    {
+        "cache list": TEXT,
+        "splits": OBJECT,
+        "classes": each(
+            record({"name": TEXT, "num_images": OBJECT, "num_groups?": COUNT}),
+            range(1, MAX_CLASSES + 1),
+        ),
+        "num_findings": OBJECT,
+        "lines": each(TEXT),
+        "findings": each(
+            record(
+                {
+                    "kind split id label": TEXT,
+                    "suggested? group?": TEXT,
+                    "score?": number(2.0),
+                    "other?": check_image,
+                }
+            )
+        ),
+        "config environment": OBJECT,
+        "provenance": record({"dataset": OBJECT}),
     }
 )
 check_extraction = record({"seconds_total?": SECONDS, "cache cache_digest?": TEXT})
@@ -173,6 +201,19 @@ class Summary:
     typed: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `audit` wrote about a cache, as JSON that was checked."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What the cache records of its dataset."""
+        return dict(self.values["provenance"]["dataset"])
+
+
 @dataclass(kw_only=True)
 class ReportFiles:
     """Everything read.
@@ -182,6 +223,7 @@ class ReportFiles:
         target_runs: Training runs on images with several labels or a number.
         comparisons: Learning curves.
         benchmarks: Tables of benchmark.py.
+        audits: What may be wrong with a cache.
         extractions: Seconds that extraction took, by the cache's digest or, where a file does not
             name it, the cache's file name.
         ignored: Files in a folder that are none of these.
@@ -191,6 +233,7 @@ class ReportFiles:
     target_runs: list[Run] = field(default_factory=list)
     comparisons: list[Summary] = field(default_factory=list)
     benchmarks: list[Summary] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
     extractions: dict[str, float] = field(default_factory=dict)
     ignored: list[Path] = field(default_factory=list)
 
@@ -202,7 +245,8 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.target_runs) + len(self.summaries)
+        others = [*self.target_runs, *self.audits]
+        return len(self.runs) + len(self.summaries) + len(others)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
@@ -289,6 +333,9 @@ def _add(files: ReportFiles, file: Path, values: JsonObject) -> None:
         elif command in TRAINING:
             run = _run(file, values)
             (files.runs if run.report.target_scores is None else files.target_runs).append(run)
+        elif command == "audit":
+            check_audit(values)
+            files.audits.append(Audit(path=file, values=values))
         elif command == "extract-features":
             _add_extraction(files, values)
         elif "rows" in values:

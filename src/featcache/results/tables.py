@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from featcache.config import JsonObject
 from featcache.results.runs import Row, RunReport
 from featcache.results.scores import BY_CLASS, Scores
 
@@ -332,3 +333,22 @@ def _aligned(
         for line in lines
     )
     return "\n".join([header, GAP.join("-" * widths[i] for i in columns), *rows])
+
+
+def leak_lines(report: JsonObject) -> list[str]:
+    """The same of a report as JSON, as a sentence; nothing of one without leaks.
+
+    Args:
+        report: `RunReport.to_json`, of any version.
+    """
+    found = report.get("without_leaks")
+    if not found:
+        return []
+    if not found["num_test"]:
+        return [f"all {found['num_leaked']} test images are also in train: the accuracy is no test"]
+    low, high = found["test_interval"]
+    return [
+        f"without the {found['num_leaked']} test images that are also in train: test accuracy "
+        f"{found['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}) on "
+        f"{found['num_test']} images"
+    ]
