@@ -24,6 +24,8 @@ from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OWN_MODULE,
+    TIMM,
     BackboneInfo,
     CacheMeta,
     DatasetInfo,
@@ -36,6 +38,7 @@ from featcache.config.records import (
     Task,
     Views,
     flatten,
+    weights_text,
 )
 from featcache.config.settings import config_json
 
@@ -43,6 +46,8 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "OWN_MODULE",
+    "TIMM",
     "AuditConfig",
     "BackboneConfig",
     "BackboneInfo",
@@ -71,4 +76,5 @@ __all__ = [
     "Views",
     "config_json",
     "flatten",
+    "weights_text",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from featcache.config import ReportConfig
 from featcache.html_report.audits import audit_values
@@ -23,7 +22,7 @@ from featcache.html_report.mistakes import (
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
-from featcache.html_report.scores import overview, run_scores
+from featcache.html_report.scores import LABEL_HEADER, overview, run_scores, target_tables
 from featcache.results import Row
 from featcache.results.curve_advice import curve_advice
 from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
@@ -96,18 +95,16 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     if rows:
         scores = {"header": header, "rows": rows}
         sections.append(Section(title="Scores over classes", layout="scores", values=scores))
+    for table in target_tables(files.target_runs):
+        shown = {"table": table, "label_header": LABEL_HEADER}
+        sections.append(Section(title=table.title, layout="targets", values=shown))
     sections += _mistakes_sections(ranked(compared), config)
-    for audit in files.audits:
-        title = (
-            "Audit" if len(files.audits) == 1 else f"Audit of {Path(audit.values['cache']).name}"
-        )
-        sections.append(Section(title=title, layout="audit", values=audit_values(audit, config)))
+    sections += _audit_sections(files, config)
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
     sections.append(Section(title=title, layout="provenance", values=provenance))
-    about = "frozen backbone vs. fine-tuning" if compared or curves else "audit"
     return Page(
-        title=config.title or f"{_dataset_name(compared, files)}: {about}",
+        title=config.title or _title(compared, files),
         subtitle=_subtitle(compared, files),
         advice=advice,
         sections=sections,
@@ -215,6 +212,21 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
             for number, group in enumerate(shown)
         ),
     ]
+
+
+def _audit_sections(files: ReportFiles, config: ReportConfig) -> list[Section]:
+    return [
+        Section(title=audit.title, layout="audit", values=audit_values(audit, config))
+        for audit in files.audits
+    ]
+
+
+def _title(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
+    if compared or files.summaries:
+        return f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning"
+    if files.audits and not files.target_runs:
+        return f"{_dataset_name(compared, files)}: audit"
+    return ", ".join(table.title.lower() for table in target_tables(files.target_runs)).capitalize()
 
 
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:

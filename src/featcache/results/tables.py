@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from featcache.config import JsonObject
-from featcache.results.learning_curve import NAMES, CurveMode, CurvePoint, ModeScores, size_text
 from featcache.results.runs import Row, RunReport
 from featcache.results.scores import BY_CLASS, Scores
+
+if TYPE_CHECKING:
+    from featcache.results.learning_curve import CurveMode, CurvePoint, ModeScores
 
 HEADER = (
     "mode",
@@ -218,6 +221,8 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
     stands beside it. The last row is the baseline that both modes have to beat.
     """
+    from featcache.results.learning_curve import NAMES  # late: train-head shows no curve
+
     baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
     rest = ("–",) * (len(curve_header(points)) - 3)
     more: list[Callable[[CurvePoint], str]] = []
@@ -230,6 +235,8 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
 
 
 def _curve_row(point: CurvePoint) -> tuple[str, ...]:
+    from featcache.results.learning_curve import NAMES, size_text
+
     gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
     per_point = point.seconds_per_point
     undecided = "undecided" if point.useful else "neither"
