@@ -62,8 +62,8 @@ def audit(config: AuditConfig) -> JsonObject:
     marks = {listing: MARKS, listing.with_suffix(".json"): report_marks("audit")}
     check_outputs(marks, [config.cache])
     rows = all_rows(cache)
-    known = {name: cache.rows(name) for name in cache.splits}
-    copies = find_copies(known)
+    splits = {name: cache.rows(name) for name in cache.splits}
+    copies = find_copies(splits)
     near = neighborhood(rows, config.neighbors)
     threshold = near_threshold(near) if config.near is None else config.near
     labels = check_labels(config, cache, rows)
@@ -78,7 +78,7 @@ def audit(config: AuditConfig) -> JsonObject:
         "classes": _classes(rows),
         "num_findings": count_by_kind(findings),
         "identical_images": copies.report(),
-        "shared_groups": [shared._asdict() for shared in find_shared_groups(known)],
+        "shared_groups": [shared._asdict() for shared in find_shared_groups(splits)],
         "labels": _labels(labels, rows, config),
         "near_duplicates": {"threshold": threshold, "found": config.near is None},
         "findings": _shown(findings, rows),

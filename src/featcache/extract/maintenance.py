@@ -143,8 +143,6 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
             "run extract-features --force to make it again"
         )
     meta, class_names = read_meta(config.cache)
-    if meta.backbone.is_own_module:
-        raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
     backbone = _backbone_of(config, meta)
@@ -200,7 +198,13 @@ def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
 
 
 def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
-    """The network and weights that a cache was made with."""
+    """The network and weights that a cache was made with.
+
+    Raises:
+        CacheError: It was a module given in Python.
+    """
+    if meta.backbone.is_own_module:
+        raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
     return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,

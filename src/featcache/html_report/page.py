@@ -91,13 +91,7 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         }
         sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
-    header, rows = overview(compared)
-    if rows:
-        scores = {"header": header, "rows": rows}
-        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
-    for table in target_tables(files.target_runs):
-        shown = {"table": table, "label_header": LABEL_HEADER}
-        sections.append(Section(title=table.title, layout="targets", values=shown))
+    sections += _score_sections(compared, files)
     sections += _mistakes_sections(ranked(compared), config)
     sections += _audit_sections(files, config)
     provenance = {"provenance": provenance_of(compared, files)}
@@ -183,6 +177,19 @@ def _seconds_chart(rows: Sequence[Row], lines: Sequence[Line]) -> Chart:
         rows=cells,
         salt="seconds",
     )
+
+
+def _score_sections(compared: Sequence[ComparedRun], files: ReportFiles) -> list[Section]:
+    """Scores over classes of all runs, then runs on several labels and on numbers."""
+    sections = []
+    header, rows = overview(compared)
+    if rows:
+        scores = {"header": header, "rows": rows}
+        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
+    for table in target_tables(files.target_runs):
+        shown = {"table": table, "label_header": LABEL_HEADER}
+        sections.append(Section(title=table.title, layout="targets", values=shown))
+    return sections
 
 
 def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) -> list[Section]:

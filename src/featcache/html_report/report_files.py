@@ -250,7 +250,8 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.target_runs) + len(self.summaries) + len(self.audits)
+        others = [*self.target_runs, *self.audits]
+        return len(self.runs) + len(self.summaries) + len(others)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
