@@ -57,12 +57,7 @@ def audit(config: AuditConfig) -> JsonObject:
         StorageError: A file cannot be written.
     """
     start = time.perf_counter()
-    cache = of_features(open_cache(TrainHeadConfig(cache=config.cache)))
-    if cache.meta.dataset.task != "multiclass":
-        raise UserError(
-            f"{config.cache} is of a {cache.meta.dataset.task} dataset: audit is for one class per "
-            "image"
-        )
+    cache = _open(config)
     listing = config.output or cache.path.with_suffix(".audit.csv")
     marks = {listing: MARKS, listing.with_suffix(".json"): report_marks("audit")}
     check_outputs(marks, [config.cache])
@@ -74,7 +69,7 @@ def audit(config: AuditConfig) -> JsonObject:
     labels = check_labels(config, cache, rows)
     findings = ranked_findings(rows, copies, near, threshold, labels)
     _write_list(listing, findings, rows)
-    report = {
+    report: JsonObject = {
         "command": "audit",
         "cache": str(cache.path),
         "list": str(listing),
@@ -95,6 +90,17 @@ def audit(config: AuditConfig) -> JsonObject:
     report["lines"] = _lines(report)
     write_json(listing.with_suffix(".json"), report)
     return report
+
+
+def _open(config: AuditConfig) -> FeatureCache:
+    """A cache of features with one class per image."""
+    cache = of_features(open_cache(TrainHeadConfig(cache=config.cache)))
+    if cache.meta.dataset.task != "multiclass":
+        raise UserError(
+            f"{config.cache} is of a {cache.meta.dataset.task} dataset: audit is for one class per "
+            "image"
+        )
+    return cache
 
 
 def _write_list(path: Path, findings: Sequence[Finding], rows: AllRows) -> None:

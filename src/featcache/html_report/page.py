@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from featcache.config import ReportConfig
 from featcache.html_report.audits import audit_values
@@ -94,17 +93,12 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
     sections += _score_sections(compared, files)
     sections += _mistakes_sections(ranked(compared), config)
-    for audit in files.audits:
-        title = (
-            "Audit" if len(files.audits) == 1 else f"Audit of {Path(audit.values['cache']).name}"
-        )
-        sections.append(Section(title=title, layout="audit", values=audit_values(audit, config)))
+    sections += _audit_sections(files, config)
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
     sections.append(Section(title=title, layout="provenance", values=provenance))
-    about = "frozen backbone vs. fine-tuning" if compared or curves else "audit"
     return Page(
-        title=config.title or _title(compared, files, about),
+        title=config.title or _title(compared, files),
         subtitle=_subtitle(compared, files),
         advice=advice,
         sections=sections,
@@ -227,9 +221,18 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
     ]
 
 
-def _title(compared: Sequence[ComparedRun], files: ReportFiles, about: str) -> str:
-    if compared or files.summaries or files.audits:
-        return f"{_dataset_name(compared, files)}: {about}"
+def _audit_sections(files: ReportFiles, config: ReportConfig) -> list[Section]:
+    return [
+        Section(title=audit.title, layout="audit", values=audit_values(audit, config))
+        for audit in files.audits
+    ]
+
+
+def _title(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
+    if compared or files.summaries:
+        return f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning"
+    if files.audits and not files.target_runs:
+        return f"{_dataset_name(compared, files)}: audit"
     return ", ".join(table.title.lower() for table in target_tables(files.target_runs)).capitalize()
 
 

@@ -209,6 +209,11 @@ class Audit:
     values: dict[str, Any]
 
     @property
+    def title(self) -> str:
+        """For its section."""
+        return f"Audit of {Path(self.values['cache']).name[:80]}"
+
+    @property
     def dataset(self) -> dict[str, Any]:
         """What the cache records of its dataset."""
         return dict(self.values["provenance"]["dataset"])
