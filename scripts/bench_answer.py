@@ -1,53 +1,60 @@
 """Cached heads against fine-tuning: how much of the gap each closes, on several datasets.
 
 For each dataset: heads on the last layer, on all stages, on a network with adapted BatchNorm
-statistics, and on both; the one of these four that held-out train rows prefer; and fine-tuning with
-the notebook's settings at two rates and with the good recipe. The test split scores each once.
+statistics, and on both; of the two on all stages (which may use the last layer alone), the one that
+held-out train rows prefer; the tail of the network trained from cached activations; and full
+fine-tuning with the notebook's settings at two rates and with the good recipe, for eight epochs as
+the tail. The test split scores each once.
 
     python scripts/bench_answer.py digits ../shared/data/cifar10-2500 ../shared/data/sign-digits
 
-A folder with a groups.csv (path,label,group) is split by group: no group is in train and in test.
+A folder with a manifest groups.csv (path,label,group) is split by group: none is in train and test.
 Finished rows are kept in --folder, and the same command goes on from them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 
-from benchmark import NEVER_MIRRORED, BenchmarkConfig, warm_up
+from benchmark import BenchmarkConfig, warm_up
 from featcache.config import ExtractConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.extract import extract
 from featcache.files import write_json
 from featcache.finetune import finetune_report
+from featcache.finetune.trainable import TAIL_OF_GOOD
 from featcache.heads import train_head
 from featcache.results import RunReport
 from featcache.results.metrics import mcnemar
 
-Kind = Literal["cached", "notebook", "good"]
+Kind = Literal["cached", "tail", "notebook", "good"]
 LAST = "head, last layer"
+STAGES, ADAPTED = "head, all stages", "head, all stages, adapted BatchNorm"
 # By kind of training and name: the settings of extract-features, or of finetune.
 MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "cached": {
         LAST: {},
-        "head, all stages": {"layers": "stages"},
+        STAGES: {"layers": "stages"},
         "head, adapted BatchNorm": {"batchnorm": "adapt"},
-        "head, all stages, adapted BatchNorm": {"layers": "stages", "batchnorm": "adapt"},
+        ADAPTED: {"layers": "stages", "batchnorm": "adapt"},
+    },
+    "tail": {
+        "tail from layer4": {"from_stage": "layer4"},
+        "tail from layer3": {"from_stage": "layer3"},
     },
     "notebook": {
         "fine-tune, notebook's recipe, lr 1e-3": {},
         "fine-tune, notebook's recipe, lr 1e-4": {"lr": 1e-4},
     },
     "good": {
-        "fine-tune, good recipe, 8 epochs": {"recipe": "good", "epochs": 8, "backbone_lr": 2e-4},
+        # As long, and at the rates, as tails have by default.
+        "fine-tune, good recipe": {"recipe": "good", **TAIL_OF_GOOD},
     },
 }
 FULL: tuple[Kind, ...] = ("notebook", "good")
@@ -86,7 +93,7 @@ def main(config: AnswerConfig) -> None:
 def run_dataset(name: str, config: AnswerConfig) -> dict[str, Any]:
     """Every mode on one dataset."""
     folder = config.folder / Path(name).stem
-    shared = dataset_settings(name, folder, config.seed)
+    shared = dataset_settings(name, config.seed)
     shared |= {"weights": config.weights, "cache_dir": folder}
     warm_up(BenchmarkConfig(**shared))
     rows = []
@@ -102,38 +109,14 @@ def run_dataset(name: str, config: AnswerConfig) -> dict[str, Any]:
     return {"dataset": name, **judged(rows)}
 
 
-def dataset_settings(name: str, folder: Path, seed: int) -> dict[str, Any]:
+def dataset_settings(name: str, seed: int) -> dict[str, Any]:
     """The settings of a dataset: its name, its split by group, and how much of it."""
     groups = Path(name) / "groups.csv"
     if groups.is_file():
-        manifest = split_by_group(groups, folder, seed)
-        return {"dataset": str(manifest), "image_root": Path(name), "seed": seed}
+        return {"dataset": str(groups), "test_fraction": TEST_SHARE, "seed": seed}
     if name.lower() in TORCHVISION_SETS:
         return {"dataset": name, "num_train": NUM_TRAIN, "num_test": NUM_TEST, "seed": seed}
     return {"dataset": name, "seed": seed}
-
-
-def split_by_group(groups: Path, folder: Path, seed: int) -> Path:
-    """A manifest in which every group is in train or in test; about TEST_SHARE of rows in test."""
-    with groups.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    names = sorted({line["group"] for line in lines})
-    sizes = {name: sum(line["group"] == name for line in lines) for name in names}
-    test, num = set(), 0
-    for place in np.random.default_rng(seed).permutation(len(names)):
-        if num >= TEST_SHARE * len(lines):
-            break
-        test.add(names[place])
-        num += sizes[names[place]]
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / f"{groups.parent.name}-by-group.csv"
-    with manifest.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        for line in lines:
-            split = "test" if line["group"] in test else "train"
-            writer.writerow([line["path"], line["label"], split])
-    return manifest
 
 
 def run_cached(settings: dict[str, Any], stem: str) -> dict[str, Any]:
@@ -148,10 +131,15 @@ def run_cached(settings: dict[str, Any], stem: str) -> dict[str, Any]:
 def run_tuned(settings: dict[str, Any], stem: str) -> dict[str, Any]:
     """Fine-tune on images, mirrored at random unless they are characters."""
     start, spent = time.perf_counter(), time.process_time()
-    flip = Path(settings["dataset"]).stem.replace("-", "") not in NEVER_MIRRORED
+    flip = mirrored(settings["dataset"])
     model = settings["cache_dir"] / f"{stem}.safetensors"
     finetune_report(FinetuneConfig(**settings, flip=flip, output=model, score="end", resume=False))
     return cost(model, start, spent)
+
+
+def mirrored(dataset: str) -> bool:
+    """Whether train images are mirrored at random, as benchmark.py decides it."""
+    return BenchmarkConfig(dataset=dataset, weights="bundled").flips
 
 
 def cost(output: Path, start: float, spent: float) -> dict[str, Any]:
@@ -175,29 +163,29 @@ def scored(row: dict[str, Any]) -> dict[str, Any]:
 def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows with that of the best cached head, and what sets it against full fine-tuning.
 
-    The best fine-tune is the one with the best test accuracy, which favors fine-tuning; the best
-    cached head has the best held-out accuracy.
+    The best cached head has the better held-out accuracy of the two on all stages, and costs what
+    both cost. The best fine-tune has the best test accuracy, which favors fine-tuning.
     """
-    cached = [row for row in rows if row["kind"] == "cached"]
-    best = max(cached, key=lambda row: row["held_out_top1"])
-    best = {**best, "mode": BEST, "chosen": best["mode"]}
+    choices = [row for row in rows if row["mode"] in (STAGES, ADAPTED)]
+    best = max(choices, key=lambda row: row["held_out_top1"])
+    spent = {name: sum(row[name] for row in choices) for name in ("seconds", "cpu_seconds")}
+    best = best | spent | {"mode": BEST, "chosen": best["mode"]}
     report = RunReport.load(Path(best["report"]))
+    after = sum(row["kind"] == "cached" for row in rows)
+    rows = [*rows[:after], best, *rows[after:]]
     for row in rows:
-        other = RunReport.load(Path(row["report"]))
-        row["p_value"] = paired(other, report) if row["report"] != best["report"] else None
-    after = len(cached)
-    result: dict[str, Any] = {"rows": [*rows[:after], best | {"p_value": None}, *rows[after:]]}
+        same = row["report"] == best["report"]
+        row["p_value"] = None if same else paired(RunReport.load(Path(row["report"])), report)
     tuned = [row for row in rows if row["kind"] in FULL]
     if not tuned:
-        return result
+        return {"rows": rows}
     full = max(tuned, key=lambda row: row["test_top1"])
-    base = cached[0]["test_top1"]
+    base = next(row["test_top1"] for row in rows if row["mode"] == LAST)
     gap = full["test_top1"] - base
-    closed = {row["mode"]: (row["test_top1"] - base) / gap for row in result["rows"] if gap > 0}
-    shares = {row["mode"]: row["cpu_seconds"] / full["cpu_seconds"] for row in result["rows"]}
-    choosing = sum(row["cpu_seconds"] for row in cached) / full["cpu_seconds"]
-    return result | {"best_tuned": full["mode"], "gap": gap, "closed": closed,
-                     "cost_share": shares, "choosing_share": choosing}  # fmt: skip
+    for row in rows:
+        row["closed"] = (row["test_top1"] - base) / gap if gap > 0 else None
+        row["cost_share"] = row["cpu_seconds"] / full["cpu_seconds"]
+    return {"rows": rows, "best_tuned": full["mode"], "gap": gap}
 
 
 def paired(one: RunReport, other: RunReport) -> float:
@@ -213,33 +201,32 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"**{result['dataset']}**",
         "",
-        "| mode | held-out | test top-1 | gap closed | seconds | processor | p |",
+        "| mode | held-out | test top-1 | gap closed | seconds | processor s | p |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         low, high = row["test_interval"]
-        held, p = row["held_out_top1"], row["p_value"]
-        mode = row["mode"] + (f" ({row['chosen']})" if "chosen" in row else "")
-        closed = result.get("closed", {}).get(row["mode"])
+        held, closed, p = (row.get(name) for name in ("held_out_top1", "closed", "p_value"))
+        mode = row["mode"] + (f" ({row['chosen'].partition(', ')[2]})" if "chosen" in row else "")
         lines.append(
             f"| {mode} | {'' if held is None else f'{held:.3f}'} "
             f"| {row['test_top1']:.3f} [{low:.3f}, {high:.3f}] "
             f"| {'' if closed is None else f'{closed:.0%}'} | {row['seconds']:.0f} "
             f"| {row['cpu_seconds']:.0f} | {'' if p is None else f'{p:.2g}'} |"
         )
-    if "best_tuned" in result:
-        lines += ["", verdict(result)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *verdict(result)])
 
 
-def verdict(result: dict[str, Any]) -> str:
+def verdict(result: dict[str, Any]) -> list[str]:
     """The best cached head against the best fine-tune, in a sentence."""
-    share, choosing = result["cost_share"][BEST], result["choosing_share"]
-    cost = f"at {share:.0%} of its processor time ({choosing:.0%} with trying all four)"
-    if result["gap"] <= 0:
-        return f"No fine-tune beats the head on the last layer. The best cached head comes {cost}."
-    closed = f"{result['closed'][BEST]:.0%} of the gap to {result['best_tuned']!r}"
-    return f"The best cached head closes {closed}, {cost}."
+    if "best_tuned" not in result:
+        return []
+    best = next(row for row in result["rows"] if row["mode"] == BEST)
+    cost = f"{best['cost_share']:.0%} of its processor time"
+    if best["closed"] is None:
+        return ["", f"No fine-tune beats the last layer's head; the best cached head takes {cost}."]
+    closed = f"{best['closed']:.0%} of the gap to {result['best_tuned']!r}"
+    return ["", f"The best cached head closes {closed} in {cost}."]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import tyro
 
 from featcache import cli, results
+from featcache.compare.alternatives import Network
 from featcache.config import (
     BackboneConfig,
     BackboneInfo,
@@ -37,12 +38,15 @@ from featcache.config import (
     FinetuneConfig,
     OutputConfig,
     TrainHeadConfig,
+    config_json,
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
-from featcache.heads import Network
-from featcache.results import Row, RunReport
+from featcache.results import Row, RunReport, benchmark_rows
+from featcache.results.advice import advice, best_of, speedups
+from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
+from featcache.results.tables import markdown_table, text_table
 from featcache.runtime import environment, load_optimizers, say
 
 # Mirroring turns these into something else, so the default leaves them as they are.
@@ -51,6 +55,7 @@ LOOP, CACHED = "head only (network in the loop)", "head only (cached features)"
 DEFAULT_HEAD = "head only (cached, as train-head fits it)"
 STAGES_HEAD = "head only (cached, all stages)"
 GOOD_TUNE = "full fine-tune (good recipe)"
+TAIL = "tail from cached activations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +109,13 @@ class BenchmarkConfig(OutputConfig, BackboneConfig, DataConfig):
         if self.flip == "auto":
             return self.short_name.replace("-", "") not in NEVER_MIRRORED
         return self.flip == "on"
+
+    @property
+    def last_stage(self) -> str:
+        """The stage from which the tail trains."""
+        from featcache.backbone.tail import last_stage
+
+        return last_stage(self.backbone)
 
     def _shared(self) -> dict[str, Any]:
         """Settings that every mode has."""
@@ -195,6 +207,7 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         for lr in (config.lr, config.lr / 10)
     ]
     good = tune("finetune-good", recipe="good", epochs=None, lr=None)
+    tail = tune("finetune-tail", from_stage=config.last_stage, epochs=None, lr=None)
     return [
         (LOOP, "loop", tune("head-in-loop", freeze_backbone=True)),
         (CACHED, "cached", config.notebook_head()),
@@ -202,6 +215,7 @@ def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
         (STAGES_HEAD, "cached", config.stages_alternatives()),
         *tunes,
         (GOOD_TUNE, "finetune", good),
+        (TAIL, "finetune", tail),
     ]
 
 
@@ -210,8 +224,8 @@ def run_best(alternatives: Alternatives) -> tuple[RunReport, float]:
 
     These are the extractions of all alternatives and the fits of those that lost.
     """
+    from featcache.compare.alternatives import train_best_head
     from featcache.extract import extract
-    from featcache.heads import train_best_head
 
     heads, seconds = {}, 0.0
     for network, (extraction, head) in alternatives.items():
@@ -271,7 +285,7 @@ def p_values(modes: list[MeasuredRun]) -> dict[str, float]:
     """By mode, the paired test of it against the best cached head on the same test images."""
     from featcache.results.metrics import mcnemar
 
-    best = results.best_of(results.benchmark_rows(modes), "cached")
+    best = best_of(benchmark_rows(modes), "cached")
     assert best is not None
     cached = next(run.test for mode, _, run, _ in modes if mode == best.mode)
     values = {}
@@ -288,9 +302,9 @@ def make_result(
     config: BenchmarkConfig, info: BackboneInfo, modes: list[MeasuredRun]
 ) -> dict[str, Any]:
     """Everything measured and what follows from it, as JSON."""
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     tests = p_values(modes)
-    best = {kind: results.best_of(rows, kind) for kind in ("cached", "finetune")}
+    best = {kind: best_of(rows, kind) for kind in ("cached", "finetune")}
     return {
         "command": "benchmark",
         "dataset": config.short_name,
@@ -298,15 +312,15 @@ def make_result(
             dataclasses.asdict(row) | {"epochs": run.epochs, "later_seconds": row.later_seconds}
             for row, (_, _, run, _) in zip(rows, modes, strict=True)
         ],
-        "speedup": results.speedups(rows),
+        "speedup": speedups(rows),
         "break_even": break_even(rows),
         "p_values": tests,
         "best": {kind: row.mode for kind, row in best.items() if row is not None},
         "baseline_top1": rows[0].baseline_top1,
         "same_predictions": same_predictions(modes),
-        "advice": results.advice(rows, tests),
+        "advice": advice(rows, tests),
         "notes": notes(config, info),
-        "config": results.config_json(config),
+        "config": config_json(config),
         "backbone": dataclasses.asdict(info),
         "environment": environment(),
         "typed": typed(),
@@ -402,7 +416,7 @@ def markdown(title: str, result: dict[str, Any], rows: list[Row]) -> str:
         [
             f"# {title}",
             "",
-            results.markdown_table(rows),
+            markdown_table(rows),
             "",
             *(f"{line}\n" for line in reading(result, rows) if line),
             "![Accuracy against seconds](benchmark.png)",
@@ -427,15 +441,15 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         say("benchmark: interrupted; its times cannot be resumed, so the same command starts over")
         raise SystemExit(cli.EXIT_INTERRUPTED) from None
-    rows = results.benchmark_rows(modes)
+    rows = benchmark_rows(modes)
     result = make_result(config, info, modes)
     title = title_of(config, info, rows, modes)
     paths = {kind: folder / f"benchmark.{kind}" for kind in ("json", "md", "png")}
     result["files"] = {kind: str(path) for kind, path in paths.items()}
     write_json(paths["json"], result)
     write_atomically(paths["md"], markdown(title, result, rows).encode())
-    results.plot_accuracy_against_seconds(rows, paths["png"], title)
-    lines = ["", title, "", results.text_table(rows), "", *reading(result, rows), ""]
+    plot_accuracy_against_seconds(rows, paths["png"], title)
+    lines = ["", title, "", text_table(rows), "", *reading(result, rows), ""]
     lines += [f"note: {line}" for line in result["notes"][2:]]
     lines += [f"written: {', '.join(result['files'].values())}"]
     print("\n".join(lines), file=sys.stderr if config.json else sys.stdout)

@@ -15,7 +15,7 @@ import numpy as np
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, FinetuneConfig, StageColumns, TrainHeadConfig
 from featcache.config.commands import Solver
-from featcache.groups import assign_parts, same_content
+from featcache.groups import assign_parts, kept_together
 from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData, load_data
 from featcache.heads.train import run_protocol
@@ -24,6 +24,7 @@ from featcache.results.metrics import top1
 from featcache.runtime import say
 
 SEEDS = 5
+FIT_ROWS = 500
 RANDOM_FEATURES = 4000
 WISE = "weights halfway to the fine-tuned ones"
 
@@ -31,9 +32,9 @@ WISE = "weights halfway to the fine-tuned ones"
 def gains(datasets: tuple[str, ...], work_dir: Path, wise_seeds: int) -> dict[str, Any]:
     """What each cheap change adds to a head on all stages, on held-out train rows and on test.
 
-    Half of train is held out by each seed; the other half chooses the strength and is fitted, as
-    train-head does, standardized unless the change says otherwise. A change wins on a dataset
-    where it adds more than two standard errors.
+    Each seed draws the rows to fit, half of train and at most FIT_ROWS; they choose the strength as
+    in train-head, standardized unless the change says otherwise, and the other train rows score. A
+    change wins on a dataset where it adds more than two standard errors.
 
     Args:
         datasets: As bench_answer.py takes them.
@@ -43,12 +44,9 @@ def gains(datasets: tuple[str, ...], work_dir: Path, wise_seeds: int) -> dict[st
     rows = []
     for dataset in datasets:
         with tempfile.TemporaryDirectory(dir=work_dir) as name:
-            found = dataset_gains(dataset, Path(name), wise_seeds)
-        for row in found:
-            say(gains_line(row))
-        rows += found
-    header = "| dataset | change | held-out, points | test, points | processor s |"
-    return {"rows": rows, "summary": [header, "| --- " * 5 + "|", *map(gains_line, rows)]}
+            rows += dataset_gains(dataset, Path(name), wise_seeds)
+        say(f"{dataset}: done")
+    return {"rows": rows, "summary": summary(rows)}
 
 
 def dataset_gains(dataset: str, folder: Path, wise_seeds: int) -> list[dict[str, Any]]:
@@ -56,7 +54,7 @@ def dataset_gains(dataset: str, folder: Path, wise_seeds: int) -> list[dict[str,
     from bench_answer import dataset_settings
     from benchmark import BenchmarkConfig, warm_up
 
-    shared = {**dataset_settings(dataset, folder, 42), "weights": "bundled", "cache_dir": folder}
+    shared = {**dataset_settings(dataset, 42), "weights": "bundled", "cache_dir": folder}
     warm_up(BenchmarkConfig(**shared))
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -99,25 +97,24 @@ class Part:
     """What one seed fits and scores.
 
     Attributes:
-        fit: Rows that choose settings and are fitted; every view.
+        fit: What settings are chosen on and heads are fitted to; every view.
         scored: The held-out rows and the test rows.
         places: Places in train of the rows to fit and of the held-out rows.
-        content: Digests of the rows to fit.
         stages: Which columns are which.
-        seed: Of the held-out half and of choosing.
+        seed: Of the draw and of choosing.
     """
 
-    fit: Rows
+    fit: InMemoryData
     scored: tuple[Rows, Rows]
     places: tuple[Any, Any]
-    content: Any
     stages: StageColumns
     seed: int
 
     def changed(self, change: Callable[[Rows], Rows]) -> Part:
         """With all three sets of rows changed."""
         held, tested = map(change, self.scored)
-        return dataclasses.replace(self, fit=change(self.fit), scored=(held, tested))
+        fit = dataclasses.replace(self.fit, train=change(self.fit.train))
+        return dataclasses.replace(self, fit=fit, scored=(held, tested))
 
     def mapped(self, transform: Callable[[Any], Any]) -> Part:
         """With the features [N, D] of each view transformed."""
@@ -130,7 +127,7 @@ class Part:
 
     def standardized(self) -> Part:
         """With features of zero mean and unit deviation on the rows to fit."""
-        X = np.asarray(self.fit.plain, np.float32)
+        X = np.asarray(self.fit.train.plain, np.float32)
         mean, deviation = X.mean(0), np.maximum(X.std(0), 1e-6)
         return self.mapped(lambda X: (X - mean) / deviation)
 
@@ -139,7 +136,7 @@ class Part:
 
         A head with an L2 penalty lies in that span, so it stays the same, and is fitted faster.
         """
-        X = np.asarray(self.fit.plain, np.float64)
+        X = np.asarray(self.fit.train.plain, np.float64)
         values, vectors = np.linalg.eigh(X @ X.T)
         kept = values > 1e-9 * values[-1]
         basis = (X.T @ (vectors[:, kept] / np.sqrt(values[kept]))).astype(np.float32)
@@ -147,14 +144,24 @@ class Part:
 
 
 def part_of(data: Extracted, seed: int) -> Part:
-    """Hold half of train out, as train-head would, to score what the other half fitted."""
-    train, content = data.train.train, data.train.content
-    parts = assign_parts(train.y, same_content(content), seed, fraction=0.5, num_parts=1)
+    """Draw the rows to fit; the other train rows are held out, as train-head would."""
+    whole = data.train
+    parts = assign_parts(
+        whole.train.y,
+        kept_together(whole.content, whole.groups),
+        seed,
+        fraction=max(0.5, 1 - FIT_ROWS / whole.train.num_rows),
+        num_parts=1,
+        grouped=whole.groups is not None,
+    )
     fit, held = np.flatnonzero(parts != 0), np.flatnonzero(parts == 0)
     return Part(
-        fit=train.take(fit), scored=(train.take(held), data.test), places=(fit, held),
-        content=content[fit], stages=data.stages, seed=seed,
-    )  # fmt: skip
+        fit=whole.take(fit),
+        scored=(whole.train.take(held), data.test),
+        places=(fit, held),
+        stages=data.stages,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +194,7 @@ def answer(part: Part, solver: Solver = "logistic") -> Answer:
     config = TrainHeadConfig(
         cache=Path("in-memory.h5"), seed=part.seed, solver=solver, standardize="off"
     )
-    run = run_protocol(config, InMemoryData(train=part.fit, content=part.content), test)
+    run = run_protocol(config, part.fit, test)
     found = [
         np.mean([run.fitted.head.predict_proba(view) for view in rows.views], axis=0)
         for rows in part.scored
@@ -203,7 +210,7 @@ def logistic(part: Part) -> Answer:
 def changed_heads(
     parts: dict[str, Part], power: Callable[[Any], Any], mirroring_s: float
 ) -> list[dict[str, Any]]:
-    """Every change of features, views or heads, with one held-out half.
+    """Every change of features, views or heads, with one draw of rows.
 
     Args:
         parts: Of the caches: plain, flip and adapt.
@@ -275,7 +282,7 @@ def last(part: Part) -> Part:
 
 def side_by_side(one: Part, other: Part) -> Part:
     """The columns of two caches with equal ids."""
-    more = iter([*other.scored, other.fit])  # in the order in which `changed` asks
+    more = iter([*other.scored, other.fit.train])  # in the order in which `changed` asks
 
     def join(rows: Rows) -> Rows:
         return dataclasses.replace(rows, views=np.concatenate([rows.views, next(more).views], 2))
@@ -285,7 +292,7 @@ def side_by_side(one: Part, other: Part) -> Part:
 
 def random_ridge(part: Part, make: Callable[[int, int], Callable[[Any], Any]]) -> Answer:
     """Ridge on random functions of standardized features."""
-    lift = make(part.fit.feature_dim, part.seed)
+    lift = make(part.fit.train.feature_dim, part.seed)
     return answer(part.standardized().mapped(lift), "ridge")
 
 
@@ -309,16 +316,17 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
 
     WiSE-FT (arXiv:2109.01903) with its coefficient of a half, against the fine-tuned weights.
     """
+    from bench_answer import mirrored
     from featcache.data import load_dataset
     from featcache.finetune import finetune_report
-    from featcache.finetune.loop import read_images, score
+    from featcache.finetune.loop import score
     from featcache.finetune.probe import fit_probe
+    from featcache.finetune.samples import read_images
     from featcache.finetune.setup import prepare
     from featcache.tensor_files import read_tensor_file
 
-    config = FinetuneConfig(
-        **shared, recipe="good", score="end", output=folder / "tuned.safetensors"
-    )
+    output, flip = folder / "tuned.safetensors", mirrored(shared["dataset"])
+    config = FinetuneConfig(**shared, recipe="good", flip=flip, score="end", output=output)
     dataset = load_dataset(config)
     config = dataclasses.replace(config, seed=part.seed)
     train = dataset.splits["train"]
@@ -330,13 +338,13 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
     begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune_report(config, dataset)
     end = read_tensor_file(config.output).tensors()
-    sets = [read_images(held, run.test.prep, config, run.placement.workers)[0], run.test]
+    sets = [read_images(held, run.info.preprocessing, config, run.placement.workers), run.test]
     right = {}
     for name, share in (("tuned", 1.0), ("halfway", 0.5)):
         start = time.process_time()
         model.load_state_dict({k: v.lerp(end[k], share) if v.is_floating_point() else end[k]
                                for k, v in begin.items()})  # fmt: skip
-        right[name] = [score(model, images, run.placement).top1 for images in sets]
+        right[name] = [score(run.trainable, images, run.placement).top1 for images in sets]
         seconds = time.process_time() - start
     (held_0, test_0), (held_1, test_1) = right["tuned"], right["halfway"]
     return {"change": WISE, "held_out": held_1 - held_0, "test": test_1 - test_0,
@@ -344,7 +352,7 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
 
 
 def compared(change: str, part: Part, base: Answer, made: Answer, seconds: float) -> dict[str, Any]:
-    """One change against its base, with one held-out half."""
+    """One change against its base, with one draw of rows."""
     before, after = (
         [top1(rows.y, p.argmax(1)) for rows, p in zip(part.scored, each.probabilities, strict=True)]
         for each in (base, made)
@@ -367,14 +375,26 @@ def averaged(dataset: str, change: str, runs: list[dict[str, Any]]) -> dict[str,
     return {"dataset": dataset, "change": change, "seeds": len(runs), **mean, **errors}
 
 
-def gains_line(row: dict[str, Any]) -> str:
-    """One change on one dataset as a line of a Markdown table; points are hundredths."""
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table: a line for each change, a column for each dataset.
 
-    def points(name: str) -> str:
-        error = row[f"{name}_se"]
-        return f"{100 * row[name]:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    Cells are points of held-out accuracy with their standard error, and points of test accuracy.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    lines = [
+        f"| change | {' | '.join(datasets)} | processor s | wins |",
+        "| --- " + "| ---: " * (len(datasets) + 2) + "|",
+    ]
+    for change in dict.fromkeys(row["change"] for row in rows):
+        own = {row["dataset"]: row for row in rows if row["change"] == change}
+        cells = [cell(own[name]) if name in own else "" for name in datasets]
+        seconds = np.mean([row["seconds"] for row in own.values()])
+        wins = sum(row["held_out"] > 2 * (row["held_out_se"] or np.inf) for row in own.values())
+        lines.append(f"| {change} | {' | '.join(cells)} | {seconds:+.1f} | {wins} of {len(own)} |")
+    return lines
 
-    return (
-        f"| {row['dataset']} | {row['change']} | {points('held_out')} | {points('test')} "
-        f"| {row['seconds']:+.1f} |"
-    )
+
+def cell(row: dict[str, Any]) -> str:
+    """One change on one dataset."""
+    error = "" if row["held_out_se"] is None else f" ± {100 * row['held_out_se']:.1f}"
+    return f"{100 * row['held_out']:+.1f}{error} ({100 * row['test']:+.1f})"

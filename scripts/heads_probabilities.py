@@ -20,7 +20,7 @@ from featcache.results.ranking import rank
 from featcache.runtime import say
 from heads_stream import make_cache
 
-SOLVERS = ("logistic", "ridge", "knn", "adam")
+SOLVERS = ("logistic", "ridge", "adam")
 NUM_DRAWS = 10
 NUM_LEFT_OUT = 2
 LEVEL = 0.05

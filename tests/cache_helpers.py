@@ -45,6 +45,7 @@ def make_meta(
             num_test=None,
             test_fraction=None,
             seed=42,
+            task=changes.get("task", "multiclass"),
         ),
         views=Views(kind=kind, num=num_views, seed=0),
         dtype=dtype,
@@ -151,6 +152,7 @@ def rows_cache(
 ):
     """A cache of given rows: `splits` maps a name to (features [N, D] or [V, N, D], labels).
 
+    Labels [N, C] of 0 and 1 make a multilabel cache, floats [N] one for regression.
     `weights` and `groups` map a split's name to what is known of its rows.
     """
     views = {n: (X if X.ndim == 3 else X[None], np.asarray(y)) for n, (X, y) in splits.items()}
@@ -159,14 +161,16 @@ def rows_cache(
         SplitRows(
             name=name,
             ids=[f"{name}/{i:05d}" for i in range(len(y))],
-            labels=y.astype(np.int64),
+            labels=y.astype(np.int64) if task_of(y) == "multiclass" else np.zeros(len(y), np.int64),
             content=np.stack([_digest(row) for row in X[0]]),
             weights=None if weights is None else weights.get(name),
             groups=None if groups is None else groups.get(name),
+            targets=None if task_of(y) == "multiclass" else y,
         )
         for name, (X, y) in views.items()
     ]
-    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype, stages=stages)
+    task = task_of(next(iter(views.values()))[1])
+    meta = make_meta(dim=dim, num_views=num_views, dtype=dtype, stages=stages, task=task)
     with open_writer(path, meta, list(class_names), plans) as writer:
         for name, (X, _) in views.items():
             for rows in writer.pending(name):
@@ -174,6 +178,12 @@ def rows_cache(
                 writer.write_block(name, rows, block, np.zeros(len(rows), np.uint8))
         writer.finish()
     return path
+
+
+def task_of(y: np.ndarray) -> str:
+    if y.ndim == 2:
+        return "multilabel"
+    return "regression" if y.dtype.kind == "f" else "multiclass"
 
 
 def _digest(row):

@@ -1,8 +1,11 @@
 """The commands as Python functions; in a notebook they also print the command's summary."""
 
+# mypy: disable-error-code=no-any-return
+# Commands are found by name, so the type of their report is known here alone.
+
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache.cli import COMMANDS, from_home
 from featcache.config import (
@@ -10,18 +13,39 @@ from featcache.config import (
     ExportConfig,
     ExtractConfig,
     FinetuneConfig,
+    JsonObject,
     PredictConfig,
+    Preprocessing,
     ReportConfig,
     TrainHeadConfig,
 )
 from featcache.config.settings import python_errors
 from featcache.runtime import in_notebook, say
 
-Report = dict[str, Any]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from featcache.backbone import OwnNetwork
+    from featcache.export import ExportReport
+    from featcache.extract import ExtractReport
+    from featcache.html_report import PageReport
+    from featcache.predict import PredictReport
 
 
-def extract_features(config: ExtractConfig) -> Report:
+def extract_features(
+    config: ExtractConfig,
+    *,
+    backbone: nn.Module | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ExtractReport:
     """Run the frozen backbone once over a dataset and cache its features.
+
+    Args:
+        config: The command's settings.
+        backbone: A network of your own instead of one by name, from float32 images [N, 3, H, W] to
+            features [N, D] or to a dict of them; a frozen copy of it is used. The cache records the
+            hash of its tensors and the name of its class, from which it cannot be rebuilt.
+        preprocessing: How an image becomes its input; by default as for ImageNet at 224 px.
 
     Returns:
         The command's JSON report; `report["cache"]` is the file, for `FeatureCache`.
@@ -31,10 +55,12 @@ def extract_features(config: ExtractConfig) -> Report:
             that was made with different settings.
         StorageError: The disk is full, or another process is writing the cache.
     """
-    return _run("extract-features", config)
+    if backbone is None:
+        return _run("extract-features", config)
+    return _run("extract-features", config, own=_own(config, backbone, preprocessing))
 
 
-def train_head(config: TrainHeadConfig) -> Report:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Fit a head on cached features and write it.
 
     Returns:
@@ -48,7 +74,7 @@ def train_head(config: TrainHeadConfig) -> Report:
     return _run("train-head", config)
 
 
-def finetune_network(config: FinetuneConfig) -> Report:
+def finetune_network(config: FinetuneConfig) -> JsonObject:
     """Train the whole network, or its head with the network in the loop, on the images.
 
     Returns:
@@ -61,7 +87,7 @@ def finetune_network(config: FinetuneConfig) -> Report:
     return _run("finetune", config)
 
 
-def predict_images(config: PredictConfig) -> Report:
+def predict_images(config: PredictConfig) -> PredictReport:
     """Classify image files and folders; for images in memory use `Classifier`.
 
     Returns:
@@ -75,8 +101,12 @@ def predict_images(config: PredictConfig) -> Report:
     return _run("predict", config)
 
 
-def export_classifier(config: ExportConfig) -> Report:
+def export_classifier(config: ExportConfig, *, backbone: nn.Module | None = None) -> ExportReport:
     """Write backbone and head as one ONNX or torch.export file, checked against torch.
+
+    Args:
+        config: The command's settings.
+        backbone: The module that made the head's features, if it was given in Python.
 
     Returns:
         The command's JSON report.
@@ -86,10 +116,12 @@ def export_classifier(config: ExportConfig) -> Report:
         FeatcacheError: The exported file computes different outputs; it was deleted.
         StorageError: The file cannot be written.
     """
-    return _run("export", config)
+    if backbone is None:
+        return _run("export", config)
+    return _run("export", config, own=_own(config, backbone))
 
 
-def compare_training(config: CompareConfig) -> Report:
+def compare_training(config: CompareConfig) -> JsonObject:
     """Draw the learning curve of cached head and fine-tuning, with advice.
 
     Returns:
@@ -102,7 +134,7 @@ def compare_training(config: CompareConfig) -> Report:
     return _run("compare", config)
 
 
-def write_report(config: ReportConfig) -> Report:
+def write_report(config: ReportConfig) -> PageReport:
     """Write one HTML page, and a Markdown file, from the reports of runs.
 
     Returns:
@@ -115,11 +147,18 @@ def write_report(config: ReportConfig) -> Report:
     return _run("report", config)
 
 
-def _run(name: str, config: Any) -> Report:
+def _own(config: Any, module: nn.Module, preprocessing: Preprocessing | None = None) -> OwnNetwork:
+    from featcache.backbone import OwnNetwork
+
+    with python_errors(type(config)):
+        return OwnNetwork.of(module, preprocessing)
+
+
+def _run(name: str, config: Any, **more: Any) -> Any:
     """Run a command's worker; in a notebook, print the summary too."""
     command = COMMANDS[name]
     with python_errors(type(config)):
-        report: Report = from_home(command.worker)(config)
+        report = from_home(command.worker)(config, **more)
     if in_notebook():
         for line in from_home(command.summary)(report):
             say(line)

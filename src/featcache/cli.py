@@ -10,10 +10,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from featcache.config.settings import command_line, description_of
 from featcache.errors import FeatcacheError, UserError, one_of
 from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
@@ -22,7 +21,7 @@ EXIT_INTERRUPTED = 130
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
-Report = dict[str, Any]
+Report = Mapping[str, Any]
 Config = TypeVar("Config")
 
 
@@ -109,6 +108,8 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
     """
     import tyro
 
+    from featcache.config.settings import description_of
+
     words = list(sys.argv[1:] if argv is None else argv)
     words = ["--verbose" if word == "-v" else word for word in words]
     markers = (
@@ -183,6 +184,8 @@ def _work(
     argv: Sequence[str] | None,
     summary: Callable[[Report], list[str]] | None,
 ) -> int:
+    from featcache.config.settings import command_line  # late: featcache --help needs no settings
+
     # Both only take effect before torch is imported. Threads that spin at barriers slow a busy
     # machine down four times; threads beyond the CPU quota only wait.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -255,12 +258,12 @@ def _single(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def from_home(home: str) -> Callable[[Any], Any]:
+def from_home(home: str) -> Callable[..., Any]:
     """The function that `home` names as module:function, imported when it is called."""
     module, name = home.split(":")
 
-    def call(argument: Any) -> Any:
-        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument)
+    def call(argument: Any, **more: Any) -> Any:
+        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument, **more)
 
     return call
 

@@ -202,3 +202,28 @@ def whole_groups_first(groups: ArrayLike | None, order: Ints) -> Ints:
     first = np.full(len(order), len(order))
     np.minimum.at(first, numbers, np.arange(len(order)))
     return order[np.argsort(first[numbers], kind="stable")]
+
+
+def draw_shots(
+    y: Ints, shots: int, seed: int, number: int, groups: ArrayLike | None = None
+) -> Ints:
+    """Draw rows of one few-shot sample.
+
+    Args:
+        y: Class indices [N].
+        shots: Rows per class; a class with fewer gives all it has.
+        seed: The run's seed.
+        number: Which sample, from 0.
+        groups: The group of each row [N], if there are any: a class takes one after the other, so
+            that a small sample is one of few groups, as small datasets are.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    random = np.random.default_rng([seed, 0x5407, number])
+    if groups is None:
+        drawn = [random.permutation(np.flatnonzero(y == label))[:shots] for label in np.unique(y)]
+    else:
+        order = whole_groups_first(groups, random.permutation(len(y)))
+        drawn = [order[y[order] == label][:shots] for label in np.unique(y)]
+    return np.sort(np.concatenate(drawn)).astype(np.int64)

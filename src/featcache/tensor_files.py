@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
-from featcache.config import Preprocessing
+from featcache.config import JsonObject, Preprocessing, Task
 from featcache.errors import StorageError, UserError, shown
 from featcache.files import open_regular, replacing, storage_errors
 
@@ -37,6 +37,8 @@ Arrays = dict[str, "NDArray[np.generic]"]
 MODEL_FORMAT, VERSION = "featcache-model", 1
 MARKS = re.compile(rb'"%s"' % MODEL_FORMAT.encode())
 MAX_CLASSES = 1_000_000
+LABEL_THRESHOLD = 0.5
+"""From which probability on a fine-tuned model gives an image one of several labels."""
 MAX_FILE_BYTES = 16 << 30
 """The largest network of torchvision with its optimizer's state takes 10 GB."""
 MAX_HEADER_BYTES = 32 << 20
@@ -126,8 +128,8 @@ def _header_metadata(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
+def _unique(pairs: Iterable[tuple[str, Any]]) -> JsonObject:
+    table: JsonObject = {}
     for key, value in pairs:
         if key in table:
             raise ValueError(f"duplicate key {key} in its header")
@@ -202,14 +204,16 @@ class ModelCard:
     """What a model file says about its tensors.
 
     `provenance` says which weights it started from and which data it saw; `scores` has the test
-    accuracy and the number of test images.
+    accuracy and the number of test images. Where the `task` is several labels per image, those with
+    a probability of LABEL_THRESHOLD or more are predicted.
     """
 
     backbone: str
     class_names: list[str]
     preprocessing: Preprocessing
-    provenance: dict[str, Any]
-    scores: dict[str, Any]
+    provenance: JsonObject
+    scores: JsonObject
+    task: Task = "multiclass"
 
 
 def write_safetensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:
@@ -273,10 +277,20 @@ def model_card(file: TensorFile) -> ModelCard:
             preprocessing=Preprocessing.from_dict(json.loads(metadata["preprocessing"])),
             provenance=dict(json.loads(metadata["provenance"])),
             scores=dict(json.loads(metadata["scores"])),
+            task=_task_of(metadata),
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         reason = f"{error}"[:200]
         raise UserError(f"{path}: its metadata is damaged ({reason}); write it again") from error
+
+
+def _task_of(metadata: dict[str, str]) -> Task:
+    """What the model predicts; models of 0.1.0 do not say."""
+    said = json.loads(metadata.get("task", '"multiclass"'))
+    tasks: dict[str, Task] = {name: name for name in get_args(Task)}
+    if said not in tasks:
+        raise UserError(f"task {said!r:.40}")
+    return tasks[said]
 
 
 def _are_names(names: object) -> bool:

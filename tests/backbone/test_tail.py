@@ -7,7 +7,7 @@ import torch
 
 import featcache.backbone as bb
 from featcache.backbone.stages import stage_names
-from featcache.backbone.tail import Front, names_in_tail, stage_input, tail_of
+from featcache.backbone.tail import Front, last_stage, names_in_tail, stage_input, tail_of
 from featcache.config import BackboneInfo, Preprocessing, StageInput
 from featcache.errors import UserError
 
@@ -74,6 +74,7 @@ def test_every_stage_but_the_first() -> None:
     network = bb.build_network("resnet18", seed=0)
     shapes = [stage_input(network, f"layer{n}", 64).shape for n in (2, 3, 4)]
     assert shapes == [(64, 16, 16), (128, 8, 8), (256, 4, 4)]
+    assert (last_stage("resnet18"), last_stage("shufflenet_v2_x0_5")) == ("layer4", "stage4")
     for stage in ("layer1", "layer9"):
         with pytest.raises(UserError, match="--from-stage"):
             tail_of(network, stage)

@@ -18,7 +18,7 @@ import torch
 from data_helpers import SIDE, make_pets
 from featcache import cli
 from featcache.compare import compare, comparison, extraction, summary_lines
-from featcache.compare.budget import Budget, FinishedRun, finetune_pace
+from featcache.compare.budget import Budget, FinishedRun, Pace, finetune_pace
 from featcache.compare.extraction import _remembered
 from featcache.compare.planned_runs import nested_rows, plan_runs
 from featcache.compare.training import finetune_config
@@ -72,6 +72,44 @@ def done(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareC
 def runs_of(config: CompareConfig) -> dict[str, RunReport]:
     assert config.output is not None
     return {f.stem: RunReport.load(f) for f in sorted((config.output / "runs").glob("*.json"))}
+
+
+def test_the_tail_is_a_third_way(pets: Path, tmp_path: Path) -> None:
+    config = settings(pets, tmp_path, tail="stage4")
+    report = compare(config)
+    runs = runs_of(config)
+    assert sorted(runs) == [
+        f"{mode}-{size}-draw0" for mode in ("cached", "finetune", "tail") for size in ("3", "all")
+    ]
+    tail, whole = runs["tail-all-draw0"], runs["finetune-all-draw0"]
+    assert tail.more["mode"] == "tail from stage4"
+    assert tail.test.ids == whole.test.ids
+    assert tail.trainable_params < whole.trainable_params
+    assert [run.more["num_train"] for run in (tail, runs["tail-3-draw0"])] == [30, 9]
+    cell, once = tail.more["cell"], report["activations"]["seconds_per_image"]
+    assert cell["cost_seconds"] - cell["trial_seconds"] == pytest.approx(once * 30)
+    point = report["points"][-1]
+    assert point["tail"]["top1"] == tail.test_top1
+    assert point["p_value"] is not None
+    text = "\n".join(summary_lines(report))
+    assert "tail, cached activations" in text
+    low, high = point["tail"]["interval"]
+    assert (
+        f"the tail of the network alone, trained from cached activations, has {tail.test_top1:.3f} "
+        f"[{low:.3f}, {high:.3f}] against {whole.test_top1:.3f} for fine-tuning"
+    ) in text
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
+    assert compare(config)["points"] == report["points"]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "runs").iterdir()}
+
+
+def test_a_first_tail_is_expected_to_take_no_longer_than_all_layers() -> None:
+    budget = Budget(60.0, num_test=10)
+    assert budget.estimate("tail", 100, 2) is None
+    budget.add("finetune", Pace(passes=200, per_pass=0.1))
+    assert budget.estimate("tail", 100, 2) == pytest.approx(20.0)
+    budget.add("tail", Pace(passes=200, per_pass=0.01))
+    assert budget.estimate("tail", 100, 2) == pytest.approx(2.0)
 
 
 def test_both_modes_saw_the_same_images(done: tuple[CompareConfig, dict]) -> None:

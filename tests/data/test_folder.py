@@ -12,7 +12,7 @@ import pytest
 
 from data_helpers import Load, Message, config, encoded, make_folder, make_tree, number_in, picture
 from featcache.config import DataConfig
-from featcache.data import BadImage, listing, load_dataset
+from featcache.data import BadImage, listing, load_dataset, load_test_folder
 from featcache.errors import UserError
 
 
@@ -397,3 +397,32 @@ def test_paths_longer_than_a_cache_or_the_system_takes(
     dataset = load(root, on_error="skip")
     assert dataset.splits["train"].ids == ["train/cat/000.png", "train/dog/000.png"]
     assert "control characters: 2 (" in dataset.notes[0]
+
+
+def test_a_tree_as_a_second_test_set_has_the_labels_of_the_first(tmp_path: Path) -> None:
+    top = make_tree(tmp_path / "Elsewhere", {"dog": 2, "eel": 1})
+    (top / "cat").mkdir()
+    given = config("digits", tmp_path)
+    dataset = load_test_folder(given, top, ["ant", "cat", "dog", "eel"])
+    assert list(dataset.splits) == ["test"]
+    assert (dataset.name, dataset.class_names) == ("elsewhere", ["ant", "cat", "dog", "eel"])
+    test = dataset.splits["test"]
+    assert test.ids == ["dog/000.png", "dog/001.png", "eel/000.png"]
+    assert test.labels.tolist() == [2, 2, 3]
+    assert dataset.notes == (f"{top} has no images of ant, cat",)
+
+
+def test_a_second_test_set_of_other_classes(tmp_path: Path) -> None:
+    given = config("digits", tmp_path)
+    top = make_tree(tmp_path / "other", {"cat": 1, **dict.fromkeys("uvwxyz", 1)})
+    with pytest.raises(UserError) as caught:
+        load_test_folder(given, top, ["cat", "dog"])
+    assert str(caught.value) == (
+        f"{top} has class folders that are not among the classes of train: 'u', 'v', 'w', 'x', 'y' "
+        "and 1 more; rename or remove them"
+    )
+    (top / "loose.png").write_bytes(encoded(picture(1)))
+    with pytest.raises(UserError, match="has images outside class folders"):
+        load_test_folder(given, top, ["cat", "dog"])
+    with pytest.raises(UserError, match=r"there is no folder .*: give a folder of class folders"):
+        load_test_folder(given, top / "loose.png", ["cat", "dog"])

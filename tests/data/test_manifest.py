@@ -165,7 +165,8 @@ def test_val_alone_serves_as_test_and_weights_are_kept(folder: Path, load: Load)
     assert weights is not None
     assert (weights.dtype, weights.tolist()) == (np.float32, [0.5, 2.5])
     assert dataset.notes == (
-        "ignored columns of the manifest: 'camera' (known: path, label, split, weight, group)",
+        "ignored columns of the manifest: 'camera' (known: path, label, labels, "
+        "target, split, weight, group)",
     )
 
 
@@ -386,7 +387,7 @@ def test_groups_are_part_of_the_fingerprint(folder: Path, load: Load) -> None:
     assert grouped[0].splits["test"].groups == ["a", "a"]
 
 
-@pytest.mark.parametrize("name", ["lable", "labels", "labell", "labe"])
+@pytest.mark.parametrize("name", ["lable", "labell", "labe"])
 def test_a_misspelt_column_is_refused_with_the_right_name(
     name: str, folder: Path, message: Message
 ) -> None:
@@ -409,7 +410,7 @@ def test_other_columns_are_named_and_case_does_not_matter(folder: Path, load: Lo
     dataset = load(write(folder, [header, *(f"{line},1,2,3" for line in GOOD[1:])]))
     assert dataset.notes == (
         "ignored columns of the manifest: 'height', 'patch', 'weight_kg' (known: path, label, "
-        "split, weight, group)",
+        "labels, target, split, weight, group)",
     )
     assert list(dataset.splits) == ["train", "test"]
 
@@ -423,3 +424,69 @@ def test_every_row_has_a_group(folder: Path, message: Message) -> None:
     lines[-1] += "h"
     said = message(write(folder, lines), group_from="(.)")
     assert said == "list.csv has its own column group: leave out --group-from"
+
+
+def test_several_labels_per_image(folder: Path, load: Load, tmp_path: Path) -> None:
+    lines = [
+        "path,labels,split",
+        "img/a/000.png,red | round,train",
+        "img/a/001.png,,test",
+        "img/b/000.png,shiny|red|red,train",
+        "img/b/001.png,round,test",
+        "img/a/002.png,,train",
+    ]
+    dataset = load(write(folder, lines))
+    assert dataset.class_names == ["red", "round", "shiny"]
+    train, test = dataset.splits["train"].targets, dataset.splits["test"].targets
+    assert train is not None
+    assert test is not None
+    assert train.tolist() == [[1, 1, 0], [0, 0, 0], [1, 0, 1]]
+    assert test.tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert dataset.splits["train"].labels.tolist() == [0, 0, 0]
+    assert dataset.info(config(folder, tmp_path)).task == "multilabel"
+    lines[1] = "img/a/000.png,round,train"
+    assert load(write(folder, lines)).fingerprint != dataset.fingerprint
+
+
+def test_a_number_per_image(folder: Path, load: Load, tmp_path: Path) -> None:
+    cells = [line.split(",") for line in GOOD[1:]]
+    rows = [f"{path},{number}.5,{split}" for number, (path, _, split) in enumerate(cells)]
+    lines = ["path,target,split", *rows]
+    dataset = load(write(folder, lines))
+    assert dataset.class_names == ["target"]
+    assert dataset.splits["train"].targets.tolist() == [0.5, 2.5]  # type: ignore[union-attr]
+    assert dataset.info(config(folder, tmp_path)).task == "regression"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["labels,label", "a,a"], "1: columns label and labels; keep one of them"),
+        (["target", "much"], "2: target 'much'; give a number"),
+        (["target", "inf"], "2: target 'inf'; give a number"),
+        (["labels", "a||b"], "2: the label is empty; write a|b, or leave it empty"),
+        (["labels", ""], ": no train row has a label; give some of them labels"),
+        (["labels", "a", "b|a"], "3: label 'b' has no train row; add one or correct the label"),
+    ],
+)
+def test_wrong_labels_and_targets(
+    lines: list[str], said: str, folder: Path, message: Message
+) -> None:
+    header, first, second = [*lines, "a" if "label" in lines[0] else "1"][:3]
+    second = "" if "no train row has" in said else second
+    rows = [f"img/a/000.png,{first},train", f"img/b/000.png,{second},test"]
+    where = "list.csv" if said.startswith(":") else "list.csv, line "
+    assert message(write(folder, [f"path,{header},split", *rows])) == where + said
+
+
+def test_the_other_column_for_labels_is_suggested(folder: Path, load: Load) -> None:
+    several = [GOOD[0], *(line.replace("cat", "cat|pet") for line in GOOD[1:])]
+    assert load(write(folder, several)).notes == (
+        "labels with | in them are classes of their own: if images have several labels, rename "
+        "the column label to labels",
+    )
+    single = [GOOD[0].replace("label", "labels"), *GOOD[1:]]
+    assert load(write(folder, single)).notes == (
+        "every image has exactly one label: rename the column labels to label for one class per "
+        "image",
+    )

@@ -19,7 +19,7 @@ from data_helpers import Load, encoded, make_folder, number_in, picture
 from featcache import file_hashes
 from featcache.config import Preprocessing, Views
 from featcache.data import BadImage, ImageSplit, iterate_pixels, prefetch, sources
-from featcache.data.prefetch import run_ahead
+from featcache.data.prefetch import chunks, pixel_task, run_ahead
 from featcache.data.sources import ArraySource, FileSource
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import StageTimer
@@ -101,7 +101,9 @@ def test_nothing_to_do(split: ImageSplit) -> None:
 def test_seconds_are_booked(split: ImageSplit) -> None:
     for workers in (0, 2):
         timer = StageTimer()
-        list(iterate_pixels(split, range(100), PREP, workers=workers, timer=timer))
+        task = pixel_task(split, PREP, Views())
+        for done in run_ahead(task, chunks(range(100), 8), workers, 4, timer):
+            done.add_to(timer)
         assert timer.seconds["read"] > 0
         assert timer.seconds["decode"] > 0
         assert timer.seconds["resize"] > 0

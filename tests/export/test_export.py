@@ -25,24 +25,9 @@ from featcache.export.graph import ClassifierGraph, head_layer
 from featcache.files import check_outputs
 from featcache.heads import Decision
 from featcache.predict import Classifier, load_classifier
-from trained_helpers import extracted_cache, knn_head, linear_head, make_model, write_head
+from trained_helpers import knn_head, linear_head, make_model, write_head
 
 NUMBERS = (3, 300, 700, 1001, 5000, 9, 77)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("export")
-
-
-@pytest.fixture(scope="module")
-def cache(root: Path) -> FeatureCache:
-    return extracted_cache(root)
-
-
-@pytest.fixture(scope="module")
-def head_file(root: Path, cache: FeatureCache) -> Path:
-    return write_head(root / "head.safetensors", linear_head(cache))
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ class TestEqualsTheLoop:
                 {
                     "unfreeze": "stage4,conv5",
                     "recipe": "good",
-                    "epochs": 2,
+                    "backbone_lr": 3e-4,
                     "backbone": "shufflenet_v2_x0_5",
                     "weights": "random",
                 },

@@ -16,7 +16,7 @@ from featcache.heads import load_head, save_head, summary_lines, train_head
 from featcache.heads.calibration import choose_threshold, fit_temperature
 from featcache.heads.linear import PLAIN, Decision, softmax
 
-SOLVERS = ["logistic", "ridge", "knn", "adam"]
+SOLVERS = ["logistic", "ridge", "adam"]
 
 
 def two_classes(path: Path) -> Path:
@@ -81,6 +81,24 @@ def test_probabilities_of_every_solver_are_calibrated(tmp_path: Path, solver: st
     assert report["scores"]["log_loss"] == pytest.approx(-np.log(own).mean(), abs=1e-4)
     plain = softmax(head.decision_function(X))[np.arange(90), y]
     assert -np.log(own).mean() < -np.log(np.maximum(plain, 1e-7)).mean() + 0.02
+
+
+def test_intervals_and_held_out_rows_keep_groups_together(tmp_path: Path) -> None:
+    splits = {"train": blobs(240, seed=1), "test": blobs(90, seed=2)}
+    groups = {name: [f"g{i // 6}" for i in range(len(y))] for name, (_, y) in splits.items()}
+    cache = rows_cache(tmp_path / "g.h5", splits, ["a", "b", "c"], groups=groups)
+    report = run(cache)
+    assert report["scores"]["intervals_from"] == "200 bootstrap resamples of 15 groups"
+    assert report["test_interval"] == report["scores"]["intervals"]["top1"]
+    assert "groups" in report["calibration"]["fitted_on"]
+
+
+def test_votes_stay_as_they_are(tmp_path: Path) -> None:
+    report = run(toy_cache(tmp_path / "toy.h5"), solver="knn")
+    head = load_head(report["head"])
+    assert head.decision.temperature == report["calibration"]["temperature"] == 1
+    X, _ = blobs(90, seed=2)
+    assert head.predict_proba(X) == pytest.approx(head.shares(X), abs=1e-6)
 
 
 def test_what_choosing_saw_calibrates(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from cache_helpers import blobs, rows_cache, toy_cache
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.groups import draw_shots
 from featcache.heads import load_head, train_head
-from featcache.heads.few_shot import draw_shots
 from featcache.heads.selection import load_data
 from featcache.heads.streaming import draw_held
 from featcache.heads.training_data import check_rows

@@ -8,7 +8,8 @@ from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, streaming, summary_lines, train_head
-from featcache.heads.linear import all_finite, softmax, widen
+from featcache.heads.features import all_finite, widen
+from featcache.heads.linear import softmax
 from featcache.heads.streaming import draw_held, open_data, read_ahead
 
 NAMES = ["ape", "bee", "cat"]

@@ -34,33 +34,17 @@ from featcache.heads import Decision, load_head, train_head
 from featcache.heads.linear import KnownRows, Threshold, nearest_distance, unit_rows
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
-from featcache.predict.command import MARKS, prediction_writer
 from featcache.predict.load import load_classifier
 from featcache.predict.pictures import find_pictures
+from featcache.predict.writers import MARKS, prediction_writer
 from featcache.tensor_files import read_tensor_file
 from trained_helpers import (
     PREP,
-    extracted_cache,
     knn_head,
     linear_head,
     make_model,
     write_head,
 )
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("predict")
-
-
-@pytest.fixture(scope="module")
-def cache(root: Path) -> FeatureCache:
-    return extracted_cache(root)
-
-
-@pytest.fixture(scope="module")
-def head_file(root: Path, cache: FeatureCache) -> Path:
-    return write_head(root / "head.safetensors", linear_head(cache))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,8 @@ import pytest
 
 from conftest import REPO
 from data_helpers import make_pets
+from featcache.config import ExtractConfig
+from featcache.data import load_dataset
 from featcache.results import Predictions
 from run_helpers import head_report
 
@@ -24,22 +25,15 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_no_group_is_on_both_sides(script: ModuleType, tmp_path: Path) -> None:
-    groups = tmp_path / "signs" / "groups.csv"
-    groups.parent.mkdir()
-    rows = [f"{label}/{pupil}.png,{label},{pupil}" for label in "ab" for pupil in range(20)]
-    groups.write_text("\n".join(["path,label,group", *rows]) + "\n")
-    manifest = script.split_by_group(groups, tmp_path / "out", seed=0)
-    with manifest.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    sides = {"train": set(), "test": set()}
-    for line in lines:
-        sides[line["split"]].add(Path(line["path"]).stem)
+    signs = make_pets(tmp_path / "signs") / "train"
+    rows = [f"{p.parent.name}/{p.name},{p.parent.name},{p.stem}" for p in signs.glob("*/*.png")]
+    (signs / "groups.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    settings = script.dataset_settings(str(signs), seed=0)
+    splits = load_dataset(ExtractConfig(**settings)).splits
+    sides = {side: set(splits[side].groups) for side in ("train", "test")}
+    assert len(sides["train"]) + len(sides["test"]) == 11
     assert not sides["train"] & sides["test"]
-    assert len(sides["train"] | sides["test"]) == 20
-    assert sum(line["split"] == "test" for line in lines) == 10  # the first that reach 24 %
-    assert script.split_by_group(groups, tmp_path / "out", seed=0).read_text() == (
-        manifest.read_text()
-    )
+    assert len(splits["test"]) / len(rows) == pytest.approx(script.TEST_SHARE, abs=0.05)
 
 
 def report_of(folder: Path, name: str, right: int, held_out: float | None) -> str:
@@ -57,8 +51,9 @@ def test_the_gap_closed_is_that_of_the_head_which_held_out_rows_chose(
 ) -> None:
     runs = [
         ("cached", script.LAST, 60, 0.6, 2.0),
-        ("cached", "head, all stages", 69, 0.8, 4.0),
-        ("cached", "head, adapted BatchNorm", 75, 0.7, 3.0),
+        ("cached", script.STAGES, 69, 0.8, 4.0),
+        ("cached", "head, adapted BatchNorm", 75, 0.9, 3.0),
+        ("cached", script.ADAPTED, 75, 0.7, 6.0),
         ("notebook", "fine-tune, lr 1e-4", 70, None, 30.0),
         ("good", "fine-tune, good recipe", 80, None, 50.0),
     ]
@@ -75,18 +70,17 @@ def test_the_gap_closed_is_that_of_the_head_which_held_out_rows_chose(
         for number, (kind, mode, right, held_out, seconds) in enumerate(runs)
     ]
     result = script.judged(rows)
-    assert [row["mode"] for row in result["rows"]] == [
-        *[mode for _, mode, *_ in runs[:3]],
-        script.BEST,
-        *[mode for _, mode, *_ in runs[3:]],
-    ]
-    assert result["rows"][3]["chosen"] == "head, all stages"
-    assert result["closed"][script.BEST] == pytest.approx(9 / 20)
-    assert result["rows"][1]["p_value"] is None
-    assert result["rows"][4]["p_value"] == 1.0  # one image differs
-    assert script.verdict(result) == (
-        "The best cached head closes 45% of the gap to 'fine-tune, good recipe', "
-        "at 8% of its processor time (18% with trying all four)."
+    modes = [mode for _, mode, *_ in runs]
+    assert [row["mode"] for row in result["rows"]] == [*modes[:4], script.BEST, *modes[4:]]
+    best, lower = result["rows"][4:6]
+    assert best["chosen"] == script.STAGES  # the other rows are not among the choices
+    assert best["closed"] == pytest.approx(9 / 20)
+    assert best["cpu_seconds"] == 10.0  # choosing takes both
+    assert best["p_value"] is None
+    assert lower["p_value"] == 1.0  # one image differs
+    assert script.verdict(result)[-1] == (
+        "The best cached head closes 45% of the gap to 'fine-tune, good recipe' "
+        "in 20% of its processor time."
     )
 
 
@@ -102,10 +96,12 @@ def test_every_mode_has_a_row_and_finished_rows_are_kept(
     answer, page = (tmp_path / "answer" / f"answer.{kind}" for kind in ("json", "md"))
     [result] = json.loads(answer.read_text())
     cached = list(script.MODES["cached"])
+    tail = list(script.MODES["tail"])
     tuned = [mode for kind in script.FULL for mode in script.MODES[kind]]
-    assert [row["mode"] for row in result["rows"]] == [*cached, script.BEST, *tuned]
+    assert [row["mode"] for row in result["rows"]] == [*cached, script.BEST, *tail, *tuned]
     assert result["best_tuned"] in tuned
     assert page.read_text().count("\n| ") == 2 + len(result["rows"])
     before = page.read_text()
+    assert before.splitlines()[-1].startswith(("The best cached head", "No fine-tune"))
     script.main(config)
     assert page.read_text() == before

@@ -12,6 +12,7 @@ from cache_helpers import blobs, rows_cache, toy_cache
 from conftest import REPO
 from data_helpers import make_pets
 from featcache.config import StageColumns
+from featcache.heads.selection import InMemoryData
 from featcache.heads.training_data import Rows
 
 SCRIPTS = REPO / "scripts"
@@ -121,15 +122,16 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         for num in (30, 12, 9)
     ]
     part = heads_gains.Part(
-        fit=rows[0],
+        fit=InMemoryData(
+            train=rows[0], content=random.integers(256, size=(30, 32), dtype=np.uint8)
+        ),
         scored=(rows[1], rows[2]),
         places=(np.arange(30), np.arange(30, 42)),
-        content=random.integers(256, size=(30, 32), dtype=np.uint8),
         stages=StageColumns(pool="avg", names=("layer1.mean", "last"), widths=(20, 40)),
         seed=0,
     )
     narrow = part.in_row_space()
-    assert narrow.fit.feature_dim == 30
+    assert narrow.fit.train.feature_dim == 30
     pairs = zip(
         heads_gains.answer(part).probabilities,
         heads_gains.answer(narrow).probabilities,
@@ -139,15 +141,23 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         np.testing.assert_allclose(same, whole, atol=2e-3)
 
 
-def test_gains_are_means_over_seeds_with_their_standard_error(bench):
+def test_gains_are_means_over_seeds_and_win_beyond_two_standard_errors(bench):
     import heads_gains
 
-    runs = [
-        {"held_out": gain, "test": -gain, "held_out_top1": 0.5, "test_top1": 0.5, "seconds": 2.0}
-        for gain in (0.01, 0.03)
+    rows = [
+        heads_gains.averaged(dataset, "flips", [run_that_gains(gain) for gain in gains])
+        for dataset, gains in (("pets", (0.01, 0.03)), ("signs", (0.02, 0.03)), ("digits", (0.5,)))
     ]
-    row = heads_gains.averaged("pets", "flips", runs)
-    assert heads_gains.gains_line(row) == "| pets | flips | +2.0 ± 1.0 | -2.0 ± 1.0 | +2.0 |"
+    assert heads_gains.summary(rows) == [
+        "| change | pets | signs | digits | processor s | wins |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| flips | +2.0 ± 1.0 (-2.0) | +2.5 ± 0.5 (-2.5) | +50.0 (-50.0) | +2.0 | 1 of 3 |",
+    ]
+
+
+def run_that_gains(held_out):
+    scores = {"held_out_top1": 0.5, "test_top1": 0.5}
+    return {"held_out": held_out, "test": -held_out, "seconds": 2.0, **scores}
 
 
 @pytest.mark.slow

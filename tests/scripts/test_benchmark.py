@@ -57,6 +57,7 @@ class TestRun:
             "full fine-tune (lr 0.001)",
             "full fine-tune (lr 0.0001)",
             script.GOOD_TUNE,
+            script.TAIL,
         ]
         wanted = {
             "mode", "trainable_params", "test_top1", "seconds_total", "seconds_per_epoch",
@@ -65,22 +66,22 @@ class TestRun:
         assert all(wanted <= row.keys() for row in result["rows"])
         params = [row["trainable_params"] for row in result["rows"]]
         assert params.pop(3) in (1539, 3 * 1921)
-        assert params == [1539] * 3 + [11178051] * 3
-        # train-head's default has no epochs, the good recipe has five.
-        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 0, 2, 2, 5]
-        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 1, 2, 2, 5]
+        assert params == [1539] * 3 + [11178051] * 3 + [8_393_728 + 1539]
+        # train-head's default has no epochs, the good recipe has five, or eight for the tail.
+        assert [len(row["epochs"]) for row in result["rows"]] == [2, 2, 0, 0, 2, 2, 5, 8]
+        assert [len(row["points"]) for row in result["rows"]] == [2, 2, 1, 1, 2, 2, 5, 8]
 
     def test_rows_refer_to_their_runs_by_id(self, ran: tuple[Path, dict, int]) -> None:
         folder, result, _ = ran
         stems = ["head-in-loop", "cached-head", "default-head", "finetune-0.001",
-                 "finetune-0.0001", "finetune-good"]  # fmt: skip
+                 "finetune-0.0001", "finetune-good", "finetune-tail"]  # fmt: skip
         ids = [json.loads((folder / f"{stem}.json").read_text())["run"] for stem in stems]
         runs = [row["run"] for row in result["rows"]]
         best = json.loads((folder / "stages-head.json").read_text())
         assert runs.pop(3) == best["run"]
         assert len(best["alternatives"]) == 2
         assert runs == ids
-        assert len(set(ids)) == 6
+        assert len(set(ids)) == 7
         assert all(re.fullmatch("[0-9a-f]{16}", run) for run in ids)
 
     def test_the_default_head_is_what_train_head_fits(

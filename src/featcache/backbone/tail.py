@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx, nn
 
-from featcache.backbone.stages import extractor, last_node, stage_names
+from featcache.backbone.networks import build_network
+from featcache.backbone.stages import stage_names
 from featcache.config import StageInput
 from featcache.errors import UserError, one_of
 
@@ -32,6 +33,28 @@ class Front(nn.Module):
         """Activations [N, D] of images [N, 3, H, W]."""
         inputs: Tensor = self.body(images)["inputs"]
         return inputs.flatten(1)
+
+
+def last_node(network: nn.Module) -> str:
+    """The name of what a network computes last."""
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    _, nodes = get_graph_node_names(network.eval())
+    return str(nodes[-1])
+
+
+def extractor(network: nn.Module, returned: dict[str, str]) -> fx.GraphModule:
+    """A network that gives outputs of some of its nodes, in eval mode; modules are shared.
+
+    Args:
+        network: Left in eval mode.
+        returned: By a node's name, the key of its output in the dict that the module gives.
+    """
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    found = create_feature_extractor(network.eval(), returned)
+    # torchvision's class keeps a second graph, for training, and a copy of it takes that one.
+    return fx.GraphModule(found, found.graph)
 
 
 def stage_input(network: nn.Module, stage: str, image_px: int) -> StageInput:
@@ -95,6 +118,15 @@ def names_in_tail(network: nn.Module, tail: fx.GraphModule) -> tuple[str, ...]:
             yield from tops(child, f"{prefix}{name}.")
 
     return tuple(tops(network, ""))
+
+
+def last_stage(backbone: str) -> str:
+    """The name of the last stage of one of torchvision's networks.
+
+    Raises:
+        UserError: There is no such network.
+    """
+    return stage_names(build_network(backbone, seed=None))[-1]
 
 
 def _before(network: nn.Module, stage: str) -> str:

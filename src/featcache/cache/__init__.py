@@ -1,21 +1,24 @@
 """The feature cache: one HDF5 file with metadata and checksums for all it holds. docs/format.md."""
 
-from featcache.cache.cost import begin_cost, cost_of, finish_cost, seconds_of, spent_on
+from featcache.cache.cost import CostRecord, begin_cost, cost_of, finish_cost, spent_on
 from featcache.cache.layout import MARKS
 from featcache.cache.lock import check_unlocked, lock_path, sole_writer
 from featcache.cache.reader import FeatureCache, FeatureDataset, FeatureSplit
 from featcache.cache.schema import MAX_DIM, SplitRows
-from featcache.cache.summary import begun_with, info, read_meta
+from featcache.cache.summary import CacheInfo, SkippedSample, begun_with, info, read_meta
 from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path, prepare_repair
 
 __all__ = [
     "MARKS",
     "MAX_DIM",
+    "CacheInfo",
     "CacheWriter",
+    "CostRecord",
     "FeatureCache",
     "FeatureDataset",
     "FeatureSplit",
+    "SkippedSample",
     "SplitRows",
     "VerifyReport",
     "begin_cost",
@@ -29,7 +32,6 @@ __all__ = [
     "part_path",
     "prepare_repair",
     "read_meta",
-    "seconds_of",
     "sole_writer",
     "spent_on",
     "verify",

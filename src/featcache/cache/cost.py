@@ -11,8 +11,9 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
+from featcache.config import JsonObject
 from featcache.files import read_regular, write_json
 from featcache.runtime import say
 
@@ -20,20 +21,42 @@ MAX_BYTES = 1 << 20
 MAX_SECONDS = 1e10
 
 
+class CostRecord(TypedDict):
+    """The file beside a finished cache; `seconds_total` is null where an interrupted run's is."""
+
+    command: str
+    cache: str
+    cache_digest: str
+    seconds_total: float | None
+    num_images: int
+    config: JsonObject
+    environment: dict[str, str | int]
+
+
+class Cost(NamedTuple):
+    """What a cache's features cost, with which settings, on which machine; None if not known."""
+
+    seconds: float | None
+    config: JsonObject | None
+    environment: JsonObject | None
+
+
 def cost_path(cache: Path) -> Path:
     """Where the record of a cache, finished or not, is."""
     return cache.with_name(f"{cache.name}.json")
 
 
-def cost_of(cache: Path, digest: bytes) -> dict[str, Any] | None:
+def cost_of(cache: Path, digest: bytes) -> Cost | None:
     """What extract-features recorded for the cache with this digest; None if there is no record."""
-    values = _read(cost_path(cache))
-    return values if values and values.get("cache_digest") == digest.hex() else None
-
-
-def seconds_of(record: dict[str, Any] | None) -> float | None:
-    """The seconds of a record; None if not known."""
-    return _seconds(record.get("seconds_total")) if record else None
+    values = _read(cost_path(cache)) or {}
+    if values.get("cache_digest") != digest.hex():
+        return None
+    config, machine = values.get("config"), values.get("environment")
+    return Cost(
+        seconds=_seconds(values.get("seconds_total")),
+        config=config if isinstance(config, dict) else None,
+        environment=machine if isinstance(machine, dict) else None,
+    )
 
 
 def spent_on(part: Path) -> float | None:
@@ -58,7 +81,7 @@ def begin_cost(part: Path, seconds_before: float | None, seconds_now: float) -> 
     write_json(cost_path(part), {"seconds_before": seconds_before, "begun_at": begun_at})
 
 
-def finish_cost(cache: Path, part: Path, record: dict[str, Any]) -> None:
+def finish_cost(cache: Path, part: Path, record: CostRecord) -> None:
     """Write a finished cache's record; any other file of that name is left as it is.
 
     Raises:
@@ -80,7 +103,7 @@ def _seconds(value: Any) -> float | None:
     return float(value) if known and 0 <= value <= MAX_SECONDS else None
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> JsonObject | None:
     try:
         values = json.loads(read_regular(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError):

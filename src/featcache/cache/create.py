@@ -126,7 +126,25 @@ def _split_arrays(split: SplitRows, num_classes: int) -> dict[str, npt.NDArray[A
     if split.groups is not None:
         assert len(split.groups) == num
         arrays["groups"] = _encode_texts(split.groups, f"group in {split.name}", unique=False)
+    if split.targets is not None:
+        arrays |= _targets(split, num_classes)
     return {f"{split.name}/{name}": array for name, array in arrays.items()}
+
+
+def _targets(split: SplitRows, num_classes: int) -> dict[str, npt.NDArray[Any]]:
+    targets = np.asarray(split.targets)
+    if targets.ndim > 1:
+        assert targets.shape == (len(split.ids), num_classes)
+        assert np.isin(targets, (0, 1)).all()
+        return {"multihot": targets.astype("|u1")}
+    assert targets.shape == (len(split.ids),)
+    wrong = np.flatnonzero(~np.isfinite(targets))
+    if len(wrong):
+        raise UserError(
+            f"target {targets[wrong[0]]} of {split.ids[int(wrong[0])]!r} in {split.name}: give "
+            "finite numbers"
+        )
+    return {"targets": targets.astype("<f8")}
 
 
 def _weights(split: SplitRows) -> npt.NDArray[Any]:

@@ -205,7 +205,7 @@ def _sha_of(value: Any) -> str:
 def _extent_of(entry: dict[str, Any]) -> Extent:
     offset, dtype, shape = entry["offset"], entry["dtype"], entry["shape"]
     if not isinstance(dtype, str) or not re.fullmatch(
-        r"\|u1|<u4|<i8|<f2|<f4|\|S[1-9]\d{0,3}", dtype
+        r"\|u1|<u4|<i8|<f2|<f4|<f8|\|S[1-9]\d{0,3}", dtype
     ):
         raise ValueError(f"dtype {dtype!r:.30}")
     numbers = [offset, *shape] if isinstance(shape, list) and len(shape) <= 3 else [None]

@@ -116,7 +116,9 @@ class FeatureSplit:
 
     Attributes:
         name: For example "train".
-        y: [n], int64 class numbers.
+        y: [n], int64 class numbers; where samples have several labels or a number, `targets`.
+        targets: [n, C], uint8: 1 for each label that a sample has; or [n], float64: its number; or
+            None where each has one class.
         weights: [n], float32 sample weights, or None.
         rows: [n], int64: each row's place in the dataset's order, skipped samples counted.
         num_views: V.
@@ -131,9 +133,16 @@ class FeatureSplit:
         labels = file.array(f"{name}/labels")
         if labels.min() < 0 or labels.max() >= num_classes:
             raise CacheError(f"{file.path}: a label of {name} is not a class; {RECREATE}")
-        self.y: npt.NDArray[np.int64] = labels[self.rows].astype(np.int64)
+        columns = file.layout.columns(name)
+        self.targets: npt.NDArray[Any] | None = None
+        for column in ("multihot", "targets"):
+            if column in columns:
+                self.targets = file.array(f"{name}/{column}")[self.rows]
+        self.y: npt.NDArray[Any] = (
+            labels[self.rows].astype(np.int64) if self.targets is None else self.targets
+        )
         self.weights: npt.NDArray[np.float32] | None = None
-        if "weights" in file.layout.columns(name):
+        if "weights" in columns:
             self.weights = file.array(f"{name}/weights")[self.rows].astype(np.float32)
         self._checked = np.full(num_blocks(self._num_rows), not check)
 

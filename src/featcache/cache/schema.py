@@ -55,9 +55,21 @@ class Column:
         return Member(dtype, shape, fixed=True)
 
 
-COLUMNS = {"weights": Column("<f4"), "groups": Column("|S")}
+COLUMNS = {
+    "weights": Column("<f4"),
+    "groups": Column("|S"),
+    "multihot": Column("|u1", per_class=True),
+    "targets": Column("<f8"),
+}
 """By name, in file order. A new one also needs a field of `SplitRows`, its reading in
 `storage.CacheFile.rows`, and its check in `create`."""
+
+TARGET_COLUMNS: dict[str, str | None] = {
+    "multiclass": None,
+    "multilabel": "multihot",
+    "regression": "targets",
+}
+"""By task, the column of COLUMNS that every split has, and no cache of another task."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class SplitRows:
         content: [N, 32], uint8: the sha256 of each sample.
         weights: [N], sample weights, or None.
         groups: N names of what each sample belongs to (patient, camera), or None.
+        targets: What samples have instead of one class, or None: 1 for each of their labels and 0
+            for the others, uint8 [N, C], or a number, float64 [N]. Labels are then 0.
     """
 
     name: str
@@ -79,6 +93,7 @@ class SplitRows:
     content: npt.NDArray[np.uint8]
     weights: npt.NDArray[np.floating[Any]] | None = None
     groups: Sequence[str] | None = None
+    targets: npt.NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,13 @@ import numpy.typing as npt
 
 from featcache.cache.fileio import RESUME, read_at, reading, sha256_of
 from featcache.cache.layout import RECREATE, Layout, block_crc, parse_record
-from featcache.cache.schema import FEATURE_DTYPES, RECORD_BYTES, SplitRows, block_range
+from featcache.cache.schema import (
+    FEATURE_DTYPES,
+    RECORD_BYTES,
+    TARGET_COLUMNS,
+    SplitRows,
+    block_range,
+)
 from featcache.config import CacheMeta, flatten
 from featcache.errors import CacheError
 from featcache.files import open_regular
@@ -89,6 +95,10 @@ class CacheFile:
             stated = (meta.views.num, meta.backbone.feature_dim, FEATURE_DTYPES[meta.dtype])
             if stated != shape:
                 raise ValueError(f"it states views, dim, dtype {stated}, the features have {shape}")
+            needed = {TARGET_COLUMNS[meta.dataset.task]} - {None}
+            for split in self.layout.splits:
+                if self.layout.columns(split).keys() & set(TARGET_COLUMNS.values()) != needed:
+                    raise ValueError(f"it states {meta.dataset.task}, which {split} is not")
         except CacheError:
             raise
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
@@ -121,6 +131,7 @@ class CacheFile:
             content=self.array(f"{split}/content"),
             weights=columns.get("weights"),
             groups=None if groups is None else texts_of(groups, self.path),
+            targets=columns.get("multihot", columns.get("targets")),
         )
 
     def check_finished(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -13,22 +13,28 @@ import numpy.typing as npt
 from featcache.cache.schema import VERSION
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.cache.writer import part_path
-from featcache.config import CacheMeta
+from featcache.config import CacheMeta, JsonObject
 from featcache.errors import CacheError
 
 MAX_SKIPPED = 1000
 
 
+class SkippedSample(TypedDict):
+    """A sample without features; `code` is one of data.REASONS."""
+
+    id: str
+    code: int
+
+
 class SplitInfo(TypedDict):
     """What `info` says about one split.
 
-    `skipped` lists the id and code (of data.REASONS) of at most MAX_SKIPPED of the skipped samples;
-    `num_groups` is None where no groups are known.
+    `skipped` lists at most MAX_SKIPPED samples; `num_groups` is None where no groups are known.
     """
 
     num_samples: int
     num_skipped: int
-    skipped: list[dict[str, Any]]
+    skipped: list[SkippedSample]
     num_per_class: dict[str, int]
     num_blocks: int
     num_blocks_done: int
@@ -49,7 +55,7 @@ class CacheInfo(TypedDict):
     dtype: str
     class_names: list[str]
     splits: dict[str, SplitInfo]
-    meta: dict[str, Any]
+    meta: JsonObject
 
 
 def read_meta(path: Path) -> tuple[CacheMeta, list[str]]:
@@ -128,7 +134,7 @@ def _describe(file: CacheFile, split: str, class_names: list[str]) -> SplitInfo:
     }
 
 
-def _skipped(file: CacheFile, split: str, rows: npt.NDArray[np.intp]) -> list[dict[str, Any]]:
+def _skipped(file: CacheFile, split: str, rows: npt.NDArray[np.intp]) -> list[SkippedSample]:
     if not len(rows):
         return []
     ids = texts_of(file.fixed(f"{split}/ids")[rows], file.path)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from featcache.cache.fileio import RESUME, read_at, reading
 from featcache.cache.layout import HDF5_SIGNATURE
 from featcache.cache.schema import block_range
 from featcache.cache.storage import HDF5_STRUCTURE, CacheFile, texts_of
+from featcache.config import JsonObject
 from featcache.errors import CacheError
 from featcache.files import open_regular
 
@@ -53,7 +53,7 @@ class VerifyReport:
         """Whether the file is finished, and sound as far as could be checked."""
         return self.finished and not self.problems
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """For JSON; row ranges as [first, last]."""
         damaged = {s: [[r.start, r.stop - 1] for r in rows] for s, rows in self.damaged.items()}
         values = {**dataclasses.asdict(self), "damaged": damaged, "path": str(self.path)}
@@ -153,6 +153,10 @@ def _problems_of_rows(file: CacheFile, split: str) -> list[str]:
     weights = columns.get("weights", np.zeros(0))
     if not (np.isfinite(weights) & (weights >= 0)).all():
         problems.append(f"{split}: a sample weight is negative or not finite")
+    if not np.isfinite(columns.get("targets", np.zeros(0))).all():
+        problems.append(f"{split}: a target is not finite")
+    if (columns.get("multihot", np.zeros(0)) > 1).any():
+        problems.append(f"{split}: multihot has values other than 0 and 1")
     return problems
 
 

@@ -71,6 +71,7 @@ def finetune_pace(report: RunReport, spent: float) -> Pace:
 
 PACES: dict[CurveMode, Callable[[RunReport, float], Pace]] = {
     "cached": head_pace,
+    "tail": finetune_pace,
     "finetune": finetune_pace,
 }
 
@@ -116,10 +117,12 @@ class Budget:
 
     def estimate(self, mode: CurveMode, num_train: int, num_epochs: int) -> float | None:
         """Seconds of another run, from the known run closest in length; None if there is none."""
-        if mode not in self._paces:
+        # A tail takes less time than all layers, which is all that is known before the first one.
+        paces = self._paces.get(mode) or (self._paces.get("finetune") if mode == "tail" else None)
+        if paces is None:
             return None
         passes = num_train * num_epochs
-        nearest = min(self._paces[mode], key=lambda pace: abs(math.log(pace.passes / passes)))
+        nearest = min(paces, key=lambda pace: abs(math.log(pace.passes / passes)))
         return nearest.seconds(num_train, num_epochs, self.num_test)
 
     def allows(self, seconds: float | None) -> bool:

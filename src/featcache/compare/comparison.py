@@ -16,29 +16,38 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
 from featcache.cache import sole_writer
+from featcache.compare.alternatives import Network
 from featcache.compare.budget import Budget, FinishedRun
 from featcache.compare.extraction import MINUTE, extract_configs, record_name, shared_caches
 from featcache.compare.planned_runs import PlannedRun, plan_runs
 from featcache.compare.shifted import ShiftedTest, shifted_images
 from featcache.compare.training import (
     ComparisonSetup,
+    decisive,
     finetune_config,
     load_finished,
+    tail_cache,
     time_finetuning,
     train_and_save,
     warm_up,
 )
-from featcache.config import CompareConfig, ReportConfig, TrainHeadConfig, config_json, flatten
+from featcache.config import (
+    CompareConfig,
+    JsonObject,
+    ReportConfig,
+    TrainHeadConfig,
+    config_json,
+    flatten,
+)
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import Network
 from featcache.heads.train import provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.html_report.provenance import command_line
@@ -49,13 +58,14 @@ from featcache.results.forecast import forecasts
 from featcache.results.learning_curve import CurveMode, CurvePoint, curve_points
 from featcache.results.runs import MAX_BYTES
 from featcache.results.tables import curve_text, seconds_text
-from featcache.runtime import environment, load_optimizers, numeric_versions, say
+from featcache.runtime import environment, load_optimizers, say
 
 NETWORKS: dict[Network, str] = {"frozen": "", "adapt": "with adapted BatchNorm statistics "}
-MODES: tuple[CurveMode, ...] = get_args(CurveMode)
+MODES: tuple[CurveMode, ...] = ("cached", "finetune")
+"""Those that are tested against each other."""
 
 
-def compare(config: CompareConfig) -> dict[str, Any]:
+def compare(config: CompareConfig) -> JsonObject:
     """Draw the learning curve of the cached head and of fine-tuning.
 
     Args:
@@ -71,6 +81,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     start = time.perf_counter()
     dataset = load_dataset(config)
+    if dataset.task != "multiclass":
+        raise UserError(
+            f"{config.dataset} has several labels or a number per image: compare is for one class; "
+            "train-head and finetune report their scores"
+        )
     shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
@@ -87,7 +102,7 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         StorageError: Another run is writing to it, or it cannot be written.
     """
     marks = re.compile(report_marks("compare").pattern + rb'|\A\{\s*"cache": |\A\{\s*"settings": ')
-    names = ("compare.json", *map(record_name, get_args(Network)), "settings.json")
+    names = ("compare.json", *map(record_name, (*get_args(Network), "tail")), "settings.json")
     check_outputs(dict.fromkeys((output / name for name in names), marks), [config.weights])
     check_writable(output / "compare.json")
     with sole_writer(output / "compare.json"):
@@ -104,7 +119,7 @@ def _claimed(config: CompareConfig, output: Path, dataset_name: str) -> Iterator
         yield
 
 
-def _asked_before(output: Path) -> dict[str, Any]:
+def _asked_before(output: Path) -> JsonObject:
     """Settings of the comparison in a folder; empty if there is none."""
     for name, key in (("settings.json", "settings"), ("compare.json", "config")):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -114,10 +129,10 @@ def _asked_before(output: Path) -> dict[str, Any]:
     return {}
 
 
-def _compare(setup: ComparisonSetup, start: float) -> dict[str, Any]:
+def _compare(setup: ComparisonSetup, start: float) -> JsonObject:
     """Run the comparison and write its report; the folder is locked."""
     train = setup.dataset.splits["train"]
-    planned = plan_runs(setup.config, train.ids, train.labels, _decisive(setup), train.groups)
+    planned = plan_runs(setup.config, train.ids, train.labels, decisive(setup), train.groups)
     load_optimizers()  # outside the time of the first fine-tune
     report = _report(setup, _run_all(setup, planned))
     report["seconds_total"] = time.perf_counter() - start
@@ -163,6 +178,7 @@ def prepare(
         caches=caches,
         extractions=extractions,
         shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
+        activations=tail_cache(config, output),
     )
 
 
@@ -171,10 +187,11 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     text = json.dumps(_asked(config), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     weights = Path(config.weights).stem
-    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+    backbone = config.backbone.replace("/", "-")
+    return f"{dataset.name}-{backbone}-{weights}-compare-{tag}"
 
 
-def _asked(config: CompareConfig) -> dict[str, Any]:
+def _asked(config: CompareConfig) -> JsonObject:
     """The settings that identify a comparison."""
     extraction = next(iter(extract_configs(config).values()))
     asked = flatten(config_json(extraction)) | {"dtype": extraction.stored_dtype}
@@ -187,32 +204,15 @@ def _asked(config: CompareConfig) -> dict[str, Any]:
         asked["test_shifted"] = config.test_shifted.name
     if config.group_from is None:
         del asked["group_from"]
+    del asked["from_stage"]
+    if config.tail is not None:
+        asked["tail"] = config.tail
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
     places = ("cache_dir", "data_root", "dataset", "image_root", "allow_outside", "strict")
     for name in (*places, "json", "verbose", "workers", "device"):
         asked.pop(name, None)
     return asked
-
-
-def _decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
-    """What decides a run's outcome besides its samples and seed."""
-    config = setup.config
-    provenance = provenance_of(setup.cache)
-    same = {
-        "backbone": provenance["backbone"],
-        "cache": provenance["cache_digest"],
-        "versions": numeric_versions(),
-    }
-    if setup.shifted is not None:
-        same["shifted"] = setup.shifted.digest
-    digests = [cache.digest.hex() for cache in setup.caches.values()]
-    tuning = resolve_recipe(finetune_config(config, None, config.seed)).to_dict()
-    del tuning["seed"]
-    return {
-        "cached": {**same, "caches": digests, "solver": config.solver},
-        "finetune": {**same, "plan": tuning, "min_steps": config.min_steps},
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +244,9 @@ class Schedule:
     def estimate(self, planned: PlannedRun) -> float | None:
         """Seconds that a run will take; None if nothing is known yet."""
         epochs = 1
-        if planned.mode == "finetune":
-            config = finetune_config(self.setup.config, len(planned.rows), planned.seed)
+        if planned.mode != "cached":
+            seed, mode = planned.seed, planned.mode
+            config = finetune_config(self.setup.config, len(planned.rows), seed, mode)
             epochs = resolve_recipe(config).epochs
         return self.budget.estimate(planned.mode, len(planned.rows), epochs)
 
@@ -262,7 +263,8 @@ class Schedule:
         finished = {mode: {(p.size, p.draw) for p in self.done if p.mode == mode} for mode in MODES}
         if set.intersection(*finished.values()):
             return None
-        return min(pending, key=lambda planned: (planned.draw, len(planned.rows)), default=None)
+        needed = [planned for planned in pending if planned.mode in MODES]
+        return min(needed, key=lambda planned: (planned.draw, len(planned.rows)), default=None)
 
     def finished(self) -> dict[PlannedRun, FinishedRun]:
         """The finished runs, in the order of the plan."""
@@ -287,7 +289,8 @@ class Schedule:
 def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     """Find or train every run that the budget allows."""
     num_test = len(setup.dataset.splits["test"])
-    spent = sum(extraction.spent_seconds for extraction in setup.extractions.values())
+    extractions = [*setup.extractions.values(), setup.activations]
+    spent = sum(extraction.spent_seconds for extraction in extractions if extraction)
     budget = Budget(setup.config.budget * MINUTE, num_test, spent)
     schedule = Schedule(setup=setup, planned=planned, budget=budget)
     for one in planned:
@@ -311,7 +314,7 @@ def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     return schedule
 
 
-def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
+def _report(setup: ComparisonSetup, schedule: Schedule) -> JsonObject:
     """The command's report, as plain JSON values."""
     config, num_test = setup.config, len(setup.dataset.splits["test"])
     done, skipped, spent = schedule.finished(), schedule.skipped(), schedule.budget.spent
@@ -330,6 +333,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "num_planned": len(schedule.planned),
         "spent_seconds": spent,
         "extractions": {name: dataclasses.asdict(e) for name, e in setup.extractions.items()},
+        "activations": setup.activations and dataclasses.asdict(setup.activations),
         "shifted": setup.shifted and setup.shifted.describe(),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",
@@ -338,7 +342,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> dict[str, Any]:
         "provenance": provenance_of(setup.cache),
         "environment": environment(),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(report))
+    plain: JsonObject = json.loads(json.dumps(report))
     return plain
 
 
@@ -374,7 +378,7 @@ def _notes(
     return notes
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     return [
         *curve_text(curve_from_json(report["points"])).splitlines(),
@@ -386,7 +390,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _report_command(report: dict[str, Any]) -> str:
+def _report_command(report: JsonObject) -> str:
     """The command that writes the HTML report, with images."""
     names = {field.name for field in dataclasses.fields(ReportConfig)} - {"output"}
     shared = {name: value for name, value in report["config"].items() if name in names}

@@ -8,19 +8,19 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from featcache.backbone import load_backbone
-from featcache.cache import FeatureCache, cost_of, seconds_of
+from featcache.cache import FeatureCache, cost_of
+from featcache.compare.alternatives import Network
 from featcache.config import CompareConfig, ExtractConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
-from featcache.extract import extract
+from featcache.extract import ExtractReport, extract
 from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
-from featcache.heads import Network
 from featcache.results.tables import seconds_text
 from featcache.runtime import StageTimer, say, torch_threads_kept
 
@@ -83,7 +83,7 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
             )
             continue
         try:
-            found[network] = _shared_cache(wanted, output / record_name(network))
+            found[network] = shared_cache(wanted, output / record_name(network))
         except UserError as error:
             if not found:
                 raise
@@ -91,12 +91,12 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
     return found
 
 
-def record_name(network: Network) -> str:
+def record_name(network: Network | Literal["tail"]) -> str:
     """The file in the comparison's folder that remembers what extraction took."""
     return f"extraction-{network}.json"
 
 
-def _shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
+def shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
     """One cache, and what its extraction takes.
 
     The record beside the cache tells what it cost, if it is of this machine and these settings.
@@ -112,7 +112,7 @@ def _shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
     return found
 
 
-def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache) -> Extraction:
+def _measured(config: ExtractConfig, report: ExtractReport, cache: FeatureCache) -> Extraction:
     """What an image took: by the record beside the cache, or by a sample computed again."""
     splits = report["splits"].values()
     num_images, resumed = (sum(s[k] for s in splits) for k in ("num_samples", "num_resumed"))
@@ -138,17 +138,14 @@ def _measured(config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
 
 
 def _recorded_seconds(
-    config: ExtractConfig, report: dict[str, Any], cache: FeatureCache
+    config: ExtractConfig, report: ExtractReport, cache: FeatureCache
 ) -> float | None:
     """What the record beside the cache says, if this machine would take the same time."""
-    record = cost_of(cache.path, cache.digest) or {}
-    asked = config_json(config)
-    made_with = record.get("config")
-    same_settings = isinstance(made_with, dict) and all(
-        made_with.get(name) == asked[name] for name in SPEED_SETTINGS
-    )
-    same_machine = record.get("environment") == report["environment"]
-    return seconds_of(record) if same_settings and same_machine else None
+    cost, asked = cost_of(cache.path, cache.digest), config_json(config)
+    if cost is None or cost.config is None or cost.environment != report["environment"]:
+        return None
+    same = all(cost.config.get(name) == asked[name] for name in SPEED_SETTINGS)
+    return cost.seconds if same else None
 
 
 def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float]:

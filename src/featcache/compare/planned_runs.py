@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import CompareConfig
+from featcache.config import CompareConfig, JsonObject
 from featcache.finetune.checkpoint import run_key
 from featcache.groups import whole_groups_first
 from featcache.results.learning_curve import CurveMode
@@ -48,7 +47,7 @@ class PlannedRun:
     @property
     def title(self) -> str:
         """For people."""
-        what = "cached head" if self.mode == "cached" else "fine-tune"
+        what = {"cached": "cached head", "tail": "tail", "finetune": "fine-tune"}[self.mode]
         count = "all" if self.size == "all" else f"{self.size} per class"
         return f"{what}, {count} ({len(self.rows):,} images), seed {self.seed}"
 
@@ -88,7 +87,7 @@ def plan_runs(
     config: CompareConfig,
     ids: Sequence[str],
     labels: Ints,
-    decisive: dict[CurveMode, dict[str, Any]],
+    decisive: dict[CurveMode, JsonObject],
     groups: Sequence[str] | None = None,
 ) -> list[PlannedRun]:
     """Every run, the most important first: all sizes of a draw before the next draw.

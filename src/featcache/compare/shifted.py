@@ -9,18 +9,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from featcache.cache import FeatureCache
+from featcache.compare.alternatives import Network
 from featcache.compare.extraction import extract_configs
-from featcache.config import CompareConfig, TrainHeadConfig
+from featcache.config import CompareConfig, JsonObject, TrainHeadConfig
 from featcache.data import BadImage, ImageDataset, ImageSplit, bad_image_error, load_test_folder
 from featcache.errors import UserError
 from featcache.extract import extract
 from featcache.extract.request import Request
-from featcache.heads import Network, load_head
+from featcache.heads import load_head
 from featcache.heads.scoring import open_test
 from featcache.predict import Classifier
 from featcache.results import RunReport
@@ -113,19 +114,19 @@ class ShiftedTest:
         """Identifies images and features."""
         return next(iter(self.caches.values())).digest.hex()
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """For the comparison's report."""
         paths = {network: str(cache.path) for network, cache in self.caches.items()}
         return {"dataset": self.name, "num_images": len(self.split), "caches": paths}
 
-    def score_head(self, report: RunReport) -> dict[str, Any]:
+    def score_head(self, report: RunReport) -> JsonObject:
         """Scores of the head that `train_best_head` wrote, for its report."""
         cache = self.caches[report.more["network"]]
         test = open_test(TrainHeadConfig(cache=cache.path), cache, in_memory=True)
         predicted = test.predict(load_head(Path(report.more["head"])))
         return self._scores(predicted.classes.tolist())
 
-    def score_model(self, path: Path, config: CompareConfig) -> dict[str, Any]:
+    def score_model(self, path: Path, config: CompareConfig) -> JsonObject:
         """Scores of a fine-tuned model, for its report."""
         classifier = Classifier.load(path, device=config.device, workers=config.workers)
         predicted = []
@@ -135,7 +136,7 @@ class ShiftedTest:
             predicted.append(int(row.argmax()))
         return self._scores(predicted)
 
-    def _scores(self, predicted: Sequence[int]) -> dict[str, Any]:
+    def _scores(self, predicted: Sequence[int]) -> JsonObject:
         labels = self.split.labels.tolist()
         right = sum(a == b for a, b in zip(labels, predicted, strict=True))
         return {

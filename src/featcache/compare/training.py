@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featcache.cache import FeatureCache, lock_path
+from featcache.compare.alternatives import Network, train_best_head
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
-from featcache.compare.extraction import Extraction
+from featcache.compare.extraction import Extraction, record_name, shared_cache
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
 from featcache.compare.shifted import ShiftedTest
 from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
@@ -22,11 +24,13 @@ from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
 from featcache.finetune import finetune_report
+from featcache.finetune.activations import extraction_config
 from featcache.finetune.trainable import resolve_recipe
-from featcache.heads import Network, train_best_head, train_head_report
+from featcache.heads import train_head_report
+from featcache.heads.train import provenance_of
 from featcache.results import RunReport
 from featcache.results.learning_curve import CurveMode
-from featcache.runtime import say
+from featcache.runtime import numeric_versions, say
 
 CHECKPOINT_S = 60.0
 """An epoch over few images takes less time than writing a checkpoint."""
@@ -45,6 +49,7 @@ class ComparisonSetup:
         caches: The features of each network; their train and test rows are the dataset's.
         extractions: What the features of each cost.
         shifted: The second test set, if there is one.
+        activations: What the tail trains from, and what it cost, if there is a tail.
     """
 
     config: CompareConfig
@@ -53,6 +58,7 @@ class ComparisonSetup:
     caches: dict[Network, FeatureCache]
     extractions: dict[Network, Extraction]
     shifted: ShiftedTest | None = None
+    activations: Extraction | None = None
 
     @property
     def cache(self) -> FeatureCache:
@@ -67,6 +73,33 @@ class ComparisonSetup:
     def report_path(self, planned: PlannedRun) -> Path:
         """The report file of a run."""
         return self.output / "runs" / f"{planned.name}.json"
+
+
+def decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
+    """What decides a run's outcome besides its samples and seed, by mode."""
+    config = setup.config
+    provenance = provenance_of(setup.cache)
+    same = {
+        "backbone": provenance["backbone"],
+        "cache": provenance["cache_digest"],
+        "versions": numeric_versions(config.backbone),
+    }
+    if setup.shifted is not None:
+        same["shifted"] = setup.shifted.digest
+
+    def tuning(mode: CurveMode) -> dict[str, Any]:
+        plan = resolve_recipe(finetune_config(config, None, config.seed, mode)).to_dict()
+        del plan["seed"]
+        return {**same, "plan": plan, "min_steps": config.min_steps}
+
+    digests = [cache.digest.hex() for cache in setup.caches.values()]
+    facts: dict[CurveMode, dict[str, Any]] = {
+        "cached": {**same, "caches": digests, "solver": config.solver},
+        "finetune": tuning("finetune"),
+    }
+    if setup.activations is not None:
+        facts["tail"] = {**tuning("tail"), "activations": setup.activations.cache_digest}
+    return facts
 
 
 def load_finished(setup: ComparisonSetup, planned: PlannedRun) -> FinishedRun | None:
@@ -165,18 +198,31 @@ def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport,
     return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
-def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> FinetuneConfig:
+def tail_cache(config: CompareConfig, output: Path) -> Extraction | None:
+    """The activations that the tail trains from, and what they cost; None without a tail."""
+    if config.tail is None:
+        return None
+    tail = finetune_config(config, None, config.seed, "tail")
+    wanted = extraction_config(tail, flip=resolve_recipe(tail).flip)
+    return shared_cache(wanted, output / record_name("tail"))
+
+
+def finetune_config(
+    config: CompareConfig, num_train: int | None, seed: int, mode: CurveMode = "finetune"
+) -> FinetuneConfig:
     """The settings of finetune for a run.
 
     Args:
         config: The comparison's.
         num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
+        mode: "finetune" for all layers, "tail" for those from a stage on.
     """
     values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
-    tuning = FinetuneConfig(**values, seed=seed, score="end")
+    stage = config.tail if mode == "tail" else None
+    tuning = FinetuneConfig(**values, seed=seed, score="end", from_stage=stage)
     if num_train is None:
         return tuning
     recipe = resolve_recipe(tuning)
@@ -186,12 +232,15 @@ def finetune_config(config: CompareConfig, num_train: int | None, seed: int) -> 
 
 
 def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
-    """Fine-tune on some train images; the model is not saved."""
-    config = finetune_config(setup.config, len(planned.rows), planned.seed)
+    """Fine-tune all layers, or the tail, on some train images; the model is not saved."""
+    config = finetune_config(setup.config, len(planned.rows), planned.seed, planned.mode)
     test = np.arange(len(setup.dataset.splits["test"]))
     report = _tune(setup, config, planned.name, setup.shifted, train=planned.rows, test=test)
     cost = _finetune_seconds(report)
-    return report, cost, cost
+    if setup.activations is None or planned.mode != "tail":
+        return report, cost, cost
+    cost -= report.more["activations"]["extract_seconds"] or 0.0  # of all images
+    return report, cost + setup.activations.seconds_per_image * len(planned.rows), cost
 
 
 def _tune(
@@ -206,7 +255,14 @@ def _tune(
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in setup.dataset.splits.items()}
     dataset = dataclasses.replace(setup.dataset, splits=splits)
-    report = finetune_report(config, dataset, checkpoint_s=CHECKPOINT_S, replace=True)
+    tail = setup.activations if config.from_stage else None
+    report = finetune_report(
+        config,
+        dataset,
+        checkpoint_s=CHECKPOINT_S,
+        replace=True,
+        activations=Path(tail.cache) if tail else None,
+    )
     kept = {name: value for name, value in report.more.items() if name != "model"}
     if shifted is not None:
         kept["shifted"] = shifted.score_model(model, setup.config)
@@ -226,4 +282,4 @@ def _finetune_seconds(report: RunReport) -> float:
 
 # By mode, what trains a run: its report, its seconds from labeled images on, a further trial's.
 TRAINERS: dict[CurveMode, Callable[[ComparisonSetup, PlannedRun], tuple[RunReport, float, float]]]
-TRAINERS = {"cached": _train_head, "finetune": _finetune}
+TRAINERS = {"cached": _train_head, "tail": _finetune, "finetune": _finetune}

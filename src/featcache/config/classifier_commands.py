@@ -47,9 +47,9 @@ class PredictConfig(ClassifierConfig):
     topk: int = 1
     """Print this many of the most probable classes."""
     reject: Optional[float] = None
-    """Call an image unknown if it is stranger than all but this share of the head's held-out train
-    images: no class is likely, or it is far from all train images. So at most this share of images
-    of the known classes is called unknown; 0.05 is a common choice."""
+    """Call an image unknown if no class is likely for it, or it is far from all train images: more
+    so than for all but this share of the head's held-out train images. About this share of images
+    of the known classes is then called unknown; 0.05 is a common choice."""
     format: Optional[Format] = None
     """table (for people), csv (for spreadsheets: a cell that would be a formula is prefixed with a
     single quote), or jsonl (one JSON object per line). By default what the suffix of --output says,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from featcache.config.checks import hints_of
+from featcache.config.records import JsonObject
 from featcache.errors import FeatcacheError
 
 T = TypeVar("T")
@@ -69,7 +70,7 @@ def settings(cls: type[T]) -> type[T]:
     return made
 
 
-def config_json(config: Any) -> dict[str, Any]:
+def config_json(config: Any) -> JsonObject:
     """A command's settings as JSON; paths become strings."""
     fields = dataclasses.asdict(config)
     return {name: str(v) if isinstance(v, Path) else v for name, v in fields.items()}

@@ -20,12 +20,13 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import copies_lines, find_copies, find_shared_groups
+from featcache.data.sampling import CopiesReport, copies_lines, find_copies, find_shared_groups
 
 __all__ = [
     "EXTENSIONS",
     "REASONS",
     "BadImage",
+    "CopiesReport",
     "Decoded",
     "DecodedSplit",
     "ImageDataset",

@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from featcache.config import DataConfig, DatasetInfo
+from featcache.config import DataConfig, DatasetInfo, Task
 from featcache.data.images import decoded, to_rgb
 from featcache.data.sources import Source
 from featcache.errors import UserError
@@ -40,6 +40,8 @@ class ImageSplit:
         labels: int64 [N], indexes into the dataset's class names.
         weights: float32 [N], or None where no weights were given.
         groups: N names of what the samples belong to (patient, camera), or None.
+        targets: What samples have instead of one class, or None: 1 for each of their labels and 0
+            for the others, uint8 [N, C], or a number, float64 [N]. Labels are then 0.
     """
 
     def __init__(
@@ -52,19 +54,21 @@ class ImageSplit:
         positions: Int64 | None = None,
         weights: Float32 | None = None,
         groups: Sequence[str] | None = None,
+        targets: NDArray[Any] | None = None,
     ) -> None:
         self.name = name
         self.ids = list(ids)
         self.groups = None if groups is None else list(groups)
         self.labels = np.array(labels, dtype=np.int64)
         self.weights = None if weights is None else np.array(weights, dtype=np.float32)
+        self.targets = None if targets is None else np.array(targets)
         self._positions = np.arange(len(self.ids)) if positions is None else np.array(positions)
         self._source = source
         self._content: UInt8 | None = None
         self._lock = threading.Lock()
         assert len(self.ids) == len(self.labels) == len(self._positions)
         assert self.groups is None or len(self.groups) == len(self.ids)
-        for array in (self.labels, self.weights, self._positions):
+        for array in (self.labels, self.weights, self.targets, self._positions):
             if array is not None:
                 array.setflags(write=False)
 
@@ -143,6 +147,7 @@ class ImageSplit:
             positions=self._positions[rows],
             weights=None if self.weights is None else self.weights[rows],
             groups=None if self.groups is None else [self.groups[row] for row in rows],
+            targets=None if self.targets is None else self.targets[rows],
         )
 
     def grouped_by(self, pattern: str) -> ImageSplit:
@@ -225,6 +230,9 @@ class ImageDataset:
             digest.update(split.content.tobytes())
             if split.groups is not None:
                 digest.update(json.dumps(["groups", split.groups]).encode())
+            if split.targets is not None:
+                digest.update(json.dumps(["targets", *split.targets.shape]).encode())
+                digest.update(split.targets.astype("<f8").tobytes())
         return digest.hexdigest()
 
     def info(self, config: DataConfig) -> DatasetInfo:
@@ -238,7 +246,16 @@ class ImageDataset:
             test_fraction=self.test_fraction,
             seed=config.seed if self.drawn else 0,
             group_from=config.group_from,
+            task=self.task,
         )
+
+    @property
+    def task(self) -> Task:
+        """What an image has: one class, several labels, or a number."""
+        targets = self.splits["train"].targets
+        if targets is None:
+            return "multiclass"
+        return "multilabel" if targets.ndim > 1 else "regression"
 
 
 def short_name(text: str) -> str:

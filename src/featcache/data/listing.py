@@ -1,4 +1,4 @@
-"""Which files and folders are data: listing folders of images, and rules for names."""
+"""Which files and folders are data: listing folders of images, and rules for names and paths."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import contextlib
 import errno
 import math
 import os
+import posixpath
 import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from featcache.config import DataConfig
 from featcache.config.checks import is_printable
 from featcache.data.images import EXTENSIONS
 from featcache.errors import UserError
@@ -228,3 +231,99 @@ def left_out_note(places: Sequence[str]) -> str:
         f"left out because their names are too long, not UTF-8, or have control characters: "
         f"{len(places)} ({', '.join(places[:_MAX_SHOWN])}{', …' * (len(places) > _MAX_SHOWN)})"
     )
+
+
+class ImageRoot:
+    """The folder that a manifest's paths are relative to.
+
+    Args:
+        config: Which folder, and which paths it may have.
+        file: The manifest.
+
+    Attributes:
+        path: Absolute, links resolved.
+
+    Raises:
+        UserError: It is not a folder.
+    """
+
+    def __init__(self, config: DataConfig, file: Path) -> None:
+        given = file.parent if config.image_root is None else config.image_root
+        if config.image_root is not None and not given.is_dir():
+            raise UserError(f"--image-root {given} is not a folder that can be read; check it")
+        self.path = os.path.realpath(given)
+        self._file = file
+        self._given = given
+        self._name = "the manifest's folder" if config.image_root is None else "--image-root"
+        self._anywhere = config.allow_outside
+        self._must_exist = config.on_error == "fail"
+        self._resolved: dict[str, str] = {}
+
+    def check(self, paths: list[tuple[int, str]]) -> None:
+        """Refuse paths that repeat, leave the folder, or do not exist, as the settings say.
+
+        Args:
+            paths: Each with its line in the manifest.
+
+        Raises:
+            UserError: Naming the line.
+        """
+        first: dict[str, int] = {}
+        for line, path in paths:
+            where = f"{self._file}, line {line}"
+            if not path.strip():
+                raise UserError(f"{where}: the path is empty")
+            full = os.path.join(self.path, path)
+            earlier = first.setdefault(posixpath.normpath(full), line)
+            if earlier != line:
+                raise UserError(
+                    f"{where}: duplicate path {path}, first in line {earlier}; keep one"
+                )
+            if not self._anywhere:
+                self._check_inside(where, path)
+            if self._must_exist:
+                _check_file(where, full, path)
+
+    def _check_inside(self, where: str, path: str) -> None:
+        if posixpath.isabs(path) or os.path.isabs(path):
+            raise UserError(
+                f"{where}: {path} is an absolute path; give it relative to {self._given}/, or "
+                "add --allow-outside"
+            )
+        if not self._contains(path):
+            raise UserError(
+                f"{where}: {path} leaves {self._name}; paths must stay in {self._given}/: give the "
+                "images' folder with --image-root, or add --allow-outside"
+            )
+
+    def _contains(self, path: str) -> bool:
+        """Whether `path`, with links resolved, is below this folder."""
+        head, tail = os.path.split(os.path.join(self.path, path))
+        if head not in self._resolved:
+            self._resolved[head] = os.path.realpath(head)
+        full = os.path.join(self._resolved[head], tail)
+        if tail in ("", ".", "..") or os.path.islink(full):
+            full = os.path.realpath(full)
+        return full.startswith(os.path.join(self.path, ""))
+
+
+def _check_file(where: str, full: str, path: str) -> None:
+    try:
+        status = os.stat(full)
+    except OSError as error:
+        hint = " (write / between folders)" if "\\" in path else _other_form(full)
+        raise UserError(
+            f"{where}: {path}: {error.strerror}{hint}; correct the path, or skip such rows with "
+            "--on-error skip"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{where}: {path} is not a file")
+
+
+def _other_form(path: str) -> str:
+    """Say if the file exists under the other Unicode form of its name."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        twin = unicodedata.normalize(form, path)  # type: ignore[arg-type]
+        if twin != path and os.path.lexists(twin):
+            return f" (the file's name is in Unicode form {form}, the manifest's in {other})"
+    return ""

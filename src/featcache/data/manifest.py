@@ -1,4 +1,8 @@
-"""CSV manifests: columns path,label[,split][,weight][,group], paths relative to their folder."""
+"""CSV manifests: columns path,label[,split][,weight][,group], paths relative to their folder.
+
+Instead of one label, images may have a column labels (`red|round`; empty for none) or a number in a
+column target.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,20 @@ import csv
 import difflib
 import math
 import os
-import posixpath
-import stat
-import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from featcache.config import DataConfig
+from featcache.config import DataConfig, Task
 from featcache.config.checks import is_printable
-from featcache.data.dataset import ImageDataset, ImageSplit, short_name
+from featcache.data.dataset import ImageDataset, ImageSplit, Int64, short_name
 from featcache.data.listing import (
     MAX_NAME_BYTES,
     SPLIT_NAMES,
+    ImageRoot,
     alike_text,
     left_out_note,
     look_alikes,
@@ -30,9 +33,14 @@ from featcache.data.sources import FileSource
 from featcache.errors import UserError
 from featcache.file_hashes import Memo
 
-REQUIRED = ("path", "label")
-OPTIONAL = ("split", "weight", "group")
-COLUMNS = (*REQUIRED, *OPTIONAL)
+TASKS: dict[str, Task] = {
+    "label": "multiclass",
+    "labels": "multilabel",
+    "target": "regression",
+}
+"""By the column that says what an image is; a manifest has exactly one of them."""
+COLUMNS = ("path", *TASKS, "split", "weight", "group")
+BETWEEN_LABELS = "|"
 MAX_LABEL = 256
 MAX_BYTES = 2**30
 
@@ -40,10 +48,62 @@ MAX_BYTES = 2**30
 class _Row(NamedTuple):
     line: int
     path: str
-    label: str
+    labels: tuple[str, ...]
+    target: float
     split: str
     weight: float
     group: str
+
+
+class _Labeling(NamedTuple):
+    """What images are labeled with."""
+
+    task: Task
+    class_names: list[str]
+
+    @classmethod
+    def of(cls, file: Path, header: list[str], rows: list[_Row]) -> Self:
+        """Find the classes in the train rows, and check that no other row has another."""
+        task = next(task for column, task in TASKS.items() if column in header)
+        if task == "regression":
+            return cls(task, ["target"])
+        train = [row for row in rows if row.split in ("train", "")]
+        class_names = sorted({name for row in train for name in row.labels})
+        _check_classes(file, rows, class_names, task)
+        return cls(task, class_names)
+
+    def labels(self, rows: list[_Row]) -> Int64:
+        """Class numbers [N]; 0 where rows have no single class."""
+        if self.task != "multiclass":
+            return np.zeros(len(rows), np.int64)
+        number = {name: label for label, name in enumerate(self.class_names)}
+        return np.array([number[row.labels[0]] for row in rows], np.int64)
+
+    def targets(self, rows: list[_Row]) -> NDArray[Any] | None:
+        """As in `ImageSplit`."""
+        if self.task == "multiclass":
+            return None
+        if self.task == "regression":
+            return np.array([row.target for row in rows])
+        number = {name: label for label, name in enumerate(self.class_names)}
+        multihot = np.zeros((len(rows), len(number)), np.uint8)
+        for line, row in zip(multihot, rows, strict=True):
+            line[[number[name] for name in row.labels]] = 1
+        return multihot
+
+    def notes(self, rows: list[_Row]) -> tuple[str, ...]:
+        """Say so if the other column for labels seems to be meant."""
+        if self.task == "multiclass" and any(BETWEEN_LABELS in name for name in self.class_names):
+            return (
+                f"labels with {BETWEEN_LABELS} in them are classes of their own: if images have "
+                "several labels, rename the column label to labels",
+            )
+        if self.task == "multilabel" and all(len(row.labels) == 1 for row in rows):
+            return (
+                "every image has exactly one label: rename the column labels to label for one "
+                "class per image",
+            )
+        return ()
 
 
 def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
@@ -57,23 +117,22 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
         UserError: Something is wrong with it; the message names the line.
     """
     header, rows, left_out = _read_rows(config, file)
-    root = _ImageRoot(config, file)
-    root.check(rows)
+    root = ImageRoot(config, file)
+    root.check([(row.line, row.path) for row in rows])
     rows = sorted(rows, key=lambda row: row.path)
     split_names = {row.split for row in rows}
     _check_splits(config, file, header, split_names)
-    class_names = sorted({row.label for row in rows if row.split in ("train", "")})
-    _check_classes(file, rows, class_names)
-    number = {name: label for label, name in enumerate(class_names)}
+    what = _Labeling.of(file, header, rows)
 
     def split_of(name: str, chosen: list[_Row]) -> ImageSplit:
         return ImageSplit(
             name,
             [r.path for r in chosen],
-            np.array([number[r.label] for r in chosen], dtype=np.int64),
+            what.labels(chosen),
             FileSource([os.path.join(root.path, r.path) for r in chosen], memo, root.path),
             weights=np.array([r.weight for r in chosen]) if "weight" in header else None,
             groups=[r.group for r in chosen] if "group" in header else None,
+            targets=what.targets(chosen),
         )
 
     if "split" in header:
@@ -91,10 +150,10 @@ def load_manifest(config: DataConfig, file: Path, memo: Memo) -> ImageDataset:
         short_name(file.stem),
         "manifest",
         splits,
-        class_names,
+        what.class_names,
         drawn="split" not in header,
         test_fraction=config.test_fraction,
-        notes=_notes(header, left_out),
+        notes=(*_notes(header, left_out), *what.notes(rows)),
     )
 
 
@@ -172,12 +231,16 @@ def _header(file: Path, fields: list[str]) -> list[str]:
         meant = _meant(name, [column for column in COLUMNS if column not in header])
         if name not in COLUMNS and meant:
             raise UserError(f"{file}, line 1: column {name!r} is not known; rename it {meant!r}")
-    missing = [name for name in REQUIRED if name not in header]
+    what = [name for name in TASKS if name in header]
+    missing = [name for name in ("path", *([] if what else ["label"])) if name not in header]
     if missing:
         raise UserError(
             f"{file}, line 1: no column {' and '.join(map(repr, missing))}; the first line is "
-            f"{','.join(fields)[:100]!r}, expected path,label[,split][,weight][,group]"
+            f"{','.join(fields)[:100]!r}, expected path,label[,split][,weight][,group] (or labels "
+            "or target instead of label)"
         )
+    if len(what) > 1:
+        raise UserError(f"{file}, line 1: columns {' and '.join(what)}; keep one of them")
     duplicates = [name for name in COLUMNS if header.count(name) > 1]
     if duplicates:
         raise UserError(f"{file}, line 1: duplicate column {duplicates[0]!r}; keep one")
@@ -199,16 +262,17 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
     if len(fields) != len(header):
         raise UserError(f"{where}: fields: {len(fields)}, but the header has {len(header)}")
     values = dict(zip(header, fields, strict=True))
-    if len(values["label"]) > MAX_LABEL:
-        raise UserError(f"{where}: the label is too long; at most {MAX_LABEL} characters")
     if not all(is_printable(value) for name, value in values.items() if name != "path"):
         raise UserError(f"{where}: a field has a line break or another control character")
-    label, split = values["label"].strip(), values.get("split", "train").strip().lower()
-    if not label:
-        raise UserError(f"{where}: the label is empty; give every image a label")
+    labels, target = _labels(where, values), 0.0
+    if "target" in values:
+        target = _number(where, "target", values["target"])
+    split = values.get("split", "train").strip().lower()
     if "split" in header and split not in SPLIT_NAMES:
         raise UserError(f"{where}: split {values['split']!r:.80}; one of {', '.join(SPLIT_NAMES)}")
-    weight = _weight(where, values["weight"]) if "weight" in header else 1.0
+    weight = _number(where, "weight", values["weight"]) if "weight" in header else 1.0
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
+        raise UserError(f"{where}: weight {values['weight']!r:.80}; give a number of 0 or more")
     split = SPLIT_NAMES[split] if "split" in header else ""
     group = values.get("group", "").strip()
     if "group" in header and not 0 < len(group) <= MAX_LABEL:
@@ -216,99 +280,33 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
             f"{where}: group {group!r:.80}; give a name of 1 to {MAX_LABEL} characters, and an "
             "image that belongs to no other one of its own"
         )
-    return _Row(line, values["path"], label, split, weight, group)
+    return _Row(line, values["path"], labels, target, split, weight, group)
 
 
-def _weight(where: str, text: str) -> float:
+def _labels(where: str, values: dict[str, str]) -> tuple[str, ...]:
+    """The image's labels: one, or any number of different ones; none where it has a number."""
+    if "label" in values:
+        names = [values["label"].strip()]
+    else:
+        text = values.get("labels", "").strip()
+        names = [name.strip() for name in text.split(BETWEEN_LABELS)] if text else []
+    if "" in names:
+        every = "give every image a label" if "label" in values else "write a|b, or leave it empty"
+        raise UserError(f"{where}: the label is empty; {every}")
+    if any(len(name) > MAX_LABEL for name in names):
+        raise UserError(f"{where}: the label is too long; at most {MAX_LABEL} characters")
+    return tuple(dict.fromkeys(names))
+
+
+def _number(where: str, column: str, text: str) -> float:
     try:
-        weight = float(text)
+        number = float(text)
     except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and 0 <= weight <= float(np.finfo(np.float32).max)):
-        raise UserError(f"{where}: weight {text!r:.80}; give a number of 0 or more")
-    return weight
-
-
-class _ImageRoot:
-    """The folder that a manifest's paths are relative to.
-
-    Attributes:
-        path: Absolute, links resolved.
-    """
-
-    def __init__(self, config: DataConfig, file: Path) -> None:
-        given = file.parent if config.image_root is None else config.image_root
-        if config.image_root is not None and not given.is_dir():
-            raise UserError(f"--image-root {given} is not a folder that can be read; check it")
-        self.path = os.path.realpath(given)
-        self._file = file
-        self._given = given
-        self._name = "the manifest's folder" if config.image_root is None else "--image-root"
-        self._anywhere = config.allow_outside
-        self._must_exist = config.on_error == "fail"
-        self._resolved: dict[str, str] = {}
-
-    def check(self, rows: list[_Row]) -> None:
-        """Refuse paths that repeat, leave the folder, or do not exist, as the settings say."""
-        first: dict[str, int] = {}
-        for row in rows:
-            where = f"{self._file}, line {row.line}"
-            if not row.path.strip():
-                raise UserError(f"{where}: the path is empty")
-            full = os.path.join(self.path, row.path)
-            earlier = first.setdefault(posixpath.normpath(full), row.line)
-            if earlier != row.line:
-                raise UserError(
-                    f"{where}: duplicate path {row.path}, first in line {earlier}; keep one"
-                )
-            if not self._anywhere:
-                self._check_inside(where, row.path)
-            if self._must_exist:
-                _check_file(where, full, row.path)
-
-    def _check_inside(self, where: str, path: str) -> None:
-        if posixpath.isabs(path) or os.path.isabs(path):
-            raise UserError(
-                f"{where}: {path} is an absolute path; give it relative to {self._given}/, or "
-                "add --allow-outside"
-            )
-        if not self._contains(path):
-            raise UserError(
-                f"{where}: {path} leaves {self._name}; paths must stay in {self._given}/: give the "
-                "images' folder with --image-root, or add --allow-outside"
-            )
-
-    def _contains(self, path: str) -> bool:
-        """Whether `path`, with links resolved, is below this folder."""
-        head, tail = os.path.split(os.path.join(self.path, path))
-        if head not in self._resolved:
-            self._resolved[head] = os.path.realpath(head)
-        full = os.path.join(self._resolved[head], tail)
-        if tail in ("", ".", "..") or os.path.islink(full):
-            full = os.path.realpath(full)
-        return full.startswith(os.path.join(self.path, ""))
-
-
-def _check_file(where: str, full: str, path: str) -> None:
-    try:
-        status = os.stat(full)
-    except OSError as error:
-        hint = " (write / between folders)" if "\\" in path else _other_form(full)
-        raise UserError(
-            f"{where}: {path}: {error.strerror}{hint}; correct the path, or skip such rows with "
-            "--on-error skip"
-        ) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{where}: {path} is not a file")
-
-
-def _other_form(path: str) -> str:
-    """Say if the file exists under the other Unicode form of its name."""
-    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
-        twin = unicodedata.normalize(form, path)  # type: ignore[arg-type]
-        if twin != path and os.path.lexists(twin):
-            return f" (the file's name is in Unicode form {form}, the manifest's in {other})"
-    return ""
+        number = math.nan
+    if not math.isfinite(number):
+        least = " of 0 or more" if column == "weight" else ""
+        raise UserError(f"{where}: {column} {text!r:.80}; give a number{least}")
+    return number
 
 
 def _check_splits(config: DataConfig, file: Path, header: list[str], split_names: set[str]) -> None:
@@ -331,18 +329,21 @@ def _check_splits(config: DataConfig, file: Path, header: list[str], split_names
         )
 
 
-def _check_classes(file: Path, rows: list[_Row], class_names: list[str]) -> None:
-    if len(class_names) < 2:
+def _check_classes(file: Path, rows: list[_Row], class_names: list[str], task: Task) -> None:
+    if not class_names:
+        raise UserError(f"{file}: no train row has a label; give some of them labels")
+    if len(class_names) < 2 and task == "multiclass":
         raise UserError(
             f"{file}: the train rows have only one label, {class_names[0]!r}: a classifier needs "
             "at least two"
         )
     known = set(class_names)
     for row in sorted(rows, key=lambda row: row.line):
-        if row.label not in known:
-            pairs = [pair for pair in look_alikes([*class_names, row.label]) if row.label in pair]
-            alike = f" ({alike_text(pairs)})" if pairs else ""
-            raise UserError(
-                f"{file}, line {row.line}: label {row.label!r} has no train row{alike}; add one "
-                "or correct the label"
-            )
+        for name in row.labels:
+            if name not in known:
+                pairs = [pair for pair in look_alikes([*class_names, name]) if name in pair]
+                alike = f" ({alike_text(pairs)})" if pairs else ""
+                raise UserError(
+                    f"{file}, line {row.line}: label {name!r} has no train row{alike}; add one or "
+                    "correct the label"
+                )

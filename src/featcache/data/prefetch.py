@@ -90,7 +90,6 @@ def iterate_pixels(
     *,
     workers: int,
     prefetch: int | None = None,
-    timer: StageTimer | None = None,
 ) -> Generator[tuple[int, Pixels], None, None]:
     """Decode and resize rows of a split, in the order given, none left out.
 
@@ -101,7 +100,6 @@ def iterate_pixels(
         views: Which versions of each image; by default only the plain one.
         workers: Threads; 0 decodes in the calling thread.
         prefetch: How many images to decode ahead; by default chosen by their size.
-        timer: Gets seconds of read, decode and resize, summed over threads, and of waiting.
 
     Yields:
         The row and uint8 [V, H, W, 3], or the row and the BadImage that says why there is none.
@@ -111,9 +109,7 @@ def iterate_pixels(
     each = prep.image_px**2 * 3 * views.num
     ahead = prefetch or max(1, min(PREFETCH_IMAGES, PREFETCH_BYTES // each))
     chunk = max(1, min(CHUNK, ahead // max(1, 2 * workers)))
-    for done in run_ahead(task, chunks(indices, chunk), workers, max(1, ahead // chunk), timer):
-        if timer is not None:
-            done.add_to(timer)
+    for done in run_ahead(task, chunks(indices, chunk), workers, max(1, ahead // chunk)):
         yield from zip(done.indices, done.pixels, strict=True)
 
 
@@ -216,7 +212,6 @@ def decode_split(
     workers: int,
     limit_bytes: int = DECODED_BYTES,
     on_bad: OnBad | None = None,
-    timer: StageTimer | None = None,
 ) -> DecodedSplit | None:
     """Decode a whole split once, or return None if its pixels take more than `limit_bytes`.
 
@@ -226,7 +221,6 @@ def decode_split(
         workers: Threads.
         limit_bytes: The most memory to use.
         on_bad: Called with row and reason of each bad image; without it a bad image raises.
-        timer: Gets the seconds of each stage.
 
     Raises:
         UserError: An image is bad and `on_bad` is not given; names it.
@@ -237,7 +231,7 @@ def decode_split(
     pixels = np.zeros(shape, dtype=np.uint8)
     good = np.zeros(len(split), dtype=np.bool_)
     rows = range(len(split))
-    for index, view in iterate_pixels(split, rows, prep, workers=workers, timer=timer):
+    for index, view in iterate_pixels(split, rows, prep, workers=workers):
         if _is_good(view, split, index, on_bad):
             pixels[index] = view[0]
             good[index] = True
@@ -253,7 +247,6 @@ def iterate_batches(
     workers: int,
     flip_mask: Bool | None = None,
     on_bad: OnBad | None = None,
-    timer: StageTimer | None = None,
 ) -> Iterator[tuple[UInt8, Int64, Int64]]:
     """Batches in a given order; the last one may be smaller. Decoding overlaps with their use.
 
@@ -266,7 +259,6 @@ def iterate_batches(
         flip_mask: bool [M], which places of `order` are mirrored left to right.
         on_bad: Called with row and reason of each bad image, which is then left out of its batch
             (a batch without any image is left out); without it bad images raise.
-        timer: Gets the seconds of each stage.
 
     Yields:
         Pixels uint8 [n, H, W, 3], labels int64 [n], rows int64 [n].
@@ -280,7 +272,7 @@ def iterate_batches(
     if isinstance(source, DecodedSplit):
         yield from _from_memory(source, order, batch_size, mask)
         return
-    stream = iterate_pixels(source, order, prep, workers=workers, timer=timer)
+    stream = iterate_pixels(source, order, prep, workers=workers)
     try:
         for start in range(0, len(order), batch_size):
             wanted = order[start : start + batch_size]

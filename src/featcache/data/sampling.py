@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,28 @@ def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
     return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
 
 
+class PairsReport(TypedDict):
+    """`Pairs` as JSON."""
+
+    num_images: int
+    examples: list[tuple[str, str]]
+
+
+class PairsAcross(PairsReport):
+    """Images of `split` that are also in `also_in`."""
+
+    split: str
+    also_in: str
+
+
+class CopiesReport(TypedDict):
+    """`Copies` as JSON."""
+
+    num_copies: int
+    across_splits: list[PairsAcross]
+    two_labels: PairsReport
+
+
 @dataclass
 class Pairs:
     """Images that have a duplicate: how many, and the ids of the first few pairs."""
@@ -135,6 +157,10 @@ class Pairs:
         self.num_images += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(pair)
+
+    def report(self) -> PairsReport:
+        """The same as JSON."""
+        return {"num_images": self.num_images, "examples": self.examples}
 
 
 class Copies(NamedTuple):
@@ -150,16 +176,16 @@ class Copies(NamedTuple):
     across: dict[tuple[str, str], Pairs]
     two_labels: Pairs
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> CopiesReport:
         """The findings as JSON."""
-        across = [
-            {"split": split, "also_in": other, **asdict(pairs)}
+        across: list[PairsAcross] = [
+            {"split": split, "also_in": other, **pairs.report()}
             for (split, other), pairs in self.across.items()
         ]
         return {
             "num_copies": self.num_copies,
             "across_splits": across,
-            "two_labels": asdict(self.two_labels),
+            "two_labels": self.two_labels.report(),
         }
 
 
@@ -223,7 +249,7 @@ def shared_groups_lines(shared: Sequence[SharedGroups]) -> list[str]:
     ]
 
 
-def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool) -> list[str]:
+def copies_lines(report: CopiesReport, sizes: dict[str, int], *, divided: bool) -> list[str]:
     """The findings of `Copies.report` as sentences.
 
     Args:
@@ -251,6 +277,6 @@ def copies_lines(report: dict[str, Any], sizes: dict[str, int], *, divided: bool
     return lines
 
 
-def _such_as(found: dict[str, Any]) -> str:
+def _such_as(found: PairsReport) -> str:
     one, two = found["examples"][0]
     return f"such as {one} and {two}"

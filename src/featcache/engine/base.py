@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Optional, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, Optional, Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import ExtractConfig, Preprocessing
+from featcache.config import ExtractConfig, Precision, Preprocessing
 from featcache.config.checks import check_range, check_types
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class EngineSettings:
     backbone: str
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     engine: Literal["auto", "torch", "openvino"] = "auto"
-    precision: Literal["float32", "int8", "amp"] = "float32"
+    precision: Precision = "float32"
     batch_size: Optional[int] = None  # noqa: UP045 - the form that check_types reads
     workers: Optional[int] = None  # noqa: UP045
 
@@ -116,6 +116,20 @@ class Int8Check(TypedDict):
     model_sha256: str
 
 
+class EngineInfo(TypedDict, total=False):
+    """An engine in reports; of a cache that was there already only `name` is known."""
+
+    name: str
+    precision: str
+    device: str
+    batch_size: int
+    threads: int
+    timings: dict[str, float]
+    max_error: float | None
+    recorded: str
+    int8: Int8Check
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
     """A way to run the network: from pixels [n, H, W, 3] uint8 to features [n, D] float32.
@@ -151,11 +165,19 @@ class Engine:
     def __post_init__(self) -> None:
         object.__setattr__(self, "recorded", self.recorded or self.name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> EngineInfo:
         """The choice, as JSON."""
-        left_out = {"run", "start", "workers"} | ({"int8"} if self.int8 is None else set())
-        names = [field.name for field in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in left_out}
+        info: EngineInfo = {
+            "name": self.name,
+            "precision": self.precision,
+            "device": self.device,
+            "batch_size": self.batch_size,
+            "threads": self.threads,
+            "timings": self.timings,
+            "max_error": self.max_error,
+            "recorded": self.recorded,
+        }
+        return info if self.int8 is None else {**info, "int8": self.int8}
 
     def sentence(self) -> str:
         """The choice, for people."""

@@ -58,35 +58,25 @@ def computed_rows(
     Yields:
         The row, and its features [V, D] or the reason why the image cannot be read.
     """
-    for done in _computed_chunks(engine, split, indices, prep, views, timer):
+    decode, workers = pixel_task(split, prep, views), engine.workers
+    per_chunk = max(1, engine.batch_size // views.num)
+
+    def compute(chunk: Sequence[int], stop: threading.Event) -> Computed:
+        return _network(engine, decode(chunk, stop), stop)
+
+    if engine.device == "cpu":
+        look_ahead = CHUNKS_AHEAD * max(workers, 1)
+        computed = run_ahead(compute, chunks(indices, per_chunk), workers, look_ahead, timer)
+    else:
+        look_ahead = 2 * per_chunk // DECODE_CHUNK + 2 * workers
+        decoded = run_ahead(decode, chunks(indices, DECODE_CHUNK), workers, look_ahead, timer)
+        computed = _on_device(engine, _grouped(decoded, per_chunk))
+    for done in computed:
         done.decoded.add_to(timer)
         timer.seconds["network"] += done.network_s
         good = iter(np.moveaxis(done.features, 1, 0))
         for index, pixels in zip(done.decoded.indices, done.decoded.pixels, strict=True):
             yield index, pixels if isinstance(pixels, BadImage) else next(good)
-
-
-def _computed_chunks(
-    engine: Engine,
-    split: ImageSplit,
-    indices: Iterable[int],
-    prep: Preprocessing,
-    views: Views,
-    timer: StageTimer,
-) -> Iterator[Computed]:
-    """Chunks of rows in order, computed ahead by threads, or decoded by them for a GPU."""
-    decode, workers = pixel_task(split, prep, views), engine.workers
-    per_chunk = max(1, engine.batch_size // views.num)
-    if engine.device != "cpu":
-        look_ahead = 2 * per_chunk // DECODE_CHUNK + 2 * workers
-        decoded = run_ahead(decode, chunks(indices, DECODE_CHUNK), workers, look_ahead, timer)
-        return _on_device(engine, _grouped(decoded, per_chunk))
-
-    def compute(chunk: Sequence[int], stop: threading.Event) -> Computed:
-        return _network(engine, decode(chunk, stop), stop)
-
-    look_ahead = CHUNKS_AHEAD * max(workers, 1)
-    return run_ahead(compute, chunks(indices, per_chunk), workers, look_ahead, timer)
 
 
 def _network(engine: Engine, decoded: Decoded, stop: threading.Event) -> Computed:

@@ -17,15 +17,16 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from featcache import __version__
-from featcache.config import ExportConfig, config_json
+from featcache.backbone import OwnNetwork
+from featcache.config import ExportConfig, JsonObject, config_json
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
-from featcache.predict import LoadedClassifier, load_classifier, provenance_json
+from featcache.predict import ClassifierOrigin, LoadedClassifier, load_classifier, origin_of
 from featcache.runtime import environment
 
 if TYPE_CHECKING:
@@ -41,7 +42,47 @@ MAX_ONNX_BYTES = 2**31 - 1
 Runner = Callable[[np.ndarray], list[np.ndarray]]
 
 
-def onnx_bytes(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+class GraphInput(TypedDict):
+    """What the graph takes; `shape` has "batch" for any number of images."""
+
+    name: str
+    dtype: str
+    shape: list[str | int]
+    what: str
+
+
+class FileMetadata(TypedDict):
+    """What an exported file says about itself; `preprocessing` is a `config.Preprocessing`."""
+
+    featcache_version: str
+    class_names: list[str]
+    preprocessing: JsonObject
+    input: GraphInput
+    outputs: list[str]
+    provenance: ClassifierOrigin
+
+
+class ExportReport(TypedDict):
+    """What `featcache export --json` prints; differences are from torch's outputs."""
+
+    command: str
+    model: str
+    output: str
+    format: str
+    file_bytes: int
+    input: GraphInput
+    class_names: list[str]
+    classifier: str
+    max_difference: float
+    max_relative_difference: float
+    num_checked: int
+    seconds_total: float
+    provenance: ClassifierOrigin
+    environment: dict[str, str | int]
+    config: JsonObject
+
+
+def onnx_bytes(program: torch.export.ExportedProgram, about: FileMetadata) -> bytes:
     """An ONNX file; every entry of `about` becomes one of its metadata properties, as JSON.
 
     Raises:
@@ -94,7 +135,7 @@ def onnx_runner(path: Path, input_name: str) -> Runner:
     return lambda batch: list(session.run(OUTPUT_NAMES, {input_name: batch}))
 
 
-def pt2_bytes(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+def pt2_bytes(program: torch.export.ExportedProgram, about: FileMetadata) -> bytes:
     """A torch.export file; `about` is its extra file featcache.json."""
     import torch
 
@@ -127,11 +168,12 @@ MARKS = re.compile(rb"featcache_version")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def export(config: ExportConfig) -> dict[str, Any]:
+def export(config: ExportConfig, own: OwnNetwork | None = None) -> ExportReport:
     """Write a classifier as ONNX or torch.export file and check it against torch.
 
     Args:
         config: The command's settings.
+        own: The head's backbone, if it was given in Python.
 
     Returns:
         The JSON report; `max_difference` is the worst absolute difference between the file's
@@ -148,7 +190,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     check_outputs({path: MARKS}, [config.model, config.weights or ""])
     if path.suffix == ".onnx":
         require_onnx()
-    trained = load_classifier(config.model, weights=config.weights, seed=config.seed)
+    trained = load_classifier(config.model, weights=config.weights, seed=config.seed, own=own)
     about = describe(trained, config)
     file_bytes, worst, relative = _write(path, trained, about)
     return {
@@ -186,28 +228,33 @@ def require_onnx() -> None:
             ) from error
 
 
-def describe(trained: LoadedClassifier, config: ExportConfig) -> dict[str, Any]:
+def describe(trained: LoadedClassifier, config: ExportConfig) -> FileMetadata:
     """What the file says about itself, as JSON."""
     side = trained.preprocessing.image_px
-    if config.input == "uint8":
-        what = "images already resized and cropped as preprocessing says, RGB, 0 to 255"
-        taken = {"name": "pixels", "dtype": "uint8", "shape": ["batch", side, side, 3]}
-    else:
-        what = "the same scaled to 0 to 1, minus mean, divided by std, per channel"
-        taken = {"name": "images", "dtype": "float32", "shape": ["batch", 3, side, side]}
+    taken: GraphInput = {
+        "name": "pixels",
+        "dtype": "uint8",
+        "shape": ["batch", side, side, 3],
+        "what": "images already resized and cropped as preprocessing says, RGB, 0 to 255",
+    }
+    if config.input == "float":
+        taken = {
+            "name": "images",
+            "dtype": "float32",
+            "shape": ["batch", 3, side, side],
+            "what": "the same scaled to 0 to 1, minus mean, divided by std, per channel",
+        }
     return {
         "featcache_version": __version__,
         "class_names": trained.class_names,
         "preprocessing": dataclasses.asdict(trained.preprocessing),
-        "input": {**taken, "what": what},
+        "input": taken,
         "outputs": OUTPUT_NAMES,
-        "provenance": provenance_json(trained),
+        "provenance": origin_of(trained),
     }
 
 
-def _write(
-    path: Path, trained: LoadedClassifier, about: dict[str, Any]
-) -> tuple[int, float, float]:
+def _write(path: Path, trained: LoadedClassifier, about: FileMetadata) -> tuple[int, float, float]:
     """Write a draft, check it, and only then give it its name.
 
     Returns:
@@ -236,7 +283,7 @@ def _write(
     return len(data), worst, relative
 
 
-def sample_batches(trained: LoadedClassifier, about: dict[str, Any]) -> list[torch.Tensor]:
+def sample_batches(trained: LoadedClassifier, about: FileMetadata) -> list[torch.Tensor]:
     """Sample images in batches of several sizes, as the graph takes them."""
     import torch
 
@@ -295,7 +342,7 @@ def _named_failures(trained: LoadedClassifier) -> Iterator[None]:
         ) from error
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: ExportReport) -> list[str]:
     """The report for people."""
     taken = report["input"]
     shape = ", ".join(map(str, taken["shape"]))

@@ -24,7 +24,7 @@ class ClassifierGraph(nn.Module):
         super().__init__()
         self.network = trained.network
         self.head = head_layer(trained.head) if trained.head else nn.Identity()
-        self.temperature = trained.decision.temperature
+        self.decision = trained.decision
         self.takes_pixels = takes_pixels
         prep = trained.preprocessing
         self.mean: Tensor
@@ -39,7 +39,10 @@ class ClassifierGraph(nn.Module):
             scaled = pictures.permute(0, 3, 1, 2).to(torch.float32) / 255
             pictures = (scaled - self.mean) / self.std
         logits: Tensor = self.head(self.network(pictures))
-        return logits, (logits / self.temperature).softmax(1)
+        scaled = logits / self.decision.temperature
+        if self.decision.task == "regression":
+            return logits, logits.clone()  # an output of its own
+        return logits, scaled.sigmoid() if self.decision.task == "multilabel" else scaled.softmax(1)
 
 
 def head_layer(head: Head) -> nn.Module:

@@ -11,14 +11,15 @@ import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
-from featcache.backbone import load_backbone, state_sha256
+from featcache.backbone import OwnNetwork, state_sha256
 from featcache.cache import (
     MARKS,
     CacheWriter,
+    CostRecord,
     FeatureCache,
     SplitRows,
     begin_cost,
@@ -28,9 +29,10 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig, config_json
+from featcache.config import CacheMeta, ExtractConfig, JsonObject, config_json, weights_text
 from featcache.data import (
     BadImage,
+    CopiesReport,
     ImageDataset,
     ImageSplit,
     bad_image_error,
@@ -43,7 +45,42 @@ from featcache.files import check_outputs
 from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
 
 if TYPE_CHECKING:
-    from featcache.engine import Engine
+    from featcache.engine import Engine, EngineInfo
+
+
+class SplitReport(TypedDict):
+    """One split in the report; `images_per_s` is null where nothing was computed."""
+
+    num_samples: int
+    num_resumed: int
+    num_skipped: int
+    seconds: float
+    images_per_s: float | None
+
+
+class ExtractReport(TypedDict):
+    """What `extract-features --json` prints; `provenance` is the cache's `CacheMeta`."""
+
+    command: str
+    cache: str
+    hit: bool
+    backbone: str
+    weights: str
+    weights_sha256: str
+    feature_dim: int
+    precision: str
+    engine: EngineInfo
+    dtype: str
+    num_views: int
+    num_classes: int
+    identical_images: CopiesReport
+    shared_groups: list[JsonObject]
+    notes: list[str]
+    splits: dict[str, SplitReport]
+    stage_seconds: dict[str, float]
+    seconds_total: float
+    provenance: JsonObject
+    environment: dict[str, str | int]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -58,11 +95,17 @@ class SplitProgress:
     num_skipped: int = 0
     seconds: float = 0.0
 
-    def report(self) -> dict[str, Any]:
-        """The JSON of one split; images_per_s is null where nothing was computed."""
+    def report(self) -> SplitReport:
+        """The same as JSON."""
         computed = self.num_samples - self.num_resumed
         rate = computed / self.seconds if computed and self.seconds else None
-        return {**dataclasses.asdict(self), "images_per_s": rate}
+        return {
+            "num_samples": self.num_samples,
+            "num_resumed": self.num_resumed,
+            "num_skipped": self.num_skipped,
+            "seconds": self.seconds,
+            "images_per_s": rate,
+        }
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -75,13 +118,16 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[str, Any]:
+def extract(
+    config: ExtractConfig, dataset: ImageDataset | None = None, own: OwnNetwork | None = None
+) -> ExtractReport:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
         dataset: The images, where they are loaded already; those that the settings name unless
             given.
+        own: The network, unless the settings name it.
 
     Returns:
         The command's JSON report.
@@ -92,7 +138,7 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> dict[
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config, dataset)
+    request = Request.of(config, dataset, own)
     for note in request.dataset.notes if dataset is None else ():
         say(note)
     found = None if config.force else find_hit(request)
@@ -120,7 +166,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     from featcache.engine import EngineSettings, choose_engine
 
     config, dataset, wanted = request.config, request.dataset, request.meta
-    network = load_backbone(config, config.seed, wanted.backbone)
+    network = request.load_network()
     before = state_sha256(network)
     num_images = earlier.num_missing(dataset) * wanted.views.num
     with run.timer("choose_engine"):
@@ -159,7 +205,13 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
 def split_rows(split: ImageSplit) -> SplitRows:
     """What is known of a split before extraction."""
     return SplitRows(
-        split.name, split.ids, split.labels, split.content, split.weights, split.groups
+        split.name,
+        split.ids,
+        split.labels,
+        split.content,
+        split.weights,
+        split.groups,
+        split.targets,
     )
 
 
@@ -246,7 +298,7 @@ def _warn_if_decoding_is_slow(engine: Engine, timer: StageTimer) -> None:
             say(note)
 
 
-def _cost(config: ExtractConfig, report: dict[str, Any], before: float | None) -> dict[str, Any]:
+def _cost(config: ExtractConfig, report: ExtractReport, before: float | None) -> CostRecord:
     """The record beside the cache: what its features took, and the command."""
     path = Path(report["cache"])
     return {
@@ -260,7 +312,7 @@ def _cost(config: ExtractConfig, report: dict[str, Any], before: float | None) -
     }
 
 
-def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, Any]:
+def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> ExtractReport:
     """The command's JSON."""
     meta, class_names = read_meta(path)
     sizes = FeatureCache(path).num_rows
@@ -296,19 +348,23 @@ def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> dict[str, 
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: ExtractReport) -> list[str]:
     """The report for people."""
     counts = ", ".join(
         f"{split['num_samples']} {name}"
         + (f" ({split['num_skipped']} skipped)" if split["num_skipped"] else "")
         for name, split in report["splits"].items()
     )
-    counts += f" images of {report['num_classes']} classes"
-    prep = report["provenance"]["backbone"]["preprocessing"]
-    cut = report["provenance"]["backbone"]["stage_input"]
+    counts += {
+        "multiclass": f" images of {report['num_classes']} classes",
+        "multilabel": f" images with any of {report['num_classes']} labels",
+        "regression": " images with a number each",
+    }[report["provenance"]["dataset"].get("task", "multiclass")]
+    backbone = report["provenance"]["backbone"]
+    prep, cut = backbone["preprocessing"], backbone["stage_input"]
     rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"
     made_by = (
-        f"{report['backbone']} ({report['weights']}), {rows}, "
+        f"{report['backbone']} ({weights_text(backbone)}), {rows}, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import identify, load_backbone
-from featcache.cache import MARKS, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, ExtractConfig, InfoConfig, VerifyConfig
+from featcache.cache import MARKS, CacheInfo, info, part_path, prepare_repair, read_meta, verify
+from featcache.config import (
+    OWN_MODULE,
+    BackboneInfo,
+    CacheMeta,
+    DataConfig,
+    InfoConfig,
+    JsonObject,
+    VerifyConfig,
+    weights_text,
+)
+from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
 from featcache.extract.extraction import ExtractionRun, fill_split, rows_text
@@ -21,7 +32,13 @@ EXIT_DAMAGED = 2
 MAX_LISTED = 10
 
 
-def inspect(config: InfoConfig) -> dict[str, Any]:
+class InfoReport(CacheInfo):
+    """What `featcache info --json` prints."""
+
+    command: str
+
+
+def inspect(config: InfoConfig) -> InfoReport:
     """What a cache, finished or not, records about itself; features are not read.
 
     Raises:
@@ -30,7 +47,7 @@ def inspect(config: InfoConfig) -> dict[str, Any]:
     return {"command": "info", **info(config.cache)}
 
 
-def inspect_lines(report: dict[str, Any]) -> list[str]:
+def inspect_lines(report: InfoReport) -> list[str]:
     """The report for people."""
     meta = report["meta"]
     backbone, dataset = meta["backbone"], meta["dataset"]
@@ -39,7 +56,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     lines = [
         f"{report['path']}: cache format {report['format_version']}, {state}, "
         f"{report['file_bytes'] / 1e6:.1f} MB",
-        f"backbone   {backbone['backbone']}, weights {backbone['weights']} "
+        f"backbone   {backbone['backbone']}, weights {weights_text(backbone)} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
         f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
         f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
@@ -50,6 +67,8 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
         f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
         + listed(report["class_names"], MAX_LISTED),
     ]
+    if backbone["backbone"].startswith(OWN_MODULE):
+        lines.insert(2, "           a module given in Python: its name cannot rebuild it")
     if backbone["stage_input"] is not None:
         lines.append(
             f"rows       {rows_text(CacheMeta.from_dict(meta))}, for finetune --from-stage"
@@ -68,7 +87,7 @@ def inspect_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check(config: VerifyConfig) -> dict[str, Any]:
+def check(config: VerifyConfig) -> JsonObject:
     """Check every byte of a cache that can be checked; with `repair`, recompute damaged blocks.
 
     Returns:
@@ -79,26 +98,32 @@ def check(config: VerifyConfig) -> dict[str, Any]:
         UserError: The dataset or weights are not those of the cache.
     """
     found = verify(config.cache)
-    report = {"command": "verify", **found.to_dict(), "num_repaired": 0}
+    notes = []
+    with contextlib.suppress(CacheError):  # damaged, which is reported
+        if (backbone := read_meta(config.cache)[0].backbone).is_own_module:
+            notes = [f"not recomputable: {_own_module(backbone)}"]
+    report = {"command": "verify", **found.to_dict(), "num_repaired": 0, "notes": notes}
     if config.repair and found.finished and not found.ok:
         num_repaired = _repair(config, found)
         report |= {**verify(config.cache).to_dict(), "num_repaired": num_repaired}
     return {**report, "exit_code": 0 if report["ok"] else EXIT_DAMAGED}
 
 
-def check_lines(report: dict[str, Any]) -> list[str]:
+def check_lines(report: JsonObject) -> list[str]:
     """The report for people."""
     path = report["path"]
     rows = sum(report["num_rows"].values())
     if report["ok"]:
         again = f", {report['num_repaired']} rows recomputed" if report["num_repaired"] else ""
-        missed = [f"not checked: {what}" for what in report["not_checked"]]
+        missed = [f"not checked: {what}" for what in report["not_checked"]] + report["notes"]
         sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{again}"
         return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
-    if report["repairable"]:
+    if report["notes"]:
+        lines += report["notes"]
+    elif report["repairable"]:
         command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
         lines.append(f"type {command} to recompute the damaged rows")
     else:
@@ -117,21 +142,23 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
             f"{config.cache} cannot be repaired: {found.problems[0]}; "
             "run extract-features --force to make it again"
         )
+    meta, class_names = read_meta(config.cache)
+    if meta.backbone.is_own_module:
+        raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
-    meta, class_names = read_meta(config.cache)
-    settings = _settings_of(config, meta)
-    dataset = load_dataset(settings)
-    _check_same(meta, class_names, settings, dataset)
-    network = load_backbone(settings, settings.seed, meta.backbone)
+    backbone = _backbone_of(config, meta)
+    dataset = load_dataset(_data_of(config, meta))
+    _check_same(config, meta, class_names, backbone, dataset)
+    network = load_backbone(backbone, config.seed, meta.backbone)
     with torch_threads_kept():
-        engine = choose_engine(
-            EngineSettings.of(settings),
-            network,
-            meta.backbone.preprocessing,
-            num_images=0,
-            train=dataset.splits.get("train"),
+        settings = EngineSettings(
+            backbone=meta.backbone.backbone,
+            engine="torch" if meta.engine == "torch" else "openvino",
+            precision=meta.precision,
         )
+        prep, train = meta.backbone.preprocessing, dataset.splits.get("train")
+        engine = choose_engine(settings, network, prep, num_images=0, train=train)
         if engine.recorded != meta.engine:
             raise CacheError(
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "
@@ -141,18 +168,23 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
         with prepare_repair(config.cache) as writer:
             damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
             for split in dataset.splits.values():
-                fill_split(run, writer, split, meta, settings.on_error)
+                fill_split(run, writer, split, meta, "skip")
             writer.finish()
     return damaged
 
 
-def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
-    """The extraction settings that a cache was made with, as far as it records them."""
+def _own_module(backbone: BackboneInfo) -> str:
+    """Why a cache cannot be computed again by a command."""
+    return (
+        f"{backbone.backbone} is a module given in Python, which cannot be rebuilt from its name; "
+        "make the cache again in Python with extract_features and force=True"
+    )
+
+
+def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
+    """Which images a cache was made from: the dataset's place as given, the rest as recorded."""
     assert config.dataset is not None
-    if meta.precision not in ("float32", "int8", "amp"):
-        raise CacheError(f"{config.cache}: unknown precision {meta.precision!r}")
-    views = {"none": "none", "flip": "flip"}.get(meta.views.kind, str(meta.views.num - 1))
-    return ExtractConfig(
+    return DataConfig(
         dataset=config.dataset,
         data_root=config.data_root,
         image_root=config.image_root,
@@ -164,23 +196,28 @@ def _settings_of(config: VerifyConfig, meta: CacheMeta) -> ExtractConfig:
         on_error="skip",
         seed=config.seed,
         cache_dir=config.cache.parent,
+    )
+
+
+def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
+    """The network and weights that a cache was made with."""
+    return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if meta.backbone.stages is None else "stages",
-        pool="avg+std" if meta.backbone.stages is None else meta.backbone.stages.pool,
+        image_px=meta.backbone.preprocessing.image_px,
         from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
-        views=views,
-        dtype=meta.dtype,
-        engine="torch" if meta.engine == "torch" else "openvino",
-        precision=meta.precision,  # type: ignore[arg-type]
     )
 
 
 def _check_same(
-    meta: CacheMeta, class_names: list[str], settings: ExtractConfig, dataset: ImageDataset
+    config: VerifyConfig,
+    meta: CacheMeta,
+    class_names: list[str],
+    backbone: FeatureConfig,
+    dataset: ImageDataset,
 ) -> None:
     """Refuse to repair a cache from other images or weights than it was made from."""
-    info_now = identify(settings, settings.seed, settings.cache_dir)
+    info_now = identify(backbone, config.seed, config.cache.parent)
     wanted = {
         "weights_sha256": (meta.backbone.weights_sha256, info_now.weights_sha256),
         "dataset.fingerprint": (meta.dataset.fingerprint, dataset.fingerprint),

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from featcache.backbone import identify
+from featcache.backbone import OwnNetwork, identify, load_backbone
 from featcache.cache import (
     MAX_DIM,
     FeatureCache,
+    SkippedSample,
     SplitRows,
     begun_with,
     cost_of,
     info,
     part_path,
     read_meta,
-    seconds_of,
     spent_on,
 )
 from featcache.config import CacheMeta, ExtractConfig, Views, flatten
@@ -30,6 +31,9 @@ from featcache.data import REASONS, ImageDataset, ImageSplit, load_dataset
 from featcache.errors import CacheError, UserError
 from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.runtime import numeric_versions, recorded_engine
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # These do not change the rows: a dataset may be renamed or moved.
 IMMATERIAL = ("dataset.name",)
@@ -43,28 +47,40 @@ class Request(NamedTuple):
         dataset: The images.
         meta: The metadata that the cache will carry; engine as asked for.
         path: Where the cache goes.
+        own: The network, if it was given as a module in Python.
     """
 
     config: ExtractConfig
     dataset: ImageDataset
     meta: CacheMeta
     path: Path
+    own: OwnNetwork | None = None
 
     @classmethod
-    def of(cls, config: ExtractConfig, dataset: ImageDataset | None = None) -> Self:
+    def of(
+        cls,
+        config: ExtractConfig,
+        dataset: ImageDataset | None = None,
+        own: OwnNetwork | None = None,
+    ) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
         Args:
             config: The command's settings.
             dataset: The images, where they are loaded already; those that the settings name unless
                 given.
+            own: The network, unless the settings name it.
 
         Raises:
             UserError: There is no such dataset, weights or stage, or a row would be too long.
         """
         dataset = dataset or load_dataset(config)
-        config = with_adapted_batchnorm(config, dataset)
-        backbone = identify(config, config.seed, config.cache_dir)
+        if own is None:
+            config = with_adapted_batchnorm(config, dataset)
+            backbone = identify(config, config.seed, config.cache_dir)
+        else:
+            backbone = own.identify(config)
+            config = dataclasses.replace(config, backbone=backbone.backbone)
         if backbone.feature_dim > MAX_DIM:
             raise UserError(
                 f"--from-stage {config.from_stage}: its input is {backbone.feature_dim:,} numbers "
@@ -77,9 +93,20 @@ class Request(NamedTuple):
             dtype=config.stored_dtype,
             precision=config.precision,
             engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
-            versions=numeric_versions(),
+            versions=numeric_versions(backbone.backbone),
         )
-        return cls(config=config, dataset=dataset, meta=meta, path=cache_path(config, meta))
+        path = cache_path(config, meta)
+        return cls(config=config, dataset=dataset, meta=meta, path=path, own=own)
+
+    def load_network(self) -> nn.Module:
+        """The frozen network that `meta` describes.
+
+        Raises:
+            UserError: Its weights have changed, or it lacks something.
+        """
+        if self.own is not None:
+            return self.own.load(self.meta.backbone)
+        return load_backbone(self.config, self.config.seed, self.meta.backbone)
 
 
 def settings_tag(meta: CacheMeta) -> str:
@@ -102,8 +129,7 @@ def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
     info = meta.backbone
     parts = [
         meta.dataset.name,
-        info.backbone,
-        Path(info.weights).stem,
+        info.file_name,
         f"{info.preprocessing.image_px}px",
         settings_tag(meta),
     ]
@@ -171,7 +197,8 @@ class EarlierRows(NamedTuple):
         if part_path(path).exists():
             seconds = spent_on(part_path(path))
         elif cache is not None:
-            seconds = seconds_of(cost_of(path, cache.digest))
+            cost = cost_of(path, cache.digest)
+            seconds = cost.seconds if cost else None
         made_by = begun or (cache.meta if cache else None)
         return cls(
             part=part_path(path) if begun else None,
@@ -195,7 +222,7 @@ class EarlierRows(NamedTuple):
         return num
 
 
-def left_out(path: Path) -> list[dict[str, Any]]:
+def left_out(path: Path) -> list[SkippedSample]:
     """The images that a cache, finished or not, leaves out: id and code of each."""
     return [row for split in info(path)["splits"].values() for row in split["skipped"]]
 
@@ -273,16 +300,25 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
 Sample = tuple[bytes, str, str | None]
 
 
+def label_texts(class_names: list[str], rows: SplitRows | ImageSplit) -> list[str]:
+    """Every sample's class, labels or number in words."""
+    if rows.targets is None:
+        return [class_names[label] for label in rows.labels.tolist()]
+    if rows.targets.ndim == 1:
+        return [str(number) for number in rows.targets.tolist()]
+    return ["|".join(class_names[label] for label in np.flatnonzero(row)) for row in rows.targets]
+
+
 def _samples(
     class_names: list[str], splits: Mapping[str, SplitRows | ImageSplit]
 ) -> dict[str, Sample]:
     """By "split:id": content, class and group of every sample."""
     return {
-        f"{name}:{key}": (content.tobytes(), class_names[label], group)
+        f"{name}:{key}": (content.tobytes(), label, group)
         for name, rows in splits.items()
         for key, label, content, group in zip(
             rows.ids,
-            rows.labels.tolist(),
+            label_texts(class_names, rows),
             rows.content,
             rows.groups or repeat(None, len(rows.ids)),
             strict=True,

@@ -6,12 +6,12 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
-from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import ExtractConfig, FinetuneConfig
+from featcache.cache import FeatureCache, cost_of
+from featcache.config import ExtractConfig, FinetuneConfig, JsonObject
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset, ImageSplit
 from featcache.extract import extract
@@ -66,8 +66,8 @@ class StageCache:
             CacheError: It is damaged, or not a cache.
         """
         cache = FeatureCache(path)
-        seconds = seconds_of(cost_of(cache.path, cache.digest))
-        return cls(cache=cache, hit=hit, wall_s=wall_s, seconds=seconds)
+        cost = cost_of(cache.path, cache.digest)
+        return cls(cache=cache, hit=hit, wall_s=wall_s, seconds=cost.seconds if cost else None)
 
     @property
     def cost_s(self) -> float:
@@ -89,11 +89,11 @@ class StageCache:
         places = np.array([place_of[name] for name in usable.ids], np.int64)
         return Activations(usable, cached, places, cut.shape)
 
-    def decisive(self) -> dict[str, Any]:
+    def decisive(self) -> JsonObject:
         """What of it decides a run's outcome."""
         return {"activations": self.cache.digest.hex()}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """For reports."""
         meta = self.cache.meta
         assert meta.backbone.stage_input is not None

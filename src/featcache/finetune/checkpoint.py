@@ -14,13 +14,13 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from featcache.config import flatten
+from featcache.config import JsonObject, flatten
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import remove_temporaries
 from featcache.finetune.trainable import TrainableModel
-from featcache.results import RunReport
+from featcache.results import EpochRecord, RunReport
 from featcache.tensor_files import State, read_metadata, read_tensor_file, write_safetensors
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Progress:
         best: Its moving tensors.
     """
 
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list)
     seconds: float = 0.0
     best_score: tuple[float, float] = (-1.0, 0.0)
     best_epoch: int = 0
@@ -54,7 +54,7 @@ class Progress:
         return len(self.epochs) - self.best_epoch
 
 
-def run_key(settings: dict[str, Any]) -> str:
+def run_key(settings: JsonObject) -> str:
     """Names a run by everything that decides its outcome: 64 hex digits."""
     text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -67,7 +67,7 @@ def checkpoint_path(output: Path) -> Path:
 
 def save_checkpoint(
     path: Path,
-    decisive: dict[str, Any],
+    decisive: JsonObject,
     progress: Progress,
     trainable: TrainableModel,
     optimizer: torch.optim.Optimizer,
@@ -123,7 +123,7 @@ def load_checkpoint(
         ) from error
 
 
-def check_same_run(output: Path, decisive: dict[str, Any]) -> None:
+def check_same_run(output: Path, decisive: JsonObject) -> None:
     """Refuse to replace the model, or an unfinished run's checkpoint, of other settings.
 
     Raises:
@@ -146,7 +146,7 @@ def check_same_run(output: Path, decisive: dict[str, Any]) -> None:
             )
 
 
-def _settings_of_report(output: Path) -> dict[str, Any]:
+def _settings_of_report(output: Path) -> JsonObject:
     """What a finished run's report says of its settings; nothing where there is none."""
     try:
         report = RunReport.load(output.with_suffix(".json"))
@@ -159,7 +159,7 @@ def _settings_of_report(output: Path) -> dict[str, Any]:
         return {}
 
 
-def _settings_of_checkpoint(path: Path) -> dict[str, Any]:
+def _settings_of_checkpoint(path: Path) -> JsonObject:
     """What an unfinished run's checkpoint says of its settings; nothing where it does not."""
     if not path.is_file():
         return {}

@@ -17,6 +17,8 @@ from featcache.errors import FeatcacheError
 from featcache.finetune.samples import Batch, Placement, Samples
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, rate_factor
 from featcache.random_order import epoch_order, flip_mask
+from featcache.results.metrics import top1
+from featcache.results.targets import mean_average_precision
 from featcache.runtime import StageTimer, progress
 
 if TYPE_CHECKING:
@@ -27,16 +29,21 @@ if TYPE_CHECKING:
 class Scores:
     """The result of a pass without training.
 
-    `predicted` [N] int64, `confidence` [N] float32 the probability of the predicted class,
-    `probabilities` [N, C] float32 those of all classes, `loss` the mean cross-entropy.
+    `probabilities` [N, C] float32 are those of all classes, `loss` is the mean of what training
+    minimizes. `metric` is top-1 accuracy or, `of_labels` of which an image has several, the mean
+    average precision.
     """
 
-    predicted: NDArray[np.int64]
-    confidence: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     loss: float
-    top1: float
+    of_labels: bool
+    metric: float
     seconds: float
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """The likeliest class of each sample [N]."""
+        return np.asarray(self.probabilities.argmax(axis=1), np.int64)
 
 
 def train_epoch(
@@ -79,13 +86,12 @@ def train_epoch(
                 batch = next(batches, None)
             if batch is None:
                 break
-            raw, labels, rows = batch
+            raw, _, rows = batch
             factor = rate_factor(recipe, step, recipe.epochs * steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            weights = None if samples.weights is None else samples.weights[rows]
             inputs = samples.inputs(raw, placement)
-            loss = _step(trainable, optimizer, placement, inputs, labels, weights)
+            loss = _step(trainable, optimizer, placement, inputs, samples, rows)
             if not math.isfinite(loss):
                 raise FeatcacheError(
                     _not_finite(recipe, epoch, step - epoch * steps_per_epoch, loss)
@@ -108,19 +114,17 @@ def _step(
     optimizer: torch.optim.Optimizer,
     placement: Placement,
     inputs: torch.Tensor,
-    labels: NDArray[np.int64],
-    weights: NDArray[np.float32] | None,
+    samples: Samples,
+    rows: NDArray[np.int64],
 ) -> float:
-    """One update, unless the loss is not finite; returns the loss."""
+    """One update with some rows of the samples, unless the loss is not finite; returns the loss."""
     import torch
-    from torch.nn.functional import cross_entropy
 
-    truth = torch.from_numpy(labels).to(placement.device)
     with placement.autocast():
         logits = trainable.network(inputs)
-    each = cross_entropy(logits.float(), truth, reduction="none")
-    if weights is not None:
-        each = each * torch.from_numpy(weights).to(placement.device)
+    each = _losses(logits.float(), samples, rows)
+    if samples.weights is not None:
+        each = each * torch.from_numpy(samples.weights[rows]).to(placement.device)
     loss = each.mean()
     value = float(loss.detach())
     if math.isfinite(value):
@@ -128,6 +132,18 @@ def _step(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return value
+
+
+def _losses(logits: torch.Tensor, samples: Samples, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Of each row, the cross-entropy of its class, or the mean of its labels' cross-entropies."""
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+    if samples.split.targets is None:
+        labels = torch.from_numpy(samples.split.labels[rows]).to(logits.device)
+        return cross_entropy(logits, labels, reduction="none")
+    targets = torch.from_numpy(samples.split.targets[rows]).to(logits)
+    return binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
 def _not_finite(recipe: TrainingRecipe, epoch: int, step: int, loss: float) -> str:
@@ -176,28 +192,26 @@ def _with_lone_merged(batches: Iterator[Batch]) -> Iterator[Batch]:
 def score(trainable: TrainableModel, samples: Samples, placement: Placement) -> Scores:
     """Classify every sample of a split, in eval mode; the model is left in eval mode."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     start = time.perf_counter()
+    targets = samples.split.targets
     trainable.model.eval()
     num = len(samples)
     found: list[NDArray[np.float32]] = []
     total_loss = 0.0
     with torch.inference_mode(), progress(num, f"score {samples.split.name}", leave=False) as bar:
-        for raw, labels, _ in samples.all_batches(placement):
+        for raw, _, rows in samples.all_batches(placement):
             with placement.autocast():
                 logits = trainable.network(samples.inputs(raw, placement))
             logits = logits.float().cpu()
-            total_loss += float(cross_entropy(logits, torch.from_numpy(labels), reduction="sum"))
-            found.append(logits.softmax(1).numpy())
-            bar.update(len(labels))
+            total_loss += float(_losses(logits, samples, rows).sum())
+            found.append((logits.softmax(1) if targets is None else logits.sigmoid()).numpy())
+            bar.update(len(rows))
     probabilities = np.concatenate(found)
-    predicted = probabilities.argmax(axis=1).astype(np.int64)
-    return Scores(
-        predicted=predicted,
-        confidence=probabilities.max(axis=1),
-        probabilities=probabilities,
-        loss=total_loss / num,
-        top1=float((predicted == samples.split.labels).mean()),
-        seconds=time.perf_counter() - start,
-    )
+    if targets is None:
+        metric = top1(samples.split.labels, probabilities.argmax(axis=1))
+    else:
+        columns = zip(targets.T, probabilities.T, strict=True)
+        metric = mean_average_precision(list(columns)) or 0.0
+    seconds = time.perf_counter() - start
+    return Scores(probabilities, total_loss / num, targets is not None, metric, seconds)

@@ -18,8 +18,8 @@ from featcache.errors import CacheError, UserError, listed
 from featcache.finetune.samples import Placement, Samples
 from featcache.finetune.trainable import TrainableModel
 from featcache.heads import LinearHead, check_head_fits
+from featcache.heads.features import Floats
 from featcache.heads.files import parse_head
-from featcache.heads.linear import Floats
 from featcache.tensor_files import TensorFile
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def fit_probe(
     """Start the head from logistic regression on the frozen features of the train images.
 
     The regularization is chosen on a held-out fifth of these images, then all of them are fitted.
-    Classes without an image get no weight and a low bias.
+    Classes without an image get no weight and a low bias. Several labels per image are fitted one
+    by one, all with the same middling regularization.
 
     Returns:
         What was chosen: the strength C and the number of images.
@@ -88,13 +89,21 @@ def fit_probe(
     mean = features.mean(0)
     scale = max(float((features - mean).std()), 1e-6)
     scaled = (features - mean) / scale
-    strength = _choose_strength(scaled, samples, seed)
-    probe = _fitted(scaled, samples.split.labels, strength)
-    # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
     weight = np.zeros((num_classes, len(mean)), np.float32)
     bias = np.full(num_classes, ABSENT_BIAS, np.float32)
-    weight[probe.classes_] = probe.coef_ / scale
-    bias[probe.classes_] = probe.intercept_
+    if samples.split.targets is None:
+        strength = _choose_strength(scaled, samples, seed)
+        probe = _fitted(scaled, samples.split.labels, strength)
+        weight[probe.classes_], bias[probe.classes_] = probe.coef_, probe.intercept_
+    else:
+        strength = STRENGTHS[1]
+        for label, column in enumerate(samples.split.targets.T):
+            if column.min() < column.max():
+                probe = _fitted(scaled, column.astype(np.int64), strength)
+                weight[label] = probe.coef_[1] - probe.coef_[0]
+                bias[label] = probe.intercept_[1] - probe.intercept_[0]
+    # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
+    weight /= scale
     set_head(trainable.head, weight, bias - weight @ mean)
     return {"C": strength, "num_images": len(samples)}
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureSplit
-from featcache.config import FinetuneConfig, Preprocessing
+from featcache.config import FinetuneConfig, JsonObject, Preprocessing
 from featcache.data import (
     BadImage,
     DecodedSplit,
@@ -56,7 +56,7 @@ class Placement:
     channels_last: bool
     workers: int
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JsonObject:
         """For reports: device by name, precision, memory layout, threads."""
         import torch
 

@@ -6,11 +6,11 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featcache.backbone import build_classifier, identify
 from featcache.cache import check_unlocked
-from featcache.config import BackboneInfo, FinetuneConfig, Preprocessing
+from featcache.config import BackboneInfo, FinetuneConfig, JsonObject, Preprocessing
 from featcache.data import ImageDataset, load_dataset
 from featcache.errors import UserError
 from featcache.files import check_outputs
@@ -55,7 +55,7 @@ class FinetuneRun:
     chosen_on: str
     num_skipped: dict[str, int]
     read_seconds: float
-    decisive: dict[str, Any]
+    decisive: JsonObject
     output: Path
     probe: dict[str, float] = field(default_factory=dict)
     checkpoint_s: float = 0.0
@@ -141,6 +141,11 @@ def _check_given(config: FinetuneConfig) -> TensorFile | None:
 
 
 def _noted(dataset: ImageDataset) -> ImageDataset:
+    if dataset.task == "regression":
+        raise UserError(
+            f"every image of {dataset.name} has a number: finetune is for classes and labels; run "
+            "extract-features, then train-head on its cache"
+        )
     for note in dataset.notes:
         say(note)
     return dataset
@@ -255,7 +260,7 @@ def _decisive(
     placement: Placement,
     samples: dict[str, Samples],
     head_file: TensorFile | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """All that decides a run's outcome, as JSON."""
     kept = hashlib.sha256()
     for name in sorted(samples):
@@ -267,12 +272,11 @@ def _decisive(
         "images": kept.hexdigest(),
         "init_head": head_file.sha256 if head_file else None,
         "device": placement.device,
-        "versions": numeric_versions(),
+        "versions": numeric_versions(info.backbone),
     }
 
 
 def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
-    weights = Path(info.weights).stem
-    return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"
+    return f"{dataset.name}-{info.file_name}-{what}-{key[:8]}.safetensors"

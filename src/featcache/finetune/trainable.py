@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.backbone import head_of
-from featcache.config import FinetuneConfig
+from featcache.config import FinetuneConfig, JsonObject
 from featcache.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class TrainingRecipe:
     seed: int
     from_stage: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """As JSON; without a stage it is what version 0.1.0 wrote."""
         values = dataclasses.asdict(self)
         if self.from_stage is None:
@@ -260,5 +260,4 @@ class TrainableModel:
 
     def head_width(self) -> int:
         """Width D of the features that enter the head."""
-        weight = cast("torch.Tensor", self.head.weight)
-        return int(weight.shape[1])
+        return int(self.head.weight.shape[1])

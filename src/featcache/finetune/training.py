@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
-from featcache.config import FinetuneConfig, config_json
+from featcache.config import FinetuneConfig, JsonObject, config_json
 from featcache.data import ImageDataset
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
@@ -31,17 +33,18 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
-from featcache.results import RunReport
-from featcache.results.runs import Evaluation, evaluate
+from featcache.results import EpochRecord, RunReport
+from featcache.results.runs import evaluate
 from featcache.results.tables import score_lines
+from featcache.results.targets import TargetPredictions, multilabel_scores
 from featcache.runtime import environment, say
-from featcache.tensor_files import ModelCard, write_model
+from featcache.tensor_files import LABEL_THRESHOLD, ModelCard, write_model
 
 if TYPE_CHECKING:
     import torch
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
+def finetune(config: FinetuneConfig) -> JsonObject:
     """Do the work of the command `finetune`, as `finetune_report` does.
 
     Returns:
@@ -168,16 +171,22 @@ def _train(
             say(f"stopped early: no gain since epoch {progress.best_epoch}")
             break
         loss, seconds, wait = train_epoch(trainable, optimizer, run.train, run.placement, epoch)
-        record = {"epoch": epoch + 1, "train_loss": loss, "seconds": seconds, "wait_seconds": wait}
+        record: EpochRecord = {
+            "epoch": epoch + 1,
+            "train_loss": loss,
+            "seconds": seconds,
+            "wait_seconds": wait,
+        }
         if run.held is not None:
             _score_held_out(run, progress, record)
         record["eval_seconds"] = record.get("val_seconds", 0.0)
         if run.config.score == "epoch" or epoch + 1 == recipe.epochs:
             scores = score(trainable, run.test, run.placement)
-            record |= {"test_top1": scores.top1, "test_loss": scores.loss}
+            record["test_map" if scores.of_labels else "test_top1"] = scores.metric
+            record["test_loss"] = scores.loss
             record["eval_seconds"] += scores.seconds
         progress.epochs.append(record)
-        if "test_top1" in record or run.config.verbose:
+        if "test_loss" in record or run.config.verbose:
             say(epoch_line(record, recipe.epochs))
         elapsed = time.perf_counter() - start
         if epoch + 1 < recipe.epochs and elapsed - progress.seconds >= run.checkpoint_s:
@@ -191,20 +200,22 @@ def _train(
     return scores or score(trainable, run.test, run.placement)
 
 
-def _score_held_out(run: FinetuneRun, progress: Progress, record: dict[str, Any]) -> None:
+def _score_held_out(run: FinetuneRun, progress: Progress, record: EpochRecord) -> None:
     """Score the held-out images, and keep the epoch if it is the best so far."""
     assert run.held is not None
     held = score(run.trainable, run.held, run.placement)
-    record |= {"val_top1": held.top1, "val_loss": held.loss, "val_seconds": held.seconds}
-    if (held.top1, -held.loss) > progress.best_score:
-        progress.best_score, progress.best_epoch = (held.top1, -held.loss), record["epoch"]
+    record["val_map" if held.of_labels else "val_top1"] = held.metric
+    record["val_loss"], record["val_seconds"] = held.loss, held.seconds
+    if (held.metric, -held.loss) > progress.best_score:
+        progress.best_score, progress.best_epoch = (held.metric, -held.loss), record["epoch"]
         progress.best = {n: t.detach().clone() for n, t in run.trainable.moving_state().items()}
 
 
-def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
+def epoch_line(record: EpochRecord, num_epochs: int) -> str:
     """One epoch for people."""
-    held = f"  held-out {record['val_top1']:.3f}" if "val_top1" in record else ""
-    test = f"  test {record['test_top1']:.3f}" if "test_top1" in record else ""
+    val, tested = (record.get(f"{n}_top1", record.get(f"{n}_map")) for n in ("val", "test"))
+    held = "" if val is None else f"  held-out {val:.3f}"
+    test = "" if tested is None else f"  test {tested:.3f}"
     return (
         f"epoch {record['epoch']}/{num_epochs}  loss {record['train_loss']:.3f}{held}{test}"
         f"  {record['seconds']:.1f} s"
@@ -214,13 +225,10 @@ def epoch_line(record: dict[str, Any], num_epochs: int) -> str:
 
 def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: int) -> RunReport:
     num_test = len(run.test)
-    found = _evaluated(run, scores)
     seconds = sum(e["seconds"] for e in progress.epochs) / len(progress.epochs)
     return RunReport(
         command="finetune",
         trainable_params=run.trainable.trainable_params,
-        test_top1=scores.top1,
-        test_interval=found.interval,
         seconds_total=0.0,  # known once the model is written
         epochs=progress.epochs,
         scored_on=f"test split ({num_test} images)",
@@ -240,30 +248,48 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "read_seconds": run.read_seconds,
             "recipe": run.recipe.to_dict(),
             "probe": run.probe,
+            **({} if run.dataset.task == "multiclass" else {"task": run.dataset.task}),
             **_tail_fields(run),
         },
         class_names=run.dataset.class_names,
-        scores=found.scores,
-        calibration=found.calibration,
-        test=found.test,
+        **_evaluated(run, scores),
     )
 
 
-def _evaluated(run: FinetuneRun, scores: Scores) -> Evaluation:
-    split = run.test.split
-    return evaluate(
+def _evaluated(run: FinetuneRun, scores: Scores) -> JsonObject:
+    """The report's fields of what was scored."""
+    split, names = run.test.split, run.dataset.class_names
+    if split.targets is not None:
+        truth, probabilities = split.targets > 0, scores.probabilities.astype(np.float64)
+        predicted = probabilities >= LABEL_THRESHOLD
+        return {
+            "test_top1": None,
+            "test_interval": None,
+            "target_scores": multilabel_scores(
+                truth, probabilities, predicted, names, seed=run.config.seed
+            ),
+            "targets": TargetPredictions.of_labels(split.ids, truth, predicted),
+        }
+    found = evaluate(
         split.labels,
         scores.predicted,
         scores.probabilities,
         ids=split.ids,
-        class_names=run.dataset.class_names,
-        confidence=scores.confidence,
+        class_names=names,
+        confidence=scores.probabilities.max(axis=1),
         groups=split.groups,
         seed=run.config.seed,
     )
+    return {
+        "test_top1": scores.metric,
+        "test_interval": found.interval,
+        "scores": found.scores,
+        "calibration": found.calibration,
+        "test": found.test,
+    }
 
 
-def _provenance(run: FinetuneRun) -> dict[str, Any]:
+def _provenance(run: FinetuneRun) -> JsonObject:
     return {
         "backbone": run.info.to_dict(),
         "dataset": dataclasses.asdict(run.dataset.info(run.config)),
@@ -271,7 +297,7 @@ def _provenance(run: FinetuneRun) -> dict[str, Any]:
     }
 
 
-def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
+def _tail_fields(run: FinetuneRun) -> JsonObject:
     """What a report says of a run from cached activations only."""
     if run.stage_cache is None:
         return {}
@@ -282,9 +308,13 @@ def _tail_fields(run: FinetuneRun) -> dict[str, Any]:
 
 
 def _write_model(run: FinetuneRun, report: RunReport) -> None:
-    scores = {
+    scores: JsonObject = {
         "test_top1": report.test_top1,
-        "test_interval": list(report.test_interval),
+        "test_interval": list(report.test_interval or ()),
+    }
+    if report.target_scores is not None:
+        scores = dataclasses.asdict(report.target_scores)
+    scores |= {
         "num_test": len(run.test),
         "chosen_on": report.chosen_on,
     }
@@ -294,22 +324,29 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
         preprocessing=run.info.preprocessing,
         provenance={**report.provenance, "recipe": report.more["recipe"]},
         scores=scores,
+        task=run.dataset.task,
     )
     write_model(run.output, run.trainable.model.state_dict(), card)
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def _main_score(report: JsonObject) -> tuple[str, float, tuple[float, float]]:
+    if (scores := report.get("target_scores")) is not None:
+        return "mean average precision", scores["mean_average_precision"], scores["interval"]
+    return "accuracy", report["test_top1"], report["test_interval"]
+
+
+def summary_lines(report: JsonObject) -> list[str]:
     """The report for people."""
-    low, high = report["test_interval"]
     skipped = sum(report["num_skipped"].values())
     left_out = f"; {skipped} unreadable images left out" if skipped else ""
     done = ["already trained, nothing to do; --no-resume trains again"] if report["hit"] else []
     tail = f" ({report['mode']})" if "mode" in report else ""
     extraction = report.get("activations", {}).get("extract_seconds")
     once = "" if extraction is None else f", {extraction:.1f} s of it once for the activations"
+    name, score, (low, high) = _main_score(report)
     return [
         *done,
-        f"test accuracy {report['test_top1']:.3f} [{low:.3f}, {high:.3f}] on "
+        f"test {name} {score:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters{tail}",
         *score_lines(RunReport.from_dict(report)),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "

@@ -1,6 +1,5 @@
 """Heads on cached features: solvers, honest choice of settings, head files."""
 
-from featcache.heads.alternatives import Network, train_best_head
 from featcache.heads.files import Head, check_head_fits, load_head, save_head
 from featcache.heads.linear import Decision, LinearHead, softmax
 from featcache.heads.solvers.knn import KnnHead
@@ -12,13 +11,11 @@ __all__ = [
     "Head",
     "KnnHead",
     "LinearHead",
-    "Network",
     "check_head_fits",
     "load_head",
     "save_head",
     "softmax",
     "summary_lines",
-    "train_best_head",
     "train_head",
     "train_head_report",
 ]

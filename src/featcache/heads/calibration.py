@@ -13,19 +13,18 @@ from numpy.typing import NDArray
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
+from featcache.heads.features import Doubles, Floats, Ints, widen
+from featcache.heads.files import Head
 from featcache.heads.linear import (
     TEMPERATURES,
     Decision,
-    Doubles,
-    Floats,
-    Ints,
     KnownRows,
+    LinearHead,
     Threshold,
     Wanted,
     nearest_distance,
     softmax,
     unit_rows,
-    widen,
 )
 from featcache.heads.selection import Choice, Selection
 from featcache.heads.solvers.base import NotConverged, Settings, Solver
@@ -129,14 +128,16 @@ def _fitted_logits(solver: Solver, settings: Settings, rows: Rows, held: Rows) -
 
 
 def fit_decision(
-    held: OutOfFold | None, config: TrainHeadConfig, class_names: list[str], chosen_on: str
+    held: OutOfFold | None, config: TrainHeadConfig, head: Head, chosen_on: str
 ) -> Decision:
     """Fit the temperature, and the threshold if one is asked for.
+
+    Shares of votes have no temperature: where no neighbor is of the true class, none would do.
 
     Args:
         held: Held-out rows, if there are any.
         config: The command's settings.
-        class_names: C names.
+        head: What is to decide.
         chosen_on: The held-out rows, in words.
 
     Raises:
@@ -150,10 +151,11 @@ def fit_decision(
                 "run extract-features with more images, or leave it out"
             )
         return Decision()
-    temperature = fit_temperature(held.logits, held.y, held.weights)
-    threshold = None
+    temperature, threshold = 1.0, None
+    if isinstance(head, LinearHead):
+        temperature = fit_temperature(held.logits, held.y, held.weights)
     if wanted is not None:
-        positive = positive_class(config, class_names)
+        positive = positive_class(config, head.class_names)
         scores = softmax(held.logits / temperature)[:, positive]
         threshold = choose_threshold(held.y == positive, scores, *wanted, positive=positive)
     return Decision(temperature=temperature, threshold=threshold, fitted_on=chosen_on)

@@ -13,7 +13,8 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from featcache.heads.linear import PLAIN, Floats, LinearHead
+from featcache.heads.features import Floats
+from featcache.heads.linear import PLAIN, LinearHead
 from featcache.heads.solvers.base import FittedHead, threads_for
 from featcache.heads.solvers.logistic import LogisticPath, LogisticProblem
 from featcache.heads.solvers.ridge import ridge_of

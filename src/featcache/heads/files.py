@@ -14,11 +14,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from featcache.config import BackboneInfo, CacheMeta, flatten
+from featcache.config import BackboneInfo, CacheMeta, JsonObject, flatten
 from featcache.errors import CacheError, UserError
 from featcache.files import write_atomically
 from featcache.heads.linear import PLAIN, Decision, KnownRows, LinearHead
@@ -33,7 +32,7 @@ KNOWN = "known."
 Head = LinearHead | KnnHead
 
 
-def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) -> None:
+def save_head(path: Path, head: Head, provenance: JsonObject | None = None) -> None:
     """Write a head file, whole or not at all.
 
     Args:
@@ -48,8 +47,8 @@ def save_head(path: Path, head: Head, provenance: dict[str, Any] | None = None) 
 
     if provenance is not None:
         head = head.replace(provenance=provenance)
-    tensors: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    tensors: Arrays = {}
+    rest: JsonObject = {}
     for item in dataclasses.fields(head):
         value = getattr(head, item.name)
         if isinstance(value, np.ndarray):
@@ -99,7 +98,7 @@ def parse_head(file: TensorFile) -> Head:
         if unknown := (rest.keys() | tensors.keys()) - names:
             raise UserError(f"unknown parts {', '.join(sorted(unknown))}")
         _check_types(rest, tensors)
-        parts: dict[str, Any] = {**rest, **tensors}
+        parts: JsonObject = {**rest, **tensors}
         if "decision" in rest:
             parts["decision"] = Decision.from_json(rest["decision"])
         if stored := {name: parts.pop(key) for key, name in known.items() if key in tensors}:
@@ -140,7 +139,7 @@ def check_head_fits(head: Head, features: CacheMeta | BackboneInfo) -> None:
             )
 
 
-def _check_types(rest: dict[str, Any], tensors: Arrays) -> None:
+def _check_types(rest: JsonObject, tensors: Arrays) -> None:
     for name, values in tensors.items():
         if values.dtype not in DTYPES or values.ndim > 2 or not values.size:
             raise UserError(f"tensor {name!r:.40} is {values.dtype} {list(values.shape)}")
@@ -160,3 +159,8 @@ def _check_values(head: Head, tensors: Arrays) -> None:
             raise UserError(f"{name} has shape {values.shape}, not [m, {head.feature_dim}]")
         if name in ("mean", "scale") and values.shape != (head.feature_dim,):
             raise UserError(f"{name} has shape {values.shape}, not [{head.feature_dim}]")
+    num_outputs, decision = len(head.class_names), head.decision
+    if decision.label_thresholds is not None and len(decision.label_thresholds) != num_outputs:
+        raise UserError(f"{len(decision.label_thresholds)} thresholds for {num_outputs} labels")
+    if decision.task == "regression" and num_outputs != 1:
+        raise UserError(f"{num_outputs} outputs for one number")

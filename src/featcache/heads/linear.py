@@ -1,9 +1,8 @@
-"""The linear head; what every head knows of probabilities and other classes; float32 features."""
+"""The linear head, and what every head knows of probabilities and of other classes."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -11,73 +10,28 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject, Task
 from featcache.config.checks import check_range, record_from_json
 from featcache.errors import UserError
+from featcache.heads.features import (
+    Doubles,
+    Floats,
+    Ints,
+    Singles,
+    checked_features,
+    row_blocks,
+    widen,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
-Floats = NDArray[np.floating[Any]]
-Singles = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Wanted = Literal["precision", "recall"]
 
-BLOCK_ROWS = 8192
 # Weight zero and this bias: a class without train rows is never predicted.
 ABSENT_BIAS = -1e4
 # The range of temperatures.
 TEMPERATURES = (1e-2, 1e2)
-# `widen` moves bits and multiplies, without branches. numpy converts float16 one by one, with
-# branches that zeros among other values make unpredictable: a whole streamed run then takes 20 to
-# 30 % more processor time.
-_EXPONENT = np.uint16(0x7C00)
-# The sign, and a half's exponent and fraction moved up to where a single has the end of its own.
-_BITS = np.array(0x8FFFE000, np.uint32).view(np.int32)
-_FRACTION_BITS = 23 - 10
-# Exponents count from 15 in halves and from 127 in singles; also right for values below 2**-14.
-_BIAS = np.float32(2.0 ** (127 - 15))
-_CHUNK = 1 << 16  # values that stay in a core's cache between the steps
-
-
-def row_blocks(X: Floats, num_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, Floats]]:
-    """Cut [N, D] rows of any float type into blocks of float32 (float64 stays as it is)."""
-    for start in range(0, len(X), num_rows):
-        rows = slice(start, min(start + num_rows, len(X)))
-        block = X[rows]
-        yield rows, block if block.dtype == np.float64 else widen(block)
-
-
-def all_finite(halves: NDArray[np.float16]) -> bool:
-    """Whether no value is infinite or not a number."""
-    return bool(((halves.view(np.uint16) & _EXPONENT) != _EXPONENT).all())
-
-
-def widen(features: NDArray[np.floating[Any]], out: Singles | None = None) -> Singles:
-    """Features as float32, the same values.
-
-    Args:
-        features: [n, D] of any float type.
-        out: [n, D] to write to.
-
-    Returns:
-        `out` if given; `features` itself where it is float32 already; a new array otherwise.
-    """
-    if features.dtype != np.float16 or not all_finite(features):
-        if out is None:
-            return features.astype(np.float32, copy=False)
-        np.copyto(out, features, casting="same_kind")
-        return out
-    found = np.empty(features.shape, np.float32) if out is None else out
-    step = max(1, _CHUNK // max(1, features.shape[1]))
-    for start in range(0, len(features), step):
-        rows = slice(start, start + step)
-        bits = found[rows].view(np.int32)
-        np.copyto(bits, features[rows].view(np.int16))  # keeps the sign in the highest bit
-        bits <<= _FRACTION_BITS
-        bits &= _BITS
-        found[rows] *= _BIAS
-    return found
 
 
 def softmax(logits: Floats) -> Floats:
@@ -86,9 +40,15 @@ def softmax(logits: Floats) -> Floats:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
+def sigmoid(logits: Floats) -> Floats:
+    """Probabilities from logits, each by itself."""
+    with np.errstate(over="ignore"):  # of very negative logits: the result is 0
+        return np.asarray(1 / (1 + np.exp(-logits)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """From which probability on a picture counts as one of two classes.
+    """The probability from which an image counts as the positive one of two classes.
 
     Attributes:
         positive: That class's number, 0 or 1.
@@ -120,18 +80,32 @@ class Decision:
         temperature: What logits are divided by before the softmax.
         threshold: For two classes, if one was asked for; without one, the likeliest class wins.
         fitted_on: The rows that decided, in words.
+        task: What an image has: one class, any of several labels, or a number.
+        label_thresholds: With several labels, the probability from which each is predicted.
     """
 
     temperature: float = 1.0
     threshold: Threshold | None = None
     fitted_on: str = "nothing"
+    task: Task = "multiclass"
+    label_thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, *TEMPERATURES)
+        if (self.task == "multilabel") != (self.label_thresholds is not None):
+            raise UserError(f"label thresholds do not go with the task {self.task}")
+        for threshold in self.label_thresholds or ():
+            check_range("label_thresholds", threshold, 0, 1)
 
     def probabilities(self, logits: Floats) -> Floats:
-        """Calibrated probabilities, along the last axis."""
-        return softmax(logits if self.temperature == 1 else logits / self.temperature)
+        """Calibrated probabilities, along the last axis; of several labels each by itself.
+
+        What predicts a number has no probabilities: its outputs are returned as they are.
+        """
+        if self.task == "regression":
+            return logits
+        scaled = logits if self.temperature == 1 else logits / self.temperature
+        return sigmoid(scaled) if self.task == "multilabel" else softmax(scaled)
 
     def classes(self, probabilities: Floats) -> Ints:
         """The class of each row of calibrated probabilities [N, C]."""
@@ -141,11 +115,25 @@ class Decision:
         reached = probabilities[:, positive] >= self.threshold.probability
         return np.where(reached, positive, 1 - positive).astype(np.int64)
 
-    def predict(self, logits: Floats) -> Ints:
-        """The class of each row of logits [N, C]."""
+    def has_labels(self, probabilities: Floats) -> NDArray[np.bool_]:
+        """With several labels, which of them rows of probabilities [..., C] are given."""
+        assert self.label_thresholds is not None
+        return np.asarray(probabilities >= np.array(self.label_thresholds))
+
+    def predict(self, logits: Floats) -> NDArray[Any]:
+        """What rows of logits [N, C] mean.
+
+        Returns:
+            Classes [N] int64; with several labels, whether a row has each, [N, C] bool; of a
+            number, float [N].
+        """
+        if self.task == "regression":
+            return np.asarray(logits[:, 0])
+        if self.label_thresholds is not None:
+            return self.has_labels(self.probabilities(logits))
         return self.classes(logits if self.threshold is None else self.probabilities(logits))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """As in a head file."""
         return dataclasses.asdict(self)
 
@@ -236,16 +224,19 @@ class KnownRows:
 
 def unit_rows(features: Floats) -> NDArray[np.float16]:
     """Features [N, D] scaled to length one; zeros stay zeros."""
-    wide = widen(features)
-    length = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.asarray(wide / np.where(length > 0, length, 1), np.float16)
+    return _of_unit_length(widen(features)).astype(np.float16)
+
+
+def _of_unit_length(features: Floats) -> Floats:
+    length = np.sqrt(np.einsum("nd,nd->n", features, features))[:, None]
+    return np.asarray(features / np.where(length > 0, length, 1))
 
 
 def nearest_distance(bank: Singles, features: Floats) -> Singles:
     """One less the largest cosine between each of features [N, D] and unit rows [m, D]."""
     found = np.empty(len(features), np.float32)
     for cut, block in row_blocks(features, 1024):
-        found[cut] = 1 - (widen(unit_rows(block)) @ bank.T).max(axis=1)
+        found[cut] = 1 - (_of_unit_length(block) @ bank.T).max(axis=1)
     return found
 
 
@@ -273,9 +264,9 @@ class LinearHead:
     mean: Floats | None = None
     scale: Floats | None = None
     solver: str = "logistic"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
     decision: Decision = PLAIN
     known: KnownRows | None = None
 
@@ -312,18 +303,24 @@ class LinearHead:
         return np.asarray(logits + self.bias)
 
     def predict_proba(self, X: ArrayLike) -> Floats:
-        """Probabilities [N, C] of features [N, D]."""
+        """Probabilities [N, C] of features [N, D]; of a number, the number [N, 1]."""
         return self.decision.probabilities(self.decision_function(X))
 
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
-        """Class indices [N] of features [N, D]."""
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """What features [N, D] are predicted to have, as `Decision.predict` gives it."""
         return self.decision.predict(self.decision_function(X))
 
     def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Top-1 accuracy on features [N, D] with class indices [N]."""
-        from featcache.results.metrics import top1
+        """As in scikit-learn: accuracy (of several labels, that all are right), or R squared.
 
-        return top1(y, self.predict(X))
+        Args:
+            X: Features [N, D].
+            y: The truth, as `predict` returns it.
+        """
+        from sklearn.metrics import accuracy_score, r2_score
+
+        score = r2_score if self.decision.task == "regression" else accuracy_score
+        return float(score(y, self.predict(X)))
 
     def to_linear(self) -> nn.Linear:
         """The same head as an `nn.Linear`, bit for bit."""
@@ -366,20 +363,3 @@ class LinearHead:
         return self.replace(
             **{name: None if a is None else a.astype(np.float32) for name, a in arrays.items()}
         )
-
-
-def checked_features(X: ArrayLike, feature_dim: int) -> Floats:
-    """`X` as an array of floats [N, feature_dim].
-
-    Raises:
-        UserError: It has another shape.
-    """
-    features = np.asarray(X)
-    if features.dtype.kind != "f":
-        features = features.astype(np.float64)
-    if features.ndim != 2 or features.shape[1] != feature_dim:
-        raise UserError(
-            f"features of shape {features.shape} do not fit a head for [N, {feature_dim}]: "
-            "extract them with the backbone that the head was trained on"
-        )
-    return features

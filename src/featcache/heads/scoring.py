@@ -10,9 +10,16 @@ from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
+from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.files import Head
-from featcache.heads.linear import Doubles, Floats, Ints, Singles, softmax
-from featcache.heads.training_data import BLOCK_ROWS, check_finite, load_rows, surely_finite
+from featcache.heads.linear import softmax
+from featcache.heads.training_data import (
+    BLOCK_ROWS,
+    check_finite,
+    classes_of,
+    load_rows,
+    surely_finite,
+)
 from featcache.results.runs import Evaluation, evaluate
 
 # Probabilities of all classes are kept for a test split of at most this many.
@@ -170,5 +177,5 @@ def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) 
                 yield views
 
     return TestSplit(
-        y=split.y, ids=split.ids, groups=split.groups, num_views=num_views, blocks=blocks
+        y=classes_of(split), ids=split.ids, groups=split.groups, num_views=num_views, blocks=blocks
     )

@@ -16,15 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
-from featcache.config import TrainHeadConfig
+from featcache.config import JsonObject, TrainHeadConfig
 from featcache.groups import assign_parts, kept_together
-from featcache.heads.linear import Floats, Ints
+from featcache.heads.features import Floats, Ints
 from featcache.heads.solvers.base import (
     HeldOutPredictions,
     NotConverged,
@@ -66,7 +65,7 @@ class Choice:
     score: float | None = None
     val_top1: float | None = None
     best_score: float | None = None
-    table: list[dict[str, Any]] = field(default_factory=list)
+    table: list[JsonObject] = field(default_factory=list)
     logits: list[Floats] | None = None
 
 
@@ -128,7 +127,8 @@ class InMemoryData:
         counted = np.flatnonzero(train.weights)  # rows of weight 0 do not count
         if len(counted) < train.num_rows:
             train = train.take(counted)
-        check_classes(train.y, train.class_names)
+        if train.values is None:
+            check_classes(train.y, train.class_names)
         if config.class_weight == "balanced":
             weights = balanced_weights(train.y, train.weights, train.num_classes)
             train = dataclasses.replace(train, weights=weights)
@@ -179,7 +179,7 @@ def load_data(cache: FeatureCache) -> InMemoryData:
 
 def choose_solver(
     solvers: Sequence[Solver], selection: Selection
-) -> tuple[Solver, Choice, list[dict[str, Any]]]:
+) -> tuple[Solver, Choice, list[JsonObject]]:
     """Choose each solver's settings, then the solver with the best held-out score.
 
     Returns:

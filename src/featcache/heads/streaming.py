@@ -20,7 +20,7 @@ from featcache.cache import FeatureCache, FeatureSplit
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.groups import hold_out_units, kept_together
-from featcache.heads.linear import Doubles, Floats, Ints, widen
+from featcache.heads.features import Doubles, Floats, Ints, widen
 from featcache.heads.selection import InMemoryData, Selection, load_data
 from featcache.heads.solvers.moments import Moments
 from featcache.heads.solvers.softmax_loss import Block
@@ -74,7 +74,7 @@ class RowReader:
 
     def weights(self, kept: slice | Ints) -> Doubles:
         """What some rows count for."""
-        factor = self.class_factor[self.split.y[kept]]
+        factor: Doubles = self.class_factor[self.split.y[kept]]
         return factor if self.own is None else factor * self.own[kept]
 
     def rows(self, index: Ints, views: Floats) -> Rows:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
+import numpy as np
+
+from featcache.config import JsonObject
+from featcache.heads.features import Ints
 from featcache.results.runs import RunReport
 from featcache.results.tables import score_lines
 
@@ -11,12 +15,14 @@ from featcache.results.tables import score_lines
 REJECT = 0.05
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: JsonObject) -> list[str]:
     """What `train-head` prints for people.
 
     Args:
         report: What `train_head` returned.
     """
+    if report["test_top1"] is None:
+        return target_lines(report)
     lines = [
         f"epoch {epoch['epoch']}: train loss {epoch['train_loss']:.4f}, "
         f"test accuracy {epoch['test_top1']:.3f}, {epoch['seconds']:.3f} s"
@@ -47,14 +53,53 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         )
         if shots["short_classes"]:
             lines.append(f"classes with fewer rows: {', '.join(shots['short_classes'])}")
-    lines.append(
+    return [*lines, _last_line(report)]
+
+
+def target_lines(report: JsonObject) -> list[str]:
+    """The summary where images have several labels or a number."""
+    scores, of_value = report["target_scores"], report["task"] == "regression"
+    if of_value:
+        what = "R squared"
+        (low, high), (least, most) = scores["r2_interval"], scores["mae_interval"]
+        lines = [
+            f"ridge: {_settings(report['chosen'])}; chosen on {report['chosen_on']}",
+            f"test R squared {scores['r2']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean "
+            f"absolute error {scores['mae']:.4g} ({least:.4g} to {most:.4g}; always the median of "
+            f"train: {scores['baseline_mae']:.4g}), on {report['scored_on']}",
+        ]
+    else:
+        what = "mean average precision"
+        low, high = scores["interval"]
+        lines = [
+            f"logistic, one per label; settings and thresholds chosen on {report['chosen_on']}",
+            *(_label_line(name, label) for name, label in list(scores["per_label"].items())),
+            f"test mean average precision {scores['mean_average_precision']:.3f} (95 % interval "
+            f"{low:.3f} to {high:.3f}), macro F1 {scores['macro_f1']:.3f}, all labels right in "
+            f"{scores['exact_match']:.3f}, on {report['scored_on']}",
+        ]
+    if report["val_score"] is not None:
+        lines.insert(1, f"held-out {what} {report['val_score']:.3f}")
+    return [*lines, _last_line(report)]
+
+
+def _label_line(name: str, label: JsonObject) -> str:
+    if label["average_precision"] is None:
+        return f"  {name}: no test image has it"
+    return (
+        f"  {name}: average precision {label['average_precision']:.3f}, precision "
+        f"{label['precision']:.3f}, recall {label['recall']:.3f}, {label['support']} test images"
+    )
+
+
+def _last_line(report: JsonObject) -> str:
+    return (
         f"{report['trainable_params']:,} trainable parameters, {report['num_train']:,} rows, "
         f"fitted in {report['fit_seconds']:.3f} s; head in {report['head']}"
     )
-    return lines
 
 
-def _rejection_lines(report: dict[str, Any]) -> list[str]:
+def _rejection_lines(report: JsonObject) -> list[str]:
     """What rejecting strange rows would do on the test split."""
     for row in report.get("rejections") or ():
         if row["level"] == REJECT and row["answered_top1"] is not None:
@@ -65,7 +110,7 @@ def _rejection_lines(report: dict[str, Any]) -> list[str]:
     return []
 
 
-def _threshold_lines(report: dict[str, Any]) -> list[str]:
+def _threshold_lines(report: JsonObject) -> list[str]:
     """The threshold of a head that has one, and what it reaches on the test split."""
     threshold = report.get("threshold")
     if threshold is None:
@@ -79,7 +124,7 @@ def _threshold_lines(report: dict[str, Any]) -> list[str]:
     return [f"{name} from a probability of {threshold['probability']:.3f}: {'; '.join(reached)}"]
 
 
-def _settings(values: dict[str, Any]) -> str:
+def _settings(values: JsonObject) -> str:
     # "strength" is the name of C and alpha in reports of version 0.1.
     named = [
         "C",
@@ -99,3 +144,49 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class ShotScore(TypedDict):
+    """What the head of one sample scored."""
+
+    seed: int
+    test_top1: float
+    val_top1: float | None
+
+
+class ShotsSummary(TypedDict):
+    """Test accuracy over the samples.
+
+    `std` is the sample standard deviation, None for one sample; `short_classes` are those with
+    fewer than `shots` rows.
+    """
+
+    shots: int
+    num_seeds: int
+    mean: float
+    std: float | None
+    seeds: list[ShotScore]
+    short_classes: list[str]
+
+
+def shots_summary(
+    shots: int, y: Ints, class_names: list[str], scores: list[ShotScore]
+) -> ShotsSummary:
+    """Mean and spread over the samples.
+
+    Args:
+        shots: Rows per class.
+        y: Class indices of all train rows [N].
+        class_names: Names of the C classes.
+        scores: One per sample.
+    """
+    top1 = np.array([score["test_top1"] for score in scores])
+    counts = np.bincount(y, minlength=len(class_names))
+    return {
+        "shots": shots,
+        "num_seeds": len(scores),
+        "mean": float(top1.mean()),
+        "std": float(top1.std(ddof=1)) if len(top1) > 1 else None,
+        "seeds": scores,
+        "short_classes": [n for n, k in zip(class_names, counts, strict=True) if k < shots],
+    }

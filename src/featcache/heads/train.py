@@ -8,17 +8,16 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from featcache.cache import FeatureCache, cost_of, seconds_of
-from featcache.config import StageColumns, TrainHeadConfig, config_json
+from featcache.cache import FeatureCache
+from featcache.config import JsonObject, StageColumns, TrainHeadConfig, config_json
 from featcache.errors import UserError
 from featcache.files import check_outputs
+from featcache.groups import draw_shots
 from featcache.heads.calibration import fit_decision, fit_known, out_of_fold, positive_class
 from featcache.heads.columns import num_params, on_columns
-from featcache.heads.few_shot import draw_shots, shots_summary
+from featcache.heads.features import Ints
 from featcache.heads.files import MARKS, Head, save_head
-from featcache.heads.linear import Ints
 from featcache.heads.scoring import TestPredictions, TestSplit, open_test
 from featcache.heads.selection import Choice, InMemoryData, choose_solver
 from featcache.heads.solvers.base import FittedHead, Solver, threads_for
@@ -27,7 +26,9 @@ from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import RidgeSolver
 from featcache.heads.solvers.sgd import SgdSolver
 from featcache.heads.streaming import StreamedData, open_data
-from featcache.heads.training_data import open_cache
+from featcache.heads.summary import ShotScore, shots_summary
+from featcache.heads.targets import target_head
+from featcache.heads.training_data import extraction_of, open_cache
 from featcache.results import RunReport, metrics, report_marks
 from featcache.runtime import StageTimer, environment, say
 
@@ -57,9 +58,9 @@ class HeadRun:
     test_top1: float
     fit_seconds: float
     num_train: int
-    compared: list[dict[str, Any]]
+    compared: list[JsonObject]
 
-    def chosen(self) -> dict[str, Any]:
+    def chosen(self) -> JsonObject:
         """Settings and how they were chosen, for reports."""
         chosen = {
             **self.choice.settings,
@@ -70,7 +71,7 @@ class HeadRun:
         return {**chosen, "solvers": self.compared} if self.compared else chosen
 
 
-def train_head(config: TrainHeadConfig) -> dict[str, Any]:
+def train_head(config: TrainHeadConfig) -> JsonObject:
     """Do the work of the command `train-head`, as `train_head_report` does.
 
     Returns:
@@ -100,15 +101,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
 
 
 def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
-    """What `train_head_report` does, but for writing files, whose names are checked.
-
-    Args:
-        config: The command's settings.
-        rows: See `train_head_report`.
-
-    Returns:
-        What the run measured, and the head.
-    """
+    """As `train_head_report`, but the head is returned too and no file is written."""
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
@@ -119,32 +112,23 @@ def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[Ru
         path = head_path(config, cache)
         outputs = {path: MARKS, path.with_suffix(".json"): report_marks("train-head")}
         check_outputs(outputs, [config.cache])
-        run, test, more = run_all(config, cache, rows)
         provenance = provenance_of(cache)
-        scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
-        head = run.fitted.head.replace(
-            chosen=json.loads(json.dumps(run.chosen())), scores=scores, provenance=provenance
-        )
-        found = test.evaluate(run.tested, head, config.seed)
-    more |= {"head": str(path), "extraction": extraction_of(cache)}
-    more |= {"run": run_key(config, cache, rows)[:16], **solver_fields(run, test)}
+        if cache.meta.dataset.task == "multiclass":
+            head, fields = _class_head(config, cache, rows)
+        else:
+            head, fields = target_head(config, cache)
+        head = head.replace(provenance=provenance)
+    more = {"head": str(path), "extraction": extraction_of(cache)}
+    more |= {"run": run_key(config, cache, rows)[:16], **fields.pop("more")}
     report = RunReport(
         command="train-head",
-        trainable_params=num_params(head, cache.meta.backbone.stages),
-        test_top1=run.test_top1,
-        test_interval=found.interval,
         seconds_total=timer.seconds["total"],
-        epochs=run.fitted.epochs,
-        scored_on=test.name,
-        chosen_on=run.choice.chosen_on,
         config=config_json(config),
         provenance=provenance,
         environment=environment(),
-        more=more,
         class_names=cache.class_names,
-        scores=found.scores,
-        calibration=found.calibration,
-        test=found.test,
+        more=more,
+        **fields,
     )
     return report, head
 
@@ -160,9 +144,31 @@ def write_head(report: RunReport, head: Head) -> None:
     report.save(path.with_suffix(".json"))
 
 
+def _class_head(
+    config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
+) -> tuple[Head, JsonObject]:
+    """A head for images of one class each, and the report's fields that depend on it."""
+    run, test, more = run_all(config, cache, rows)
+    scores = {"val_top1": run.choice.val_top1, "test_top1": run.test_top1}
+    head = run.fitted.head.replace(chosen=json.loads(json.dumps(run.chosen())), scores=scores)
+    found = test.evaluate(run.tested, head, config.seed)
+    return head, {
+        "trainable_params": num_params(head, cache.meta.backbone.stages),
+        "test_top1": run.test_top1,
+        "test_interval": found.interval,
+        "epochs": run.fitted.epochs,
+        "scored_on": test.name,
+        "chosen_on": run.choice.chosen_on,
+        "more": more | solver_fields(run, test),
+        "scores": found.scores,
+        "calibration": found.calibration,
+        "test": found.test,
+    }
+
+
 def run_all(
     config: TrainHeadConfig, cache: FeatureCache, rows: Ints | None
-) -> tuple[HeadRun, TestSplit, dict[str, Any]]:
+) -> tuple[HeadRun, TestSplit, JsonObject]:
     """The protocol once, or on each few-shot sample.
 
     With given rows or --shots, settings are chosen within each sample, since a large val split is
@@ -173,7 +179,7 @@ def run_all(
     """
     data, stages = open_data(config, cache, rows), cache.meta.backbone.stages
     test = open_test(config, cache, in_memory=not data.streamed)
-    more: dict[str, Any] = {"streamed": data.streamed}
+    more: JsonObject = {"streamed": data.streamed}
     if config.shots is None or rows is not None:
         return run_protocol(config, data, test, stages), test, more
     assert isinstance(data, InMemoryData)  # --shots is never streamed
@@ -183,7 +189,7 @@ def run_all(
         for i in range(config.num_seeds)
     ]
     runs = [run_protocol(config, data.take(index), test, stages) for index in samples]
-    scores = [
+    scores: list[ShotScore] = [
         {"seed": i, "test_top1": run.test_top1, "val_top1": run.choice.val_top1}
         for i, run in enumerate(runs)
     ]
@@ -210,12 +216,17 @@ def run_protocol(
         train = selection.train
         with threads_for(train.num_values * train.num_classes):
             solvers = make_solvers(config, test, streamed=data.streamed)
-            if stages is not None and not data.streamed:
+            if not data.streamed:
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
+            elif config.columns not in ("auto", "all"):
+                raise UserError(
+                    f"--columns {config.columns} needs rows in memory, and these are streamed: add "
+                    "--stream off, or leave --columns out"
+                )
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
             held = out_of_fold(solver, choice, selection, config.seed)
-    decision = fit_decision(held, config, fitted.head.class_names, selection.name)
+    decision = fit_decision(held, config, fitted.head, selection.name)
     known = fit_known(held, decision, train.sample, config.seed)
     head = fitted.head.replace(decision=decision, known=known)
     fitted = dataclasses.replace(fitted, head=head)
@@ -278,8 +289,10 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError(f"--lr is for adam and sgd: leave it out for {solver}")
     if config.standardize != "auto" and solver == "knn":
         raise UserError("knn compares features as they are: leave --standardize out")
-    if config.columns == "last" and (solver == "knn" or config.stream == "on"):
-        raise UserError("--columns last needs a linear solver and rows in memory: leave it out")
+    if config.columns not in ("auto", "all") and (solver == "knn" or config.stream == "on"):
+        raise UserError(
+            f"--columns {config.columns} needs a linear solver and rows in memory: leave it out"
+        )
     for owner, flag in STRENGTH_FLAGS.items():
         if getattr(config, flag) is not None and owner != solver:
             own = STRENGTH_FLAGS.get(solver, "weight-decay")
@@ -308,7 +321,7 @@ def without_strength(config: TrainHeadConfig) -> TrainHeadConfig:
     if flag == "k" and (value < 1 or value % 1):
         raise UserError(f"--strength {value:g}: knn needs a whole number of neighbors")
     say(f"--strength is the old name of --{flag}: give --{flag} {value:g} for {solver}")
-    renamed: dict[str, Any] = {flag: int(value) if flag == "k" else value}
+    renamed: JsonObject = {flag: int(value) if flag == "k" else value}
     return dataclasses.replace(config, strength=None, **renamed)
 
 
@@ -352,20 +365,12 @@ def _of_features(cache: FeatureCache) -> FeatureCache:
     return cache
 
 
-def provenance_of(cache: FeatureCache) -> dict[str, Any]:
+def provenance_of(cache: FeatureCache) -> JsonObject:
     """What the features are: the cache's metadata, name and digest."""
     return {**cache.meta.to_dict(), "cache": cache.path.name, "cache_digest": cache.digest.hex()}
 
 
-def extraction_of(cache: FeatureCache) -> dict[str, Any] | None:
-    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
-    record = cost_of(cache.path, cache.digest)
-    if record is None:
-        return None
-    return {"seconds": seconds_of(record), "config": record.get("config")}
-
-
-def solver_fields(run: HeadRun, test: TestSplit) -> dict[str, Any]:
+def solver_fields(run: HeadRun, test: TestSplit) -> JsonObject:
     """The report's fields that only this command has."""
     class_names, threshold = run.fitted.head.class_names, run.fitted.head.decision.threshold
     num_classes, predicted = len(class_names), run.tested.classes

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from featcache.cache import FeatureCache, FeatureSplit
-from featcache.config import TrainHeadConfig
+from featcache.cache import FeatureCache, FeatureSplit, cost_of
+from featcache.config import JsonObject, TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.linear import (
-    Doubles,
-    Floats,
-    Ints,
-    Singles,
-    all_finite,
-    row_blocks,
-    widen,
-)
+from featcache.heads.features import Doubles, Floats, Ints, Singles, all_finite, row_blocks, widen
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
@@ -58,12 +50,14 @@ class Rows:
         y: Class indices [N].
         weights: What each row counts for, [N], above zero.
         class_names: C names, whether or not each class has rows.
+        values: Numbers to estimate instead of classes [N]; `y` is then 0 throughout.
     """
 
     views: Floats
     y: Ints
     weights: Doubles
     class_names: list[str]
+    values: Doubles | None = None
 
     @property
     def num_rows(self) -> int:
@@ -99,7 +93,11 @@ class Rows:
     def take(self, index: Ints) -> Rows:
         """The rows at `index`, all their views, copied."""
         return dataclasses.replace(
-            self, views=self.views[:, index], y=self.y[index], weights=self.weights[index]
+            self,
+            views=self.views[:, index],
+            y=self.y[index],
+            weights=self.weights[index],
+            values=None if self.values is None else self.values[index],
         )
 
     def on_columns(self, columns: slice) -> Rows:
@@ -228,15 +226,32 @@ def open_cache(config: TrainHeadConfig) -> FeatureCache:
     return cache
 
 
+def extraction_of(cache: FeatureCache) -> JsonObject | None:
+    """What extract-features recorded beside the cache: seconds and settings; None if nothing."""
+    cost = cost_of(cache.path, cache.digest)
+    return None if cost is None else {"seconds": cost.seconds, "config": cost.config}
+
+
 def load_rows(split: FeatureSplit, class_names: list[str]) -> Rows:
     """One split as checked rows.
 
     Raises:
         UserError: A row cannot be learned from.
     """
-    views = split.views
-    check_rows(views, split.y, split.ids, class_names, split.name)
-    return Rows(views=views, y=split.y, weights=sample_weights(split), class_names=class_names)
+    views, y = split.views, classes_of(split)
+    check_rows(views, y, split.ids, class_names, split.name)
+    return Rows(
+        views=views,
+        y=y,
+        weights=sample_weights(split),
+        class_names=class_names,
+        values=split.targets if split.targets is not None and split.targets.ndim == 1 else None,
+    )
+
+
+def classes_of(split: FeatureSplit) -> Ints:
+    """Class indices [N]; 0 throughout where rows have several labels or a number."""
+    return split.y if split.targets is None else np.zeros(len(split), np.int64)
 
 
 def sample_weights(split: FeatureSplit) -> Doubles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 from featcache.config import ReportConfig
 from featcache.files import check_outputs, write_atomically
@@ -10,10 +10,22 @@ from featcache.html_report.page import make_page
 from featcache.html_report.render import HTML_MARKS, MARKDOWN_MARKS, to_html, to_markdown
 from featcache.html_report.report_files import read_report_files
 
-__all__ = ["summary_lines", "write_report"]
+__all__ = ["PageReport", "summary_lines", "write_report"]
 
 
-def write_report(config: ReportConfig) -> dict[str, Any]:
+class PageReport(TypedDict):
+    """What `featcache report --json` prints."""
+
+    command: str
+    html: str
+    markdown: str
+    num_files: int
+    ignored: list[str]
+    sections: list[str]
+    advice: list[str]
+
+
+def write_report(config: ReportConfig) -> PageReport:
     """Read reports and write the page.
 
     Args:
@@ -45,7 +57,7 @@ def write_report(config: ReportConfig) -> dict[str, Any]:
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: PageReport) -> list[str]:
     """The result for people."""
     num_files, skipped = report["num_files"], len(report["ignored"])
     tail = f"; skipped {skipped} other .json file{'s' if skipped > 1 else ''}" if skipped else ""

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from featcache.config import flatten
+from featcache.config import JsonObject, flatten
 from featcache.html_report.report_files import ReportFiles, Run, Summary
 from featcache.results import Predictions, Row, RunReport, benchmark_rows
 from featcache.results.advice import advice, best_of
@@ -53,7 +52,7 @@ class ComparedRun:
         return self.row.mode
 
     @property
-    def dataset(self) -> dict[str, Any]:
+    def dataset(self) -> JsonObject:
         """What the report says of the dataset."""
         return (self.report and self.report.provenance.get("dataset")) or {}
 
@@ -138,8 +137,10 @@ def _of_run(run: Run, files: ReportFiles) -> ComparedRun:
 def _extraction_seconds(report: RunReport, files: ReportFiles) -> float | None:
     """How long a cached head's features took, from its own report or from other files."""
     cell = report.more.get("cell")
-    if cell:
-        return float(cell["cost_seconds"]) - float(cell["trial_seconds"])
+    if cell:  # what was spent on features that were not chosen comes before the run, too
+        return float(cell["cost_seconds"]) - float(
+            report.more.get("fit_seconds") or cell["trial_seconds"]
+        )
     own = report.more.get("extraction")
     if own and own.get("seconds") is not None:
         return float(own["seconds"])
@@ -150,8 +151,8 @@ def _extraction_seconds(report: RunReport, files: ReportFiles) -> float | None:
 def _name(report: RunReport, approach: Approach) -> str:
     """The mode with its solver, or with recipe and learning rate."""
     if approach == "cached":
-        solver = str(report.more.get("solver", ""))[:40]
-        return f"{NAMES[approach]}, {solver}" if solver else NAMES[approach]
+        parts = [str(report.more.get(name, ""))[:40] for name in ("solver", "features")]
+        return ", ".join([NAMES[approach], *(part for part in parts if part)])
     recipe = report.more.get("recipe") or {}
     parts = [str(report.config.get("recipe") or "")[:40]] if approach == "finetune" else []
     if isinstance(recipe.get("unfreeze"), list) and recipe["unfreeze"]:

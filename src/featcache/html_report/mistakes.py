@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from featcache.config import DataConfig, ReportConfig
+from featcache.config import DataConfig, JsonObject, ReportConfig
 from featcache.errors import UserError
 from featcache.html_report.compared_runs import ComparedRun
 from featcache.results import Predictions
@@ -175,7 +175,7 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
     from featcache.data import load_dataset
 
     names = ("num_train", "num_test", "test_fraction", "group_from")
-    drawn_as: dict[str, Any] = {name: run.dataset.get(name) for name in names}
+    drawn_as: JsonObject = {name: run.dataset.get(name) for name in names}
     dataset = load_dataset(
         DataConfig(
             dataset=config.dataset,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.files import read_regular
 from featcache.results import Row, RunReport
@@ -101,8 +102,8 @@ check_run = record(
         "config environment recipe?": OBJECT,
         "provenance": record({"dataset?": OBJECT, "backbone?": record({"preprocessing?": OBJECT})}),
         "trainable_params num_train num_test": COUNT,
-        "test_top1": SHARE,
-        "test_interval": INTERVAL,
+        "test_top1?": SHARE,
+        "test_interval?": INTERVAL,
         "seconds_total": SECONDS,
         "scored_on chosen_on": TEXT,
         "epochs": each(record({"seconds eval_seconds?": SECONDS, "test_top1?": SHARE})),
@@ -111,9 +112,11 @@ check_run = record(
             {"ids": each(TEXT), "labels predicted": each(COUNT), "confidence": each(SHARE)}
         ),
         "extraction?": record({"config?": OBJECT, "seconds?": SECONDS}),
+        "fit_seconds?": SECONDS,
+        "features?": TEXT,
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
-        "scores? calibration?": OBJECT,
+        "scores? calibration? target_scores?": OBJECT,
         "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
     }
 )
@@ -164,8 +167,8 @@ class Summary:
     advice: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     dataset: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    environment: JsonObject = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     runs: list[Any] = field(default_factory=list)
     typed: str | None = None
 
@@ -176,6 +179,7 @@ class ReportFiles:
 
     Attributes:
         runs: Training runs, those of comparisons included.
+        target_runs: Training runs on images with several labels or a number.
         comparisons: Learning curves.
         benchmarks: Tables of benchmark.py.
         extractions: Seconds that extraction took, by the cache's digest or, where a file does not
@@ -184,6 +188,7 @@ class ReportFiles:
     """
 
     runs: list[Run] = field(default_factory=list)
+    target_runs: list[Run] = field(default_factory=list)
     comparisons: list[Summary] = field(default_factory=list)
     benchmarks: list[Summary] = field(default_factory=list)
     extractions: dict[str, float] = field(default_factory=dict)
@@ -197,7 +202,7 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.summaries)
+        return len(self.runs) + len(self.target_runs) + len(self.summaries)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
@@ -260,7 +265,7 @@ def _read(files: ReportFiles, file: Path, seen: set[Path], *, named: bool) -> No
         files.ignored.append(file)
 
 
-def _parsed(file: Path) -> dict[str, Any]:
+def _parsed(file: Path) -> JsonObject:
     try:
         text = read_regular(file, MAX_BYTES)
     except FileNotFoundError:
@@ -276,13 +281,14 @@ def _parsed(file: Path) -> dict[str, Any]:
     return values
 
 
-def _add(files: ReportFiles, file: Path, values: dict[str, Any]) -> None:
+def _add(files: ReportFiles, file: Path, values: JsonObject) -> None:
     command = values.get("command")
     try:
         if command == "compare":
             files.comparisons.append(_summary(file, values))
         elif command in TRAINING:
-            files.runs.append(_run(file, values))
+            run = _run(file, values)
+            (files.runs if run.report.target_scores is None else files.target_runs).append(run)
         elif command == "extract-features":
             _add_extraction(files, values)
         elif "rows" in values:
@@ -294,7 +300,7 @@ def _add(files: ReportFiles, file: Path, values: dict[str, Any]) -> None:
         raise UserError(f"{file} is not a readable report ({reason}); {HINT}") from error
 
 
-def _add_extraction(files: ReportFiles, values: dict[str, Any]) -> None:
+def _add_extraction(files: ReportFiles, values: JsonObject) -> None:
     """The time an extraction took, unless it is unknown or the cache was already complete."""
     check_extraction(values)
     key = str(values.get("cache_digest") or Path(values["cache"]).name)
@@ -302,11 +308,13 @@ def _add_extraction(files: ReportFiles, values: dict[str, Any]) -> None:
         files.extractions[key] = float(values["seconds_total"])
 
 
-def _run(file: Path, values: dict[str, Any]) -> Run:
+def _run(file: Path, values: JsonObject) -> Run:
     check_run(values)
     # Null means missing, but readers of epochs expect numbers.
     epochs = [{k: v for k, v in epoch.items() if v is not None} for epoch in values["epochs"]]
     report = RunReport.from_dict({**values, "epochs": epochs})
+    if report.target_scores is None and None in (report.test_top1, report.test_interval):
+        raise UserError("it has no score")
     if report.test is not None:
         if report.class_names is None:
             raise UserError("it has predictions but no class_names")
@@ -317,7 +325,7 @@ def _run(file: Path, values: dict[str, Any]) -> Run:
     return Run(path=file, report=report)
 
 
-def _summary(file: Path, values: dict[str, Any]) -> Summary:
+def _summary(file: Path, values: JsonObject) -> Summary:
     check_summary(values)
     known = {f.name for f in dataclasses.fields(Summary)} - {"path", "points", "rows"}
     return Summary(
@@ -328,7 +336,7 @@ def _summary(file: Path, values: dict[str, Any]) -> Summary:
     )
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: JsonObject) -> Row:
     if values["approach"] not in get_args(Approach):
         raise UserError(f"approach {values['approach']!r:.40}")
     names = [item.name for item in dataclasses.fields(Row)]

@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.config import PredictConfig, Preprocessing, Views
+from featcache.backbone import OwnNetwork
+from featcache.config import JsonObject, PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
 from featcache.engine import EngineSettings
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
-from featcache.heads import KnnHead, softmax
+from featcache.heads import KnnHead
 from featcache.heads.linear import KnownRows
 from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
 from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from featcache.engine import Engine
 
 T = TypeVar("T")
@@ -53,6 +56,10 @@ class Prediction:
             images like those, a share of p has a value of at most p.
         unknown: Whether the p-value is at most `reject`: the image may belong to none of the
             classes. Then `label` is "unknown", and the rest is as without `reject`.
+        labels: Of a classifier with several labels per image, those that the image has; `label`
+            joins them, and `topk` has the probability of each label by itself.
+        value: Of a classifier that predicts a number; `label` is the number as text, `probability`
+            is not a number, and `topk` is empty.
     """
 
     label: str
@@ -60,6 +67,8 @@ class Prediction:
     topk: tuple[tuple[str, float], ...]
     p_value: float | None = None
     unknown: bool = False
+    labels: tuple[str, ...] | None = None
+    value: float | None = None
 
 
 class Classifier:
@@ -98,7 +107,13 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, weights: str | None = None, seed: int = 42, **how: Any
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        weights: str | None = None,
+        seed: int = 42,
+        backbone: nn.Module | None = None,
+        **how: Any,
     ) -> Self:
         """Read a file that train-head or finetune wrote.
 
@@ -106,6 +121,7 @@ class Classifier:
             path: The file.
             weights: The backbone's weights file, if it lies neither here nor beside the head.
             seed: Draws the backbone's weights, if the head was trained on random ones.
+            backbone: The module that made the head's features, if it was given in Python.
             **how: device, batch_size and workers.
 
         Raises:
@@ -113,7 +129,8 @@ class Classifier:
             CacheError: The weights are not those that the head was trained on.
         """
         with python_errors(PredictConfig):
-            trained = load_classifier(Path(path), weights=weights, seed=seed)
+            own = None if backbone is None else OwnNetwork.of(backbone)
+            trained = load_classifier(Path(path), weights=weights, seed=seed, own=own)
         return cls(trained, **how)
 
     @property
@@ -127,7 +144,7 @@ class Classifier:
         return self.trained.preprocessing
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> JsonObject:
         """What the classifier was made from."""
         return self.trained.provenance
 
@@ -184,14 +201,24 @@ class Classifier:
         return self._as_cached(rows)
 
     def prediction(self, probabilities: Row, topk: int = 1) -> Prediction:
-        """Name the class of one row of probabilities [C], and the likeliest others."""
+        """Name the class of one row of probabilities [C], and the likeliest others.
+
+        Of several labels, name those that the image has; of a number, the row is that number.
+        """
+        decision, names = self.trained.decision, self.trained.class_names
+        if decision.task == "regression":
+            value = float(probabilities[0])
+            return Prediction(f"{value:g}", math.nan, (), value=value)
         order = np.argsort(-probabilities, kind="stable")
-        if self.trained.decision.threshold is not None:  # of two classes, maybe the less likely
-            first = self.trained.decision.classes(probabilities[None])[0]
+        if decision.threshold is not None:  # of two classes, maybe the less likely
+            first = decision.classes(probabilities[None])[0]
             order = np.array([first, 1 - first])
-        order = order[: max(1, topk)]
-        names = self.trained.class_names
-        best = tuple((names[c], float(probabilities[c])) for c in order)
+        ranked = tuple((names[c], float(probabilities[c])) for c in order)
+        best = ranked[: max(1, topk)]
+        if decision.label_thresholds is not None:
+            given = decision.has_labels(probabilities)
+            labels = tuple(names[c] for c in order if given[c])
+            return Prediction("|".join(labels), ranked[0][1], ranked, labels=labels)
         return Prediction(best[0][0], best[0][1], best)
 
     def engine(self, num_images: int) -> Engine:
@@ -306,7 +333,7 @@ class Classifier:
         """Probabilities [n, C] of features [n, D], or of logits [n, C]."""
         head = self.trained.head
         if head is None:
-            return np.asarray(softmax(outputs), np.float32)
+            return np.asarray(self.trained.decision.probabilities(outputs), np.float32)
         return np.asarray(head.predict_proba(self._as_cached(outputs)), np.float32)
 
     def _as_cached(self, features: NDArray[np.float32]) -> NDArray[np.float32]:

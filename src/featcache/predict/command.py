@@ -1,177 +1,64 @@
-"""`featcache predict`: images in, labels out as a table, CSV or JSON lines."""
+"""`featcache predict`: images in, predictions out."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
-import json
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
-from featcache.config import Format, PredictConfig, config_json
+from featcache.config import JsonObject, PredictConfig, config_json
 from featcache.data import BadImage
-from featcache.errors import UserError, visible
-from featcache.files import check_outputs, replacing, storage_errors
-from featcache.predict.classifier import UNKNOWN, Classifier, Prediction
-from featcache.predict.load import provenance_json
+from featcache.errors import UserError
+from featcache.files import check_outputs
+from featcache.predict.classifier import Classifier
+from featcache.predict.load import ClassifierOrigin, origin_of
 from featcache.predict.pictures import find_pictures, split_of
-from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
-from featcache.streams import stdout_errors
-
-MAX_PATH_WIDTH = 60
-MARKS = re.compile(
-    rb"\Apicture +label +probability\n|\Apath,label,probability\b"
-    rb'|\A\{"path": .*"probability": .*"topk": \[\{"label": '
+from featcache.predict.writers import (
+    MARKS,
+    AnyPredictionJson,
+    Write,
+    format_of,
+    prediction_json,
+    prediction_writer,
 )
-"""How tables, CSV and JSON lines of predictions begin."""
-NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
+from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
 
-Write = Callable[[str, Prediction], None]
-
-
-def prediction_json(path: str, prediction: Prediction) -> dict[str, Any]:
-    """One prediction as a JSON object."""
-    return {
-        "path": path,
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "topk": [{"label": name, "probability": value} for name, value in prediction.topk],
-        **({} if prediction.p_value is None else {"p_value": prediction.p_value}),
-    }
+if TYPE_CHECKING:
+    from featcache.engine import EngineInfo
 
 
-def format_of(given: Format | None, output: Path | None) -> Format:
-    """The format asked for, or that of the output's name."""
-    by_name: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    return given or by_name.get(output.suffix.lower() if output else "", "table")
+class SkippedImage(TypedDict):
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+    detail: str
 
 
-@contextlib.contextmanager
-def prediction_writer(
-    kind: Format,
-    output: Path | None,
-    paths: Sequence[str],
-    class_names: Sequence[str],
-    topk: int,
-    *,
-    reject: bool = False,
-) -> Iterator[Write]:
-    """Write predictions as they come; a file appears whole in the end or not at all.
+class PredictReport(TypedDict):
+    """What `featcache predict --json` prints."""
 
-    Args:
-        kind: table, csv or jsonl.
-        output: A file, or standard output where there is none.
-        paths: Of every image, for the width of columns.
-        class_names: All of them, likewise.
-        topk: Classes per prediction.
-        reject: Whether predictions have p-values.
-
-    Yields:
-        A function of path and prediction.
-
-    Raises:
-        StorageError: The file system refused.
-    """
-    topk = min(topk, len(class_names))
-    if kind == "table":
-        header, text = _table(paths, class_names, topk)
-    elif kind == "csv":
-        header, text = _csv(topk, reject=reject)
-    else:
-        header, text = "", _json_line
-    with _target(output) as write:
-        write(header)
-        yield lambda path, prediction: write(text(path, prediction))
-
-
-@contextlib.contextmanager
-def _target(output: Path | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes text; file names that are not UTF-8 keep their bytes."""
-    if output is None:
-        # A terminal gets no control characters; programs get names as they are.
-        shown = _visible_line if sys.stdout.isatty() else str
-
-        def put(text: str) -> None:
-            with stdout_errors():
-                _put(sys.stdout.buffer, shown(text))
-                sys.stdout.buffer.flush()  # a closed or full output ends the run at the first row
-
-        yield put
-        return
-    with contextlib.ExitStack() as stack:
-        with storage_errors(output):
-            draft = stack.enter_context(replacing(output))
-            file = stack.enter_context(draft.open("wb"))
-
-        def write(text: str) -> None:
-            with storage_errors(output):
-                _put(file, text)
-
-        yield write
-        with storage_errors(output):
-            file.close()
-            stack.close()
-
-
-def _visible_line(text: str) -> str:
-    return visible(text.removesuffix("\n")) + "\n" * text.endswith("\n")
-
-
-def _put(file: BinaryIO, text: str) -> None:
-    try:
-        file.write(text.encode("utf-8", "surrogateescape"))
-    except UnicodeEncodeError:  # half a character that is not from a file's name
-        file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def _table(
-    paths: Sequence[str], class_names: Sequence[str], topk: int
-) -> tuple[str, Callable[[str, Prediction], str]]:
-    shown = [visible(name) for name in class_names]
-    width = min(max((len(visible(path)) for path in paths), default=0), MAX_PATH_WIDTH)
-    width, label_width = max(width, len("picture")), max(map(len, [*shown, "label"]))
-
-    def text(path: str, prediction: Prediction) -> str:
-        cells = [f"{visible(label):<{label_width}} {value:.3f}" for label, value in prediction.topk]
-        if prediction.unknown:
-            cells = [f"{UNKNOWN:<{label_width}} (p {prediction.p_value:.3f}), else", *cells]
-        return f"{visible(path):<{width}}  {'  '.join(cells)}\n"
-
-    return f"{'picture':<{width}}  {'label':<{label_width}} probability\n", text
-
-
-def _csv(topk: int, *, reject: bool) -> tuple[str, Callable[[str, Prediction], str]]:
-    def line(cells: Sequence[object]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue()
-
-    def text(path: str, prediction: Prediction) -> str:
-        pairs = ((_as_text(label), value) for label, value in prediction.topk)
-        cells = [_as_text(path), *(cell for pair in pairs for cell in pair)]
-        if reject:
-            likeliest, cells[1] = cells[1], _as_text(prediction.label)
-            cells += [likeliest, prediction.p_value or 0.0]
-        return line(cells)
-
-    more = [f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability")]
-    more += ["likeliest", "p_value"] if reject else []
-    return line(["path", "label", "probability", *more]), text
-
-
-def _as_text(cell: str) -> str:
-    """Put ' before what a spreadsheet would run as a formula; numbers stay as they are."""
-    starts_formula = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{cell}" if starts_formula and not NUMBER.fullmatch(cell) else cell
-
-
-def _json_line(path: str, prediction: Prediction) -> str:
-    return json.dumps(prediction_json(path, prediction)) + "\n"
+    command: str
+    model: str
+    kind: str
+    classifier: str
+    class_names: list[str]
+    num_images: int
+    num_skipped: int
+    skipped: list[SkippedImage]
+    output: str | None
+    images_per_s: float | None
+    stage_seconds: dict[str, float]
+    seconds_total: float
+    engine: EngineInfo
+    provenance: ClassifierOrigin
+    environment: dict[str, str | int]
+    config: JsonObject
+    exit_code: int
+    num_unknown: NotRequired[int]
+    predictions: NotRequired[list[AnyPredictionJson]]
 
 
 EXIT_SKIPPED = 1
@@ -179,7 +66,7 @@ EXIT_SKIPPED = 1
 BAR_DELAY_S = 1.0
 
 
-def predict(config: PredictConfig) -> dict[str, Any]:
+def predict(config: PredictConfig) -> PredictReport:
     """Classify images and write their predictions.
 
     Args:
@@ -206,29 +93,48 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    if config.reject is not None:
-        classifier.known_rows(config.reject)  # or an error, before anything is written
+    _check_flags(config, classifier)
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
-    found: list[dict[str, Any]] = []
+    found: list[AnyPredictionJson] = []
     with contextlib.ExitStack() as stack:
         writers: list[Write] = []
         if config.json:
             writers.append(lambda path, prediction: found.append(prediction_json(path, prediction)))
         if config.output is not None or not config.json:
-            kind = format_of(config.format, config.output)
-            names = classifier.class_names
-            target = prediction_writer(
-                kind, config.output, paths, names, config.topk, reject=config.reject is not None
-            )
-            writers.append(stack.enter_context(target))
+            writers.append(stack.enter_context(_writer(config, classifier, paths)))
         skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
     if config.verbose:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
     seconds = time.perf_counter() - start
     report = _report(config, classifier, len(paths), skipped, timer, seconds)
-    report |= {} if config.reject is None else {"num_unknown": num_unknown}
-    return report | ({"predictions": found} if config.json else {})
+    if config.reject is not None:
+        report["num_unknown"] = num_unknown
+    if config.json:
+        report["predictions"] = found
+    return report
+
+
+def _writer(
+    config: PredictConfig, classifier: Classifier, paths: list[str]
+) -> AbstractContextManager[Write]:
+    return prediction_writer(
+        format_of(config.format, config.output),
+        config.output,
+        paths,
+        classifier.class_names,
+        config.topk,
+        reject=config.reject is not None,
+        task=classifier.trained.decision.task,
+    )
+
+
+def _check_flags(config: PredictConfig, classifier: Classifier) -> None:
+    """Refuse what the classifier cannot do, before anything is written."""
+    if config.topk > 1 and classifier.trained.decision.task != "multiclass":
+        raise UserError(f"--topk is for one class per image: leave it out for {config.model}")
+    if config.reject is not None:
+        classifier.known_rows(config.reject)
 
 
 def _classify(
@@ -237,7 +143,7 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> tuple[list[dict[str, str]], int]:
+) -> tuple[list[SkippedImage], int]:
     """Send every image's prediction to the writers.
 
     Returns:
@@ -261,7 +167,7 @@ def _classify(
     return skipped, num_unknown
 
 
-def _skip(config: PredictConfig, path: str, bad: BadImage) -> dict[str, str]:
+def _skip(config: PredictConfig, path: str, bad: BadImage) -> SkippedImage:
     """Report an unreadable image, or end the run."""
     if config.on_error == "fail":
         raise UserError(
@@ -276,10 +182,10 @@ def _report(
     config: PredictConfig,
     classifier: Classifier,
     num_images: int,
-    skipped: list[dict[str, str]],
+    skipped: list[SkippedImage],
     timer: StageTimer,
     seconds: float,
-) -> dict[str, Any]:
+) -> PredictReport:
     stages = dict(timer.seconds)
     busy = stages.pop("total") - stages.get("choose_engine", 0.0)
     return {
@@ -296,14 +202,14 @@ def _report(
         "stage_seconds": stages,
         "seconds_total": seconds,
         "engine": classifier.engine(num_images).describe(),
-        "provenance": provenance_json(classifier.trained),
+        "provenance": origin_of(classifier.trained),
         "environment": environment(),
         "config": config_json(config),
         "exit_code": EXIT_SKIPPED if skipped else 0,
     }
 
 
-def summary_lines(report: dict[str, Any]) -> list[str]:
+def summary_lines(report: PredictReport) -> list[str]:
     """The report for people."""
     num, skipped = report["num_images"], report["num_skipped"]
     left_out = f", {skipped} unreadable and left out" if skipped else ""

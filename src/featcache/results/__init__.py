@@ -5,21 +5,19 @@ which the commands that only write a report do not load.
 """
 
 from featcache.results.runs import (
+    EpochRecord,
     Predictions,
     Row,
     RunReport,
     benchmark_rows,
-    break_even,
     report_marks,
-    speedups,
 )
 
 __all__ = [
+    "EpochRecord",
     "Predictions",
     "Row",
     "RunReport",
     "benchmark_rows",
-    "break_even",
     "report_marks",
-    "speedups",
 ]

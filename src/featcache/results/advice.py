@@ -193,3 +193,26 @@ def _pick_by_time(cached: Row, tune: Row, sure: bool) -> str:
         f"Pick fine-tuning here: {points:.1f} percentage points better and {gap} faster; the cache "
         "pays off only if you try many heads."
     )
+
+
+def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """How many times as fast a head on the cache is as each mode with the network in the loop.
+
+    The head is the first that trains in epochs, as the others do.
+
+    Returns:
+        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
+        "next_run" (the cache being there); empty without such a head.
+    """
+    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
+    if cached is None:
+        return {}
+    return {
+        row.mode: {
+            "total": row.seconds_total / cached.seconds_total,
+            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
+            "next_run": row.seconds_total / cached.later_seconds,
+        }
+        for row in rows
+        if row.approach != "cached"
+    }

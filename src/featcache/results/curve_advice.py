@@ -74,14 +74,15 @@ def curve_advice(points: Sequence[CurvePoint], price_per_hour: float | None = No
         price_per_hour: What an hour of the machine costs, in any currency.
 
     Returns:
-        Three statements, then those that can be made: on what the cached head learned from, on a
-        second test set, on more train images; none where no size was measured in both modes.
+        Three statements, then those that can be made: on what the cached head learned from, on the
+        tail, on a second test set, on more train images; none where no size was measured in both
+        modes.
     """
     measured = [point for point in points if point.difference is not None]
     if not measured:
         return []
     last = measured[-1]
-    more = [_features(last), _shifted(last), _with_more_images(points)]
+    more = [_features(last), _tail(last), _shifted(last), _with_more_images(points)]
     return [
         _accuracy(points, measured),
         _switch(measured, crossing(measured)),
@@ -318,6 +319,20 @@ def _features(last: CurvePoint) -> str:
         f"With {size_text(last)}, the cached head uses {chosen}{often}, chosen by accuracy on "
         f"held-out train images: {side.held_out.get(chosen, math.nan):.3f}, against "
         f"{_and(others)}."
+    )
+
+
+def _tail(last: CurvePoint) -> str:
+    """The third way, if it was tried."""
+    tail, tuned = last.tail, last.finetune
+    if tail is None or tuned is None:
+        return ""
+    low, high = tail.interval
+    return (
+        f"With {size_text(last)}, the tail of the network alone, trained from cached activations, "
+        f"has {tail.top1:.3f} [{low:.3f}, {high:.3f}] against {tuned.top1:.3f} for fine-tuning, in "
+        f"{minutes_text(tail.cost_seconds)} ({minutes_text(tail.trial_seconds)} for every further "
+        f"experiment) against {minutes_text(tuned.cost_seconds)}."
     )
 
 

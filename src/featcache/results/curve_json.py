@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.results.learning_curve import CurvePoint, ModeScores
 
@@ -13,7 +14,7 @@ MAX_COUNT = 10**15
 MAX_SECONDS = 1e10
 
 
-def curve_to_json(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+def curve_to_json(points: Sequence[CurvePoint]) -> list[JsonObject]:
     """Plain values, what follows from the points included."""
     return [
         {
@@ -38,7 +39,7 @@ def curve_from_json(values: Any) -> list[CurvePoint]:
         raise UserError(f"not the points of a learning curve: {error}") from error
 
 
-def _point_from_json(value: dict[str, Any]) -> CurvePoint:
+def _point_from_json(value: JsonObject) -> CurvePoint:
     num_train, num_test = int(value["num_train"]), int(value["num_test"])
     if not (0 < num_train < MAX_COUNT and 0 < num_test < MAX_COUNT):
         raise ValueError(f"{num_train} train and {num_test} test images")
@@ -58,6 +59,7 @@ def _point_from_json(value: dict[str, Any]) -> CurvePoint:
         only_finetune=_optional_count(value.get("only_finetune")),
         num_shifted=_optional_count(value.get("num_shifted")),
         shifted_p_value=_optional_share(value.get("shifted_p_value")),
+        tail=_scores_from_json(value.get("tail")),
     )
 
 

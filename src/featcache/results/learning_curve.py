@@ -13,11 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.results.metrics import (
     balanced,
@@ -31,9 +32,10 @@ from featcache.results.runs import RunReport, break_even
 
 SIGNIFICANCE = 0.05
 
-CurveMode = Literal["cached", "finetune"]
+CurveMode = Literal["cached", "tail", "finetune"]
 Verdict = Literal["cached", "finetune", "undecided", "unmeasured"]
 NAMES: dict[CurveMode, str] = {"cached": "the cached head", "finetune": "fine-tuning"}
+"""Of the two modes that are tested against each other."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +80,7 @@ class CurveRun:
             stored = report.more["cell"]
             assert report.test is not None
             assert report.test.labels
-            if stored["mode"] not in ("cached", "finetune"):
+            if stored["mode"] not in get_args(CurveMode):
                 raise ValueError(f"mode {stored['mode']!r:.40}")
             cost, trial = float(stored["cost_seconds"]), float(stored["trial_seconds"])
             if not math.isfinite(cost + trial):
@@ -110,7 +112,7 @@ class CurveRun:
         return balanced(self.labels, self.predicted, num_classes)
 
 
-def _choice(report: RunReport) -> dict[str, Any]:
+def _choice(report: RunReport) -> JsonObject:
     """What a cached head learned from, if it had a choice."""
     alternatives = report.more.get("alternatives") or []
     if len(alternatives) < 2:
@@ -165,7 +167,8 @@ class CurvePoint:
     most frequent class of the test images reaches (None in files of 0.1.0); `imbalanced` tells
     whether that class is so common that balanced accuracy has to be read too. `only_cached` and
     `only_finetune` count the test images that one mode classifies correctly more often than the
-    other. `num_shifted` and `shifted_p_value` are of a second test set, if there is one.
+    other. `num_shifted` and `shifted_p_value` are of a second test set, if there is one. `tail` is
+    a third way, trained from cached activations; it takes no part in the tests.
     """
 
     size: str
@@ -181,10 +184,11 @@ class CurvePoint:
     only_finetune: int | None = None
     num_shifted: int | None = None
     shifted_p_value: float | None = None
+    tail: ModeScores | None = None
 
     def scores(self, mode: CurveMode) -> ModeScores | None:
         """Those of a mode; None if it was not measured."""
-        return self.finetune if mode == "finetune" else self.cached
+        return {"cached": self.cached, "tail": self.tail, "finetune": self.finetune}[mode]
 
     @property
     def ahead(self) -> CurveMode:
@@ -249,16 +253,25 @@ def curve_points(runs: Iterable[CurveRun]) -> list[CurvePoint]:
     groups: dict[str, list[CurveRun]] = {}
     for run in runs:
         groups.setdefault(run.size, []).append(run)
-    found = sorted(groups.values(), key=lambda group: (group[0].num_train, group[0].size))
+    compared = [group for group in groups.values() if any(run.mode != "tail" for run in group)]
+    found = sorted(compared, key=lambda group: (group[0].num_train, group[0].size))
     pairs = [_paired(group) for group in found]
     tests = [_SignTest.of(*pair) for pair in pairs]
     shifted = [_SignTest.of(*pair, shifted=True) for pair in pairs]
     corrected, on_shifted = (
         holm([None if test is None else test.p_value for test in each]) for each in (tests, shifted)
     )
-    return [
+    points = [
         _curve_point(*pair, test, p, p_shifted)
         for pair, test, p, p_shifted in zip(pairs, tests, corrected, on_shifted, strict=True)
+    ]
+    tails = [
+        {run.seed: run for run in group if run.mode == "tail" and run.seed in (cached or tuned)}
+        for group, (cached, tuned) in zip(found, pairs, strict=True)
+    ]
+    return [
+        dataclasses.replace(point, tail=_mode_scores(tail))
+        for point, tail in zip(points, tails, strict=True)
     ]
 
 

@@ -101,22 +101,23 @@ def _bars(row: Row) -> list[tuple[float, float] | None]:
     return [row.test_interval if i == kept else None for i in range(len(row.points))]
 
 
-LINES: dict[CurveMode, tuple[str, float]] = {
-    "cached": ("cached head", 0.985),
-    "finetune": ("full fine-tune", 1.015),
+LINES: dict[CurveMode, tuple[str, Approach, float]] = {
+    "cached": ("cached head", "cached", 0.985),
+    "tail": ("tail, cached activations", "loop", 1.0),
+    "finetune": ("full fine-tune", "finetune", 1.015),
 }
-"""Name and shift of each mode's learning curve."""
+"""Name, style and shift of each mode's learning curve."""
 
 
 def curve_lines(points: Sequence[CurvePoint]) -> list[Line]:
     """The learning curves with their intervals, a dot for each of several draws, and forecasts."""
     lines = []
     ends = forecasts(points)
-    for mode, (name, shift) in LINES.items():
+    for mode, (name, style, shift) in LINES.items():
         values = [(point.num_train, side) for point in points if (side := point.scores(mode))]
         ahead = [(float(f.num_train), f.top1, *f.interval) for f in ends if f.mode == mode]
         if values:
-            lines.append(_curve_line(name, FIRST_STYLES[mode], shift, values, ahead))
+            lines.append(_curve_line(name, FIRST_STYLES[style], shift, values, ahead))
     return lines
 
 
@@ -238,9 +239,10 @@ def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
 def _draw_forecast(axes: Axes, line: Line, start: tuple[float, float]) -> None:
     """A dotted line that goes on from the last point, in the band of its interval."""
     color = STYLES[line.style][0]
-    x = [place * line.shift for place, *_ in line.forecast]
-    middle, low, high = zip(*(ends for _, *ends in line.forecast), strict=True)
-    axes.plot([start[0], *x], [start[1], *middle], color=color, ls=(0, (1, 2)), lw=2)
+    x = [start[0], *(place * line.shift for place, *_ in line.forecast)]
+    ends = [[start[1]] * 3, *(ends for _, *ends in line.forecast)]
+    middle, low, high = zip(*ends, strict=True)
+    axes.plot(x, middle, color=color, ls=(0, (1, 2)), lw=2)
     axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 

@@ -9,17 +9,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from featcache.config import JsonObject
 from featcache.config.checks import record_from_json
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import Interval, Scores, score_predictions
+from featcache.results.targets import MultilabelScores, RegressionScores, TargetPredictions
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -54,40 +56,65 @@ class Predictions:
         return metrics.balanced(self.labels, self.predicted, num_classes)
 
 
+class EpochRecord(TypedDict, total=False):
+    """One epoch of training: its number from 1, losses, accuracies, and wall seconds.
+
+    With several labels per image, `val_map` and `test_map` are mean average precisions instead.
+    `seconds` is the training pass alone, of which `wait_seconds` were spent waiting for images;
+    `eval_seconds` is all scoring, of which `val_seconds` went to held-out images.
+    """
+
+    epoch: int
+    train_loss: float
+    seconds: float
+    wait_seconds: float
+    eval_seconds: float
+    val_top1: float
+    val_map: float
+    val_loss: float
+    val_seconds: float
+    test_top1: float
+    test_map: float
+    test_loss: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
     """What one training run measured, under which settings, on which data.
 
-    `epochs` holds at least `epoch` (from 1), `train_loss`, `test_top1` and `seconds` each;
     `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
     as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
+    Where images have several labels or a number, `target_scores` and `targets` stand for
+    `test_top1`, `test_interval`, `scores` and `test`, which are None.
     """
 
     command: str
     trainable_params: int
-    test_top1: float
-    test_interval: tuple[float, float]
+    test_top1: float | None
+    test_interval: tuple[float, float] | None
     seconds_total: float
-    epochs: list[dict[str, Any]]
+    epochs: list[EpochRecord]
     scored_on: str
     chosen_on: str
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    environment: dict[str, Any]
-    more: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject
+    provenance: JsonObject
+    environment: JsonObject
+    more: JsonObject = field(default_factory=dict)
     class_names: list[str] | None = None
     scores: Scores | None = None
     calibration: CalibrationReport | None = None
     test: Predictions | None = None
+    target_scores: MultilabelScores | RegressionScores | None = None
+    targets: TargetPredictions | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """The fields that a command prints; predictions stay in the report file."""
-        hidden = ("more", "class_names", "test")
+        hidden = ("more", "class_names", "test", "targets")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         shown = {name: value for name, value in fields.items() if name not in hidden}
         # Through text, so that returned, printed and saved values are the same plain ones.
         text = json.dumps({**shown, **self.more}, default=dataclasses.asdict)
-        plain: dict[str, Any] = json.loads(text)
+        plain: JsonObject = json.loads(text)
         return plain
 
     def save(self, path: Path) -> None:
@@ -101,10 +128,12 @@ class RunReport:
             values["class_names"] = self.class_names
         if self.test is not None:
             values["test"] = dataclasses.asdict(self.test)
+        if self.targets is not None:
+            values["targets"] = dataclasses.asdict(self.targets)
         write_json(path, values)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: JsonObject) -> Self:
         """Rebuild from what `save` or `to_json` made.
 
         Raises:
@@ -113,17 +142,25 @@ class RunReport:
         try:
             known = {f.name for f in dataclasses.fields(cls)} - {"more"}
             own = {name: values[name] for name in known & values.keys()}
-            low, high = (float(bound) for bound in own["test_interval"])
-            test = own.pop("test", None)
-            for name, kind in (("scores", Scores), ("calibration", CalibrationReport)):
+            test, targets = (own.pop(name, None) for name in ("test", "targets"))
+            interval = own.pop("test_interval")
+            low, high = (float(bound) for bound in interval or (0.0, 1.0))
+            several = values.get("task") == "multilabel"
+            for name, kind in (
+                ("scores", Scores),
+                ("calibration", CalibrationReport),
+                ("target_scores", MultilabelScores if several else RegressionScores),
+            ):
                 if own.get(name) is not None:
                     own[name] = record_from_json(kind, own[name])
             report = cls(
-                **{**own, "test_interval": (low, high)},
+                **own,
+                test_interval=None if interval is None else (low, high),
                 more={name: value for name, value in values.items() if name not in known},
                 test=Predictions(**test) if test is not None else None,
+                targets=TargetPredictions(**targets) if targets is not None else None,
             )
-            if not math.isfinite(report.test_top1 + report.seconds_total):
+            if not math.isfinite((report.test_top1 or 0.0) + report.seconds_total):
                 raise ValueError("test_top1 and seconds_total must be finite")
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise UserError(f"not a run's report: {error}") from error
@@ -278,6 +315,10 @@ def benchmark_rows(runs: list[tuple[str, Approach, RunReport, float]]) -> list[R
 
 
 def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) -> Row:
+    if run.test_top1 is None or run.test_interval is None:
+        raise UserError(
+            f"{mode}: images with several labels or a number have no accuracy to compare"
+        )
     num_train = int(run.more["num_train"])
     cached_input = run.more.get("activations") or {}
     extract_within = float(cached_input.get("extract_seconds") or 0.0)
@@ -297,7 +338,7 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
         eval_seconds_per_epoch=scoring,
         extract_seconds=extract_seconds + extract_within,
         num_epochs=len(run.epochs),
-        points=_points(run, extract_seconds),
+        points=_points(run, run.test_top1, extract_seconds),
         baseline_top1=metrics.majority(run.test.labels) if run.test else None,
         balanced_top1=run.test.balanced() if run.test else None,
         imbalanced=metrics.imbalanced(run.test.labels) if run.test else False,
@@ -305,14 +346,14 @@ def _row(mode: str, approach: Approach, run: RunReport, extract_seconds: float) 
     )
 
 
-def _points(run: RunReport, extract_seconds: float) -> tuple[tuple[float, float], ...]:
+def _points(run: RunReport, top1: float, extract_seconds: float) -> tuple[tuple[float, float], ...]:
     """Seconds since the mode began and accuracy, at the end of each epoch.
 
     What a run spends outside its epochs (reading the data, building the network) comes before
     the first of them. A run without epochs has one point, at its end.
     """
     if not run.epochs:
-        return ((extract_seconds + run.seconds_total, run.test_top1),)
+        return ((extract_seconds + run.seconds_total, top1),)
     spent = [float(e["seconds"]) + float(e.get("eval_seconds", 0.0)) for e in run.epochs]
     elapsed = extract_seconds + max(run.seconds_total - sum(spent), 0.0)
     points = []
@@ -340,26 +381,3 @@ def break_even(one_time_s: float, cached_s: float, uncached_s: float) -> int | N
     if not saved > 0:
         return None
     return max(1, math.ceil(one_time_s / saved))
-
-
-def speedups(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """How many times as fast a head on the cache is as each mode with the network in the loop.
-
-    The head is the first that trains in epochs, as the others do.
-
-    Returns:
-        By the other mode's name: "total" (extraction included), "epoch" (training pass alone) and
-        "next_run" (the cache being there); empty without such a head.
-    """
-    cached = next((row for row in rows if row.approach == "cached" and row.num_epochs), None)
-    if cached is None:
-        return {}
-    return {
-        row.mode: {
-            "total": row.seconds_total / cached.seconds_total,
-            "epoch": row.seconds_per_epoch / cached.seconds_per_epoch,
-            "next_run": row.seconds_total / cached.later_seconds,
-        }
-        for row in rows
-        if row.approach != "cached"
-    }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from featcache.results.learning_curve import NAMES, CurveMode, CurvePoint, ModeScores, size_text
 from featcache.results.runs import Row, RunReport
 from featcache.results.scores import BY_CLASS, Scores
+
+if TYPE_CHECKING:
+    from featcache.results.learning_curve import CurveMode, CurvePoint, ModeScores
 
 HEADER = (
     "mode",
@@ -33,6 +36,7 @@ CURVE_HEADER = (
 )
 
 FEATURES_HEADER = ("head's features (held-out accuracy)",)
+TAIL_HEADER = ("tail, cached activations", "tail time")
 SHIFTED_HEADER = ("cached head, shifted", "fine-tune, shifted")
 CLASS_HEADER = (
     "class",
@@ -145,12 +149,17 @@ def curve_header(points: Sequence[CurvePoint]) -> tuple[str, ...]:
     return (
         *CURVE_HEADER,
         *(FEATURES_HEADER if _have_features(points) else ()),
+        *(TAIL_HEADER if _have_tail(points) else ()),
         *(SHIFTED_HEADER if _have_shifted(points) else ()),
     )
 
 
 def _have_features(points: Sequence[CurvePoint]) -> bool:
     return any(point.cached and point.cached.held_out for point in points)
+
+
+def _have_tail(points: Sequence[CurvePoint]) -> bool:
+    return any(point.tail for point in points)
 
 
 def _have_shifted(points: Sequence[CurvePoint]) -> bool:
@@ -211,10 +220,13 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
     stands beside it. The last row is the baseline that both modes have to beat.
     """
+    from featcache.results.learning_curve import NAMES  # late: train-head shows no curve
+
     baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
     rest = ("–",) * (len(curve_header(points)) - 3)
     more: list[Callable[[CurvePoint], str]] = []
     more += [_features_cell] if _have_features(points) else []
+    more += [_tail_cell, _tail_time] if _have_tail(points) else []
     more += [_shifted_cell(mode) for mode in NAMES] if _have_shifted(points) else []
     return [(*_curve_row(p), *(cell(p) for cell in more)) for p in points] + [
         ("most frequent class", f"{top1:.3f}", f"{top1:.3f}", *rest) for top1 in baselines
@@ -222,6 +234,8 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
 
 
 def _curve_row(point: CurvePoint) -> tuple[str, ...]:
+    from featcache.results.learning_curve import NAMES, size_text
+
     gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
     per_point = point.seconds_per_point
     undecided = "undecided" if point.useful else "neither"
@@ -248,6 +262,14 @@ def _features_cell(point: CurvePoint) -> str:
     held_out = point.cached.held_out
     names = dict.fromkeys([*point.cached.features, *held_out])
     return "; ".join(f"{name} {held_out[name]:.3f}" for name in names if name in held_out)
+
+
+def _tail_cell(point: CurvePoint) -> str:
+    return _scores(point.tail, point)
+
+
+def _tail_time(point: CurvePoint) -> str:
+    return "–" if point.tail is None else seconds_text(point.tail.cost_seconds)
 
 
 def _shifted_cell(mode: CurveMode) -> Callable[[CurvePoint], str]:

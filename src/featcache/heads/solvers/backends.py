@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.heads.linear import Doubles, LinearHead
+from featcache.heads.features import Doubles
+from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import FittedHead
 from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, start_point
 from featcache.heads.solvers.logistic import LogisticProblem

@@ -5,23 +5,40 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
 from featcache.errors import UserError
-from featcache.heads.linear import Floats, Ints, LinearHead
+from featcache.heads.features import Floats, Ints
+from featcache.heads.linear import LinearHead
 from featcache.heads.training_data import Rows, TrainRows
 
 if TYPE_CHECKING:
     from featcache.heads.files import Head
+    from featcache.results import EpochRecord
 
 # Below this many multiplications per pass over the rows a second thread costs more than it gains:
 # it is woken and waited for at every product, and on a busy machine the wait is long.
 SMALL_PASS = 1 << 26
 
-# What a candidate is fitted with, for example {"C": 0.01, "standardize": True}.
-Settings = dict[str, Any]
+
+Metric = Literal["cosine", "euclidean"]
+
+
+class Settings(TypedDict, total=False):
+    """What a candidate is fitted with: those of these that its solver has."""
+
+    C: float
+    alpha: float
+    k: int
+    metric: Metric
+    lr: float
+    weight_decay: float
+    standardize: bool
+    columns: str
+
+
 HeadT_co = TypeVar("HeadT_co", bound="Head", covariant=True)
 
 
@@ -45,7 +62,7 @@ class FittedHead(Generic[HeadT_co]):
     converged: bool = True
     num_passes: int = 1
     objective: float | None = None
-    epochs: list[dict[str, Any]] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list)
 
 
 class HeldOutPredictions(NamedTuple):

@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.features import Doubles, Floats, Ints
 from featcache.heads.solvers.lbfgs import (
     MAX_ITERATIONS,
     MAX_STALLED,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
-from featcache.heads.linear import PLAIN, Decision, Floats, KnownRows, checked_features, row_blocks
-from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Settings
+from featcache.heads.features import Floats, checked_features, row_blocks
+from featcache.heads.linear import PLAIN, Decision, KnownRows
+from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Metric, Settings
 from featcache.heads.training_data import Rows, TrainRows
-
-Metric = Literal["cosine", "euclidean"]
 
 # How sharply votes fall with distance: a cosine similarity lower by this much counts 1/e.
 TEMPERATURE = 0.07
@@ -56,9 +56,9 @@ class KnnHead:
     metric: Metric = "cosine"
     row_weights: Floats | None = None
     solver: str = "knn"
-    chosen: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: JsonObject = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    provenance: JsonObject = field(default_factory=dict)
     decision: Decision = PLAIN
     known: KnownRows | None = None
 
@@ -215,7 +215,7 @@ class KnnSolver:
         ks = K_GRID if self.k is None else (self.k,)
         return [
             [{"k": k, "metric": metric} for k in ks if k <= rows.num_rows or len(ks) == 1]
-            for metric in ("cosine", "euclidean")
+            for metric in get_args(Metric)
         ]
 
     def default(self) -> Settings:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from featcache.heads.linear import Doubles, Floats
+from featcache.heads.features import Doubles, Floats
 from featcache.heads.solvers.base import threads_for
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 from featcache.runtime import progress

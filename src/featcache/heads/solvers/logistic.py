@@ -18,7 +18,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks, widen
+from featcache.heads.features import Doubles, Floats, row_blocks, widen
+from featcache.heads.linear import ABSENT_BIAS, LinearHead
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,

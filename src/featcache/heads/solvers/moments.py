@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.features import Doubles, Floats, Ints
 
 
 @dataclass(eq=False)

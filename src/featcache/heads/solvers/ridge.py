@@ -1,11 +1,11 @@
-"""Ridge regression onto one-hot labels: one eigendecomposition serves every alpha.
+"""Ridge regression onto one-hot labels, or onto numbers: one eigendecomposition serves every alpha.
 
-With weights s of sum S, rows and labels centered, the minimizer of
+With weights s of sum S, rows and targets t (one-hot labels) centered, the minimizer of
 
-    sum_i s_i |onehot(y_i) - W x_i - b|^2 + alpha |W|^2
+    sum_i s_i |t_i - W x_i - b|^2 + alpha |W|^2
 
 is W^T = (M + alpha / S)^-1 K, with M the covariance of the features and K their covariance with the
-labels. With M = Q V Q^T it is Q (V + alpha / S)^-1 (Q^T K): after one decomposition each alpha
+targets. With M = Q V Q^T it is Q (V + alpha / S)^-1 (Q^T K): after one decomposition each alpha
 costs one small product. Where there are fewer rows than features, the rows' inner products, [N, N],
 are decomposed instead; the formula has the same shape.
 """
@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from featcache.heads.linear import ABSENT_BIAS, Doubles, Floats, LinearHead, row_blocks
+from featcache.heads.features import Doubles, Floats, row_blocks
+from featcache.heads.linear import ABSENT_BIAS, LinearHead
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
+    Prepared,
     Settings,
     standardize_choices,
 )
@@ -43,9 +46,10 @@ class RidgeProblem:
         targets: [R, C].
         mean: Of the features [D].
         deviation: What features were divided by [D]; None for plain ones.
-        class_share: Mean of the one-hot labels [C].
+        target_mean: Mean of the targets [C]; of one-hot labels it is each class's share.
         total: Sum S of the weights.
         class_names: C names.
+        present: Which targets have rows [C]; the others get an output that never wins.
     """
 
     basis: Doubles
@@ -53,9 +57,10 @@ class RidgeProblem:
     targets: Doubles
     mean: Doubles
     deviation: Doubles | None
-    class_share: Doubles
+    target_mean: Doubles
     total: float
     class_names: list[str]
+    present: NDArray[np.bool_]
 
     def fit(self, alpha: float) -> FittedHead[LinearHead]:
         """The float64 head for one alpha, of raw features; its scores estimate one-hot labels.
@@ -66,8 +71,8 @@ class RidgeProblem:
         weight = (self.basis @ (self.targets / (self.values + alpha / self.total)[:, None])).T
         if self.deviation is not None:
             weight = weight / self.deviation
-        bias = self.class_share - weight @ self.mean
-        weight[self.class_share == 0], bias[self.class_share == 0] = 0.0, ABSENT_BIAS
+        bias = self.target_mean - weight @ self.mean
+        weight[~self.present], bias[~self.present] = 0.0, ABSENT_BIAS
         standardized = self.deviation is not None
         head = LinearHead(
             weight=weight,
@@ -112,9 +117,10 @@ def ridge_from_moments(sums: Moments, class_names: list[str], *, standardize: bo
         targets=vectors.T @ cross,
         mean=sums.mean(),
         deviation=deviation,
-        class_share=sums.class_total / sums.total,
+        target_mean=sums.class_total / sums.total,
         total=sums.total,
         class_names=class_names,
+        present=sums.class_total > 0,
     )
 
 
@@ -141,34 +147,67 @@ def ridge_from_few_rows(rows: Rows, *, standardize: bool) -> RidgeProblem:
         rows: Train rows; all views count.
         standardize: Whether features are scaled to unit deviation.
     """
-    features, y, weights = rows.stacked()
-    total = float(weights.sum())
-    share = weights / total
-    X = features.astype(np.float64)
-    moments = rows.moments()
-    mean, deviation = moments.mean(), moments.deviation()
-    X -= mean
-    if standardize:
-        X /= deviation
-    root = np.sqrt(share)
-    X *= root[:, None]
+    _, y, _ = rows.stacked()
     onehot = np.zeros((len(y), rows.num_classes))
     onehot[np.arange(len(y)), y] = 1.0
-    class_share = share @ onehot
-    values, vectors = np.linalg.eigh(X @ X.T)
-    # Directions in which the rows do not differ have no information and no length to divide by.
-    some = values > 1e-12 * values[-1]
-    values, vectors = values[some], vectors[:, some]
-    size = np.sqrt(values)
+    return ridge_to_targets(
+        rows,
+        onehot,
+        rows.class_names,
+        present=np.bincount(y, minlength=rows.num_classes) > 0,
+        standardize=standardize,
+    )
+
+
+def ridge_to_targets(
+    rows: Rows,
+    targets: Doubles,
+    names: list[str],
+    *,
+    present: NDArray[np.bool_],
+    standardize: bool,
+) -> RidgeProblem:
+    """Decompose rows in memory, by their inner products where they are fewer than the features.
+
+    Args:
+        rows: Train rows; all views count, labels do not.
+        targets: What to estimate, [V * N, C], views one after the other.
+        names: C names.
+        present: See `RidgeProblem`.
+        standardize: Whether features are scaled to unit deviation.
+    """
+    features, _, weights = rows.stacked()
+    total = float(weights.sum())
+    share = weights / total
+    moments = rows.moments()
+    mean, deviation = moments.mean(), moments.deviation()
+    X = features.astype(np.float64) - mean
+    if standardize:
+        X /= deviation
+    root = np.sqrt(share)[:, None]
+    X *= root
+    target_mean = share @ targets
+    T = (targets - target_mean) * root
+    if len(X) < X.shape[1]:
+        values, vectors = np.linalg.eigh(X @ X.T)
+        # Directions in which the rows do not differ have no information and no length to divide by.
+        some = values > 1e-12 * values[-1]
+        values, vectors = values[some], vectors[:, some]
+        size = np.sqrt(values)
+        basis, projected = (X.T @ vectors) / size, size[:, None] * (vectors.T @ T)
+    else:
+        values, basis = np.linalg.eigh(X.T @ X)
+        values, projected = values.clip(min=0.0), basis.T @ (X.T @ T)
     return RidgeProblem(
-        basis=(X.T @ vectors) / size,
+        basis=basis,
         values=values,
-        targets=size[:, None] * (vectors.T @ ((onehot - class_share) * root[:, None])),
+        targets=projected,
         mean=mean,
         deviation=deviation if standardize else None,
-        class_share=class_share,
+        target_mean=target_mean,
         total=total,
-        class_names=rows.class_names,
+        class_names=names,
+        present=present,
     )
 
 
@@ -190,7 +229,7 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
     own = rows.weights[::step]
     onehot = np.zeros((len(y), rows.num_classes))
     onehot[np.arange(len(y)), y] = 1.0
-    present = problem.class_share > 0
+    present = problem.present
     kept = 1 - np.minimum(problem.leverage(X, alpha) * own, 0.999)
     scores = onehot - (onehot - (X @ head.weight.T + head.bias)) / kept[:, None]
     return best_factor(scores[:, present], np.cumsum(present)[y] - 1, own)
@@ -240,7 +279,7 @@ class RidgeSolver:
 
     def series(self, rows: Rows) -> list[list[Settings]]:
         """Fifty alphas on plain features, then fifty on standardized ones."""
-        series = []
+        series: list[list[Settings]] = []
         for scaled in standardize_choices(self.standardize):
             if self.alpha is not None:
                 alphas: Sequence[float] = [self.alpha]
@@ -257,7 +296,7 @@ class RidgeSolver:
         alpha = 1.0 if self.alpha is None else self.alpha
         return {"alpha": alpha, "standardize": self.standardize == "on"}
 
-    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> PreparedRidge:
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
         """Rows are decomposed when the first candidate is used."""
         return PreparedRidge(rows, candidates)
 
@@ -278,7 +317,7 @@ class PreparedRidge:
         fitted = problem.fit(alpha)
         head = fitted.head
         factor = calibration(problem, head, self._rows.sample, alpha)
-        bias = np.where(problem.class_share > 0, head.bias * factor, head.bias)
+        bias = np.where(problem.present, head.bias * factor, head.bias)
         head = head.replace(weight=head.weight * factor, bias=bias)
         return dataclasses.replace(fitted, head=head.to_float32())
 
@@ -299,13 +338,12 @@ class PreparedRidge:
         bias = np.concatenate([head.bias for head in heads])
         classes = np.empty((len(heads), held.num_rows), np.int64)
         losses = np.empty((len(heads), held.num_rows), np.float32)
-        present = problem.class_share > 0
         for cut, block in row_blocks(held.plain, 1024):
             scores = block @ weight.astype(block.dtype) + bias.astype(block.dtype)
             scores = scores.reshape(len(block), len(heads), -1)
             classes[:, cut] = scores.argmax(axis=2).T
             scores[np.arange(len(block)), :, held.y[cut]] -= 1
-            scores *= present  # a class without rows to fit has a bias of its own
+            scores *= problem.present  # a class without rows to fit has a bias of its own
             losses[:, cut] = np.einsum("nsc,nsc->sn", scores, scores)
         return [HeldOutPredictions(*pair) for pair in zip(classes, losses, strict=True)]
 
@@ -318,3 +356,45 @@ class PreparedRidge:
         if self._moments is None:
             self._moments = self._rows.moments(products=True)
         return self._moments
+
+
+class ValueRidgeSolver(RidgeSolver):
+    """Ridge regression onto the rows' numbers; the least squared error on held-out rows wins."""
+
+    def prepare(self, rows: TrainRows, candidates: Sequence[Settings]) -> Prepared:
+        """Rows are decomposed when the first candidate is used."""
+        assert isinstance(rows, Rows)
+        return PreparedValueRidge(rows)
+
+
+class PreparedValueRidge:
+    """Rows with numbers, decomposed once for all alphas."""
+
+    def __init__(self, rows: Rows) -> None:
+        assert rows.values is not None
+        self._rows, self._values = rows, np.tile(rows.values, len(rows.views))[:, None]
+        self._problems: dict[bool, RidgeProblem] = {}
+
+    def fit(self, settings: Settings) -> FittedHead[LinearHead]:
+        """The head for one alpha; its one output is the number."""
+        fitted = self._fit(settings)
+        return dataclasses.replace(fitted, head=fitted.head.to_float32())
+
+    def predict(self, settings: Settings, held: Rows) -> HeldOutPredictions:
+        """Squared errors; every row counts as its only class."""
+        assert held.values is not None
+        head = self._fit(settings).head
+        errors = head.decision_function(held.plain)[:, 0] - held.values
+        return HeldOutPredictions(held.y, errors**2)
+
+    def _fit(self, settings: Settings) -> FittedHead[LinearHead]:
+        scaled = bool(settings["standardize"])
+        if scaled not in self._problems:
+            self._problems[scaled] = ridge_to_targets(
+                self._rows,
+                self._values,
+                self._rows.class_names,
+                present=np.ones(1, bool),
+                standardize=scaled,
+            )
+        return self._problems[scaled].fit(float(settings["alpha"]))

@@ -16,7 +16,8 @@ import numpy as np
 
 from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
-from featcache.heads.linear import Doubles, Ints, LinearHead, Singles
+from featcache.heads.features import Doubles, Ints, Singles
+from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import (
     FittedHead,
     HeldOutPredictions,
@@ -27,6 +28,7 @@ from featcache.heads.solvers.base import (
 )
 from featcache.heads.training_data import Batches, Rows, Scale, TrainRows
 from featcache.random_order import init_linear
+from featcache.results import EpochRecord
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 MOMENTUM = 0.9
@@ -311,7 +313,7 @@ class PreparedSgd:
 
     def fit(self, settings: Settings) -> FittedHead[LinearHead]:
         """The head after the last epoch, and each epoch's loss and test accuracy."""
-        epochs: list[dict[str, Any]] = []
+        epochs: list[EpochRecord] = []
         with threads_for(0):  # a batch is small whatever the number of rows
             for epoch, heads in self._solver.train(self._rows, [settings]):
                 start = time.perf_counter()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.linear import Doubles, Floats, Ints
+from featcache.heads.features import Doubles, Floats, Ints
 
 Block = tuple[Floats, Ints, Floats]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from featcache.config import TrainHeadConfig
-from featcache.heads.linear import Ints
+from featcache.config import JsonObject, TrainHeadConfig
+from featcache.heads.features import Ints
 from featcache.heads.train import fit_and_score, write_head
 from featcache.results import RunReport
 
@@ -58,7 +58,7 @@ def features_text(network: Network, report: RunReport) -> str:
     return f"{text}, adapted BatchNorm" if network == "adapt" else text
 
 
-def _alternative(network: Network, report: RunReport) -> dict[str, Any]:
+def _alternative(network: Network, report: RunReport) -> JsonObject:
     return {
         "features": features_text(network, report),
         "val_top1": report.more["val_top1"],
