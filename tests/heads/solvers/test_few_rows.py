@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from cache_helpers import rows_cache
+from featcache.config import TrainHeadConfig
+from featcache.heads import load_head, train_head
 from featcache.heads.solvers.few_rows import FewRows, are_few
 from featcache.heads.solvers.logistic import C_GRID, LogisticPath, LogisticProblem
 from featcache.heads.training_data import Rows
@@ -43,7 +46,7 @@ def their_objective(rows, strength, *, standardize):
 def test_reaches_the_minimum_in_few_passes(strength, most_passes, standardize, weighted):
     weights = np.linspace(0.3, 2, 200) if weighted else None
     rows = rows_of(weights=weights)
-    assert are_few(rows.num_rows, rows.num_classes)
+    assert are_few(rows.num_rows, rows.feature_dim, rows.num_classes)
     fit = LogisticPath(LogisticProblem(rows), standardize=standardize).fit(strength)
     assert fit.converged
     assert fit.num_passes <= most_passes
@@ -93,7 +96,31 @@ def test_equal_rows_of_different_classes_converge():
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_classes", "few"), [(2400, 1200, True), (100, 10, False), (5000, 100, False)]
+    ("num_rows", "dim", "num_classes", "few"),
+    [
+        (2400, 512, 1200, True),
+        (100, 512, 10, False),  # few classes
+        (5000, 512, 100, False),  # many rows per class
+        (50_000, 512, 10_000, False),  # two gigabytes of probabilities
+        (4000, 2048, 4100, False),  # as many of heavy rows
+    ],
 )
-def test_which_rows_are_few(num_rows, num_classes, few):
-    assert are_few(num_rows, num_classes) is few
+def test_which_rows_are_few(num_rows, dim, num_classes, few):
+    assert are_few(num_rows, dim, num_classes) is few
+
+
+def test_streamed_rows_start_where_few_sampled_ones_end(tmp_path):
+    rows, test = rows_of(30, 12, per_class=4), rows_of(30, 12, per_class=1)
+    splits = {"train": (rows.plain, rows.y), "test": (test.plain, test.y)}
+    cache = rows_cache(tmp_path / "few.h5", splits, rows.class_names)
+    weights = []
+    for stream in ("on", "off"):
+        report = train_head(
+            TrainHeadConfig(
+                cache=cache, C=1.0, standardize="off", solver="logistic", stream=stream,
+                output=tmp_path / f"{stream}.safetensors", cache_dir=tmp_path,
+            )
+        )  # fmt: skip
+        assert report["streamed"] is (stream == "on")
+        weights.append(load_head(tmp_path / f"{stream}.safetensors").weight)
+    assert weights[0] == pytest.approx(weights[1], abs=2e-3)

@@ -38,6 +38,8 @@ MAX_ROWS_PER_CLASS = 5
 MIN_CLASSES = 20
 # Rows of each class's block that are taken exactly.
 HEAVY_ROWS = 8
+# Values of the largest arrays held: probabilities of all rows, and the heavy rows of all classes.
+MAX_VALUES = 1 << 26
 # Steps to remember, since the last one that had to be shortened: where that happens the curvature
 # changes so fast that what earlier steps saw misleads.
 STEPS = 4
@@ -48,9 +50,11 @@ PENALTY_FACTOR = 4.0
 STAGE_TOLERANCE = 0.1
 
 
-def are_few(num_rows: int, num_classes: int) -> bool:
-    """Whether rows are so few per class that this solver is the faster one."""
-    return num_classes >= MIN_CLASSES and num_rows <= MAX_ROWS_PER_CLASS * num_classes
+def are_few(num_rows: int, dim: int, num_classes: int) -> bool:
+    """Whether rows are so few per class that this solver is the faster one, and memory suffices."""
+    values = max(num_rows, HEAVY_ROWS * dim) * num_classes
+    fits = num_rows <= MAX_ROWS_PER_CLASS * num_classes and values <= MAX_VALUES
+    return num_classes >= MIN_CLASSES and fits
 
 
 class FewRows:

@@ -135,8 +135,8 @@ class LogisticPath:
         self._problem, self._standardize = problem, standardize
         self._before: list[tuple[float, Solution]] = []
         self._few: FewRows | None = None
-        if are_few(len(problem.y), len(problem.present)):
-            X = problem.features(standardize=standardize)
+        X = problem.features(standardize=standardize)
+        if are_few(len(X), X.shape[1], len(problem.present)):
             self._few = FewRows(X, problem.y, problem.share, len(problem.present))
         else:
             self._loss = problem.loss(standardize=standardize)
