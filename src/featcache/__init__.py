@@ -4,6 +4,7 @@ Commands, each with a settings class (`help(featcache.ExtractConfig)` explains t
 
     extract_features(ExtractConfig)    cache the features of a dataset's images
     train_head(TrainHeadConfig)        fit a head on a cache
+    audit_cache(AuditConfig)           find wrong labels, leaks and odd images in a cache
     finetune_network(FinetuneConfig)   train the whole network on the images
     predict_images(PredictConfig)      classify files and folders
     export_classifier(ExportConfig)    write backbone and head as ONNX or torch.export
@@ -18,6 +19,7 @@ Building blocks:
     LinearHead              a fitted linear head: predict, predict_proba, score
     Classifier              backbone and head together: images in, predictions out
     Prediction              what a Classifier says about one image
+    Preprocessing           how an image becomes the input of a network of your own
 
 Errors (all of them are FeatcacheError; the message says what to do next):
 
@@ -39,6 +41,7 @@ TYPE_CHECKING = False
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:  # the same names, for type checkers and completion
+    from featcache.api import audit_cache as audit_cache
     from featcache.api import compare_training as compare_training
     from featcache.api import export_classifier as export_classifier
     from featcache.api import extract_features as extract_features
@@ -48,11 +51,13 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.api import write_report as write_report
     from featcache.cache import FeatureCache as FeatureCache
     from featcache.cache import FeatureDataset as FeatureDataset
+    from featcache.config import AuditConfig as AuditConfig
     from featcache.config import CompareConfig as CompareConfig
     from featcache.config import ExportConfig as ExportConfig
     from featcache.config import ExtractConfig as ExtractConfig
     from featcache.config import FinetuneConfig as FinetuneConfig
     from featcache.config import PredictConfig as PredictConfig
+    from featcache.config import Preprocessing as Preprocessing
     from featcache.config import ReportConfig as ReportConfig
     from featcache.config import TrainHeadConfig as TrainHeadConfig
     from featcache.errors import CacheError as CacheError
@@ -67,6 +72,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
 # Public names and their modules. No public name equals a module's: importing featcache.NAME would
 # replace it.
 _HOMES = {
+    "AuditConfig": "config",
     "CacheError": "errors",
     "Classifier": "predict",
     "CompareConfig": "config",
@@ -79,11 +85,13 @@ _HOMES = {
     "FinetuneConfig": "config",
     "LinearHead": "heads",
     "PredictConfig": "config",
+    "Preprocessing": "config",
     "Prediction": "predict",
     "ReportConfig": "config",
     "StorageError": "errors",
     "TrainHeadConfig": "config",
     "UserError": "errors",
+    "audit_cache": "api",
     "compare_training": "api",
     "export_classifier": "api",
     "extract_features": "api",

@@ -71,6 +71,12 @@ COMMANDS = {
         summary="extract:check_lines",
         help="check a cache for damage, and repair it",
     ),
+    "audit": Command(
+        config="AuditConfig",
+        worker="audit:audit",
+        summary="audit:summary_lines",
+        help="find wrong labels, leaks, near-duplicates and odd images in a cache",
+    ),
     "predict": Command(
         config="PredictConfig",
         worker="predict:predict",
@@ -258,12 +264,12 @@ def _single(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def from_home(home: str) -> Callable[[Any], Any]:
+def from_home(home: str) -> Callable[..., Any]:
     """The function that `home` names as module:function, imported when it is called."""
     module, name = home.split(":")
 
-    def call(argument: Any) -> Any:
-        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument)
+    def call(argument: Any, **more: Any) -> Any:
+        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument, **more)
 
     return call
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import io
 import json
 import os
 import re
 import shutil
 import stat
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from featcache.errors import StorageError, UserError
 
+_NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 MARKS_BYTES = 16 << 20
 """The marks of a file's kind are within this many bytes of its start or end."""
 ABANDONED_S = 24 * 3600.0
@@ -215,3 +217,21 @@ def remove_temporaries(path: Path, older_s: float = 0.0) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def csv_line(cells: Sequence[object]) -> str:
+    """A line of a CSV file.
+
+    A text that a spreadsheet would run as a formula begins with an apostrophe; numbers do not.
+    """
+    import csv
+
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(map(_as_text, cells))
+    return buffer.getvalue()
+
+
+def _as_text(cell: object) -> object:
+    if not isinstance(cell, str) or _NUMBER.fullmatch(cell):
+        return cell
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell

@@ -30,6 +30,17 @@ def same_content(content: NDArray[np.uint8]) -> Ints:
     return np.asarray(numbers, np.int64)
 
 
+def is_copy(content: NDArray[np.uint8], others: Sequence[NDArray[np.uint8]]) -> NDArray[np.bool_]:
+    """Which images [N] are also among others.
+
+    Args:
+        content: Their digests, [N, B].
+        others: Digests of the others, each [M, B].
+    """
+    numbers = same_content(np.concatenate([content, *others]))
+    return np.isin(numbers[: len(content)], numbers[len(content) :])
+
+
 def kept_together(content: NDArray[np.uint8], groups: ArrayLike | None = None) -> Ints:
     """Number rows so that rows that must stay together have equal numbers: their unit's.
 

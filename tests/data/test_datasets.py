@@ -357,7 +357,7 @@ def test_short_names_fit_a_file_name(text: str, name: str) -> None:
 
 
 def copies_of(root: Path, tmp_path: Path, **settings: object) -> dict[str, Any]:
-    return find_copies(load_dataset(config(root, tmp_path, **settings))).report()
+    return find_copies(load_dataset(config(root, tmp_path, **settings)).splits).report()
 
 
 def test_copies_are_found_across_splits_and_labels(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_copies_stay_on_one_side_of_a_share(tmp_path: Path, load: Load) -> None:
         shutil.copy(file, file.with_name(f"{file.stem} (1).png"))
     dataset = load(root, test_fraction=0.25)
     assert np.bincount(dataset.splits["test"].labels).tolist() == [10, 10]
-    found = find_copies(dataset).report()
+    found = find_copies(dataset.splits).report()
     assert (found["num_copies"], found["across_splits"]) == (40, [])
     assert copies_lines(found, {"train": 60, "test": 20}, divided=True) == [
         "copies of other images: 40 of 80; identical images were kept on one side of the split"

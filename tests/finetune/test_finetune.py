@@ -79,6 +79,7 @@ class TestReport:
         assert report["chosen_on"] == "nothing: no setting was chosen by a score"
         assert report["recipe"]["optimizer"] == "adam"
         assert report["num_train"] == 33
+        assert report["without_leaks"] is None
         assert json.loads(json.dumps(report)) == report
 
     def test_the_defaults_are_the_notebooks(self) -> None:
@@ -99,6 +100,15 @@ class TestReport:
         right = sum(saved.test.correct())
         assert right / 12 == report["test_top1"]
         assert all(1 / 3 <= c <= 1 for c in saved.test.confidence)
+
+    def test_the_score_without_leaked_images_is_given_too(self, tmp_path: Path) -> None:
+        pets = make_pets(tmp_path / "pets", train=3, test=2)
+        for name in ("cat", "dog"):
+            shutil.copy(pets / "train" / name / "00.png", pets / "test" / name / "seen.png")
+        report = finetune(settings(pets, tmp_path, epochs=1))
+        found = report["without_leaks"]
+        assert (report["num_test"], found["num_leaked"], found["num_test"]) == (8, 2, 6)
+        assert any("without the 2 test images" in line for line in summary_lines(report))
 
     def test_the_model_file_says_what_it_is(self, full: tuple[FinetuneConfig, dict]) -> None:
         config, report = full

@@ -17,6 +17,7 @@ from featcache.config import TrainHeadConfig
 from featcache.errors import UserError
 from featcache.heads import load_head, summary_lines, train_head
 
+NAMES = ["ape", "bee", "cat"]
 FIELDS = {
     "command", "head", "solver", "backend", "trainable_params", "val_top1", "test_top1",
     "test_interval", "balanced_top1", "per_class", "fit_seconds", "seconds_total", "chosen",
@@ -39,7 +40,7 @@ def test_other_settings_and_other_caches_keep_the_earlier_head(cache, tmp_path):
     other = rows_cache(
         tmp_path / "b" / "toy.h5",
         {"train": blobs(60, seed=3), "test": blobs(30, seed=2)},
-        ["ape", "bee", "cat"],
+        NAMES,
     )
     paths = [
         train_head(TrainHeadConfig(cache=path, cache_dir=folder, **settings))["head"]
@@ -112,7 +113,7 @@ def test_saved_report_matches_the_saved_head(cache):
     saved = json.loads(Path(report["head"]).with_suffix(".json").read_text())
     head = load_head(report["head"])
     X, y = blobs(90, seed=2)
-    assert saved["class_names"] == ["ape", "bee", "cat"] == head.class_names
+    assert saved["class_names"] == NAMES == head.class_names
     assert saved["test"]["labels"] == y.tolist()
     assert saved["test"]["predicted"] == head.predict(X).tolist()
     assert saved["test"]["ids"][0] == "test/00000"
@@ -163,7 +164,7 @@ def test_two_runs_with_one_seed_agree(cache, tmp_path):
 
 def test_test_labels_do_not_influence_the_head(tmp_path):
     train, (X, y) = blobs(240, seed=1), blobs(90, seed=2)
-    names = ["ape", "bee", "cat"]
+    names = NAMES
     for solver in ("logistic", "adam"):
         heads = []
         for name, labels in (("a", y), ("b", (y + 1) % 3)):
@@ -282,3 +283,16 @@ def test_the_strength_in_reports_of_version_0_1_is_printed(cache):
     report = run(cache, C=0.5)
     report["chosen"]["strength"] = report["chosen"].pop("C")
     assert any("logistic (numpy): strength 0.5, standardize" in x for x in summary_lines(report))
+
+
+def test_the_score_without_leaked_test_images_is_given_too(tmp_path):
+    (X, y), (tested, labels) = blobs(120, seed=1), blobs(30, seed=2)
+    tested[:20], labels[:20] = X[:20], y[:20]
+    cache = rows_cache(tmp_path / "l.h5", {"train": (X, y), "test": (tested, labels)}, NAMES)
+    report = run(cache, solver="knn", k=1)
+    found = report["without_leaks"]
+    assert (found["num_leaked"], found["num_test"]) == (20, 10)
+    assert report["test_top1"] == pytest.approx((20 + 10 * found["test_top1"]) / 30)
+    (line,) = [line for line in summary_lines(report) if line.startswith("without the 20 test im")]
+    assert line.endswith("on 10 images")
+    assert run(toy_cache(tmp_path / "t.h5"))["without_leaks"] is None

@@ -8,7 +8,7 @@ import pytest
 
 from featcache.errors import StorageError, UserError
 from featcache.results import Predictions, Row, RunReport, benchmark_rows
-from featcache.results.advice import advice, best_of, break_even, speedups
+from featcache.results.advice import advice, best_of, speedups
 from featcache.results.plots import (
     as_svg,
     draw,
@@ -16,6 +16,7 @@ from featcache.results.plots import (
     plot_accuracy_against_seconds,
     seconds_tick,
 )
+from featcache.results.runs import break_even
 from featcache.results.tables import (
     markdown_table,
     seconds_text,

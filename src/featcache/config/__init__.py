@@ -4,6 +4,7 @@ The command line is generated from these classes.
 """
 
 from featcache.config.classifier_commands import (
+    AuditConfig,
     ExportConfig,
     Format,
     PredictConfig,
@@ -23,6 +24,8 @@ from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OWN_MODULE,
+    TIMM,
     BackboneInfo,
     CacheMeta,
     DatasetInfo,
@@ -35,6 +38,7 @@ from featcache.config.records import (
     Task,
     Views,
     flatten,
+    weights_text,
 )
 from featcache.config.settings import config_json
 
@@ -42,6 +46,9 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "OWN_MODULE",
+    "TIMM",
+    "AuditConfig",
     "BackboneConfig",
     "BackboneInfo",
     "CacheMeta",
@@ -69,4 +76,5 @@ __all__ = [
     "Views",
     "config_json",
     "flatten",
+    "weights_text",
 ]

@@ -1,11 +1,11 @@
-"""The settings of predict and export, the commands that use a trained classifier."""
+"""The settings of predict and export, which use a trained classifier, and of audit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Optional
 
-from featcache.config.checks import check_range, check_types
+from featcache.config.checks import check_positive, check_range, check_types
 from featcache.config.options import OutputConfig
 from featcache.config.settings import settings
 from featcache.errors import UserError
@@ -47,9 +47,9 @@ class PredictConfig(ClassifierConfig):
     topk: int = 1
     """Print this many of the most probable classes."""
     reject: Optional[float] = None
-    """Call an image unknown if it is stranger than all but this share of the head's held-out train
-    images: no class is likely, or it is far from all train images. So at most this share of images
-    of the known classes is called unknown; 0.05 is a common choice."""
+    """Call an image unknown if no class is likely for it, or it is far from all train images: more
+    so than for all but this share of the head's held-out train images. About this share of images
+    of the known classes is then called unknown; 0.05 is a common choice."""
     format: Optional[Format] = None
     """table (for people), csv (for spreadsheets: a cell that would be a formula is prefixed with a
     single quote), or jsonl (one JSON object per line). By default what the suffix of --output says,
@@ -100,3 +100,37 @@ class ExportConfig(ClassifierConfig):
                 f"--output {self.output}: give a name that ends in .onnx, or in .pt2 for "
                 "torch.export"
             )
+
+
+@settings
+class AuditConfig(OutputConfig):
+    """Look for wrong labels, leaks between splits, near-duplicates and odd images in a cache.
+
+    Nothing is changed: a ranked list of what to look at is written as CSV, and as JSON for report.
+    """
+
+    cache: Path
+    """A file written by extract-features."""
+    solver: Literal["logistic", "ridge", "knn", "auto"] = "logistic"
+    """The head whose predictions, of images that it has not seen, are compared with the labels."""
+    folds: int = 5
+    """Parts of train for cross-validation; groups and identical images stay together."""
+    neighbors: int = 10
+    """Nearest train images to compare every image with."""
+    near: Optional[float] = None
+    """The cosine similarity of features from which two images count as near-duplicates. By default
+    found from the data."""
+    seed: int = 42
+    """Seed of the parts and of the held-out part that chooses the head's settings."""
+    output: Optional[Path] = None
+    """The list (.csv); the report is written beside it as .json. By default beside the cache."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range("folds", self.folds, 2, 1000)
+        check_range("neighbors", self.neighbors, 1, 1000)
+        check_positive("near", self.near)
+        check_range("near", self.near, 0, 1)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        if self.output is not None and self.output.suffix.lower() != ".csv":
+            raise UserError(f"--output {self.output}: the list's name ends in .csv")

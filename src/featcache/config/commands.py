@@ -55,7 +55,7 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        BackboneConfig.__post_init__(self)
+        FeatureConfig.__post_init__(self)
         Views.parse(self.views, self.seed)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
@@ -65,14 +65,14 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
-        if self.from_stage is not None and self.layers == "stages":
+        if self.from_stage is not None and self.stage_pool is not None:
             raise UserError("--from-stage caches activations, --layers features: give one of them")
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        plain = self.layers == "last" and self.from_stage is None
-        return self.dtype or ("float32" if plain else "float16")
+        rounded = "stages" in self.asked_layers or self.from_stage is not None
+        return self.dtype or ("float16" if rounded else "float32")
 
 
 @settings
@@ -89,7 +89,7 @@ class TrainHeadConfig(OutputConfig):
     epochs: int = 3
     """Passes over train (adam, sgd)."""
     lr: Optional[float] = None
-    """Learning rate (adam 1e-3, sgd 1e-2 unless given)."""
+    """Learning rate of adam and sgd. By default 1e-3 for adam, 1e-2 for sgd."""
     batch_size: int = 32
     """Rows per step (adam, sgd)."""
     weight_decay: float = 0.0
@@ -107,18 +107,19 @@ class TrainHeadConfig(OutputConfig):
     strength: Optional[float] = None
     """The old name of --C, --alpha and --k; give the one of your solver."""
     select: Literal["holdout", "cv"] = "holdout"
-    """Choose on a held-out part of train, or by k-fold cross-validation on train."""
+    """Choose settings on a held-out part of train, or by k-fold cross-validation on train."""
     holdout: float = 0.2
-    """Share of train that chooses, stratified and seeded."""
+    """Fraction of train to hold out for choosing settings, stratified and seeded."""
     folds: int = 5
     """Folds of --select cv."""
     standardize: Literal["auto", "on", "off"] = "auto"
     """Scale every feature to unit variance on train; auto chooses on the held-out part."""
-    columns: Literal["auto", "last", "all"] = "auto"
-    """With a cache of --layers stages, learn from the columns of the last layer or from all; auto
-    chooses on the held-out part (knn and streamed training take all)."""
+    columns: str = "auto"
+    """With a cache of several layers, learn from the columns of one (last, layer3, layer3.mean) or
+    from all; auto chooses on the held-out part: between last and all, or, in a cache without last,
+    among every layer and all (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
-    """balanced weighs classes by the inverse of their frequency."""
+    """balanced weights every class by the inverse of its frequency."""
     threshold_for: Optional[str] = None
     """For two classes, precision=LEVEL or recall=LEVEL: choose, on held-out rows, the probability
     from which an image counts as --positive, so that this much is reached. It is stored with the
@@ -132,11 +133,11 @@ class TrainHeadConfig(OutputConfig):
     tta: bool = False
     """Average the test prediction over the cached views instead of using view 0 alone."""
     stream: Literal["auto", "on", "off"] = "auto"
-    """Train in bounded memory; auto does when the cache is large against free memory."""
+    """Train in bounded memory; auto does so when the cache is too large for the free memory."""
     seed: int = 42
     """Seed of the held-out part, of shuffling and of initial weights."""
     cache_dir: Optional[Path] = None
-    """Where the head goes unless --output says otherwise; beside the cache unless given."""
+    """The folder for a head that --output does not name. By default the cache's folder."""
     output: Optional[Path] = None
     """The head file (.safetensors); its report is written beside it as .json."""
 

@@ -20,12 +20,20 @@ from featcache.data.prefetch import (
     pixel_task,
     run_ahead,
 )
-from featcache.data.sampling import CopiesReport, copies_lines, find_copies, find_shared_groups
+from featcache.data.sampling import (
+    Copies,
+    CopiesReport,
+    copies_lines,
+    find_copies,
+    find_shared_groups,
+    shared_groups_lines,
+)
 
 __all__ = [
     "EXTENSIONS",
     "REASONS",
     "BadImage",
+    "Copies",
     "CopiesReport",
     "Decoded",
     "DecodedSplit",
@@ -45,6 +53,7 @@ __all__ = [
     "normalize",
     "pixel_task",
     "run_ahead",
+    "shared_groups_lines",
     "to_pixels",
     "view_pixels",
 ]

@@ -68,7 +68,7 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     else:
         dataset = _load(config, name)
     dataset = _grouped(dataset, config)
-    shared = shared_groups_lines(find_shared_groups(dataset))
+    shared = shared_groups_lines([found._asdict() for found in find_shared_groups(dataset.splits)])
     if config.strict:
         _refuse_leaks(dataset, shared)
     return dataclasses.replace(
@@ -120,7 +120,7 @@ def _grouped(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
 
 def _refuse_leaks(dataset: ImageDataset, shared: list[str]) -> None:
     sizes = {name: len(split) for name, split in dataset.splits.items()}
-    found = [*shared, *copies_lines(find_copies(dataset).report(), sizes, divided=False)]
+    found = [*shared, *copies_lines(find_copies(dataset.splits).report(), sizes, divided=False)]
     if found:
         raise UserError(f"{'; '.join(found)} (or leave out --strict)")
 

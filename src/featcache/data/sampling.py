@@ -7,20 +7,20 @@ every machine and version, and changes little when a dataset grows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featcache.data.dataset import ImageDataset, ImageSplit
+from featcache.data.dataset import ImageSplit
 from featcache.errors import UserError, listed
 from featcache.groups import kept_together, same_content, take_units
 
 Int64 = NDArray[np.int64]
 MAX_EXAMPLES = 3
 MAX_SHARED = 20
+SPLIT_ORDER = ("train", "val", "test")
 
 
 def quotas(counts: Sequence[int], total: int) -> list[int]:
@@ -124,7 +124,7 @@ def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
 
 
 class PairsReport(TypedDict):
-    """`Pairs` as JSON."""
+    """How many images are copies, and the ids of the first few with those of their originals."""
 
     num_images: int
     examples: list[tuple[str, str]]
@@ -145,77 +145,95 @@ class CopiesReport(TypedDict):
     two_labels: PairsReport
 
 
-@dataclass
-class Pairs:
-    """Images that have a duplicate: how many, and the ids of the first few pairs."""
+class LabeledRows(Protocol):
+    """The images of a split, decoded or not: an `ImageSplit`, or the rows of a cache."""
 
-    num_images: int = 0
-    examples: list[tuple[str, str]] = field(default_factory=list)
+    @property
+    def ids(self) -> Sequence[str]:
+        """Their N names."""
 
-    def add(self, pair: tuple[str, str]) -> None:
-        """Count one image."""
-        self.num_images += 1
-        if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(pair)
+    @property
+    def labels(self) -> NDArray[np.integer[Any]]:
+        """Class indices [N]."""
 
-    def report(self) -> PairsReport:
-        """The same as JSON."""
-        return {"num_images": self.num_images, "examples": self.examples}
+    @property
+    def content(self) -> NDArray[np.uint8]:
+        """Digests [N, 32]."""
+
+    @property
+    def groups(self) -> Sequence[str] | None:
+        """Their N groups, if they have any."""
+
+
+class Copy(NamedTuple):
+    """An image, and the first one that is identical to it."""
+
+    split: str
+    row: int
+    id: str
+    also_in: str
+    also_row: int
+    also_id: str
+    same_label: bool
 
 
 class Copies(NamedTuple):
-    """What `find_copies` found.
+    """All images that are copies of an earlier one."""
 
-    Attributes:
-        num_copies: Number of images less number of distinct images, over all splits.
-        across: By (split, earlier split): images of the first that are also in the second.
-        two_labels: Images whose first copy has a different label.
-    """
-
-    num_copies: int
-    across: dict[tuple[str, str], Pairs]
-    two_labels: Pairs
+    found: list[Copy]
 
     def report(self) -> CopiesReport:
-        """The findings as JSON."""
-        across: list[PairsAcross] = [
-            {"split": split, "also_in": other, **pairs.report()}
-            for (split, other), pairs in self.across.items()
-        ]
+        """How many there are, across splits and with different labels, and a few of each."""
+        across: dict[tuple[str, str], list[Copy]] = {}
+        for copy in self.found:
+            if copy.split != copy.also_in:
+                across.setdefault((copy.split, copy.also_in), []).append(copy)
         return {
-            "num_copies": self.num_copies,
-            "across_splits": across,
-            "two_labels": self.two_labels.report(),
+            "num_copies": len(self.found),
+            "across_splits": [
+                {"split": split, "also_in": other, **_counted(copies)}
+                for (split, other), copies in across.items()
+            ],
+            "two_labels": _counted([copy for copy in self.found if not copy.same_label]),
         }
 
 
-def find_copies(dataset: ImageDataset) -> Copies:
+def _counted(copies: Sequence[Copy]) -> PairsReport:
+    examples = [(copy.id, copy.also_id) for copy in copies[:MAX_EXAMPLES]]
+    return {"num_images": len(copies), "examples": examples}
+
+
+def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     """Look for identical images; each is paired with its first copy in train, val, test order."""
-    splits = [dataset.splits[name] for name in ("train", "val", "test") if name in dataset.splits]
-    content = np.concatenate([split.content for split in splits])
+    names = [name for name in SPLIT_ORDER if name in splits]
+    content = np.concatenate([splits[name].content for name in names])
     _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
     first_of = first[numbers]
-    copies = np.flatnonzero(first_of != np.arange(len(first_of)))
-    starts = np.cumsum([0, *map(len, splits)])
-    across: dict[tuple[str, str], Pairs] = {}
-    two_labels = Pairs()
+    starts = np.cumsum([0, *(len(splits[name].ids) for name in names)])
 
-    def place(row: int) -> tuple[ImageSplit, int]:
+    def place(row: int) -> tuple[str, int]:
         number = int(np.searchsorted(starts, row, side="right")) - 1
-        return splits[number], row - int(starts[number])
+        return names[number], row - int(starts[number])
 
-    for row in copies.tolist():
-        (split, at), (other, there) = place(row), place(int(first_of[row]))
-        pair = (split.ids[at], other.ids[there])
-        if split is not other:
-            across.setdefault((split.name, other.name), Pairs()).add(pair)
-        if split.labels[at] != other.labels[there]:
-            two_labels.add(pair)
-    return Copies(num_copies=len(copies), across=across, two_labels=two_labels)
+    found = []
+    for row in np.flatnonzero(first_of != np.arange(len(first_of))).tolist():
+        (name, at), (other, there) = place(row), place(int(first_of[row]))
+        split, earlier = splits[name], splits[other]
+        found.append(
+            Copy(
+                split=name,
+                row=at,
+                id=split.ids[at],
+                also_in=other,
+                also_row=there,
+                also_id=earlier.ids[there],
+                same_label=bool(split.labels[at] == earlier.labels[there]),
+            )
+        )
+    return Copies(found=found)
 
 
-@dataclass
-class SharedGroups:
+class SharedGroups(NamedTuple):
     """How many groups two splits have in common, and the first few."""
 
     split: str
@@ -224,13 +242,9 @@ class SharedGroups:
     examples: list[str]
 
 
-def find_shared_groups(dataset: ImageDataset) -> list[SharedGroups]:
+def find_shared_groups(splits: Mapping[str, LabeledRows]) -> list[SharedGroups]:
     """Groups that have images in two splits, for each pair of splits in train, val, test order."""
-    grouped = [
-        (name, set(split.groups))
-        for name in ("train", "val", "test")
-        if (split := dataset.splits.get(name)) and split.groups is not None
-    ]
+    grouped = [(name, set(splits[name].groups or ())) for name in SPLIT_ORDER if name in splits]
     return [
         SharedGroups(split, other, len(shared), sorted(shared)[:MAX_SHARED])
         for number, (split, groups) in enumerate(grouped)
@@ -239,12 +253,12 @@ def find_shared_groups(dataset: ImageDataset) -> list[SharedGroups]:
     ]
 
 
-def shared_groups_lines(shared: Sequence[SharedGroups]) -> list[str]:
-    """What `find_shared_groups` found, as sentences."""
+def shared_groups_lines(shared: Sequence[dict[str, Any]]) -> list[str]:
+    """What `find_shared_groups` found, each as JSON, as sentences."""
     return [
-        f"groups of {found.split} that are also in {found.also_in}: {found.num_groups} "
-        f"({listed(found.examples, MAX_EXAMPLES)}); keep each in one split, or {found.split} "
-        "scores are too high"
+        f"groups of {found['split']} that are also in {found['also_in']}: {found['num_groups']} "
+        f"({listed(found['examples'], MAX_EXAMPLES)}); keep each in one split, or "
+        f"{found['split']} scores are too high"
         for found in shared
     ]
 

@@ -33,9 +33,11 @@ from featcache.finetune.checkpoint import (
 from featcache.finetune.loop import Scores, score, train_epoch
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
+from featcache.groups import is_copy
 from featcache.results import EpochRecord, RunReport
+from featcache.results.metrics import without_leaks
 from featcache.results.runs import evaluate
-from featcache.results.tables import score_lines
+from featcache.results.tables import leak_lines, score_lines
 from featcache.results.targets import TargetPredictions, multilabel_scores
 from featcache.runtime import environment, say
 from featcache.tensor_files import LABEL_THRESHOLD, ModelCard, write_model
@@ -242,6 +244,7 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
             "images_per_s": len(run.train) / seconds,
             "num_train": len(run.train),
             "num_test": num_test,
+            "without_leaks": _without_leaks(run, scores),
             "num_skipped": run.num_skipped,
             "num_resumed_epochs": num_resumed,
             "kept_epoch": progress.best_epoch or len(progress.epochs),
@@ -254,6 +257,15 @@ def _report(run: FinetuneRun, progress: Progress, scores: Scores, num_resumed: i
         class_names=run.dataset.class_names,
         **_evaluated(run, scores),
     )
+
+
+def _without_leaks(run: FinetuneRun, scores: Scores) -> JsonObject | None:
+    """The score without test images that train or val has too."""
+    others = [split.content for name, split in run.dataset.splits.items() if name != "test"]
+    test = run.test.split
+    if test.targets is not None:
+        return None
+    return without_leaks(test.labels, scores.predicted, is_copy(test.content, others))
 
 
 def _evaluated(run: FinetuneRun, scores: Scores) -> JsonObject:
@@ -348,6 +360,7 @@ def summary_lines(report: JsonObject) -> list[str]:
         *done,
         f"test {name} {score:.3f} [{low:.3f}, {high:.3f}] on "
         f"{report['num_test']} images, {report['trainable_params']:,} trainable parameters{tail}",
+        *leak_lines(report),
         *score_lines(RunReport.from_dict(report)),
         f"{report['seconds_per_epoch']:.1f} s per epoch, {report['images_per_s']:.0f} images/s, "
         f"{report['seconds_total']:.1f} s in all{once}{left_out}",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
-from featcache.config import TrainHeadConfig
+from featcache.config import JsonObject, TrainHeadConfig
+from featcache.groups import is_copy
 from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.files import Head
 from featcache.heads.linear import softmax
@@ -20,6 +21,7 @@ from featcache.heads.training_data import (
     load_rows,
     surely_finite,
 )
+from featcache.results.metrics import without_leaks
 from featcache.results.runs import Evaluation, evaluate
 
 # Probabilities of all classes are kept for a test split of at most this many.
@@ -78,6 +80,7 @@ class TestSplit:
         y: Class indices [N].
         ids: N sample ids.
         groups: Each row's group [N], if there are groups.
+        leaked: Which rows are for images that train or val has too, [N]; None if not known.
         num_views: Views that count: all with --tta, else the plain one.
         blocks: Makes an iterator of consecutive rows: features [n, D] of each view that counts.
     """
@@ -87,6 +90,7 @@ class TestSplit:
     y: Ints
     ids: list[str]
     groups: NDArray[np.str_] | None = None
+    leaked: NDArray[np.bool_] | None = None
     num_views: int
     blocks: Callable[[], Iterator[list[Floats]]]
 
@@ -127,6 +131,10 @@ class TestSplit:
             probabilities=np.concatenate(tables) if kept else None,
             p_values=np.concatenate(p_values) if judged else None,
         )
+
+    def without_leaks(self, found: TestPredictions) -> JsonObject | None:
+        """The score without leaked rows; None if there are none."""
+        return None if self.leaked is None else without_leaks(self.y, found.classes, self.leaked)
 
     def evaluate(self, found: TestPredictions, head: Head, seed: int) -> Evaluation:
         """What a head's predictions are worth.
@@ -176,6 +184,12 @@ def open_test(config: TrainHeadConfig, cache: FeatureCache, *, in_memory: bool) 
             if len(features):
                 yield views
 
+    others = [cache.split(name).content for name in cache.splits if name != "test"]
     return TestSplit(
-        y=classes_of(split), ids=split.ids, groups=split.groups, num_views=num_views, blocks=blocks
+        y=classes_of(split),
+        ids=split.ids,
+        groups=split.groups,
+        leaked=is_copy(split.content, others),
+        num_views=num_views,
+        blocks=blocks,
     )

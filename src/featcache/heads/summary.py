@@ -9,7 +9,7 @@ import numpy as np
 from featcache.config import JsonObject
 from featcache.heads.features import Ints
 from featcache.results.runs import RunReport
-from featcache.results.tables import score_lines
+from featcache.results.tables import leak_lines, score_lines
 
 # The level that the summary shows.
 REJECT = 0.05
@@ -43,6 +43,7 @@ def summary_lines(report: JsonObject) -> list[str]:
         f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
+    lines += leak_lines(report)
     lines += score_lines(RunReport.from_dict(report)) + _threshold_lines(report)
     lines += _rejection_lines(report)
     if shots := report.get("shots"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from featcache.config import DataConfig, JsonObject, ReportConfig
+from featcache.config import DataConfig, ReportConfig
 from featcache.errors import UserError
 from featcache.html_report.compared_runs import ComparedRun
 from featcache.results import Predictions
@@ -21,7 +21,7 @@ from featcache.results.metrics import confusion, per_class
 if TYPE_CHECKING:
     from PIL import Image
 
-    from featcache.data import ImageSplit
+    from featcache.data import ImageDataset, ImageSplit
 
 MAX_MATRIX_CLASSES = 40
 MAX_PAIRS = 8
@@ -156,7 +156,7 @@ def _wrong_images(
             true=names[test.labels[i]],
             predicted=names[test.predicted[i]],
             confidence=test.confidence[i],
-            jpeg=_thumbnail(split, rows.get(test.ids[i])),
+            jpeg=thumbnail(split, rows.get(test.ids[i])),
         )
         for i in confidently_wrong(test, MAX_IMAGES)
     ]
@@ -172,22 +172,7 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
     run = next((run for run in compared if run.test), None)
     if config.dataset is None or run is None or run.test is None:
         return None
-    from featcache.data import load_dataset
-
-    names = ("num_train", "num_test", "test_fraction", "group_from")
-    drawn_as: JsonObject = {name: run.dataset.get(name) for name in names}
-    dataset = load_dataset(
-        DataConfig(
-            dataset=config.dataset,
-            data_root=config.data_root,
-            image_root=config.image_root,
-            allow_outside=config.allow_outside,
-            cache_dir=config.cache_dir,
-            on_error="skip",
-            seed=run.dataset.get("seed") or 0,
-            **drawn_as,
-        )
-    )
+    dataset = load_images(config, run.dataset)
     split = dataset.splits["test"]
     missing = set(run.test.ids) - set(split.ids)
     if missing:
@@ -206,7 +191,36 @@ def load_test_split(config: ReportConfig, compared: Sequence[ComparedRun]) -> Im
     return split
 
 
-def _thumbnail(split: ImageSplit | None, row: int | None) -> str | None:
+def load_images(config: ReportConfig, recorded: dict[str, Any]) -> ImageDataset:
+    """The dataset that was named, drawn as a report records it.
+
+    Args:
+        config: Names the dataset.
+        recorded: What the report says of it, as `DatasetInfo.to_dict`.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    from featcache.data import load_dataset
+
+    assert config.dataset is not None
+    names = ("num_train", "num_test", "test_fraction", "group_from")
+    drawn_as: dict[str, Any] = {name: recorded.get(name) for name in names}
+    return load_dataset(
+        DataConfig(
+            dataset=config.dataset,
+            data_root=config.data_root,
+            image_root=config.image_root,
+            allow_outside=config.allow_outside,
+            cache_dir=config.cache_dir,
+            on_error="skip",
+            seed=recorded.get("seed") or 0,
+            **drawn_as,
+        )
+    )
+
+
+def thumbnail(split: ImageSplit | None, row: int | None) -> str | None:
     """A small JPEG of one image in base64, or None if it is missing or cannot be read."""
     if split is None or row is None:
         return None

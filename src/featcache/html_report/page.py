@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from featcache.config import ReportConfig
+from featcache.html_report.audits import audit_values
 from featcache.html_report.charts import Chart, make_chart
 from featcache.html_report.compared_runs import (
     ComparedRun,
@@ -21,7 +23,7 @@ from featcache.html_report.mistakes import (
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
-from featcache.html_report.scores import overview, run_scores
+from featcache.html_report.scores import LABEL_HEADER, overview, run_scores, target_tables
 from featcache.results import Row
 from featcache.results.curve_advice import curve_advice
 from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
@@ -32,7 +34,14 @@ from featcache.results.plots import (
     lines_of,
     seconds_tick,
 )
-from featcache.results.tables import HEADER, curve_cells, curve_header, seconds_text, table_cells
+from featcache.results.tables import (
+    HEADER,
+    curve_cells,
+    curve_header,
+    leak_lines,
+    seconds_text,
+    table_cells,
+)
 
 MAX_DETAILED = 6
 
@@ -83,16 +92,19 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         }
         sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
-    header, rows = overview(compared)
-    if rows:
-        scores = {"header": header, "rows": rows}
-        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
+    sections += _score_sections(compared, files)
     sections += _mistakes_sections(ranked(compared), config)
+    for audit in files.audits:
+        title = (
+            "Audit" if len(files.audits) == 1 else f"Audit of {Path(audit.values['cache']).name}"
+        )
+        sections.append(Section(title=title, layout="audit", values=audit_values(audit, config)))
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
     sections.append(Section(title=title, layout="provenance", values=provenance))
+    about = "frozen backbone vs. fine-tuning" if compared or curves else "audit"
     return Page(
-        title=config.title or f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning",
+        title=config.title or _title(compared, files, about),
         subtitle=_subtitle(compared, files),
         advice=advice,
         sections=sections,
@@ -137,7 +149,12 @@ def _comparison_sections(
         "rows": table_cells([run.row for run in compared]),
         "has_curve": has_curve,
         "extraction_known": all(run.row.extraction_known for run in compared),
-        "notes": [note for benchmark in files.benchmarks for note in benchmark.notes],
+        "notes": [note for benchmark in files.benchmarks for note in benchmark.notes]
+        + [
+            f"{run.name}: {line}."
+            for run in compared
+            for line in leak_lines(run.report.more if run.report else {})
+        ],
     }
     sections = [Section(title="Side-by-side comparison", layout="comparison", values=table)]
     rows = [run.row for run in ranked(compared) if run.row.extraction_known]
@@ -166,6 +183,19 @@ def _seconds_chart(rows: Sequence[Row], lines: Sequence[Line]) -> Chart:
         rows=cells,
         salt="seconds",
     )
+
+
+def _score_sections(compared: Sequence[ComparedRun], files: ReportFiles) -> list[Section]:
+    """Scores over classes of all runs, then runs on several labels and on numbers."""
+    sections = []
+    header, rows = overview(compared)
+    if rows:
+        scores = {"header": header, "rows": rows}
+        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
+    for table in target_tables(files.target_runs):
+        shown = {"table": table, "label_header": LABEL_HEADER}
+        sections.append(Section(title=table.title, layout="targets", values=shown))
+    return sections
 
 
 def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) -> list[Section]:
@@ -197,9 +227,16 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
     ]
 
 
+def _title(compared: Sequence[ComparedRun], files: ReportFiles, about: str) -> str:
+    if compared or files.summaries or files.audits:
+        return f"{_dataset_name(compared, files)}: {about}"
+    return ", ".join(table.title.lower() for table in target_tables(files.target_runs)).capitalize()
+
+
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
     names = [summary.dataset for summary in files.summaries]
-    names += [str(run.dataset.get("name", "")) for run in compared]
+    recorded = [run.dataset for run in compared] + [audit.dataset for audit in files.audits]
+    names += [str(dataset.get("name", "")) for dataset in recorded]
     names = list(dict.fromkeys(name[:80] for name in names if name))
     return ", ".join(names[:3]) or "featcache"
 

@@ -20,7 +20,7 @@ from featcache.results.runs import MAX_BYTES, Approach
 
 MAX_FILES = 5000
 MAX_CLASSES = 100_000
-HINT = "give the .json that train-head, finetune, compare or benchmark.py wrote"
+HINT = "give the .json that train-head, finetune, compare, audit or benchmark.py wrote"
 TRAINING = ("train-head", "finetune")
 
 Check = Callable[[Any], object]
@@ -102,8 +102,8 @@ check_run = record(
         "config environment recipe?": OBJECT,
         "provenance": record({"dataset?": OBJECT, "backbone?": record({"preprocessing?": OBJECT})}),
         "trainable_params num_train num_test": COUNT,
-        "test_top1": SHARE,
-        "test_interval": INTERVAL,
+        "test_top1?": SHARE,
+        "test_interval?": INTERVAL,
         "seconds_total": SECONDS,
         "scored_on chosen_on": TEXT,
         "epochs": each(record({"seconds eval_seconds?": SECONDS, "test_top1?": SHARE})),
@@ -116,8 +116,11 @@ check_run = record(
         "features?": TEXT,
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
-        "scores? calibration?": OBJECT,
+        "scores? calibration? target_scores?": OBJECT,
         "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
+        "without_leaks?": record(
+            {"num_leaked num_test": COUNT, "test_top1?": SHARE, "test_interval?": INTERVAL}
+        ),
     }
 )
 check_row = record(
@@ -140,6 +143,31 @@ check_summary = record(
         "environment? config?": OBJECT,
         "rows?": each(check_row),
         "runs?": of_type(list, "a list"),
+    }
+)
+check_image = record({"split id label": TEXT})
+check_audit = record(
+    {
+        "cache list": TEXT,
+        "splits": OBJECT,
+        "classes": each(
+            record({"name": TEXT, "num_images": OBJECT, "num_groups?": COUNT}),
+            range(1, MAX_CLASSES + 1),
+        ),
+        "num_findings": OBJECT,
+        "lines": each(TEXT),
+        "findings": each(
+            record(
+                {
+                    "kind split id label": TEXT,
+                    "suggested? group?": TEXT,
+                    "score?": number(2.0),
+                    "other?": check_image,
+                }
+            )
+        ),
+        "config environment": OBJECT,
+        "provenance": record({"dataset": OBJECT}),
     }
 )
 check_extraction = record({"seconds_total?": SECONDS, "cache cache_digest?": TEXT})
@@ -173,22 +201,39 @@ class Summary:
     typed: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `audit` wrote about a cache, as JSON that was checked."""
+
+    path: Path
+    values: dict[str, Any]
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What the cache records of its dataset."""
+        return dict(self.values["provenance"]["dataset"])
+
+
 @dataclass(kw_only=True)
 class ReportFiles:
     """Everything read.
 
     Attributes:
         runs: Training runs, those of comparisons included.
+        target_runs: Training runs on images with several labels or a number.
         comparisons: Learning curves.
         benchmarks: Tables of benchmark.py.
+        audits: What may be wrong with a cache.
         extractions: Seconds that extraction took, by the cache's digest or, where a file does not
             name it, the cache's file name.
         ignored: Files in a folder that are none of these.
     """
 
     runs: list[Run] = field(default_factory=list)
+    target_runs: list[Run] = field(default_factory=list)
     comparisons: list[Summary] = field(default_factory=list)
     benchmarks: list[Summary] = field(default_factory=list)
+    audits: list[Audit] = field(default_factory=list)
     extractions: dict[str, float] = field(default_factory=dict)
     ignored: list[Path] = field(default_factory=list)
 
@@ -200,7 +245,8 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.summaries)
+        others = [*self.target_runs, *self.audits]
+        return len(self.runs) + len(self.summaries) + len(others)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
@@ -285,7 +331,11 @@ def _add(files: ReportFiles, file: Path, values: JsonObject) -> None:
         if command == "compare":
             files.comparisons.append(_summary(file, values))
         elif command in TRAINING:
-            files.runs.append(_run(file, values))
+            run = _run(file, values)
+            (files.runs if run.report.target_scores is None else files.target_runs).append(run)
+        elif command == "audit":
+            check_audit(values)
+            files.audits.append(Audit(path=file, values=values))
         elif command == "extract-features":
             _add_extraction(files, values)
         elif "rows" in values:
@@ -310,6 +360,8 @@ def _run(file: Path, values: JsonObject) -> Run:
     # Null means missing, but readers of epochs expect numbers.
     epochs = [{k: v for k, v in epoch.items() if v is not None} for epoch in values["epochs"]]
     report = RunReport.from_dict({**values, "epochs": epochs})
+    if report.target_scores is None and None in (report.test_top1, report.test_interval):
+        raise UserError("it has no score")
     if report.test is not None:
         if report.class_names is None:
             raise UserError("it has predictions but no class_names")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import re
 import sys
@@ -14,7 +12,7 @@ from typing import BinaryIO, NotRequired, TypedDict
 
 from featcache.config import Format, Task
 from featcache.errors import visible
-from featcache.files import replacing, storage_errors
+from featcache.files import csv_line, replacing, storage_errors
 from featcache.predict.classifier import UNKNOWN, Prediction
 from featcache.streams import stdout_errors
 
@@ -25,7 +23,6 @@ MARKS = re.compile(
     rb'|\A\{"path": .*("topk": \[\{"label": |"probabilities": |"value": )'
 )
 """How tables, CSV and JSON lines of predictions begin."""
-NUMBER = re.compile(r"[+-]\d+([.]\d+)?", re.ASCII)
 
 Write = Callable[[str, Prediction], None]
 
@@ -193,12 +190,6 @@ def _table(
     return f"{'picture':<{width}}  {titles[task]}\n", text
 
 
-def _csv_line(cells: Sequence[object]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(cells)
-    return buffer.getvalue()
-
-
 def _target_csv(
     class_names: Sequence[str], task: Task
 ) -> tuple[str, Callable[[str, Prediction], str]]:
@@ -208,31 +199,24 @@ def _target_csv(
         cells: list[object] = [prediction.value]
         if prediction.labels is not None:
             by_label = dict(prediction.topk)
-            cells = [_as_text(prediction.label), *(by_label[name] for name in class_names)]
-        return _csv_line([_as_text(path), *cells])
+            cells = [prediction.label, *(by_label[name] for name in class_names)]
+        return csv_line([path, *cells])
 
-    names = ["value"] if task == "regression" else ["labels", *map(_as_text, class_names)]
-    return _csv_line(["path", *names]), text
+    names = ["value"] if task == "regression" else ["labels", *class_names]
+    return csv_line(["path", *names]), text
 
 
 def _csv(topk: int, *, reject: bool) -> tuple[str, Callable[[str, Prediction], str]]:
     def text(path: str, prediction: Prediction) -> str:
-        pairs = ((_as_text(label), value) for label, value in prediction.topk)
-        cells = [_as_text(path), *(cell for pair in pairs for cell in pair)]
+        cells: list[object] = [path, *(cell for pair in prediction.topk for cell in pair)]
         if reject:
-            likeliest, cells[1] = cells[1], _as_text(prediction.label)
+            likeliest, cells[1] = cells[1], prediction.label
             cells += [likeliest, prediction.p_value or 0.0]
-        return _csv_line(cells)
+        return csv_line(cells)
 
     more = [f"{name}_{rank}" for rank in range(2, topk + 1) for name in ("label", "probability")]
     more += ["likeliest", "p_value"] if reject else []
-    return _csv_line(["path", "label", "probability", *more]), text
-
-
-def _as_text(cell: str) -> str:
-    """Put ' before what a spreadsheet would run as a formula; numbers stay as they are."""
-    starts_formula = cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
-    return f"'{cell}" if starts_formula and not NUMBER.fullmatch(cell) else cell
+    return csv_line(["path", "label", "probability", *more]), text
 
 
 def _json_line(path: str, prediction: Prediction) -> str:

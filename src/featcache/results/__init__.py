@@ -1,7 +1,7 @@
 """What a run measured, and what follows from it.
 
 Run reports are here; tables, plots, the learning curve and advice are in modules of those names,
-which the commands that only write a report do not load.
+so that commands that only write a report do not load them.
 """
 
 from featcache.results.runs import (

@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from featcache.config import JsonObject
 from featcache.errors import UserError
 
 
@@ -172,6 +173,31 @@ def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> 
     low = 0.0 if num_correct == 0 else max(0.0, centre - half)
     high = 1.0 if num_correct == num_samples else min(1.0, centre + half)
     return low, high
+
+
+def without_leaks(
+    labels: ArrayLike, predicted: ArrayLike, leaked: NDArray[np.bool_]
+) -> JsonObject | None:
+    """Score the test images that train does not have.
+
+    Args:
+        labels: True classes of all test images [N].
+        predicted: Predicted classes [N].
+        leaked: Which images train has too, [N].
+
+    Returns:
+        Counts, accuracy and its 95 % interval (None where no image is left); None without leaks.
+    """
+    if not leaked.any():
+        return None
+    correct = (np.asarray(labels) == np.asarray(predicted))[~leaked]
+    right, num = int(correct.sum()), len(correct)
+    return {
+        "num_leaked": int(leaked.sum()),
+        "num_test": num,
+        "test_top1": right / num if num else None,
+        "test_interval": wilson_interval(right, num) if num else None,
+    }
 
 
 def mcnemar(correct_a: ArrayLike, correct_b: ArrayLike) -> float:

@@ -142,9 +142,8 @@ class RunReport:
         try:
             known = {f.name for f in dataclasses.fields(cls)} - {"more"}
             own = {name: values[name] for name in known & values.keys()}
-            test, targets, interval = (
-                own.pop(name, None) for name in ("test", "targets", "test_interval")
-            )
+            test, targets = (own.pop(name, None) for name in ("test", "targets"))
+            interval = own.pop("test_interval")
             low, high = (float(bound) for bound in interval or (0.0, 1.0))
             several = values.get("task") == "multilabel"
             for name, kind in (

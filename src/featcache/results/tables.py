@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from featcache.results.learning_curve import NAMES, CurveMode, CurvePoint, ModeScores, size_text
+from featcache.config import JsonObject
 from featcache.results.runs import Row, RunReport
 from featcache.results.scores import BY_CLASS, Scores
+
+if TYPE_CHECKING:
+    from featcache.results.learning_curve import CurveMode, CurvePoint, ModeScores
 
 HEADER = (
     "mode",
@@ -217,6 +221,8 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
     stands beside it. The last row is the baseline that both modes have to beat.
     """
+    from featcache.results.learning_curve import NAMES  # late: train-head shows no curve
+
     baselines = dict.fromkeys(p.baseline_top1 for p in points if p.baseline_top1 is not None)
     rest = ("–",) * (len(curve_header(points)) - 3)
     more: list[Callable[[CurvePoint], str]] = []
@@ -229,6 +235,8 @@ def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
 
 
 def _curve_row(point: CurvePoint) -> tuple[str, ...]:
+    from featcache.results.learning_curve import NAMES, size_text
+
     gain, p_value, trials = point.difference, point.p_value, point.pays_after_trials
     per_point = point.seconds_per_point
     undecided = "undecided" if point.useful else "neither"
@@ -325,3 +333,22 @@ def _aligned(
         for line in lines
     )
     return "\n".join([header, GAP.join("-" * widths[i] for i in columns), *rows])
+
+
+def leak_lines(report: JsonObject) -> list[str]:
+    """The same of a report as JSON, as a sentence; nothing of one without leaks.
+
+    Args:
+        report: `RunReport.to_json`, of any version.
+    """
+    found = report.get("without_leaks")
+    if not found:
+        return []
+    if not found["num_test"]:
+        return [f"all {found['num_leaked']} test images are also in train: the accuracy is no test"]
+    low, high = found["test_interval"]
+    return [
+        f"without the {found['num_leaked']} test images that are also in train: test accuracy "
+        f"{found['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}) on "
+        f"{found['num_test']} images"
+    ]

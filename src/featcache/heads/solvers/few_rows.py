@@ -27,6 +27,7 @@ from featcache.heads.solvers.lbfgs import (
     Solution,
     line_search,
     penalized,
+    spectrum_of,
 )
 from featcache.heads.solvers.softmax_loss import prediction_errors
 from featcache.runtime import progress
@@ -69,11 +70,12 @@ class FewRows:
         if len(X) < X.shape[1]:
             basis, triangle = np.linalg.qr(X.T.astype(np.float64))
             A = triangle.T.astype(X.dtype)
-        values, vectors = np.linalg.eigh((A.T @ (A * share[:, None].astype(A.dtype))).astype(float))
+        found = spectrum_of((A.T @ (A * share[:, None].astype(A.dtype))).astype(np.float64))
+        values, vectors = found.values, found.vectors
         self._basis = vectors if basis is None else basis @ vectors
         ones = np.ones((len(X), 1), X.dtype)
         self._rows = np.hstack([A @ vectors.astype(X.dtype), ones])
-        self._values = np.append(values.clip(min=0.0), 1.0)  # the bias: a feature of one
+        self._values = np.append(values, 1.0)  # the bias: a feature of one
         self._y, self._share = y, share.astype(X.dtype)
         self._weighted = self._rows * self._share[:, None]
         self._error: Floats = np.empty(0)
@@ -103,7 +105,8 @@ class FewRows:
     def blocks(self, lam: float) -> ClassBlocks:
         """The blocks of the Hessian at the point evaluated last."""
         num_heavy = min(HEAVY_ROWS, len(self._y))
-        weight = np.abs(self._error.T) * self._share
+        weight = np.abs(self._error.T, order="C")
+        weight *= self._share
         heavy = np.argpartition(weight, -num_heavy, axis=1)[:, -num_heavy:]
         error = np.abs(self._error[heavy, np.arange(self.num_classes)[:, None]])
         own = (error * (1 - error) * self._share[heavy]).astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, get_args
@@ -189,12 +190,30 @@ def _ready(features: Floats, center: Floats | None) -> Floats:
 
 def _largest(closeness: Floats, k: int) -> NDArray[np.int64]:
     """Column numbers [n, k] of the k largest of each row, largest first, ties by column."""
-    width = closeness.shape[1]
-    some = np.arange(width)[None].repeat(len(closeness), 0)
-    if k < width:
-        some = np.sort(np.argpartition(closeness, width - k, axis=1)[:, width - k :], axis=1)
+    num, width = closeness.shape
+    some = np.arange(width)[None].repeat(num, 0) if k == width else _candidates(closeness, k)
+    if k < some.shape[1]:
+        values = np.take_along_axis(closeness, some, axis=1)
+        best = np.argpartition(values, values.shape[1] - k, axis=1)[:, -k:]
+        some = np.sort(np.take_along_axis(some, best, axis=1), axis=1)
     order = np.argsort(-np.take_along_axis(closeness, some, axis=1), axis=1, kind="stable")
     return np.asarray(np.take_along_axis(some, order, axis=1))
+
+
+def _candidates(closeness: Floats, k: int) -> NDArray[np.int64]:
+    """Column numbers [n, m] of a few values in each row that include the k largest.
+
+    Columns are divided into sets. Only the k sets with the largest maxima can have one of the k
+    largest values, and finding maxima takes a tenth of the time of a partition.
+    """
+    num, width = closeness.shape
+    sets = min(width, max(k, round(math.sqrt(k * width))))
+    size = width // sets
+    whole = closeness[:, : sets * size].reshape(num, size, sets)
+    best = np.argpartition(whole.max(axis=1), sets - k, axis=1)[:, -k:]
+    members = best[:, None] + sets * np.arange(size)[None, :, None]
+    rest = np.arange(sets * size, width)[None].repeat(num, 0)
+    return np.concatenate([members.reshape(num, -1), rest], axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)
