@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import tyro
 
+from bench_extract import fill
 from benchmark import BenchmarkConfig, warm_up
 from featcache.config import ExtractConfig, FinetuneConfig, TrainHeadConfig
 from featcache.data.torchvision_sets import TORCHVISION_SETS
@@ -78,6 +79,8 @@ class AnswerConfig:
     """Where caches, models, finished rows and answer.md go."""
     seed: int = 42
     """Of every command, and of the split by group."""
+    docs: Path | None = None
+    """Put the tables into this Markdown file, between its markers for them."""
 
 
 def main(config: AnswerConfig) -> None:
@@ -86,6 +89,8 @@ def main(config: AnswerConfig) -> None:
     results = [run_dataset(name, config) for name in config.datasets]
     write_json(config.folder / "answer.json", results)
     text = "\n\n".join(table(result) for result in results) + "\n"
+    if config.docs is not None:
+        fill(config.docs, "answer", ["", text])
     (config.folder / "answer.md").write_text(text)
     print(text)
 
@@ -157,6 +162,8 @@ def scored(row: dict[str, Any]) -> dict[str, Any]:
         "test_interval": list(report.test_interval),
         "held_out_top1": report.more.get("val_top1"),
         "trainable_params": report.trainable_params,
+        "num_train": report.more["num_train"],
+        "num_test": report.more["num_test"],
     }
 
 
@@ -199,7 +206,7 @@ def paired(one: RunReport, other: RunReport) -> float:
 def table(result: dict[str, Any]) -> str:
     """One dataset's rows in Markdown."""
     lines = [
-        f"**{result['dataset']}**",
+        f"**{Path(result['dataset']).name}** ({num_images(result['rows'][0])})",
         "",
         "| mode | held-out | test top-1 | gap closed | seconds | processor s | p |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -215,6 +222,11 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['cpu_seconds']:.0f} | {'' if p is None else f'{p:.2g}'} |"
         )
     return "\n".join([*lines, *verdict(result)])
+
+
+def num_images(row: dict[str, Any]) -> str:
+    """The sizes of the splits, in words."""
+    return f"{row['num_train']:,} train and {row['num_test']:,} test images"
 
 
 def verdict(result: dict[str, Any]) -> list[str]:

@@ -125,7 +125,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     report |= {"settings": config_json(config), "environment": environment()}
     write_json(config.folder / f"{report['command']}.json", report)
     if config.docs is not None:
-        fill(config.docs, _block_name(config, report), summary_lines(report), report)
+        fill(config.docs, _block_name(config, report), as_text(summary_lines(report), report))
     return report
 
 
@@ -136,16 +136,20 @@ def _block_name(config: BenchConfig, report: dict[str, Any]) -> str:
     return "-".join([report["command"], config.engine, config.precision])
 
 
-def fill(path: Path, name: str, lines: list[str], report: dict[str, Any]) -> None:
+def fill(path: Path, name: str, block: list[str]) -> None:
     """Replace what stands between a file's markers `<!-- NAME -->` and `<!-- end NAME -->`."""
     text, (begin, end) = path.read_text(), (f"<!-- {name} -->", f"<!-- end {name} -->")
     if begin not in text or end not in text:
         raise UserError(f"--docs {path} has no markers {begin} and {end}: add them")
     head, rest = text.split(begin, 1)
+    path.write_text("\n".join([head + begin, *block, end]) + rest.split(end, 1)[1])
+
+
+def as_text(lines: list[str], report: dict[str, Any]) -> list[str]:
+    """Figures for a page, with the machine and the versions that gave them."""
     machine = f"{report['environment']['processor']}, {report['environment']['num_cores']} cores"
     versions = ", ".join(f"{n} {version_of(n)}" for n in ("torch", "openvino", "nncf"))
-    block = ["```text", *lines, "", f"{machine}; {versions}", "```"]
-    path.write_text("\n".join([head + begin, *block, end]) + rest.split(end, 1)[1])
+    return ["```text", *lines, "", f"{machine}; {versions}", "```"]
 
 
 def roofline(config: BenchConfig) -> dict[str, Any]:

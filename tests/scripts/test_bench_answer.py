@@ -41,7 +41,8 @@ def report_of(folder: Path, name: str, right: int, held_out: float | None) -> st
     predicted = [0] * right + [1] * (100 - right)
     ids = [str(i) for i in range(100)]
     test = Predictions(ids=ids, labels=[0] * 100, predicted=predicted, confidence=[0.9] * 100)
-    report = head_report(test=test, test_top1=right / 100, more={"val_top1": held_out})
+    more = {"val_top1": held_out, "num_train": 1400, "num_test": 100}
+    report = head_report(test=test, test_top1=right / 100, more=more)
     report.save(folder / f"{name}.json")
     return str(folder / f"{name}.json")
 
@@ -78,7 +79,9 @@ def test_the_gap_closed_is_that_of_the_head_which_held_out_rows_chose(
     assert best["cpu_seconds"] == 10.0  # choosing takes both
     assert best["p_value"] is None
     assert lower["p_value"] == 1.0  # one image differs
-    assert script.verdict(result)[-1] == (
+    lines = script.table({"dataset": "photos/pets", **result}).splitlines()
+    assert lines[0] == "**pets** (1,400 train and 100 test images)"
+    assert lines[-1] == (
         "The best cached head closes 45% of the gap to 'fine-tune, good recipe' "
         "in 20% of its processor time."
     )

@@ -83,13 +83,13 @@ def test_figures_replace_what_stood_between_their_markers(
     page.write_text("before\n<!-- a -->\nold\n<!-- end a -->\nafter\n")
     report = {"environment": {"processor": "P", "num_cores": 2}}
     for _ in range(2):
-        script.fill(page, "a", ["new"], report)
+        script.fill(page, "a", script.as_text(["new"], report))
     text = page.read_text()
     assert text.startswith("before\n<!-- a -->\n```text\nnew\n\nP, 2 cores; torch ")
     assert text.endswith("```\n<!-- end a -->\nafter\n")
     assert "old" not in text
     with pytest.raises(UserError, match="no markers <!-- b -->"):
-        script.fill(page, "b", ["new"], report)
+        script.fill(page, "b", ["new"])
 
 
 def test_the_documentation_has_a_place_for_every_figure(script: ModuleType) -> None:
