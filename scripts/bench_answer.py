@@ -8,20 +8,18 @@ the tail. The test split scores each once.
 
     python scripts/bench_answer.py digits ../shared/data/cifar10-2500 ../shared/data/sign-digits
 
-A folder with a groups.csv (path,label,group) is split by group: no group is in train and in test.
+A folder with a manifest groups.csv (path,label,group) is split by group: none is in train and test.
 Finished rows are kept in --folder, and the same command goes on from them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 
 from benchmark import BenchmarkConfig, warm_up
@@ -30,6 +28,7 @@ from featcache.data.torchvision_sets import TORCHVISION_SETS
 from featcache.extract import extract
 from featcache.files import write_json
 from featcache.finetune import finetune_report
+from featcache.finetune.trainable import TAIL_OF_GOOD
 from featcache.heads import train_head
 from featcache.results import RunReport
 from featcache.results.metrics import mcnemar
@@ -37,7 +36,6 @@ from featcache.results.metrics import mcnemar
 Kind = Literal["cached", "tail", "notebook", "good"]
 LAST = "head, last layer"
 STAGES, ADAPTED = "head, all stages", "head, all stages, adapted BatchNorm"
-GOOD = {"recipe": "good", "epochs": 8, "backbone_lr": 2e-4}
 # By kind of training and name: the settings of extract-features, or of finetune.
 MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "cached": {
@@ -47,15 +45,16 @@ MODES: dict[Kind, dict[str, dict[str, Any]]] = {
         ADAPTED: {"layers": "stages", "batchnorm": "adapt"},
     },
     "tail": {
-        "tail from layer4": {**GOOD, "from_stage": "layer4"},
-        "tail from layer3": {**GOOD, "from_stage": "layer3"},
+        "tail from layer4": {"from_stage": "layer4"},
+        "tail from layer3": {"from_stage": "layer3"},
     },
     "notebook": {
         "fine-tune, notebook's recipe, lr 1e-3": {},
         "fine-tune, notebook's recipe, lr 1e-4": {"lr": 1e-4},
     },
     "good": {
-        "fine-tune, good recipe": GOOD,
+        # As long, and at the rates, as tails have by default.
+        "fine-tune, good recipe": {"recipe": "good", **TAIL_OF_GOOD},
     },
 }
 FULL: tuple[Kind, ...] = ("notebook", "good")
@@ -94,7 +93,7 @@ def main(config: AnswerConfig) -> None:
 def run_dataset(name: str, config: AnswerConfig) -> dict[str, Any]:
     """Every mode on one dataset."""
     folder = config.folder / Path(name).stem
-    shared = dataset_settings(name, folder, config.seed)
+    shared = dataset_settings(name, config.seed)
     shared |= {"weights": config.weights, "cache_dir": folder}
     warm_up(BenchmarkConfig(**shared))
     rows = []
@@ -110,38 +109,14 @@ def run_dataset(name: str, config: AnswerConfig) -> dict[str, Any]:
     return {"dataset": name, **judged(rows)}
 
 
-def dataset_settings(name: str, folder: Path, seed: int) -> dict[str, Any]:
+def dataset_settings(name: str, seed: int) -> dict[str, Any]:
     """The settings of a dataset: its name, its split by group, and how much of it."""
     groups = Path(name) / "groups.csv"
     if groups.is_file():
-        manifest = split_by_group(groups, folder, seed)
-        return {"dataset": str(manifest), "image_root": Path(name), "seed": seed}
+        return {"dataset": str(groups), "test_fraction": TEST_SHARE, "seed": seed}
     if name.lower() in TORCHVISION_SETS:
         return {"dataset": name, "num_train": NUM_TRAIN, "num_test": NUM_TEST, "seed": seed}
     return {"dataset": name, "seed": seed}
-
-
-def split_by_group(groups: Path, folder: Path, seed: int) -> Path:
-    """A manifest in which every group is in train or in test; about TEST_SHARE of rows in test."""
-    with groups.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    names = sorted({line["group"] for line in lines})
-    sizes = {name: sum(line["group"] == name for line in lines) for name in names}
-    test, num = set(), 0
-    for place in np.random.default_rng(seed).permutation(len(names)):
-        if num >= TEST_SHARE * len(lines):
-            break
-        test.add(names[place])
-        num += sizes[names[place]]
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / f"{groups.parent.name}-by-group.csv"
-    with manifest.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split"])
-        for line in lines:
-            split = "test" if line["group"] in test else "train"
-            writer.writerow([line["path"], line["label"], split])
-    return manifest
 
 
 def run_cached(settings: dict[str, Any], stem: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     python scripts/bench_extract.py --notebook FOLDER   # the course notebook's job, both ways
     python scripts/bench_extract.py --memory            # peak memory of 2,500 and 25,000 images
     python scripts/bench_extract.py --choices           # what it chooses against fixed choices
+    python scripts/bench_extract.py --backbones         # other networks against a plain loop
 
 The roofline measures, in turns so that a neighbour on the machine disturbs all alike: float32
 matrix products on every core, which bound a direct convolution; the bare network as a notebook
@@ -63,6 +64,9 @@ class BenchConfig(OutputConfig):
     """Compare the peak memory of 2,500 and 25,000 images instead."""
     choices: bool = False
     """Compare what extraction chooses by itself with fixed engines and batch sizes instead."""
+    backbones: bool = False
+    """Compare networks of torchvision and timm with a plain eager loop, each at its own input size,
+    instead."""
     folder: Path = Path("cache/bench-extract")
     """Where images, caches and the JSON report go."""
     docs: Path | None = None
@@ -110,6 +114,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         from bench_memory import compare_memory
 
         report = compare_memory(config)
+    elif config.backbones:
+        from bench_backbones import compare_backbones
+
+        report = compare_backbones(config)
     elif config.choices:
         report = compare_choices(config)
     else:
@@ -350,12 +358,20 @@ def engine_forms(config: BenchConfig, train: Any) -> dict[str, Measure]:
     return {name: bare(config, train, *form) for name, form in forms.items()}
 
 
-def bare(config: BenchConfig, train: Any, engine: Any, precision: Any) -> Measure:
-    """A form of the network alone, from pixels in memory, called as extraction calls it."""
+def bare(config: BenchConfig, train: Any, engine: Any, precision: Any, **network: Any) -> Measure:
+    """A form of the network alone, from pixels in memory, called as extraction calls it.
+
+    Args:
+        config: The script's settings.
+        train: Images that int8 calibrates on.
+        engine: As in extract-features.
+        precision: Likewise.
+        network: Settings of another network than the script's.
+    """
     from featcache.backbone import load_backbone, own_preprocessing
     from featcache.engine import EngineSettings, choose_engine, sample_pixels
 
-    settings = config.extract_config("digits", engine=engine, precision=precision)
+    settings = config.extract_config("digits", engine=engine, precision=precision, **network)
     prep = settings.preprocessing(own_preprocessing(settings))
     backbone = load_backbone(settings, settings.seed)
     chosen = choose_engine(

@@ -9,8 +9,9 @@
     python scripts/bench_heads.py --stream     # 5 million rows in bounded memory, 6 GB of disk
 
 Speed is measured in turns with scikit-learn on the same rows in the same process, and the median
-of the rounds counts. Rows are made, not read: non-negative, correlated and overlapping, as the
-features of a ReLU network are; --features FILE takes real ones (.npz with X [N, D] and y [N]).
+of the rounds counts; scikit-learn-intelex takes its turns too if it is installed. Rows are made,
+not read: non-negative, correlated and overlapping, as the features of a ReLU network are;
+--features FILE takes real ones (a cache, or .npz with X [N, D] and y [N]).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ import heads_gains
 import heads_probabilities
 import heads_quality
 import heads_stream
-from featcache import cli
+from featcache import FeatureCache, cli
 from featcache.config import OutputConfig
 from featcache.errors import UserError
 from featcache.heads.solvers.logistic import (
@@ -67,7 +69,8 @@ class BenchConfig(OutputConfig):
     rounds: int = 3
     """How often everything is measured; the median counts."""
     features: Path | None = None
-    """Use these rows (.npz with X [N, D] and y [N]) instead of made ones."""
+    """Use these rows (the train split of a cache, or .npz with X [N, D] and y [N]) instead of made
+    ones."""
     table: bool = False
     """Compare accuracy with plain LogisticRegression on real datasets instead."""
     folder: tuple[Path, ...] = ()
@@ -111,11 +114,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def speed(config: BenchConfig) -> dict[str, Any]:
     """Everything that is timed on one large set of rows, and the whole command on a small one."""
+    if find_spec("sklearnex") is None:
+        say("scikit-learn-intelex is not installed and takes no turns")
     rows: list[dict[str, Any]] = []
-    for num_classes in config.num_classes:
+    given = config.features is not None
+    for num_classes in config.num_classes[: 1 if given else None]:
         X, y = load_rows(config, num_classes)
         for C in config.C:
-            rows.append(against_sklearn(X, y, C, config.rounds))
+            rows.append(against_rivals(X, y, C, config.rounds))
             say(logistic_line(rows[-1]))
         rows.append(path_cost(X, y, config.rounds))
         say(path_line(rows[-1]))
@@ -134,7 +140,7 @@ def few_rows(config: BenchConfig) -> dict[str, Any]:
     X = (means + random.normal(size=means.shape)).astype(np.float32)
     rows = []
     for C in FEW_C:
-        rows.append(against_sklearn(X, y, C, config.rounds))
+        rows.append(against_rivals(X, y, C, config.rounds))
         say(logistic_line(rows[-1]))
     ours, theirs = in_turns(
         [lambda: fit_all(X, y, C_GRID, SELECTION_TOLERANCE), lambda: sklearn_all(X, y, C_GRID)],
@@ -167,6 +173,9 @@ def load_rows(config: BenchConfig, num_classes: int) -> tuple[Any, Any]:
     """Features [N, D] float32 and labels [N], given or made."""
     if config.features is None:
         return made_features(config.num_rows, config.feature_dim, num_classes)
+    if config.features.suffix == ".h5":
+        split = FeatureCache(config.features).split("train")
+        return np.asarray(split.X, np.float32), split.y
     with np.load(config.features, allow_pickle=False) as file:
         X, y = file["X"].astype(np.float32), file["y"].astype(np.int64)
     if X.ndim != 2 or y.shape != X.shape[:1]:
@@ -194,19 +203,26 @@ def rows_of(X: Any, y: Any) -> Rows:
     return Rows(views=X[None], y=y, weights=np.ones(len(y)), class_names=names)
 
 
-def against_sklearn(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
-    """One fit, ours and scikit-learn's at its default and at a tolerance that matches ours."""
+def against_rivals(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
+    """One fit: ours, scikit-learn's at its default tolerance, and intelex's if installed."""
     from sklearn.linear_model import LogisticRegression
 
     def ours() -> tuple[Any, Any, int]:
         fitted = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(C)
         return fitted.head.weight, fitted.head.bias, fitted.num_passes
 
-    def theirs(tolerance: float) -> tuple[Any, Any, int]:
-        model = LogisticRegression(C=C, tol=tolerance, max_iter=20_000).fit(X, y)
-        return model.coef_, model.intercept_, int(model.n_iter_[0])
+    def theirs(kind: Any) -> Callable[[], tuple[Any, Any, int]]:
+        def task() -> tuple[Any, Any, int]:
+            model = kind(C=C, max_iter=20_000).fit(X, y)
+            return model.coef_, model.intercept_, int(model.n_iter_[0])
 
-    tasks = {"featcache": ours, "sklearn": lambda: theirs(1e-4)}
+        return task
+
+    tasks = {"featcache": ours, "sklearn": theirs(LogisticRegression)}
+    if find_spec("sklearnex") is not None:
+        from sklearnex.linear_model import LogisticRegression as Intelex
+
+        tasks["intelex"] = theirs(Intelex)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     result = {}
     for _ in range(rounds):
@@ -216,14 +232,19 @@ def against_sklearn(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - start)
     values = {n: objective(w, b, X, y, C) for n, (w, b, _) in result.items()}
     median = {name: statistics.median(times) for name, times in seconds.items()}
+    weight, bias, passes = result["featcache"]
     return {
-        "name": "logistic", "num_rows": len(y), "num_classes": int(y.max()) + 1,
-        "C": C, "seconds": median["featcache"], "sklearn_seconds": median["sklearn"],
-        "speedup": median["sklearn"] / median["featcache"],
-        "objective_against_sklearn": values["featcache"] / values["sklearn"] - 1,
-        "passes": result["featcache"][2], "sklearn_iterations": result["sklearn"][2],
-        "train_top1": float(np.mean((X @ result["featcache"][0].T.astype(np.float32)
-                                     + result["featcache"][1]).argmax(axis=1) == y)),
+        "name": "logistic", "num_rows": len(y), "num_classes": int(y.max()) + 1, "C": C,
+        "seconds": median["featcache"], "passes": passes,
+        "train_top1": float(np.mean((X @ weight.T.astype(np.float32) + bias).argmax(axis=1) == y)),
+        "rivals": {
+            name: {
+                "seconds": median[name], "speedup": median[name] / median["featcache"],
+                "objective_against": values["featcache"] / values[name] - 1,
+                "iterations": result[name][2],
+            }
+            for name in tasks if name != "featcache"
+        },
     }  # fmt: skip
 
 
@@ -325,14 +346,16 @@ def command_seconds(config: BenchConfig) -> dict[str, Any]:
 
 def logistic_line(row: dict[str, Any]) -> str:
     """One comparison in words."""
-    return (
-        f"logistic, {row['num_rows']:,} rows, {row['num_classes']} classes, "
-        f"C = {row['C']:g}: {row['seconds']:.2f} s against scikit-learn's "
-        f"{row['sklearn_seconds']:.2f} s "
-        f"({row['speedup']:.1f} times as fast), {row['passes']} passes against "
-        f"{row['sklearn_iterations']} iterations, objective "
-        f"{row['objective_against_sklearn']:+.1e} relative, train accuracy {row['train_top1']:.3f}"
+    ours = (
+        f"logistic, {row['num_rows']:,} rows, {row['num_classes']} classes, C = {row['C']:g}: "
+        f"{row['seconds']:.2f} s, {row['passes']} passes, train accuracy {row['train_top1']:.3f}"
     )
+    theirs = [
+        f"{name} {rival['seconds']:.2f} s ({rival['speedup']:.2f} times), {rival['iterations']} "
+        f"iterations, our objective {rival['objective_against']:+.1e} relative"
+        for name, rival in row["rivals"].items()
+    ]
+    return "; ".join([ours, *theirs])
 
 
 def path_line(row: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ class BenchConfig(OutputConfig):
     """As in finetune."""
     from_stage: str = "layer4"
     """As in finetune, for networks whose stages are modules of their own, as a ResNet's are."""
+    num_train: int | None = None
+    """Use only this many train images, as in finetune."""
     rounds: int = 3
     """Epochs of each; the fastest counts."""
     cache_dir: Path = Path("cache")
@@ -41,8 +43,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from featcache.finetune.loop import train_epoch
     from featcache.finetune.setup import prepare
 
-    shared = {"dataset": config.dataset, "weights": config.weights, "cache_dir": config.cache_dir}
-    tail = FinetuneConfig(**shared, from_stage=config.from_stage, recipe="good")
+    names = ("dataset", "weights", "num_train", "cache_dir", "from_stage")
+    tail = FinetuneConfig(**{name: getattr(config, name) for name in names}, recipe="good")
     whole = dataclasses.replace(tail, from_stage=None)
     stages = ["layer1", "layer2", "layer3", "layer4"]
     following = ",".join(stages[stages.index(config.from_stage) :])

@@ -15,7 +15,7 @@ import numpy as np
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, FinetuneConfig, StageColumns, TrainHeadConfig
 from featcache.config.commands import Solver
-from featcache.groups import assign_parts, same_content
+from featcache.groups import assign_parts, kept_together
 from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData, load_data
 from featcache.heads.train import run_protocol
@@ -44,12 +44,9 @@ def gains(datasets: tuple[str, ...], work_dir: Path, wise_seeds: int) -> dict[st
     rows = []
     for dataset in datasets:
         with tempfile.TemporaryDirectory(dir=work_dir) as name:
-            found = dataset_gains(dataset, Path(name), wise_seeds)
-        for row in found:
-            say(gains_line(row))
-        rows += found
-    header = "| dataset | change | held-out, points | test, points | processor s |"
-    return {"rows": rows, "summary": [header, "| --- " * 5 + "|", *map(gains_line, rows)]}
+            rows += dataset_gains(dataset, Path(name), wise_seeds)
+        say(f"{dataset}: done")
+    return {"rows": rows, "summary": summary(rows)}
 
 
 def dataset_gains(dataset: str, folder: Path, wise_seeds: int) -> list[dict[str, Any]]:
@@ -57,7 +54,7 @@ def dataset_gains(dataset: str, folder: Path, wise_seeds: int) -> list[dict[str,
     from bench_answer import dataset_settings
     from benchmark import BenchmarkConfig, warm_up
 
-    shared = {**dataset_settings(dataset, folder, 42), "weights": "bundled", "cache_dir": folder}
+    shared = {**dataset_settings(dataset, 42), "weights": "bundled", "cache_dir": folder}
     warm_up(BenchmarkConfig(**shared))
     kinds: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -100,25 +97,24 @@ class Part:
     """What one seed fits and scores.
 
     Attributes:
-        fit: Rows that choose settings and are fitted; every view.
+        fit: What settings are chosen on and heads are fitted to; every view.
         scored: The held-out rows and the test rows.
         places: Places in train of the rows to fit and of the held-out rows.
-        content: Digests of the rows to fit.
         stages: Which columns are which.
         seed: Of the draw and of choosing.
     """
 
-    fit: Rows
+    fit: InMemoryData
     scored: tuple[Rows, Rows]
     places: tuple[Any, Any]
-    content: Any
     stages: StageColumns
     seed: int
 
     def changed(self, change: Callable[[Rows], Rows]) -> Part:
         """With all three sets of rows changed."""
         held, tested = map(change, self.scored)
-        return dataclasses.replace(self, fit=change(self.fit), scored=(held, tested))
+        fit = dataclasses.replace(self.fit, train=change(self.fit.train))
+        return dataclasses.replace(self, fit=fit, scored=(held, tested))
 
     def mapped(self, transform: Callable[[Any], Any]) -> Part:
         """With the features [N, D] of each view transformed."""
@@ -131,7 +127,7 @@ class Part:
 
     def standardized(self) -> Part:
         """With features of zero mean and unit deviation on the rows to fit."""
-        X = np.asarray(self.fit.plain, np.float32)
+        X = np.asarray(self.fit.train.plain, np.float32)
         mean, deviation = X.mean(0), np.maximum(X.std(0), 1e-6)
         return self.mapped(lambda X: (X - mean) / deviation)
 
@@ -140,7 +136,7 @@ class Part:
 
         A head with an L2 penalty lies in that span, so it stays the same, and is fitted faster.
         """
-        X = np.asarray(self.fit.plain, np.float64)
+        X = np.asarray(self.fit.train.plain, np.float64)
         values, vectors = np.linalg.eigh(X @ X.T)
         kept = values > 1e-9 * values[-1]
         basis = (X.T @ (vectors[:, kept] / np.sqrt(values[kept]))).astype(np.float32)
@@ -149,14 +145,23 @@ class Part:
 
 def part_of(data: Extracted, seed: int) -> Part:
     """Draw the rows to fit; the other train rows are held out, as train-head would."""
-    train, content = data.train.train, data.train.content
-    fraction = max(0.5, 1 - FIT_ROWS / train.num_rows)
-    parts = assign_parts(train.y, same_content(content), seed, fraction=fraction, num_parts=1)
+    whole = data.train
+    parts = assign_parts(
+        whole.train.y,
+        kept_together(whole.content, whole.groups),
+        seed,
+        fraction=max(0.5, 1 - FIT_ROWS / whole.train.num_rows),
+        num_parts=1,
+        grouped=whole.groups is not None,
+    )
     fit, held = np.flatnonzero(parts != 0), np.flatnonzero(parts == 0)
     return Part(
-        fit=train.take(fit), scored=(train.take(held), data.test), places=(fit, held),
-        content=content[fit], stages=data.stages, seed=seed,
-    )  # fmt: skip
+        fit=whole.take(fit),
+        scored=(whole.train.take(held), data.test),
+        places=(fit, held),
+        stages=data.stages,
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +194,7 @@ def answer(part: Part, solver: Solver = "logistic") -> Answer:
     config = TrainHeadConfig(
         cache=Path("in-memory.h5"), seed=part.seed, solver=solver, standardize="off"
     )
-    run = run_protocol(config, InMemoryData(train=part.fit, content=part.content), test)
+    run = run_protocol(config, part.fit, test)
     found = [
         np.mean([run.fitted.head.predict_proba(view) for view in rows.views], axis=0)
         for rows in part.scored
@@ -277,7 +282,7 @@ def last(part: Part) -> Part:
 
 def side_by_side(one: Part, other: Part) -> Part:
     """The columns of two caches with equal ids."""
-    more = iter([*other.scored, other.fit])  # in the order in which `changed` asks
+    more = iter([*other.scored, other.fit.train])  # in the order in which `changed` asks
 
     def join(rows: Rows) -> Rows:
         return dataclasses.replace(rows, views=np.concatenate([rows.views, next(more).views], 2))
@@ -287,7 +292,7 @@ def side_by_side(one: Part, other: Part) -> Part:
 
 def random_ridge(part: Part, make: Callable[[int, int], Callable[[Any], Any]]) -> Answer:
     """Ridge on random functions of standardized features."""
-    lift = make(part.fit.feature_dim, part.seed)
+    lift = make(part.fit.train.feature_dim, part.seed)
     return answer(part.standardized().mapped(lift), "ridge")
 
 
@@ -370,14 +375,26 @@ def averaged(dataset: str, change: str, runs: list[dict[str, Any]]) -> dict[str,
     return {"dataset": dataset, "change": change, "seeds": len(runs), **mean, **errors}
 
 
-def gains_line(row: dict[str, Any]) -> str:
-    """One change on one dataset as a line of a Markdown table; points are hundredths."""
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """A Markdown table: a line for each change, a column for each dataset.
 
-    def points(name: str) -> str:
-        error = row[f"{name}_se"]
-        return f"{100 * row[name]:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    Cells are points of held-out accuracy with their standard error, and points of test accuracy.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    lines = [
+        f"| change | {' | '.join(datasets)} | processor s | wins |",
+        "| --- " + "| ---: " * (len(datasets) + 2) + "|",
+    ]
+    for change in dict.fromkeys(row["change"] for row in rows):
+        own = {row["dataset"]: row for row in rows if row["change"] == change}
+        cells = [cell(own[name]) if name in own else "" for name in datasets]
+        seconds = np.mean([row["seconds"] for row in own.values()])
+        wins = sum(row["held_out"] > 2 * (row["held_out_se"] or np.inf) for row in own.values())
+        lines.append(f"| {change} | {' | '.join(cells)} | {seconds:+.1f} | {wins} of {len(own)} |")
+    return lines
 
-    return (
-        f"| {row['dataset']} | {row['change']} | {points('held_out')} | {points('test')} "
-        f"| {row['seconds']:+.1f} |"
-    )
+
+def cell(row: dict[str, Any]) -> str:
+    """One change on one dataset."""
+    error = "" if row["held_out_se"] is None else f" ± {100 * row['held_out_se']:.1f}"
+    return f"{100 * row['held_out']:+.1f}{error} ({100 * row['test']:+.1f})"

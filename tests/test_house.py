@@ -44,7 +44,9 @@ ROWS = [
     {"api"},
     {"__init__", "__main__"},
 ]
-HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"}
+HEAVY = {
+    *("torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"),
+}
 # Modules that exist to be imported late: their callers import them inside functions.
 LATE = {
     "fusion.py",

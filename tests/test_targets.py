@@ -1,6 +1,7 @@
 """Several labels per image, and a number per image, from manifest to predictions."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,18 @@ from PIL import Image
 
 from featcache import cli
 from featcache.cache import FeatureCache
-from featcache.config import CompareConfig, ExtractConfig, FinetuneConfig, TrainHeadConfig
+from featcache.config import (
+    CompareConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    ReportConfig,
+    TrainHeadConfig,
+)
 from featcache.errors import UserError
 from featcache.extract import extract, summary_lines
 from featcache.finetune import finetune
 from featcache.heads import train_head
+from featcache.html_report import write_report
 from featcache.predict import Classifier
 
 NAMES = ["blue", "lines", "red"]
@@ -155,3 +163,17 @@ def test_what_needs_one_class_says_so(folder, tmp_path):
 
     with pytest.raises(UserError, match="compare is for one class"):
         compare(CompareConfig(dataset=labels, cache_dir=tmp_path, **NETWORK))
+
+
+def test_the_page_has_a_table_of_each_kind(caches, tmp_path):
+    runs = [
+        Path(heads(caches, name, output=tmp_path / f"{name}.safetensors")["head"]).with_suffix(
+            ".json"
+        )
+        for name in ("labels", "target")
+    ]
+    report = write_report(ReportConfig(runs=tuple(runs), output=tmp_path / "page.html"))
+    page = Path(report["html"]).read_text()
+    for text in ("Several labels per image", "Labels of labels", "A number per image", "R squared"):
+        assert text in page
+    assert "train-head" in page

@@ -18,6 +18,7 @@ Building blocks:
     LinearHead              a fitted linear head: predict, predict_proba, score
     Classifier              backbone and head together: images in, predictions out
     Prediction              what a Classifier says about one image
+    Preprocessing           how an image becomes the input of a network of your own
 
 Errors (all of them are FeatcacheError; the message says what to do next):
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.config import ExtractConfig as ExtractConfig
     from featcache.config import FinetuneConfig as FinetuneConfig
     from featcache.config import PredictConfig as PredictConfig
+    from featcache.config import Preprocessing as Preprocessing
     from featcache.config import ReportConfig as ReportConfig
     from featcache.config import TrainHeadConfig as TrainHeadConfig
     from featcache.errors import CacheError as CacheError
@@ -79,6 +81,7 @@ _HOMES = {
     "FinetuneConfig": "config",
     "LinearHead": "heads",
     "PredictConfig": "config",
+    "Preprocessing": "config",
     "Prediction": "predict",
     "ReportConfig": "config",
     "StorageError": "errors",

@@ -15,6 +15,7 @@ from featcache.config import (
     FinetuneConfig,
     JsonObject,
     PredictConfig,
+    Preprocessing,
     ReportConfig,
     TrainHeadConfig,
 )
@@ -22,14 +23,29 @@ from featcache.config.settings import python_errors
 from featcache.runtime import in_notebook, say
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from featcache.backbone import OwnNetwork
     from featcache.export import ExportReport
     from featcache.extract import ExtractReport
     from featcache.html_report import PageReport
     from featcache.predict import PredictReport
 
 
-def extract_features(config: ExtractConfig) -> ExtractReport:
+def extract_features(
+    config: ExtractConfig,
+    *,
+    backbone: nn.Module | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ExtractReport:
     """Run the frozen backbone once over a dataset and cache its features.
+
+    Args:
+        config: The command's settings.
+        backbone: A network of your own instead of one by name, from float32 images [N, 3, H, W] to
+            features [N, D] or to a dict of them; a frozen copy of it is used. The cache records the
+            hash of its tensors and the name of its class, from which it cannot be rebuilt.
+        preprocessing: How an image becomes its input; by default as for ImageNet at 224 px.
 
     Returns:
         The command's JSON report; `report["cache"]` is the file, for `FeatureCache`.
@@ -39,7 +55,9 @@ def extract_features(config: ExtractConfig) -> ExtractReport:
             that was made with different settings.
         StorageError: The disk is full, or another process is writing the cache.
     """
-    return _run("extract-features", config)
+    if backbone is None:
+        return _run("extract-features", config)
+    return _run("extract-features", config, own=_own(config, backbone, preprocessing))
 
 
 def train_head(config: TrainHeadConfig) -> JsonObject:
@@ -83,8 +101,12 @@ def predict_images(config: PredictConfig) -> PredictReport:
     return _run("predict", config)
 
 
-def export_classifier(config: ExportConfig) -> ExportReport:
+def export_classifier(config: ExportConfig, *, backbone: nn.Module | None = None) -> ExportReport:
     """Write backbone and head as one ONNX or torch.export file, checked against torch.
+
+    Args:
+        config: The command's settings.
+        backbone: The module that made the head's features, if it was given in Python.
 
     Returns:
         The command's JSON report.
@@ -94,7 +116,9 @@ def export_classifier(config: ExportConfig) -> ExportReport:
         FeatcacheError: The exported file computes different outputs; it was deleted.
         StorageError: The file cannot be written.
     """
-    return _run("export", config)
+    if backbone is None:
+        return _run("export", config)
+    return _run("export", config, own=_own(config, backbone))
 
 
 def compare_training(config: CompareConfig) -> JsonObject:
@@ -123,11 +147,18 @@ def write_report(config: ReportConfig) -> PageReport:
     return _run("report", config)
 
 
-def _run(name: str, config: Any) -> Any:
+def _own(config: Any, module: nn.Module, preprocessing: Preprocessing | None = None) -> OwnNetwork:
+    from featcache.backbone import OwnNetwork
+
+    with python_errors(type(config)):
+        return OwnNetwork.of(module, preprocessing)
+
+
+def _run(name: str, config: Any, **more: Any) -> Any:
     """Run a command's worker; in a notebook, print the summary too."""
     command = COMMANDS[name]
     with python_errors(type(config)):
-        report = from_home(command.worker)(config)
+        report = from_home(command.worker)(config, **more)
     if in_notebook():
         for line in from_home(command.summary)(report):
             say(line)

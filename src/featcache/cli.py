@@ -258,12 +258,12 @@ def _single(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def from_home(home: str) -> Callable[[Any], Any]:
+def from_home(home: str) -> Callable[..., Any]:
     """The function that `home` names as module:function, imported when it is called."""
     module, name = home.split(":")
 
-    def call(argument: Any) -> Any:
-        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument)
+    def call(argument: Any, **more: Any) -> Any:
+        return getattr(importlib.import_module(f"featcache.{module}"), name)(argument, **more)
 
     return call
 

@@ -103,9 +103,14 @@ def version_of(distribution: str) -> str:
         return "absent"
 
 
-def numeric_versions() -> dict[str, str]:
-    """Versions, as major.minor, of what can change a feature: the libraries and our own code."""
-    versions = {name: ".".join(version_of(name).split(".")[:2]) for name in NUMERIC_LIBRARIES}
+def numeric_versions(backbone: str) -> dict[str, str]:
+    """Versions, as major.minor, of what can change a feature: the libraries and our own code.
+
+    Args:
+        backbone: The network's name; one of timm's depends on timm too.
+    """
+    libraries = (*NUMERIC_LIBRARIES, *(["timm"] if backbone.startswith("timm/") else []))
+    versions = {name: ".".join(version_of(name).split(".")[:2]) for name in libraries}
     return {"featcache": FEATURES_VERSION, **versions}
 
 

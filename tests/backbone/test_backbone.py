@@ -342,7 +342,10 @@ def test_tensors_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     state = bb.read_state(bb.BUNDLED_FILE)
     torch.save({**state, "fc.weight": ZERO, "prototypes.weight": ZERO}, path)
     bb.load_backbone(BackboneConfig(weights=str(path)), 0)
-    said = f"{path}: left out 1 of its tensors, no part of a resnet18: prototypes.weight\n"
+    said = (
+        f"{path}, as weights of resnet18: ignored the head fc; ignored 1 tensors that are no part "
+        "of it: prototypes.weight\n"
+    )
     assert capsys.readouterr().err == said
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import featcache.backbone as bb
-from featcache.backbone.load import without_head
+from featcache.backbone.load import frozen
+from featcache.backbone.networks import remove_heads
 from featcache.backbone.stages import StageFeatures, stage_columns
 from featcache.config import BackboneInfo, ExtractConfig, StageColumns
 from featcache.engine.fusion import fuse_for_cpu
@@ -22,7 +23,9 @@ RESNET18 = {
 
 
 def plain(name: str) -> torch.nn.Module:
-    return without_head(bb.build_network(name, seed=0))
+    network = bb.build_network(name, seed=0)
+    remove_heads(network)
+    return frozen(network)
 
 
 def images(side: int = 64) -> torch.Tensor:
@@ -90,7 +93,7 @@ def test_what_is_identified_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_records_of_columns_are_checked() -> None:
-    for names, widths in (((), ()), (("a",), (1,)), (("a", "last"), (1,))):
+    for names, widths in (((), ()), (("a", "a"), (1, 1)), (("a", "last"), (1,)), (("a",), (0,))):
         with pytest.raises(UserError, match="columns"):
             StageColumns(pool="avg", names=names, widths=widths)
     with pytest.raises(UserError, match="not a backbone's record"):

@@ -116,7 +116,7 @@ def test_features_are_the_plain_networks(folder: Path, tmp_path: Path) -> None:
 def test_the_frozen_network_does_not_move(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.extract import extraction
+    from featcache.extract import request
 
     loaded = []
 
@@ -124,7 +124,7 @@ def test_the_frozen_network_does_not_move(
         loaded.append(load_backbone(*args))
         return loaded[0]
 
-    monkeypatch.setattr(extraction, "load_backbone", load)
+    monkeypatch.setattr(request, "load_backbone", load)
     config = settings(folder, tmp_path)
     ex.extract(config)
     assert state_sha256(loaded[0]) == state_sha256(load_backbone(config, config.seed))
@@ -262,21 +262,25 @@ def test_changed_weights_are_refused(folder: Path, tmp_path: Path, mean_colour: 
         ex.extract(settings(folder, tmp_path, weights=str(file)))
 
 
-@pytest.mark.parametrize("room", ["extraction", "maintenance"])
+@pytest.mark.parametrize("module", ["request", "maintenance"])
 def test_weights_replaced_during_the_run_are_refused(
-    folder: Path, tmp_path: Path, mean_colour: list[int], monkeypatch: pytest.MonkeyPatch, room: str
+    folder: Path,
+    tmp_path: Path,
+    mean_colour: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
 ) -> None:
     from safetensors.torch import save_file
 
-    import featcache.extract.extraction
     import featcache.extract.maintenance
+    import featcache.extract.request
 
     file = tmp_path / "w.safetensors"
     network = load_backbone(settings(folder, tmp_path), 7)
     save_file(network.state_dict(), file)
     config = settings(folder, tmp_path, weights=str(file))
     config = dataclasses.replace(config, output=tmp_path / "mine.h5")
-    if room == "maintenance":
+    if module == "maintenance":
         ex.extract(config)
         damage(tmp_path / "mine.h5")
 
@@ -284,12 +288,12 @@ def test_weights_replaced_during_the_run_are_refused(
         save_file({k: v + 1 for k, v in network.state_dict().items()}, file)
         return load_backbone(*args)
 
-    monkeypatch.setattr(getattr(featcache.extract, room), "load_backbone", load)
+    monkeypatch.setattr(getattr(featcache.extract, module), "load_backbone", load)
     where = {"repair": True, "dataset": str(folder), "weights": str(file)}
     repair = VerifyConfig(cache=tmp_path / "mine.h5", **where)
     with pytest.raises(UserError, match=r"w\.safetensors changed during the run: run the same"):
-        ex.extract(config) if room == "extraction" else ex.check(repair)
-    assert (tmp_path / "mine.h5").exists() == (room == "maintenance")
+        ex.extract(config) if module == "request" else ex.check(repair)
+    assert (tmp_path / "mine.h5").exists() == (module == "maintenance")
 
 
 def damage(path: Path) -> None:
@@ -306,8 +310,8 @@ def test_other_library_versions_are_named(
     import featcache.extract.request as request
 
     ex.extract(settings(folder, tmp_path))
-    newer = {**request.numeric_versions(), "pillow": "99.0"}
-    monkeypatch.setattr(request, "numeric_versions", lambda: newer)
+    newer = {**request.numeric_versions("resnet18"), "pillow": "99.0"}
+    monkeypatch.setattr(request, "numeric_versions", lambda _: newer)
     with pytest.raises(CacheError, match=r"versions\.pillow is .* in the cache, 99\.0 now"):
         ex.extract(settings(folder, tmp_path))
 

@@ -50,6 +50,11 @@ def test_json_is_all_of_stdout(pets: Path, tmp_path: Path) -> None:
     assert (tmp_path / report["model"]).parent == tmp_path / "cache"
     assert "epoch 1/1  loss" in err
     assert "test accuracy" in err
+    assert "macro F1" in err
+    assert report["scores"]["classes"].keys() == {"cat", "dog", "eel"}
+    right, after = report["test_top1"] * report["num_test"], report["calibration"]["after"]
+    counts = zip(after["counts"], after["top1"], strict=True)
+    assert sum(n * (share or 0) for n, share in counts) == pytest.approx(right, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,16 @@ def test_probabilities_of_every_solver_are_calibrated(tmp_path: Path, solver: st
     assert -np.log(own).mean() < -np.log(np.maximum(plain, 1e-7)).mean() + 0.02
 
 
+def test_intervals_and_held_out_rows_keep_groups_together(tmp_path: Path) -> None:
+    splits = {"train": blobs(240, seed=1), "test": blobs(90, seed=2)}
+    groups = {name: [f"g{i // 6}" for i in range(len(y))] for name, (_, y) in splits.items()}
+    cache = rows_cache(tmp_path / "g.h5", splits, ["a", "b", "c"], groups=groups)
+    report = run(cache)
+    assert report["scores"]["intervals_from"] == "200 bootstrap resamples of 15 groups"
+    assert report["test_interval"] == report["scores"]["intervals"]["top1"]
+    assert "groups" in report["calibration"]["fitted_on"]
+
+
 def test_votes_stay_as_they_are(tmp_path: Path) -> None:
     report = run(toy_cache(tmp_path / "toy.h5"), solver="knn")
     head = load_head(report["head"])

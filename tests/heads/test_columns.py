@@ -61,6 +61,34 @@ def test_a_head_on_the_last_layer_is_that_of_a_plain_cache(tmp_path: Path) -> No
     assert np.allclose(one.mean[64:], other.mean)
 
 
+def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
+    cache = stage_cache(tmp_path / "c.h5", "layer1")
+    for columns, nonzero in (("layer1", slice(0, 64)), ("layer1.mean", slice(0, 64))):
+        report = train_head(TrainHeadConfig(cache=cache, columns=columns, C=0.1))
+        weight = load_head(report["head"]).weight
+        assert weight[:, nonzero].all()
+        assert not weight[:, 64:].any()
+        assert report["trainable_params"] == 3 * 65
+        assert report["chosen"]["columns"] == columns
+    with pytest.raises(UserError, match=r"no columns 'layer4'; did you mean layer1\?"):
+        train_head(TrainHeadConfig(cache=cache, columns="layer4"))
+    plain = rows_cache(tmp_path / "plain.h5", {n: blobs(60) for n in ("train", "test")}, NAMES)
+    with pytest.raises(UserError, match="no columns 'layer1'; known: all, last"):
+        train_head(TrainHeadConfig(cache=plain, columns="layer1"))
+
+
+def test_without_the_last_layer_every_layer_is_tried(tmp_path: Path) -> None:
+    splits = {name: blobs(150, dim=24, seed=seed) for seed, name in enumerate(("train", "test"))}
+    names = ("blocks.2.cls", "blocks.2.mean", "mean")
+    stages = StageColumns(pool="avg", names=names, widths=(8, 8, 8))
+    cache = rows_cache(tmp_path / "c.h5", splits, NAMES, stages=stages)
+    report = train_head(TrainHeadConfig(cache=cache, solver="ridge"))
+    tried = {candidate["columns"] for candidate in report["chosen"]["candidates"]}
+    assert tried == {"blocks.2", "mean", "all"}
+    with pytest.raises(UserError, match=r"no columns 'last'; known: blocks\.2, blocks\.2\.cls"):
+        train_head(TrainHeadConfig(cache=cache, columns="last"))
+
+
 def test_what_takes_all_columns(tmp_path: Path) -> None:
     cache = stage_cache(tmp_path / "c.h5", "last")
     for settings in ({"solver": "knn"}, {"stream": "on"}):

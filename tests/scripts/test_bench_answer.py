@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,8 @@ import pytest
 
 from conftest import REPO
 from data_helpers import make_pets
+from featcache.config import ExtractConfig
+from featcache.data import load_dataset
 from featcache.results import Predictions
 from run_helpers import head_report
 
@@ -24,22 +25,15 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_no_group_is_on_both_sides(script: ModuleType, tmp_path: Path) -> None:
-    groups = tmp_path / "signs" / "groups.csv"
-    groups.parent.mkdir()
-    rows = [f"{label}/{pupil}.png,{label},{pupil}" for label in "ab" for pupil in range(20)]
-    groups.write_text("\n".join(["path,label,group", *rows]) + "\n")
-    manifest = script.split_by_group(groups, tmp_path / "out", seed=0)
-    with manifest.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    sides = {"train": set(), "test": set()}
-    for line in lines:
-        sides[line["split"]].add(Path(line["path"]).stem)
+    signs = make_pets(tmp_path / "signs") / "train"
+    rows = [f"{p.parent.name}/{p.name},{p.parent.name},{p.stem}" for p in signs.glob("*/*.png")]
+    (signs / "groups.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    settings = script.dataset_settings(str(signs), seed=0)
+    splits = load_dataset(ExtractConfig(**settings)).splits
+    sides = {side: set(splits[side].groups) for side in ("train", "test")}
+    assert len(sides["train"]) + len(sides["test"]) == 11
     assert not sides["train"] & sides["test"]
-    assert len(sides["train"] | sides["test"]) == 20
-    assert sum(line["split"] == "test" for line in lines) == 10  # the first that reach 24 %
-    assert script.split_by_group(groups, tmp_path / "out", seed=0).read_text() == (
-        manifest.read_text()
-    )
+    assert len(splits["test"]) / len(rows) == pytest.approx(script.TEST_SHARE, abs=0.05)
 
 
 def report_of(folder: Path, name: str, right: int, held_out: float | None) -> str:

@@ -1,14 +1,18 @@
 """The heads' benchmark script, on sizes that take a moment."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
-from cache_helpers import blobs, rows_cache
+from cache_helpers import blobs, rows_cache, toy_cache
 from conftest import REPO
 from data_helpers import make_pets
 from featcache.config import StageColumns
+from featcache.heads.selection import InMemoryData
 from featcache.heads.training_data import Rows
 
 SCRIPTS = REPO / "scripts"
@@ -26,9 +30,39 @@ def test_speed_rows_compare_with_scikit_learn(bench, tmp_path, capsys):
     words = ["--num-rows", "400", "--feature-dim", "12", "--num-classes", "3", "--C", "1.0"]
     assert bench.main([*words, "--rounds", "1", "--work-dir", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert rows[0]["objective_against_sklearn"] < 1e-6
-    assert rows[0]["speedup"] > 0
+    rival = rows[0]["rivals"]["sklearn"]
+    assert rival["objective_against"] < 1e-6
+    assert rival["speedup"] > 0
     assert [row["name"].split()[0] for row in rows] == ["logistic", "20", "50", "train-head"]
+
+
+def test_an_optional_rival_takes_its_turn_only_where_it_is_installed(bench, monkeypatch, capsys):
+    X, y = bench.made_features(200, 6, 3)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert bench.against_rivals(X, y, 1.0, 1)["rivals"].keys() == {"sklearn"}
+    rival = types.ModuleType("sklearnex.linear_model")
+    rival.LogisticRegression = LogisticRegression
+    monkeypatch.setitem(sys.modules, "sklearnex.linear_model", rival)
+    monkeypatch.setitem(sys.modules, "sklearnex", types.ModuleType("sklearnex"))
+    monkeypatch.setattr(bench, "find_spec", lambda name: name == "sklearnex")
+    row = bench.against_rivals(X, y, 1.0, 1)
+    assert row["rivals"].keys() == {"sklearn", "intelex"}
+    assert "intelex" in bench.logistic_line(row)
+
+
+def test_a_caches_train_rows_can_be_measured(bench, tmp_path):
+    cache = toy_cache(tmp_path / "toy.h5")
+    X, y = bench.load_rows(bench.BenchConfig(features=cache), 10)
+    assert X.shape == (240, 8)
+    assert np.bincount(y).tolist() == [80, 80, 80]
+
+
+def test_few_rows_of_many_classes(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "FEW_CLASSES", 30)
+    assert bench.main(["--few", "--feature-dim", "16", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row.get("C") for row in rows] == [*bench.FEW_C, None]
+    assert all(row["num_rows"] == 60 for row in rows[:-1])
 
 
 def test_probabilities_are_measured_on_left_out_classes(bench, tmp_path, capsys, monkeypatch):
@@ -88,15 +122,16 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         for num in (30, 12, 9)
     ]
     part = heads_gains.Part(
-        fit=rows[0],
+        fit=InMemoryData(
+            train=rows[0], content=random.integers(256, size=(30, 32), dtype=np.uint8)
+        ),
         scored=(rows[1], rows[2]),
         places=(np.arange(30), np.arange(30, 42)),
-        content=random.integers(256, size=(30, 32), dtype=np.uint8),
         stages=StageColumns(pool="avg", names=("layer1.mean", "last"), widths=(20, 40)),
         seed=0,
     )
     narrow = part.in_row_space()
-    assert narrow.fit.feature_dim == 30
+    assert narrow.fit.train.feature_dim == 30
     pairs = zip(
         heads_gains.answer(part).probabilities,
         heads_gains.answer(narrow).probabilities,
@@ -106,15 +141,23 @@ def test_a_head_fitted_in_the_span_of_its_rows_is_the_same(bench):
         np.testing.assert_allclose(same, whole, atol=2e-3)
 
 
-def test_gains_are_means_over_seeds_with_their_standard_error(bench):
+def test_gains_are_means_over_seeds_and_win_beyond_two_standard_errors(bench):
     import heads_gains
 
-    runs = [
-        {"held_out": gain, "test": -gain, "held_out_top1": 0.5, "test_top1": 0.5, "seconds": 2.0}
-        for gain in (0.01, 0.03)
+    rows = [
+        heads_gains.averaged(dataset, "flips", [run_that_gains(gain) for gain in gains])
+        for dataset, gains in (("pets", (0.01, 0.03)), ("signs", (0.02, 0.03)), ("digits", (0.5,)))
     ]
-    row = heads_gains.averaged("pets", "flips", runs)
-    assert heads_gains.gains_line(row) == "| pets | flips | +2.0 ± 1.0 | -2.0 ± 1.0 | +2.0 |"
+    assert heads_gains.summary(rows) == [
+        "| change | pets | signs | digits | processor s | wins |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| flips | +2.0 ± 1.0 (-2.0) | +2.5 ± 0.5 (-2.5) | +50.0 (-50.0) | +2.0 | 1 of 3 |",
+    ]
+
+
+def run_that_gains(held_out):
+    scores = {"held_out_top1": 0.5, "test_top1": 0.5}
+    return {"held_out": held_out, "test": -held_out, "seconds": 2.0, **scores}
 
 
 @pytest.mark.slow

@@ -74,14 +74,14 @@ class TestRun:
     def test_rows_refer_to_their_runs_by_id(self, ran: tuple[Path, dict, int]) -> None:
         folder, result, _ = ran
         stems = ["head-in-loop", "cached-head", "default-head", "finetune-0.001",
-                 "finetune-0.0001", "finetune-good"]  # fmt: skip
+                 "finetune-0.0001", "finetune-good", "finetune-tail"]  # fmt: skip
         ids = [json.loads((folder / f"{stem}.json").read_text())["run"] for stem in stems]
         runs = [row["run"] for row in result["rows"]]
         best = json.loads((folder / "stages-head.json").read_text())
         assert runs.pop(3) == best["run"]
         assert len(best["alternatives"]) == 2
         assert runs == ids
-        assert len(set(ids)) == 6
+        assert len(set(ids)) == 7
         assert all(re.fullmatch("[0-9a-f]{16}", run) for run in ids)
 
     def test_the_default_head_is_what_train_head_fits(

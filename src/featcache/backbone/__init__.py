@@ -1,14 +1,16 @@
-"""Frozen networks: a torchvision classifier without its head, its weights, their identity."""
+"""Frozen networks: a network without its head, its weights, their identity."""
 
 from featcache.backbone.identity import file_sha256, identify
 from featcache.backbone.load import build_classifier, load_backbone
 from featcache.backbone.networks import (
     build_network,
+    check_name,
     classifiers,
     feature_dim_of,
     head_of,
     state_sha256,
 )
+from featcache.backbone.own import OwnNetwork
 from featcache.backbone.weights import (
     BUNDLED_FILE,
     WeightsFile,
@@ -20,9 +22,11 @@ from featcache.backbone.weights import (
 
 __all__ = [
     "BUNDLED_FILE",
+    "OwnNetwork",
     "WeightsFile",
     "build_classifier",
     "build_network",
+    "check_name",
     "classifiers",
     "feature_dim_of",
     "file_sha256",

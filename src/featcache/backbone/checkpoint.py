@@ -9,10 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from featcache.errors import UserError, listed, shown
+from featcache.runtime import say
 from featcache.tensor_files import State
 
-# Wrappers that training scripts put around a state dict, outermost first.
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "net", "backbone")
+# Wrappers that training scripts put around a state dict, outermost first. Of one level the first
+# counts: weights as trained before their moving averages, DINO's teacher before its student.
+STATE_DICT_KEYS = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "encoder"),
+    *("teacher", "student", "state_dict_ema", "model_ema_state_dict", "ema_state_dict"),
+    *("model_ema", "ema_model", "ema", "params", "params_ema"),
+)
 # A small archive may unpack to anything; a checkpoint is stored, not compressed.
 MAX_UNPACK_RATIO = 4
 MAX_DEPTH = 100
@@ -74,9 +80,13 @@ def _not_tensors(foreign: Sequence[str], texts: set[str], name: str) -> str:
 def _unwrapped(loaded: object, name: str) -> State:
     import torch
 
-    for key in STATE_DICT_KEYS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    while isinstance(loaded, Mapping):
+        inner = [key for key in STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)]
+        if not inner:
+            break
+        if len(inner) > 1:
+            say(f"{name} holds {' and '.join(inner)}: took {inner[0]}")
+        loaded = loaded[inner[0]]
     if not isinstance(loaded, Mapping):
         raise UserError(f"{name} holds a {type(loaded).__name__}, not a state dict")
     state = {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}

@@ -8,17 +8,21 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from featcache.backbone.load import loaded_network, without_head
-from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
+from featcache.backbone.load import frozen, loaded_network
+from featcache.backbone.networks import build_network, remove_heads, state_sha256
 from featcache.backbone.weights import (
-    NAMED_WEIGHTS,
     WeightsFile,
     given_file,
+    is_file,
+    is_pretrained,
     own_preprocessing,
+    pretrained_name,
     weights_of,
 )
 from featcache.config import (
+    TIMM,
     BackboneConfig,
     BackboneInfo,
     JsonObject,
@@ -30,6 +34,9 @@ from featcache.file_hashes import Memo, is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import version_of
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo:
     """Identify the network and weights of a command, without torch where they are known already.
@@ -39,16 +46,9 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
     Raises:
         UserError: Unknown backbone, or weights that cannot be obtained or do not fit.
     """
-    is_file = config.weights not in NAMED_WEIGHTS
-    spec = str(given_file(config).absolute()) if is_file else config.weights
-    # Random weights depend on the seed and on how this torch draws.
-    drawn = f"{seed}:{version_of('torch')}:{version_of('torchvision')}"
-    key = f"backbone:{config.backbone}:{spec}:{drawn if spec == 'random' else ''}"
-    if config.stage_pool is not None:
-        key += f":{config.stage_pool}"
-    if config.cached_stage is not None:
-        key += f":from {config.cached_stage}"
-    known = _remembered(memo := Memo(cache_dir), key)
+    given = not is_pretrained(config) and config.weights != "random"
+    spec = str(given_file(config).absolute()) if given else config.weights
+    known = _remembered(memo := Memo(cache_dir), key := _key(config, spec, seed))
     if known is None:
         now_s = time.time()
         file = weights_of(config)
@@ -58,14 +58,28 @@ def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo
             memo.put(key, stamp_of(file.status) if file else (), known)
             memo.save()
     own = Preprocessing.from_dict(known["preprocessing"])
-    return BackboneInfo.from_dict(
-        {
-            **known,
-            "backbone": config.backbone,
-            "weights": Path(spec).name if is_file else spec,
-            "preprocessing": dataclasses.asdict(config.preprocessing(own)),
-        }
-    )
+    named = {
+        "backbone": config.backbone,
+        "weights": Path(spec).name if is_file(config.weights) else config.weights,
+    }
+    prep = dataclasses.asdict(config.preprocessing(own))
+    return BackboneInfo.from_dict({**named, **known, "preprocessing": prep})
+
+
+def _key(config: BackboneConfig, spec: str, seed: int) -> str:
+    """Under which name an identity is remembered."""
+    parts = ["backbone", config.backbone, spec]
+    if config.weights == "random":  # depend on the seed, and on how this torch draws
+        parts += [str(seed), version_of("torch")]
+    if not is_file(config.weights):  # the libraries say which network and weights a name means
+        parts.append(version_of("torchvision"))
+    if config.backbone.startswith(TIMM):
+        parts += [version_of("timm"), str(config.image_px)]
+    if config.cached_stage is not None:
+        parts += ["from", config.cached_stage, str(config.image_px)]
+    if config.stage_pool is not None:
+        parts += [*config.asked_layers, config.stage_pool, str(config.image_px)]
+    return ":".join(parts)
 
 
 def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> JsonObject:
@@ -73,27 +87,48 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> Js
     if file is None:
         model = loaded_network(config, seed, None)
     else:
-        model = build_network(config.backbone, seed=None)
+        model = build_network(config.backbone, seed=None, image_px=config.image_px)
+    sha256 = file.sha256 if file else state_sha256(model)
     own = own_preprocessing(config, file)
+    dim = remove_heads(model)
     stages = None if config.stage_pool is None else _stages(config, own)
     cut = None if config.cached_stage is None else _stage_input(config, own)
-    width = feature_dim_of(head_of(model)[1])
-    return {
-        "weights_sha256": file.sha256 if file else state_sha256(model),
-        "feature_dim": sum(stages.widths) if stages else math.prod(cut.shape) if cut else width,
+    width = sum(stages.widths) if stages else dim
+    found = {
+        "weights_sha256": sha256,
+        "feature_dim": math.prod(cut.shape) if cut else width,
         "preprocessing": dataclasses.asdict(own),
         "stages": dataclasses.asdict(stages) if stages else None,
         "stage_input": dataclasses.asdict(cut) if cut else None,
     }
+    return {**found, **_published(config)}
+
+
+def _published(config: BackboneConfig) -> dict[str, str]:
+    """What pretrained weights are called; those of timm by one name however they were asked for."""
+    if not is_pretrained(config):
+        return {}
+    name = pretrained_name(config)
+    if not config.backbone.startswith(TIMM):
+        return {"weight_set": name}
+    architecture, _, tag = name.partition(".")
+    return {"backbone": TIMM + architecture, "weights": tag, "weight_set": name}
 
 
 def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
-    """The columns of a network's stages, which do not depend on its weights."""
+    """The columns of a network's layers, which do not depend on its weights."""
     from featcache.backbone.stages import stage_columns
 
     assert config.stage_pool is not None
-    network = without_head(build_network(config.backbone, seed=0))
-    return stage_columns(network, config.preprocessing(own).image_px, config.stage_pool)
+    image_px = config.preprocessing(own).image_px
+    return stage_columns(_headless(config), image_px, config.stage_pool, config.asked_layers)
+
+
+def _headless(config: BackboneConfig) -> nn.Module:
+    """The network with random weights, for what does not depend on them."""
+    network = build_network(config.backbone, seed=0, image_px=config.image_px)
+    remove_heads(network)
+    return frozen(network)
 
 
 def _stage_input(config: BackboneConfig, own: Preprocessing) -> StageInput:
@@ -101,7 +136,7 @@ def _stage_input(config: BackboneConfig, own: Preprocessing) -> StageInput:
     from featcache.backbone.tail import stage_input
 
     assert config.cached_stage is not None
-    network = without_head(build_network(config.backbone, seed=0))
+    network = _headless(config)
     return stage_input(network, config.cached_stage, config.preprocessing(own).image_px)
 
 

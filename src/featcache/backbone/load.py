@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
-from featcache.backbone.networks import build_network, feature_dim_of, head_of, state_sha256
-from featcache.backbone.weights import WeightsFile, load_matching, weights_of
-from featcache.config import BackboneConfig, BackboneInfo, StageColumns
-from featcache.errors import UserError
+from featcache.backbone import timm_networks
+from featcache.backbone.matching import load_matching
+from featcache.backbone.networks import (
+    build_network,
+    drawn_by,
+    feature_dim_of,
+    head_of,
+    is_timm,
+    remove_heads,
+    state_sha256,
+)
+from featcache.backbone.weights import WeightsFile, is_pretrained, pretrained_name, weights_of
+from featcache.config import TIMM, BackboneConfig, BackboneInfo, StageColumns
+from featcache.errors import UserError, shown
 from featcache.random_order import init_linear
+from featcache.runtime import say
+from featcache.tensor_files import State
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +33,8 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
     Args:
         config: Which backbone and weights.
         seed: Draws `random` weights.
-        info: What `identify` found: other weights are refused, and its stages are features too,
-            or the input of one is what the network gives.
+        info: What `identify` found: other weights are refused, and its layers are features too, or
+            the input of one is what the network gives.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
@@ -31,24 +44,26 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
         UserError: Unknown backbone, or weights that are missing, do not fit, or have changed.
     """
     network = verified_network(config, seed, info.weights_sha256 if info else None)
+    remove_heads(network)
     if info is None or info.stage_input is None:
-        return without_head(network, info.stages if info else None)
+        return frozen(network, info.stages if info else None)
     from featcache.backbone.tail import Front
 
-    return Front(without_head(network), info.stage_input.stage).eval()
+    return Front(frozen(network), info.stage_input.stage).eval()
 
 
-def without_head(model: nn.Module, stages: StageColumns | None = None) -> nn.Module:
-    """Take the head off a network, freeze the rest, and add the columns of its stages."""
-    from torch import nn
+def frozen(network: nn.Module, stages: StageColumns | None = None) -> nn.Module:
+    """Freeze a network that gives features, and add the columns of its layers.
 
-    model.set_submodule(head_of(model)[0], nn.Identity())
-    model.requires_grad_(False).eval()
+    Raises:
+        UserError: It has no such layers.
+    """
+    network.requires_grad_(False).eval()
     if stages is None:
-        return model
+        return network
     from featcache.backbone.stages import StageFeatures
 
-    return StageFeatures(model, stages.names).eval()
+    return StageFeatures(network, stages.names).eval()
 
 
 def build_classifier(
@@ -69,6 +84,9 @@ def build_classifier(
     from torch import nn
 
     model = verified_network(config, seed, sha256)
+    if is_timm(model):
+        with drawn_by(seed):
+            timm_networks.new_head(model, num_classes)
     name, old = head_of(model)
     dim = feature_dim_of(old)
     weight, bias = (torch.from_numpy(array) for array in init_linear(dim, num_classes, seed))
@@ -115,8 +133,38 @@ def loaded_network(config: BackboneConfig, seed: int, file: WeightsFile | None) 
         file: What `weights_of` read.
     """
     if file is None:
-        return build_network(config.backbone, seed=seed)
-    model = build_network(config.backbone, seed=None)
-    source = "torchvision's weights" if config.weights == "imagenet" else str(file.path)
-    load_matching(model, file.tensors(), source, config.backbone)
+        return build_network(config.backbone, seed=seed, image_px=config.image_px)
+    of_timm, published = config.backbone.startswith(TIMM), is_pretrained(config)
+    state, source = file.tensors(), str(file.path)
+    if published:
+        source = "timm's weights" if of_timm else "torchvision's weights"
+    if published and of_timm:
+        return _filled_by_timm(pretrained_name(config), state, config.image_px, source)
+    model = build_network(config.backbone, seed=None, image_px=config.image_px)
+    quiet = published or config.weights == "bundled"
+    try:
+        load_matching(model, state, source, config.backbone, quiet=quiet)
+    except UserError:
+        if not of_timm:
+            raise
+        # The original authors' names, or position embeddings for another size.
+        with contextlib.suppress(UserError):
+            model = _filled_by_timm(config.backbone, state, config.image_px, source)
+            say(f"{source}, as weights of {config.backbone}: renamed and resized as timm does")
+            return model
+        raise
+    return model
+
+
+def _filled_by_timm(name: str, state: State, image_px: int | None, source: str) -> nn.Module:
+    """One of timm's networks with pretrained weights, every tensor in its place and finite."""
+    with drawn_by(None):
+        try:
+            model = timm_networks.build_pretrained(name, state, image_px)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = shown(" ".join(str(error).split()), 200)
+            raise UserError(f"{source} do not fit {name}: {reason}") from error
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{source} of {name}: {key} has values that are not finite")
     return model

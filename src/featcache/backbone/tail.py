@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from featcache.backbone.networks import build_network
-from featcache.backbone.stages import extractor, last_node, stage_names
+from featcache.backbone.stages import stage_names
 from featcache.config import StageInput
 from featcache.errors import UserError, one_of
 
@@ -33,6 +33,28 @@ class Front(nn.Module):
         """Activations [N, D] of images [N, 3, H, W]."""
         inputs: Tensor = self.body(images)["inputs"]
         return inputs.flatten(1)
+
+
+def last_node(network: nn.Module) -> str:
+    """The name of what a network computes last."""
+    from torchvision.models.feature_extraction import get_graph_node_names
+
+    _, nodes = get_graph_node_names(network.eval())
+    return str(nodes[-1])
+
+
+def extractor(network: nn.Module, returned: dict[str, str]) -> fx.GraphModule:
+    """A network that gives outputs of some of its nodes, in eval mode; modules are shared.
+
+    Args:
+        network: Left in eval mode.
+        returned: By a node's name, the key of its output in the dict that the module gives.
+    """
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    found = create_feature_extractor(network.eval(), returned)
+    # torchvision's class keeps a second graph, for training, and a copy of it takes that one.
+    return fx.GraphModule(found, found.graph)
 
 
 def stage_input(network: nn.Module, stage: str, image_px: int) -> StageInput:

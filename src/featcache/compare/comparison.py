@@ -187,7 +187,8 @@ def _folder_name(config: CompareConfig, dataset: ImageDataset) -> str:
     text = json.dumps(_asked(config), sort_keys=True)
     tag = hashlib.sha256(text.encode()).hexdigest()[:8]
     weights = Path(config.weights).stem
-    return f"{dataset.name}-{config.backbone}-{weights}-compare-{tag}"
+    backbone = config.backbone.replace("/", "-")
+    return f"{dataset.name}-{backbone}-{weights}-compare-{tag}"
 
 
 def _asked(config: CompareConfig) -> JsonObject:

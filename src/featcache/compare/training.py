@@ -82,7 +82,7 @@ def decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
     same = {
         "backbone": provenance["backbone"],
         "cache": provenance["cache_digest"],
-        "versions": numeric_versions(),
+        "versions": numeric_versions(config.backbone),
     }
     if setup.shifted is not None:
         same["shifted"] = setup.shifted.digest

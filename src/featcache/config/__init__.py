@@ -23,6 +23,8 @@ from featcache.config.records import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    OWN_MODULE,
+    TIMM,
     BackboneInfo,
     CacheMeta,
     DatasetInfo,
@@ -35,6 +37,7 @@ from featcache.config.records import (
     Task,
     Views,
     flatten,
+    weights_text,
 )
 from featcache.config.settings import config_json
 
@@ -42,6 +45,8 @@ __all__ = [
     "HALF",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "OWN_MODULE",
+    "TIMM",
     "BackboneConfig",
     "BackboneInfo",
     "CacheMeta",
@@ -69,4 +74,5 @@ __all__ = [
     "Views",
     "config_json",
     "flatten",
+    "weights_text",
 ]

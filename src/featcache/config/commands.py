@@ -55,7 +55,7 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
-        BackboneConfig.__post_init__(self)
+        FeatureConfig.__post_init__(self)
         Views.parse(self.views, self.seed)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
@@ -65,14 +65,14 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
-        if self.from_stage is not None and self.layers == "stages":
+        if self.from_stage is not None and self.stage_pool is not None:
             raise UserError("--from-stage caches activations, --layers features: give one of them")
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
         """What `dtype` means when it is not given."""
-        plain = self.layers == "last" and self.from_stage is None
-        return self.dtype or ("float32" if plain else "float16")
+        rounded = "stages" in self.asked_layers or self.from_stage is not None
+        return self.dtype or ("float16" if rounded else "float32")
 
 
 @settings
@@ -114,9 +114,10 @@ class TrainHeadConfig(OutputConfig):
     """Folds of --select cv."""
     standardize: Literal["auto", "on", "off"] = "auto"
     """Scale every feature to unit variance on train; auto chooses on the held-out part."""
-    columns: Literal["auto", "last", "all"] = "auto"
-    """With a cache of --layers stages, learn from the columns of the last layer or from all; auto
-    chooses on the held-out part (knn and streamed training take all)."""
+    columns: str = "auto"
+    """With a cache of several layers, learn from the columns of one (last, layer3, layer3.mean) or
+    from all; auto chooses on the held-out part: between last and all, or, in a cache without last,
+    among every layer and all (knn and streamed training take all)."""
     class_weight: Literal["none", "balanced"] = "none"
     """balanced weights every class by the inverse of its frequency."""
     threshold_for: Optional[str] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -18,6 +19,10 @@ from featcache.config.records import (
 )
 from featcache.config.settings import settings
 from featcache.errors import UserError
+
+LAST = ("last",)
+LAYER = re.compile(r"[\w-]+(\.[\w-]+)*|cls\+mean")
+"""What `--layers` may name."""
 
 
 @settings
@@ -95,11 +100,13 @@ class BackboneConfig:
     """Which network to use, its weights, its input, and the device it runs on."""
 
     backbone: str = "resnet18"
-    """The name of any torchvision classification network."""
+    """The name of any torchvision classification network, or timm/NAME for any of timm's image
+    models, such as timm/vit_small_patch14_dinov2.lvd142m (pip install "featcache[timm]")."""
     weights: str = "imagenet"
-    """imagenet (torchvision's default, downloaded once), bundled (ResNet18 for 64 px, works
-    offline), random, or a file with a matching state dict: .safetensors, or a checkpoint that
-    torch.save wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
+    """imagenet (the network's default pretrained weights, downloaded once), one of its other sets
+    (IMAGENET1K_V2 of torchvision, a tag such as a1_in1k of timm), bundled (ResNet18 for 64 px,
+    works offline), random, or a file with a matching state dict: .safetensors, or a checkpoint
+    that torch.save wrote (.pth, .pt, .ckpt, .pth.tar, .bin)."""
     image_px: Optional[int] = None
     """Side of the network's square input in pixels. By default what the weights were made for."""
     resize: Optional[Resize] = None
@@ -116,8 +123,13 @@ class BackboneConfig:
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
 
     @property
+    def asked_layers(self) -> tuple[str, ...]:
+        """Layers whose outputs are the features."""
+        return LAST
+
+    @property
     def stage_pool(self) -> Pool | None:
-        """How the outputs of the network's stages are pooled; None for the last layer alone."""
+        """How the outputs of layers are pooled; None for the last layer alone."""
         return None
 
     @property
@@ -148,12 +160,14 @@ class BackboneConfig:
 class FeatureConfig(BackboneConfig):
     """Which outputs of which network are the features."""
 
-    layers: Literal["last", "stages"] = "last"
-    """Outputs of the network to cache: last (the input of its classification head), or stages (also
-    the pooled output of every stage, from the same forward pass; the last layer comes last)."""
+    layers: str = "last"
+    """Outputs of the network to cache side by side, from one forward pass, separated by commas:
+    last (the input of its classification head), stages (every stage, then last), names of modules
+    (layer3.1,layer4 or blocks.11), and of transformers cls (the class token), mean (of the patch
+    tokens), cls+mean, and last4 (both, of each of the last 4 blocks)."""
     pool: Pool = "avg+std"
-    """With --layers stages, how a stage's output becomes columns: each channel's mean over space,
-    or its mean and standard deviation."""
+    """How the output of a stage or module becomes columns: each channel's mean over space, mean and
+    standard deviation, maximum, or generalized mean (gem, power 3). layer3.max says it of one."""
     batchnorm: Literal["frozen", "adapt"] = "frozen"
     """adapt: estimate BatchNorm statistics again on train images, without their labels, before
     features are computed. The network is frozen from then on."""
@@ -161,10 +175,24 @@ class FeatureConfig(BackboneConfig):
     """Cache the input of this stage (for example layer4) instead of features, for
     finetune --from-stage, which otherwise does so itself."""
 
+    def __post_init__(self) -> None:
+        BackboneConfig.__post_init__(self)
+        layers = self.asked_layers
+        if len(set(layers)) < len(layers) or not all(map(LAYER.fullmatch, layers)):
+            raise UserError(
+                f"--layers {self.layers!r:.80}: give last, stages, cls, mean, cls+mean, last4 or "
+                "names of modules, each once, separated by commas"
+            )
+
+    @property
+    def asked_layers(self) -> tuple[str, ...]:
+        """See `BackboneConfig.asked_layers`."""
+        return tuple(name.strip() for name in self.layers.split(","))
+
     @property
     def stage_pool(self) -> Pool | None:
         """See `BackboneConfig.stage_pool`."""
-        return self.pool if self.layers == "stages" else None
+        return None if self.asked_layers == LAST else self.pool
 
     @property
     def cached_stage(self) -> str | None:

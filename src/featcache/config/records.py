@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from featcache.config.checks import Record, check_range, record_from_json
-from featcache.errors import UserError
+from featcache.errors import UserError, one_of
 
 Resize = Literal["squash", "crop"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Pool = Literal["avg", "avg+std"]
+Pool = Literal["avg", "avg+std", "max", "gem"]
 Task = Literal["multiclass", "multilabel", "regression"]
 """What an image has: one class, any number of labels, or a number."""
 Precision = Literal["float32", "int8", "amp"]
@@ -26,6 +28,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 MAX_IMAGE_PX = 4096
 MAX_VIEWS = 256
+TIMM = "timm/"
+"""How the names of timm's networks begin."""
+OWN_MODULE = "module/"
+"""How the names of networks begin that were given as modules in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +71,13 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class StageColumns:
-    """Which columns of the features come from which stage of the network.
+    """Which columns of the features come from which layer of the network.
 
     Attributes:
-        pool: What a stage's output over space becomes: each channel's mean, or mean and deviation.
-        names: Groups of columns in order, such as "layer1.mean"; the last one is "last".
+        pool: What a layer's output over space becomes, unless a group's name says otherwise.
+        names: Groups of columns in order, each a layer and how it was pooled, such as
+            "layer1.mean"; "cls" and "mean" are of a transformer's final tokens, and "last" is what
+            the network gives by itself.
         widths: Number of columns of each group.
     """
 
@@ -78,14 +86,30 @@ class StageColumns:
     widths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.names or self.names[-1] != "last" or len(self.names) != len(self.widths):
+        distinct = len(set(self.names)) == len(self.names) == len(self.widths)
+        if not self.names or not distinct or min(self.widths) < 1:
             raise UserError(f"columns {self.names!r:.80} of {self.widths!r:.80}")
 
+    def layers(self) -> tuple[str, ...]:
+        """The layers, each once, in order."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
+
     def group(self, name: str) -> slice:
-        """Where a group's columns lie."""
-        place = self.names.index(name)
-        start = sum(self.widths[:place])
-        return slice(start, start + self.widths[place])
+        """Where the columns of a group, or of all groups of a layer, lie.
+
+        Raises:
+            UserError: There are no such columns.
+        """
+        places = [i for i, group in enumerate(self.names) if name in _names_of(group)]
+        if not places:
+            raise UserError(one_of(name, {*self.names, *self.layers()}, "columns"))
+        start, end = places[0], places[-1] + 1
+        return slice(sum(self.widths[:start]), sum(self.widths[:end]))
+
+
+def _names_of(group: str) -> tuple[str, str]:
+    """What a group of columns is called, and the layer that it comes from."""
+    return group, group.rpartition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +133,11 @@ class StageInput:
 class BackboneInfo:
     """Which frozen network made the features.
 
-    `weights_sha256` is that of the weights file; for `random` weights, of the tensors. `stages` is
-    None where the features are the last layer's alone. With `stage_input`, rows are activations
-    for `finetune --from-stage`, not features.
+    `weights_sha256` is that of the weights file; for `random` weights and for a module given in
+    Python, of the tensors. `stages` is None where the features are the last layer's alone. With
+    `stage_input`, rows are activations for `finetune --from-stage`, not features. `weight_set` is
+    the library's name of published weights, such as IMAGENET1K_V2 or resnet18.a1_in1k; version
+    0.1.0 did not record it.
     """
 
     backbone: str
@@ -121,11 +147,22 @@ class BackboneInfo:
     preprocessing: Preprocessing
     stages: StageColumns | None = None
     stage_input: StageInput | None = None
+    weight_set: str | None = None
 
     def __post_init__(self) -> None:
         cut = self.stage_input
         if cut is not None and math.prod(cut.shape) != self.feature_dim:
             raise UserError(f"activations of shape {cut.shape} are not {self.feature_dim} numbers")
+
+    @property
+    def file_name(self) -> str:
+        """Network and weights as a part of a file's name."""
+        return f"{self.backbone.replace('/', '-')}-{Path(self.weights).stem}"
+
+    @property
+    def is_own_module(self) -> bool:
+        """Whether the network was given as a module in Python: its name does not rebuild it."""
+        return self.backbone.startswith(OWN_MODULE)
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> Self:
@@ -137,12 +174,17 @@ class BackboneInfo:
         return _from_dict(cls, values, "a backbone's record")
 
     def to_dict(self) -> JsonObject:
-        """As JSON; of the last layer alone it is what version 0.1.0 wrote."""
+        """As JSON; without what version 0.1.0 did not know it is what that version wrote."""
         values = dataclasses.asdict(self)
-        for name in ("stages", "stage_input"):
+        for name in ("stages", "stage_input", "weight_set"):
             if values[name] is None:
                 del values[name]
         return values
+
+
+def weights_text(backbone: Mapping[str, Any]) -> str:
+    """What a `BackboneInfo` as JSON calls its weights: the library's name, or the user's."""
+    return str(backbone.get("weight_set") or backbone.get("weights", "?"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +280,7 @@ class CacheMeta:
     def differences(self, wanted: CacheMeta) -> list[tuple[str, object, object]]:
         """Fields in which `wanted` differs, as (dotted name, value here, value wanted)."""
         here, there = flatten(dataclasses.asdict(self)), flatten(dataclasses.asdict(wanted))
-        names = sorted(here.keys() | there.keys())
+        names = sorted((here.keys() | there.keys()) - {"backbone.weight_set"})  # the hash decides
         return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 

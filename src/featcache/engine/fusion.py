@@ -116,7 +116,10 @@ class _Tracer(fx.Tracer):
             except Exception:  # torch.fx's own and whatever a network makes of its proxies
                 for node in reversed(list(self.graph.nodes)[num_before:]):
                     self.graph.erase_node(node)
-        return self.create_proxy("call_module", path, args, kwargs)
+        output = self.create_proxy("call_module", path, args, kwargs)
+        for hook in m._forward_hooks.values():  # what a leaf's own call would do
+            hook(m, args, output)
+        return output
 
 
 def _symbolic_trace(model: nn.Module) -> fx.GraphModule:

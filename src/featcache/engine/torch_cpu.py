@@ -58,7 +58,7 @@ def torch_implementation(work: Workload) -> Implementation:
         error = relative_error(fused(work.sample), work.reference)
         reason = "" if error <= TOLERANCE else f"the fused form is off by {error:.1e}"
     except Exception as problem:  # whatever torch.fx or oneDNN raise, the plain network works
-        reason = f"{type(problem).__name__}: {str(problem)[:100]}"
+        reason = f"its code cannot be traced ({type(problem).__name__}: {str(problem)[:100]})"
     if not reason:
         return Implementation(name="torch", forward=fused, max_error=error, recorded="torch")
     say(f"running the network unfused: {reason}")

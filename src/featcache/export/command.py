@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from featcache import __version__
+from featcache.backbone import OwnNetwork
 from featcache.config import ExportConfig, JsonObject, config_json
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_outputs, check_writable, replacing, storage_errors
@@ -167,11 +168,12 @@ MARKS = re.compile(rb"featcache_version")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def export(config: ExportConfig) -> ExportReport:
+def export(config: ExportConfig, own: OwnNetwork | None = None) -> ExportReport:
     """Write a classifier as ONNX or torch.export file and check it against torch.
 
     Args:
         config: The command's settings.
+        own: The head's backbone, if it was given in Python.
 
     Returns:
         The JSON report; `max_difference` is the worst absolute difference between the file's
@@ -188,7 +190,7 @@ def export(config: ExportConfig) -> ExportReport:
     check_outputs({path: MARKS}, [config.model, config.weights or ""])
     if path.suffix == ".onnx":
         require_onnx()
-    trained = load_classifier(config.model, weights=config.weights, seed=config.seed)
+    trained = load_classifier(config.model, weights=config.weights, seed=config.seed, own=own)
     about = describe(trained, config)
     file_bytes, worst, relative = _write(path, trained, about)
     return {

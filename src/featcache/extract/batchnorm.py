@@ -54,7 +54,7 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
         "dataset": dataset.fingerprint,
         "num_images": num_images,
         "seed": config.seed,
-        "versions": numeric_versions(),
+        "versions": numeric_versions(config.backbone),
     }
     record = json.dumps(decides, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()

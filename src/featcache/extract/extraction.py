@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 
-from featcache.backbone import load_backbone, state_sha256
+from featcache.backbone import OwnNetwork, state_sha256
 from featcache.cache import (
     MARKS,
     CacheWriter,
@@ -29,7 +29,7 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
-from featcache.config import CacheMeta, ExtractConfig, JsonObject, config_json
+from featcache.config import CacheMeta, ExtractConfig, JsonObject, config_json, weights_text
 from featcache.data import (
     BadImage,
     CopiesReport,
@@ -118,13 +118,16 @@ class ExtractionRun:
     splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
 
 
-def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> ExtractReport:
+def extract(
+    config: ExtractConfig, dataset: ImageDataset | None = None, own: OwnNetwork | None = None
+) -> ExtractReport:
     """Cache the features of every split of a dataset, or find that they are cached already.
 
     Args:
         config: The command's settings.
         dataset: The images, where they are loaded already; those that the settings name unless
             given.
+        own: The network, unless the settings name it.
 
     Returns:
         The command's JSON report.
@@ -135,7 +138,7 @@ def extract(config: ExtractConfig, dataset: ImageDataset | None = None) -> Extra
         StorageError: The disk is full or the cache is being written by another process.
     """
     run = ExtractionRun()
-    request = Request.of(config, dataset)
+    request = Request.of(config, dataset, own)
     for note in request.dataset.notes if dataset is None else ():
         say(note)
     found = None if config.force else find_hit(request)
@@ -163,7 +166,7 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
     from featcache.engine import EngineSettings, choose_engine
 
     config, dataset, wanted = request.config, request.dataset, request.meta
-    network = load_backbone(config, config.seed, wanted.backbone)
+    network = request.load_network()
     before = state_sha256(network)
     num_images = earlier.num_missing(dataset) * wanted.views.num
     with run.timer("choose_engine"):
@@ -357,11 +360,11 @@ def summary_lines(report: ExtractReport) -> list[str]:
         "multilabel": f" images with any of {report['num_classes']} labels",
         "regression": " images with a number each",
     }[report["provenance"]["dataset"].get("task", "multiclass")]
-    prep = report["provenance"]["backbone"]["preprocessing"]
-    cut = report["provenance"]["backbone"]["stage_input"]
+    backbone = report["provenance"]["backbone"]
+    prep, cut = backbone["preprocessing"], backbone["stage_input"]
     rows = f"input of {cut['stage']}" if cut else f"{report['feature_dim']}-d"
     made_by = (
-        f"{report['backbone']} ({report['weights']}), {rows}, "
+        f"{report['backbone']} ({weights_text(backbone)}), {rows}, "
         f"{prep['image_px']} px {prep['resize']}"
     )
     if report["hit"]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from typing import TYPE_CHECKING
 
 from featcache.backbone import identify, load_backbone
 from featcache.cache import MARKS, CacheInfo, info, part_path, prepare_repair, read_meta, verify
-from featcache.config import CacheMeta, DataConfig, InfoConfig, JsonObject, VerifyConfig
+from featcache.config import (
+    OWN_MODULE,
+    BackboneInfo,
+    CacheMeta,
+    DataConfig,
+    InfoConfig,
+    JsonObject,
+    VerifyConfig,
+    weights_text,
+)
 from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
@@ -46,7 +56,7 @@ def inspect_lines(report: InfoReport) -> list[str]:
     lines = [
         f"{report['path']}: cache format {report['format_version']}, {state}, "
         f"{report['file_bytes'] / 1e6:.1f} MB",
-        f"backbone   {backbone['backbone']}, weights {backbone['weights']} "
+        f"backbone   {backbone['backbone']}, weights {weights_text(backbone)} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
         f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
         f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
@@ -57,6 +67,8 @@ def inspect_lines(report: InfoReport) -> list[str]:
         f"{dataset['fingerprint'][:12]}…, {len(report['class_names'])} classes: "
         + listed(report["class_names"], MAX_LISTED),
     ]
+    if backbone["backbone"].startswith(OWN_MODULE):
+        lines.insert(2, "           a module given in Python: its name cannot rebuild it")
     if backbone["stage_input"] is not None:
         lines.append(
             f"rows       {rows_text(CacheMeta.from_dict(meta))}, for finetune --from-stage"
@@ -86,7 +98,11 @@ def check(config: VerifyConfig) -> JsonObject:
         UserError: The dataset or weights are not those of the cache.
     """
     found = verify(config.cache)
-    report = {"command": "verify", **found.to_dict(), "num_repaired": 0}
+    notes = []
+    with contextlib.suppress(CacheError):  # damaged, which is reported
+        if (backbone := read_meta(config.cache)[0].backbone).is_own_module:
+            notes = [f"not recomputable: {_own_module(backbone)}"]
+    report = {"command": "verify", **found.to_dict(), "num_repaired": 0, "notes": notes}
     if config.repair and found.finished and not found.ok:
         num_repaired = _repair(config, found)
         report |= {**verify(config.cache).to_dict(), "num_repaired": num_repaired}
@@ -99,13 +115,15 @@ def check_lines(report: JsonObject) -> list[str]:
     rows = sum(report["num_rows"].values())
     if report["ok"]:
         again = f", {report['num_repaired']} rows recomputed" if report["num_repaired"] else ""
-        missed = [f"not checked: {what}" for what in report["not_checked"]]
+        missed = [f"not checked: {what}" for what in report["not_checked"]] + report["notes"]
         sound = f"{path} is sound: {rows} rows in {report['num_blocks']} blocks checked{again}"
         return [sound, *missed]
     if len(report["problems"]) == 1 and report["problems"][0].startswith("unfinished"):
         return [f"{path} is {report['problems'][0]}"]
     lines = [f"{path} is damaged:", *(f"  {problem}" for problem in report["problems"])]
-    if report["repairable"]:
+    if report["notes"]:
+        lines += report["notes"]
+    elif report["repairable"]:
         command = f"featcache verify {shlex.quote(path)} --repair --dataset DATASET"
         lines.append(f"type {command} to recompute the damaged rows")
     else:
@@ -124,25 +142,23 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
             f"{config.cache} cannot be repaired: {found.problems[0]}; "
             "run extract-features --force to make it again"
         )
+    meta, class_names = read_meta(config.cache)
+    if meta.backbone.is_own_module:
+        raise CacheError(f"{config.cache} cannot be repaired: {_own_module(meta.backbone)}")
     outputs = {config.cache: MARKS, part_path(config.cache): MARKS}
     check_outputs(outputs, [config.weights or "", config.dataset])
-    meta, class_names = read_meta(config.cache)
     backbone = _backbone_of(config, meta)
     dataset = load_dataset(_data_of(config, meta))
     _check_same(config, meta, class_names, backbone, dataset)
     network = load_backbone(backbone, config.seed, meta.backbone)
     with torch_threads_kept():
-        engine = choose_engine(
-            EngineSettings(
-                backbone=meta.backbone.backbone,
-                engine="torch" if meta.engine == "torch" else "openvino",
-                precision=meta.precision,
-            ),
-            network,
-            meta.backbone.preprocessing,
-            num_images=0,
-            train=dataset.splits.get("train"),
+        settings = EngineSettings(
+            backbone=meta.backbone.backbone,
+            engine="torch" if meta.engine == "torch" else "openvino",
+            precision=meta.precision,
         )
+        prep, train = meta.backbone.preprocessing, dataset.splits.get("train")
+        engine = choose_engine(settings, network, prep, num_images=0, train=train)
         if engine.recorded != meta.engine:
             raise CacheError(
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "
@@ -155,6 +171,14 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
                 fill_split(run, writer, split, meta, "skip")
             writer.finish()
     return damaged
+
+
+def _own_module(backbone: BackboneInfo) -> str:
+    """Why a cache cannot be computed again by a command."""
+    return (
+        f"{backbone.backbone} is a module given in Python, which cannot be rebuilt from its name; "
+        "make the cache again in Python with extract_features and force=True"
+    )
 
 
 def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
@@ -177,12 +201,10 @@ def _data_of(config: VerifyConfig, meta: CacheMeta) -> DataConfig:
 
 def _backbone_of(config: VerifyConfig, meta: CacheMeta) -> FeatureConfig:
     """The network and weights that a cache was made with."""
-    stages = meta.backbone.stages
     return FeatureConfig(
         backbone=meta.backbone.backbone,
         weights=config.weights or meta.backbone.weights,
-        layers="last" if stages is None else "stages",
-        pool="avg+std" if stages is None else stages.pool,
+        image_px=meta.backbone.preprocessing.image_px,
         from_stage=meta.backbone.stage_input.stage if meta.backbone.stage_input else None,
     )
 

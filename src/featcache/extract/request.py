@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from featcache.backbone import identify
+from featcache.backbone import OwnNetwork, identify, load_backbone
 from featcache.cache import (
     MAX_DIM,
     FeatureCache,
@@ -31,6 +32,9 @@ from featcache.errors import CacheError, UserError
 from featcache.extract.batchnorm import with_adapted_batchnorm
 from featcache.runtime import numeric_versions, recorded_engine
 
+if TYPE_CHECKING:
+    from torch import nn
+
 # These do not change the rows: a dataset may be renamed or moved.
 IMMATERIAL = ("dataset.name",)
 
@@ -43,28 +47,40 @@ class Request(NamedTuple):
         dataset: The images.
         meta: The metadata that the cache will carry; engine as asked for.
         path: Where the cache goes.
+        own: The network, if it was given as a module in Python.
     """
 
     config: ExtractConfig
     dataset: ImageDataset
     meta: CacheMeta
     path: Path
+    own: OwnNetwork | None = None
 
     @classmethod
-    def of(cls, config: ExtractConfig, dataset: ImageDataset | None = None) -> Self:
+    def of(
+        cls,
+        config: ExtractConfig,
+        dataset: ImageDataset | None = None,
+        own: OwnNetwork | None = None,
+    ) -> Self:
         """Look up the dataset and the backbone's weights; neither pixels nor network are loaded.
 
         Args:
             config: The command's settings.
             dataset: The images, where they are loaded already; those that the settings name unless
                 given.
+            own: The network, unless the settings name it.
 
         Raises:
             UserError: There is no such dataset, weights or stage, or a row would be too long.
         """
         dataset = dataset or load_dataset(config)
-        config = with_adapted_batchnorm(config, dataset)
-        backbone = identify(config, config.seed, config.cache_dir)
+        if own is None:
+            config = with_adapted_batchnorm(config, dataset)
+            backbone = identify(config, config.seed, config.cache_dir)
+        else:
+            backbone = own.identify(config)
+            config = dataclasses.replace(config, backbone=backbone.backbone)
         if backbone.feature_dim > MAX_DIM:
             raise UserError(
                 f"--from-stage {config.from_stage}: its input is {backbone.feature_dim:,} numbers "
@@ -77,9 +93,20 @@ class Request(NamedTuple):
             dtype=config.stored_dtype,
             precision=config.precision,
             engine="auto" if config.engine == "auto" else recorded_engine(config.engine),
-            versions=numeric_versions(),
+            versions=numeric_versions(backbone.backbone),
         )
-        return cls(config=config, dataset=dataset, meta=meta, path=cache_path(config, meta))
+        path = cache_path(config, meta)
+        return cls(config=config, dataset=dataset, meta=meta, path=path, own=own)
+
+    def load_network(self) -> nn.Module:
+        """The frozen network that `meta` describes.
+
+        Raises:
+            UserError: Its weights have changed, or it lacks something.
+        """
+        if self.own is not None:
+            return self.own.load(self.meta.backbone)
+        return load_backbone(self.config, self.config.seed, self.meta.backbone)
 
 
 def settings_tag(meta: CacheMeta) -> str:
@@ -102,8 +129,7 @@ def cache_path(config: ExtractConfig, meta: CacheMeta) -> Path:
     info = meta.backbone
     parts = [
         meta.dataset.name,
-        info.backbone,
-        Path(info.weights).stem,
+        info.file_name,
         f"{info.preprocessing.image_px}px",
         settings_tag(meta),
     ]

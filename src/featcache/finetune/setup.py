@@ -272,12 +272,11 @@ def _decisive(
         "images": kept.hexdigest(),
         "init_head": head_file.sha256 if head_file else None,
         "device": placement.device,
-        "versions": numeric_versions(),
+        "versions": numeric_versions(info.backbone),
     }
 
 
 def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
-    weights = Path(info.weights).stem
-    return f"{dataset.name}-{info.backbone}-{weights}-{what}-{key[:8]}.safetensors"
+    return f"{dataset.name}-{info.file_name}-{what}-{key[:8]}.safetensors"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.backbone import head_of
 from featcache.config import FinetuneConfig, JsonObject
@@ -260,5 +260,4 @@ class TrainableModel:
 
     def head_width(self) -> int:
         """Width D of the features that enter the head."""
-        weight = cast("torch.Tensor", self.head.weight)
-        return int(weight.shape[1])
+        return int(self.head.weight.shape[1])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.config import StageColumns, TrainHeadConfig
+from featcache.errors import UserError, one_of
 from featcache.heads.features import Floats
 from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Prepared, Settings, Solver
@@ -23,30 +24,40 @@ if TYPE_CHECKING:
     from featcache.heads.files import Head
 
 
-def on_columns(solver: Solver, config: TrainHeadConfig, stages: StageColumns) -> Solver:
+def on_columns(solver: Solver, config: TrainHeadConfig, stages: StageColumns | None) -> Solver:
     """The solver on the groups of columns that `--columns` leaves to choose from.
 
     Args:
         solver: Any; knn takes all columns.
         config: The command's settings.
-        stages: Which columns are which.
+        stages: Which columns are which; None where they are the last layer's.
+
+    Raises:
+        UserError: There are no such columns.
     """
-    groups = {"last": stages.group("last"), "all": slice(None)}
-    if solver.name == "knn":
+    if stages is None and config.columns not in ("auto", "last", "all"):
+        raise UserError(one_of(config.columns, ["last", "all"], "columns"))
+    if stages is None or solver.name == "knn":
         return solver
-    names = groups if config.columns == "auto" else [config.columns]
-    return ColumnSolver(solver, {name: groups[name] for name in names}, sum(stages.widths))
+    names = [config.columns]
+    if config.columns == "auto":
+        names = ["last"] if "last" in stages.names else list(stages.layers())
+        names += ["all"] if len(stages.names) > 1 else []
+    groups = {name: slice(None) if name == "all" else stages.group(name) for name in names}
+    return ColumnSolver(solver, groups, sum(stages.widths))
 
 
 def num_params(head: Head, stages: StageColumns | None) -> int:
-    """Trainable parameters of a head, which may have learned from the last layer alone."""
-    if stages is None or head.chosen.get("columns") != "last":
+    """Trainable parameters of a head, which may have learned from one layer alone."""
+    columns = str(head.chosen.get("columns", "all"))
+    if stages is None or columns == "all":
         return head.num_params
-    return (stages.widths[-1] + 1) * len(head.class_names)
+    num_columns = len(range(sum(stages.widths))[stages.group(columns)])
+    return (num_columns + 1) * len(head.class_names)
 
 
 class ColumnSolver:
-    """A solver whose candidates also say which columns they see: "last" or "all".
+    """A solver whose candidates also say which columns they see: a layer's or "all".
 
     Args:
         solver: Fits linear heads.

@@ -224,16 +224,19 @@ class KnownRows:
 
 def unit_rows(features: Floats) -> NDArray[np.float16]:
     """Features [N, D] scaled to length one; zeros stay zeros."""
-    wide = widen(features)
-    length = np.linalg.norm(wide, axis=1, keepdims=True)
-    return np.asarray(wide / np.where(length > 0, length, 1), np.float16)
+    return _of_unit_length(widen(features)).astype(np.float16)
+
+
+def _of_unit_length(features: Floats) -> Floats:
+    length = np.sqrt(np.einsum("nd,nd->n", features, features))[:, None]
+    return np.asarray(features / np.where(length > 0, length, 1))
 
 
 def nearest_distance(bank: Singles, features: Floats) -> Singles:
     """One less the largest cosine between each of features [N, D] and unit rows [m, D]."""
     found = np.empty(len(features), np.float32)
     for cut, block in row_blocks(features, 1024):
-        found[cut] = 1 - (widen(unit_rows(block)) @ bank.T).max(axis=1)
+        found[cut] = 1 - (_of_unit_length(block) @ bank.T).max(axis=1)
     return found
 
 

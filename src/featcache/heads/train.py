@@ -101,15 +101,7 @@ def train_head_report(config: TrainHeadConfig, rows: Ints | None = None) -> RunR
 
 
 def fit_and_score(config: TrainHeadConfig, rows: Ints | None = None) -> tuple[RunReport, Head]:
-    """What `train_head_report` does, but for writing files, whose names are checked.
-
-    Args:
-        config: The command's settings.
-        rows: See `train_head_report`.
-
-    Returns:
-        What the run measured, and the head.
-    """
+    """As `train_head_report`, but the head is returned too and no file is written."""
     timer = StageTimer()
     with timer("total"):
         check_settings(config)
@@ -224,8 +216,13 @@ def run_protocol(
         train = selection.train
         with threads_for(train.num_values * train.num_classes):
             solvers = make_solvers(config, test, streamed=data.streamed)
-            if stages is not None and not data.streamed:
+            if not data.streamed:
                 solvers = [on_columns(solver, config, stages) for solver in solvers]
+            elif config.columns not in ("auto", "all"):
+                raise UserError(
+                    f"--columns {config.columns} needs rows in memory, and these are streamed: add "
+                    "--stream off, or leave --columns out"
+                )
             solver, choice, compared = choose_solver(solvers, selection)
             fitted = solver.prepare(train, [choice.settings]).fit(choice.settings)
             held = out_of_fold(solver, choice, selection, config.seed)
@@ -292,8 +289,10 @@ def check_settings(config: TrainHeadConfig) -> None:
         raise UserError(f"--lr is for adam and sgd: leave it out for {solver}")
     if config.standardize != "auto" and solver == "knn":
         raise UserError("knn compares features as they are: leave --standardize out")
-    if config.columns == "last" and (solver == "knn" or config.stream == "on"):
-        raise UserError("--columns last needs a linear solver and rows in memory: leave it out")
+    if config.columns not in ("auto", "all") and (solver == "knn" or config.stream == "on"):
+        raise UserError(
+            f"--columns {config.columns} needs a linear solver and rows in memory: leave it out"
+        )
     for owner, flag in STRENGTH_FLAGS.items():
         if getattr(config, flag) is not None and owner != solver:
             own = STRENGTH_FLAGS.get(solver, "weight-decay")

@@ -21,7 +21,7 @@ from featcache.html_report.mistakes import (
 )
 from featcache.html_report.provenance import dataset_text, provenance_of
 from featcache.html_report.report_files import ReportFiles, Summary
-from featcache.html_report.scores import overview, run_scores
+from featcache.html_report.scores import LABEL_HEADER, overview, run_scores, target_tables
 from featcache.results import Row
 from featcache.results.curve_advice import curve_advice
 from featcache.results.learning_curve import CurvePoint, CurveRun, curve_points
@@ -87,12 +87,15 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
     if rows:
         scores = {"header": header, "rows": rows}
         sections.append(Section(title="Scores over classes", layout="scores", values=scores))
+    for table in target_tables(files.target_runs):
+        shown = {"table": table, "label_header": LABEL_HEADER}
+        sections.append(Section(title=table.title, layout="targets", values=shown))
     sections += _mistakes_sections(ranked(compared), config)
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
     sections.append(Section(title=title, layout="provenance", values=provenance))
     return Page(
-        title=config.title or f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning",
+        title=config.title or _title(compared, files),
         subtitle=_subtitle(compared, files),
         advice=advice,
         sections=sections,
@@ -195,6 +198,12 @@ def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) ->
             for number, group in enumerate(shown)
         ),
     ]
+
+
+def _title(compared: Sequence[ComparedRun], files: ReportFiles) -> str:
+    if compared or files.summaries:
+        return f"{_dataset_name(compared, files)}: frozen backbone vs. fine-tuning"
+    return ", ".join(table.title.lower() for table in target_tables(files.target_runs)).capitalize()
 
 
 def _dataset_name(compared: Sequence[ComparedRun], files: ReportFiles) -> str:

@@ -6,7 +6,8 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from featcache import config as settings
 from featcache.html_report.compared_runs import ComparedRun
@@ -32,12 +33,22 @@ class Provenance:
     commands: list[str]
 
 
+class SourcedRun(NamedTuple):
+    """A run's name, the file it comes from, and its report, if there is one."""
+
+    name: str
+    source: Path
+    report: RunReport | None
+
+
 def provenance_of(compared: Sequence[ComparedRun], files: ReportFiles) -> Provenance:
     """Files, data, weights, machines and commands."""
+    runs = [SourcedRun(run.name, run.source, run.report) for run in compared]
+    runs += [SourcedRun(run.path.stem, run.path, run.report) for run in files.target_runs]
     return Provenance(
-        runs=[[run.name, str(run.source), *_facts(run.report)] for run in compared],
-        machines=_machines(compared, files),
-        commands=_commands(compared, files),
+        runs=[[run.name, str(run.source), *_facts(run.report)] for run in runs],
+        machines=_machines(runs, files),
+        commands=_commands(runs, files),
     )
 
 
@@ -63,13 +74,13 @@ def backbone_text(provenance: settings.JsonObject) -> str:
     backbone = provenance.get("backbone") or {}
     preprocessing = backbone.get("preprocessing") or {}
     digest = str(backbone.get("weights_sha256", "?"))[:12]
-    name, weights = backbone.get("backbone", "?"), backbone.get("weights", "?")
+    name, weights = backbone.get("backbone", "?"), settings.weights_text(backbone)
     side, resize = preprocessing.get("image_px", "?"), preprocessing.get("resize", "")
     return f"{name}, {weights} (sha256 {digest}…), {side} px {resize}"
 
 
-def _machines(compared: Sequence[ComparedRun], files: ReportFiles) -> list[list[str]]:
-    known = [run.report.environment for run in compared if run.report]
+def _machines(runs: Sequence[SourcedRun], files: ReportFiles) -> list[list[str]]:
+    known = [run.report.environment for run in runs if run.report]
     known += [summary.environment for summary in files.summaries]
     rows = []
     for environment in known:
@@ -85,11 +96,11 @@ def _machines(compared: Sequence[ComparedRun], files: ReportFiles) -> list[list[
     return rows
 
 
-def _commands(compared: Sequence[ComparedRun], files: ReportFiles) -> list[str]:
+def _commands(runs: Sequence[SourcedRun], files: ReportFiles) -> list[str]:
     lines = [benchmark.typed for benchmark in files.benchmarks if benchmark.typed]
     lines += [command_line("compare", comparison.config) for comparison in files.comparisons]
     benchmarks = {benchmark.path for benchmark in files.benchmarks}
-    for run in compared:
+    for run in runs:
         report = run.report
         if report is not None and "cell" not in report.more and run.source not in benchmarks:
             extraction = report.more.get("extraction") or {}

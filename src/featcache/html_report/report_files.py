@@ -102,8 +102,8 @@ check_run = record(
         "config environment recipe?": OBJECT,
         "provenance": record({"dataset?": OBJECT, "backbone?": record({"preprocessing?": OBJECT})}),
         "trainable_params num_train num_test": COUNT,
-        "test_top1": SHARE,
-        "test_interval": INTERVAL,
+        "test_top1?": SHARE,
+        "test_interval?": INTERVAL,
         "seconds_total": SECONDS,
         "scored_on chosen_on": TEXT,
         "epochs": each(record({"seconds eval_seconds?": SECONDS, "test_top1?": SHARE})),
@@ -116,7 +116,7 @@ check_run = record(
         "features?": TEXT,
         "cell?": record({"cost_seconds trial_seconds": SECONDS}),
         "run?": TEXT,
-        "scores? calibration?": OBJECT,
+        "scores? calibration? target_scores?": OBJECT,
         "rejections?": each(record({"level unknown": SHARE, "answered_top1?": SHARE})),
     }
 )
@@ -179,6 +179,7 @@ class ReportFiles:
 
     Attributes:
         runs: Training runs, those of comparisons included.
+        target_runs: Training runs on images with several labels or a number.
         comparisons: Learning curves.
         benchmarks: Tables of benchmark.py.
         extractions: Seconds that extraction took, by the cache's digest or, where a file does not
@@ -187,6 +188,7 @@ class ReportFiles:
     """
 
     runs: list[Run] = field(default_factory=list)
+    target_runs: list[Run] = field(default_factory=list)
     comparisons: list[Summary] = field(default_factory=list)
     benchmarks: list[Summary] = field(default_factory=list)
     extractions: dict[str, float] = field(default_factory=dict)
@@ -200,7 +202,7 @@ class ReportFiles:
     @property
     def num_files(self) -> int:
         """Number of report files."""
-        return len(self.runs) + len(self.summaries)
+        return len(self.runs) + len(self.target_runs) + len(self.summaries)
 
 
 def read_report_files(paths: Sequence[Path]) -> ReportFiles:
@@ -285,7 +287,8 @@ def _add(files: ReportFiles, file: Path, values: JsonObject) -> None:
         if command == "compare":
             files.comparisons.append(_summary(file, values))
         elif command in TRAINING:
-            files.runs.append(_run(file, values))
+            run = _run(file, values)
+            (files.runs if run.report.target_scores is None else files.target_runs).append(run)
         elif command == "extract-features":
             _add_extraction(files, values)
         elif "rows" in values:
@@ -310,6 +313,8 @@ def _run(file: Path, values: JsonObject) -> Run:
     # Null means missing, but readers of epochs expect numbers.
     epochs = [{k: v for k, v in epoch.items() if v is not None} for epoch in values["epochs"]]
     report = RunReport.from_dict({**values, "epochs": epochs})
+    if report.target_scores is None and None in (report.test_top1, report.test_interval):
+        raise UserError("it has no score")
     if report.test is not None:
         if report.class_names is None:
             raise UserError("it has predictions but no class_names")

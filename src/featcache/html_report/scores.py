@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from featcache.html_report.charts import Chart, make_chart
 from featcache.html_report.compared_runs import ComparedRun
+from featcache.html_report.report_files import Run
 from featcache.results.metrics import wilson_interval
 from featcache.results.plots import Line, draw_unit
 from featcache.results.reliability import CalibrationReport, Reliability
 from featcache.results.runs import RunReport
 from featcache.results.scores import Interval, TwoClassCurves
-from featcache.results.tables import CLASS_HEADER, class_cells, or_dash, score_text
+from featcache.results.tables import (
+    CLASS_HEADER,
+    class_cells,
+    or_dash,
+    score_text,
+    seconds_text,
+)
+from featcache.results.targets import MultilabelScores, RegressionScores
 
 OVERVIEW = {
     "macro F1": "macro_f1",
@@ -23,6 +32,24 @@ OVERVIEW = {
 }
 """Columns of the overview and the scores that they show."""
 MAX_CLASS_ROWS = 1000
+LABELS_TITLE, NUMBERS_TITLE = "Several labels per image", "A number per image"
+LABELS_HEADER = [
+    *("mode", "mean average precision", "macro F1", "micro F1", "all labels right", "total time"),
+]
+LABEL_HEADER = ["label", "average precision", "precision", "recall", "F1", "test images"]
+NUMBERS_HEADER = [
+    *("mode", "R squared", "mean absolute error", "root mean squared error"),
+    *("error of the median", "total time"),
+]
+
+
+class TargetTable(NamedTuple):
+    """A table of runs, and for each run a table of its labels."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    by_label: dict[str, list[list[str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +87,54 @@ def overview(compared: Iterable[ComparedRun]) -> tuple[list[str], list[list[str]
         if run.report is not None and (scores := run.report.scores) is not None
     ]
     return ["mode", *OVERVIEW, "calibration error"], rows
+
+
+def target_tables(runs: Iterable[Run]) -> list[TargetTable]:
+    """Tables of runs on images with several labels, and of runs on images with a number."""
+    labels = TargetTable(LABELS_TITLE, LABELS_HEADER, [], {})
+    numbers = TargetTable(NUMBERS_TITLE, NUMBERS_HEADER, [], {})
+    for run in runs:
+        name, scores = run.path.stem, run.report.target_scores
+        seconds = seconds_text(run.report.seconds_total)
+        if isinstance(scores, MultilabelScores):
+            labels.rows.append([name, *_labels_cells(scores), seconds])
+            labels.by_label[name] = _label_rows(scores)
+        elif isinstance(scores, RegressionScores):
+            numbers.rows.append([name, *_number_cells(scores), seconds])
+    return [table for table in (labels, numbers) if table.rows]
+
+
+def _labels_cells(scores: MultilabelScores) -> list[str]:
+    others = (scores.macro_f1, scores.micro_f1, scores.exact_match)
+    main = with_interval(scores.mean_average_precision, scores.interval)
+    return [main, *(f"{value:.3f}" for value in others)]
+
+
+def _label_rows(scores: MultilabelScores) -> list[list[str]]:
+    return [
+        [
+            label,
+            or_dash(found.average_precision),
+            *(f"{value:.3f}" for value in (found.precision, found.recall, found.f1)),
+            f"{found.support:,}",
+        ]
+        for label, found in list(scores.per_label.items())[:MAX_CLASS_ROWS]
+    ]
+
+
+def _number_cells(scores: RegressionScores) -> list[str]:
+    low, high = scores.mae_interval
+    return [
+        with_interval(scores.r2, scores.r2_interval),
+        f"{scores.mae:.4g} [{low:.4g}, {high:.4g}]",
+        f"{scores.rmse:.4g}",
+        f"{scores.baseline_mae:.4g}",
+    ]
+
+
+def with_interval(value: float, interval: Interval) -> str:
+    """For example "0.812 [0.79, 0.83]"."""
+    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def run_scores(report: RunReport | None, salt: str) -> RunScores | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.backbone import OwnNetwork
 from featcache.config import JsonObject, PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
@@ -29,6 +30,8 @@ from featcache.predict.pictures import Picture, split_of
 from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from featcache.engine import Engine
 
 T = TypeVar("T")
@@ -104,7 +107,13 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, weights: str | None = None, seed: int = 42, **how: Any
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        weights: str | None = None,
+        seed: int = 42,
+        backbone: nn.Module | None = None,
+        **how: Any,
     ) -> Self:
         """Read a file that train-head or finetune wrote.
 
@@ -112,6 +121,7 @@ class Classifier:
             path: The file.
             weights: The backbone's weights file, if it lies neither here nor beside the head.
             seed: Draws the backbone's weights, if the head was trained on random ones.
+            backbone: The module that made the head's features, if it was given in Python.
             **how: device, batch_size and workers.
 
         Raises:
@@ -119,7 +129,8 @@ class Classifier:
             CacheError: The weights are not those that the head was trained on.
         """
         with python_errors(PredictConfig):
-            trained = load_classifier(Path(path), weights=weights, seed=seed)
+            own = None if backbone is None else OwnNetwork.of(backbone)
+            trained = load_classifier(Path(path), weights=weights, seed=seed, own=own)
         return cls(trained, **how)
 
     @property

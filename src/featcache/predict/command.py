@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from featcache.config import JsonObject, PredictConfig, config_json
@@ -101,18 +102,7 @@ def predict(config: PredictConfig) -> PredictReport:
         if config.json:
             writers.append(lambda path, prediction: found.append(prediction_json(path, prediction)))
         if config.output is not None or not config.json:
-            kind = format_of(config.format, config.output)
-            names = classifier.class_names
-            target = prediction_writer(
-                kind,
-                config.output,
-                paths,
-                names,
-                config.topk,
-                reject=config.reject is not None,
-                task=classifier.trained.decision.task,
-            )
-            writers.append(stack.enter_context(target))
+            writers.append(stack.enter_context(_writer(config, classifier, paths)))
         skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
     if config.verbose:
         say(f"engine: {classifier.engine(len(paths)).describe()}")
@@ -123,6 +113,20 @@ def predict(config: PredictConfig) -> PredictReport:
     if config.json:
         report["predictions"] = found
     return report
+
+
+def _writer(
+    config: PredictConfig, classifier: Classifier, paths: list[str]
+) -> AbstractContextManager[Write]:
+    return prediction_writer(
+        format_of(config.format, config.output),
+        config.output,
+        paths,
+        classifier.class_names,
+        config.topk,
+        reject=config.reject is not None,
+        task=classifier.trained.decision.task,
+    )
 
 
 def _check_flags(config: PredictConfig, classifier: Classifier) -> None:

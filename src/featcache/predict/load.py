@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from featcache.backbone import (
-    build_classifier,
-    classifiers,
-    feature_dim_of,
-    file_sha256,
-    head_of,
+from featcache.backbone import OwnNetwork, build_classifier, check_name, file_sha256
+from featcache.backbone.load import OtherWeightsError, frozen, verified_network
+from featcache.backbone.networks import remove_heads
+from featcache.backbone.weights import is_file
+from featcache.config import (
+    TIMM,
+    BackboneConfig,
+    BackboneInfo,
+    JsonObject,
+    Preprocessing,
+    Task,
+    weights_text,
 )
-from featcache.backbone.load import OtherWeightsError, verified_network, without_head
-from featcache.backbone.weights import NAMED_WEIGHTS
-from featcache.config import BackboneConfig, BackboneInfo, JsonObject, Preprocessing, Task
-from featcache.errors import CacheError, UserError, one_of
+from featcache.errors import CacheError, UserError
 from featcache.heads import Decision, Head
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
@@ -51,7 +54,7 @@ class LoadedClassifier:
         head: What turns features into classes; None for a model.
         class_names: C names.
         preprocessing: How an image becomes the network's input.
-        backbone: The torchvision network's name.
+        backbone: The network's name.
         dtype: As which type the head's train features were stored.
         precision: How they were computed.
         scores: What the classifier scored when it was trained.
@@ -88,11 +91,13 @@ class LoadedClassifier:
         fed = f"{prep.image_px} px {prep.resize}"
         if self.head is None:
             return f"fine-tuned {self.backbone}, {fed}"
-        weights = self.provenance["backbone"]["weights"]
+        weights = weights_text(self.provenance["backbone"])
         return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
 
 
-def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -> LoadedClassifier:
+def load_classifier(
+    path: Path, *, weights: str | None = None, seed: int = 42, own: OwnNetwork | None = None
+) -> LoadedClassifier:
     """Load a head with its backbone, or a fine-tuned model.
 
     Args:
@@ -100,6 +105,7 @@ def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -
         weights: The weights file of a head's backbone, if it is neither in the working directory
             nor in the head's.
         seed: Draws the backbone's weights, if the head was trained on random ones.
+        own: The backbone of a head that was trained on features of a module given in Python.
 
     Raises:
         UserError: The file is missing, damaged or neither of the two, or the weights are missing.
@@ -112,17 +118,24 @@ def load_classifier(path: Path, *, weights: str | None = None, seed: int = 42) -
     if kind == MODEL_FORMAT:
         return _load_model(file)
     if kind == HEAD_FORMAT:
-        return _load_with_backbone(file, weights, seed)
+        return _load_with_backbone(file, weights, seed, own)
     raise UserError(
         f"{path} is neither a head nor a fine-tuned model: give a file that train-head or finetune "
         "wrote"
     )
 
 
-def _load_with_backbone(file: TensorFile, weights: str | None, seed: int) -> LoadedClassifier:
+def _load_with_backbone(
+    file: TensorFile, weights: str | None, seed: int, own: OwnNetwork | None
+) -> LoadedClassifier:
     path, head = file.path, parse_head(file)
     info = _backbone_of(head, path)
-    network = _network_of(info, path, weights, seed)
+    if info.is_own_module:
+        network = _own_network(info, path, own)
+    elif own is not None:
+        raise UserError(f"{path} is for {info.backbone}, which has a name: leave the module out")
+    else:
+        network = _network_of(info, path, weights, seed)
     provenance = head.provenance
     return LoadedClassifier(
         path=path,
@@ -150,8 +163,8 @@ def _backbone_of(head: Head, path: Path) -> BackboneInfo:
         raise UserError(
             f"{path} does not say which backbone it is for ({error!s:.100}): run train-head again"
         ) from error
-    if info.backbone not in classifiers():
-        raise UserError(f"{path}: {one_of(info.backbone, classifiers(), 'backbone')}")
+    if not info.is_own_module:
+        _check_backbone(info.backbone, path)
     if info.feature_dim != head.feature_dim:
         raise CacheError(
             f"{path} is for {info.feature_dim} features by its provenance, {head.feature_dim} by "
@@ -160,28 +173,57 @@ def _backbone_of(head: Head, path: Path) -> BackboneInfo:
     return info
 
 
+def _check_backbone(name: str, path: Path) -> None:
+    try:
+        check_name(name)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def _network_of(info: BackboneInfo, path: Path, weights: str | None, seed: int) -> nn.Module:
     """The backbone with the weights that `info` names, if their hash is the one it records."""
     config = BackboneConfig(
-        backbone=info.backbone, weights=weights or _find_weights(info, path), device="cpu"
+        backbone=info.backbone,
+        weights=weights or _find_weights(info, path),
+        image_px=info.preprocessing.image_px,
+        device="cpu",
     )
     try:
         network = verified_network(config, seed, info.weights_sha256)
     except OtherWeightsError as error:
         raise _trained_on_others(info, path, config, seed, error.found) from error
-    dim = feature_dim_of(head_of(network)[1])
-    wanted = info.stages.widths[-1] if info.stages else info.feature_dim
+    dim, wanted = remove_heads(network), info.feature_dim
+    if info.stages:
+        wanted = dict(zip(info.stages.names, info.stages.widths, strict=True)).get("last", dim)
     if dim != wanted:
         raise CacheError(
             f"{path} is for {wanted} features, {info.backbone} gives {dim}: run train-head again"
         )
-    return without_head(network, info.stages)
+    return frozen(network, info.stages)
+
+
+def _own_network(info: BackboneInfo, path: Path, own: OwnNetwork | None) -> nn.Module:
+    """The module that a head was trained on, which has to be given."""
+    if own is None:
+        raise UserError(
+            f"{path} was trained on features of {info.backbone}, a module given in Python, which "
+            f"cannot be rebuilt from its name: in Python, Classifier.load({str(path)!r}, "
+            "backbone=module)"
+        )
+    try:
+        return own.load(info)
+    except OtherWeightsError as error:
+        raise CacheError(
+            f"{path} was trained on tensors with sha256 {info.weights_sha256}, but those of the "
+            f"module given have {error.found}: give the module that made the features"
+        ) from error
 
 
 def _find_weights(info: BackboneInfo, path: Path) -> str:
     """What `--weights` would be; weights files are sought here and beside the head."""
-    if info.weights in NAMED_WEIGHTS:
-        return info.weights
+    if not is_file(info.weights):
+        named = None if info.backbone.startswith(TIMM) else info.weight_set
+        return named or info.weights  # torchvision may have another default by now
     name = Path(info.weights).name
     there = [p for p in (Path(name), path.parent / name) if name and p.is_file()]
     right = [p for p in there if file_sha256(p) == info.weights_sha256]
@@ -196,7 +238,7 @@ def _find_weights(info: BackboneInfo, path: Path) -> str:
 def _trained_on_others(
     info: BackboneInfo, path: Path, config: BackboneConfig, seed: int, found: str
 ) -> CacheError:
-    what = f"--weights {config.weights}" if config.weights in NAMED_WEIGHTS else config.weights
+    what = config.weights if is_file(config.weights) else f"--weights {config.weights}"
     advice = "give the file that it was trained on as --weights FILE, or run train-head again"
     if config.weights == "random":
         what = f"the random weights that --seed {seed} draws here"
@@ -209,9 +251,13 @@ def _trained_on_others(
 
 def _load_model(file: TensorFile) -> LoadedClassifier:
     path, card = file.path, model_card(file)
-    if card.backbone not in classifiers():
-        raise UserError(f"{path}: {one_of(card.backbone, classifiers(), 'backbone')}")
-    config = BackboneConfig(backbone=card.backbone, weights="random", device="cpu")
+    _check_backbone(card.backbone, path)
+    config = BackboneConfig(
+        backbone=card.backbone,
+        weights="random",
+        image_px=card.preprocessing.image_px,
+        device="cpu",
+    )
     network = build_classifier(config, len(card.class_names), 0)
     try:
         network.load_state_dict(file.tensors())

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Doubles = NDArray[np.float64]
+Counts = NDArray[np.float32]
 
 
 class Ranking(NamedTuple):
@@ -15,26 +16,27 @@ class Ranking(NamedTuple):
 
     Attributes:
         thresholds: The values [K].
-        true: Weight of the positive rows with each value [K, B].
-        false: Weight of the other rows, likewise.
+        true: How often positive rows with each value were drawn [K, B] float32: whole numbers.
+        false: The other rows, likewise.
     """
 
     thresholds: Doubles
-    true: Doubles
-    false: Doubles
+    true: Counts
+    false: Counts
 
     def auroc(self) -> Doubles:
         """Area under the ROC curve [B]; NaN without rows of either kind."""
         above = self.true.cumsum(axis=0)
-        area: Doubles = np.einsum("kb,kb->b", above - self.true / 2, self.false)
-        return ratio(area, above[-1] * self.false.sum(axis=0))
+        area = ((above - self.true / 2) * self.false).sum(axis=0, dtype=np.float64)
+        return ratio(area, above[-1] * self.false.sum(axis=0, dtype=np.float64))
 
     def average_precision(self) -> Doubles:
         """Precision averaged over gains in recall [B]; NaN without positive rows."""
-        above = self.true.cumsum(axis=0)
-        precision = above / np.maximum(above + self.false.cumsum(axis=0), 1e-9)
-        gained: Doubles = np.einsum("kb,kb->b", precision, self.true)
-        return ratio(gained, above[-1])
+        gains = self.true.any(axis=1)  # other values gain no recall
+        above, ranked = self.true.cumsum(axis=0), (self.true + self.false).cumsum(axis=0)
+        true = self.true[gains].astype(np.float64)
+        gained = (true * above[gains] / np.maximum(ranked[gains], 1)).sum(axis=0)
+        return ratio(gained, above[-1].astype(np.float64))
 
 
 def rank(positive: ArrayLike, score: ArrayLike, weights: ArrayLike | None = None) -> Ranking:
@@ -43,12 +45,13 @@ def rank(positive: ArrayLike, score: ArrayLike, weights: ArrayLike | None = None
     Args:
         positive: Whether a row is positive [N] bool.
         score: [N].
-        weights: Of rows in each resample [N, B]; unless given, all rows count once.
+        weights: How often each resample drew a row [N, B]; unless given, all rows count once.
     """
     truth, values = np.asarray(positive, bool), np.asarray(score, np.float64)
     order = np.argsort(-values, kind="stable")
     values = values[order]
     drawn = np.ones((len(values), 1)) if weights is None else np.asarray(weights)
+    drawn = drawn.astype(np.float32, copy=False)
     drawn = drawn[order]
     true = drawn * truth[order][:, None]
     starts = np.flatnonzero(np.append(True, values[1:] != values[:-1]))
@@ -63,7 +66,7 @@ def ratio(part: Doubles, whole: Doubles) -> Doubles:
     return found
 
 
-def resample(num_rows: int, num_resamples: int, groups: ArrayLike | None, seed: int) -> Doubles:
+def resample(num_rows: int, num_resamples: int, groups: ArrayLike | None, seed: int) -> Counts:
     """How often each row is drawn, [N, 1 + num_resamples]; in the first, every row once.
 
     Args:
@@ -82,4 +85,4 @@ def resample(num_rows: int, num_resamples: int, groups: ArrayLike | None, seed: 
     drawn = drawn * num_resamples + np.arange(num_resamples)
     counts = np.bincount(drawn.ravel(), minlength=num_resamples * num_units)
     counts = counts.reshape(num_units, num_resamples)[unit]
-    return np.concatenate([np.ones((num_rows, 1)), counts], axis=1)
+    return np.concatenate([np.ones((num_rows, 1)), counts], axis=1, dtype=np.float32)

@@ -142,7 +142,7 @@ class RunReport:
         try:
             known = {f.name for f in dataclasses.fields(cls)} - {"more"}
             own = {name: values[name] for name in known & values.keys()}
-            test, targets = own.pop("test", None), own.pop("targets", None)
+            test, targets = (own.pop(name, None) for name in ("test", "targets"))
             interval = own.pop("test_interval")
             low, high = (float(bound) for bound in interval or (0.0, 1.0))
             several = values.get("task") == "multilabel"

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.config.checks import check_range
 from featcache.results.metrics import wilson_interval
-from featcache.results.ranking import Doubles, rank, ratio, resample
+from featcache.results.ranking import Counts, Doubles, rank, ratio, resample
 
 Interval = tuple[float, float]
 
@@ -31,6 +31,7 @@ MIN_GROUPS = 5
 MAX_DRAWN = 10_000_000
 """Values that the bootstrap may work through: resamples * rows, and for rankings * classes."""
 MAX_CURVE_POINTS = 60
+TAILS = (0.025, 0.975)
 DIGITS = 6
 """Kept of every score."""
 BY_CLASS = ("precision", "recall", "f1", "auroc", "average_precision")
@@ -141,14 +142,12 @@ class _Resampled:
     """Each score of every class and resample [B, C]; resample 0 is the test split itself."""
 
     support: Doubles
+    named: Doubles
     precision: Doubles
     recall: Doubles
     f1: Doubles
     auroc: Doubles
     average_precision: Doubles
-
-    def of_class(self, number: int, names: Sequence[str]) -> dict[str, Doubles]:
-        return {name: getattr(self, name)[:, number] for name in names}
 
 
 def score_predictions(
@@ -185,18 +184,14 @@ def score_predictions(
         overall["log_loss"] = -(np.log(own) @ drawn) / drawn.sum(axis=0)
     else:
         overall["log_loss"] = np.full(1, np.nan)
-    intervals = _intervals(overall)
     if groups is not None:
-        right = (truth == guess) @ drawn / drawn.sum(axis=0)
-        intervals |= _intervals({"top1": right})
+        overall["top1"] = (truth == guess) @ drawn / drawn.sum(axis=0)
+    intervals = {name: _ends(values)[0] for name, values in overall.items()}
     return Scores(
-        **{name: _value(values) for name, values in overall.items()},
-        intervals=intervals,
+        **{name: _value(overall[name]) for name in (*OVER_CLASSES, "log_loss")},
+        intervals={name: ends for name, ends in intervals.items() if ends is not None},
         intervals_from=intervals_from,
-        classes={
-            name: _class_scores(found, number, wilson=groups is None)
-            for number, name in enumerate(class_names)
-        },
+        classes=_class_scores(found, class_names, wilson=groups is None),
         curves=None if table is None else curves_of(truth, table, class_names),
     )
 
@@ -221,7 +216,7 @@ def _by_class(
     guess: NDArray[np.int64],
     probabilities: NDArray[Any] | None,
     num_classes: int,
-    drawn: Doubles,
+    drawn: Counts,
 ) -> _Resampled:
     shape = (drawn.shape[1], num_classes)
     support, named, right = np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -239,6 +234,7 @@ def _by_class(
     either = (support > 0) | (named > 0)
     return _Resampled(
         support=support,
+        named=named,
         precision=np.where(either, np.nan_to_num(ratio(right, named)), np.nan),
         recall=ratio(right, support),
         f1=ratio(2 * right, support + named),
@@ -264,40 +260,54 @@ def _over_classes(found: _Resampled) -> dict[str, Doubles]:
     }
 
 
-def _class_scores(found: _Resampled, number: int, *, wilson: bool) -> ClassScores:
-    values = found.of_class(number, BY_CLASS)
-    intervals = _intervals(values)
-    support = int(found.support[0, number])
-    recall = _value(values["recall"])
-    if wilson and recall is not None:
-        num_right = round(float(values["recall"][0]) * support)
-        intervals["recall"] = _rounded(wilson_interval(num_right, support))
-        if values["precision"][0] > 0:
-            num_named = round(num_right / float(values["precision"][0]))
-            intervals["precision"] = _rounded(wilson_interval(num_right, num_named))
-    scores = {name: _value(found_values) for name, found_values in values.items()}
-    return ClassScores(support=support, intervals=intervals, **scores)
+def _class_scores(
+    found: _Resampled, class_names: Sequence[str], *, wilson: bool
+) -> dict[str, ClassScores]:
+    ends = {name: _ends(getattr(found, name)) for name in BY_CLASS}
+    classes = {}
+    for number, class_name in enumerate(class_names):
+        intervals = {name: pairs[number] for name, pairs in ends.items()}
+        scores = {name: _value(getattr(found, name)[:, number]) for name in BY_CLASS}
+        support, named = int(found.support[0, number]), int(found.named[0, number])
+        if wilson:
+            right = round(support * (scores["recall"] or 0))
+            intervals["recall"] = _rounded(*wilson_interval(right, support)) if support else None
+            intervals["precision"] = _rounded(*wilson_interval(right, named)) if named else None
+        classes[class_name] = ClassScores(
+            support=support,
+            intervals={name: pair for name, pair in intervals.items() if pair is not None},
+            **scores,
+        )
+    return classes
 
 
-def _value(resampled: ArrayLike) -> float | None:
+def _value(resampled: Doubles) -> float | None:
     """The score of the test split itself."""
-    value = float(np.asarray(resampled)[0])
+    value = float(resampled[0])
     return None if math.isnan(value) else round(value, DIGITS)
 
 
-def _intervals(resampled: dict[str, Doubles]) -> dict[str, Interval]:
-    """The middle 95 % of the resamples in which each score has a meaning."""
-    intervals = {}
-    for name, values in resampled.items():
-        known = values[1:][~np.isnan(values[1:])]
-        if len(known) >= MIN_RESAMPLES and not math.isnan(values[0]):
-            low, high = np.percentile(known, (2.5, 97.5))
-            intervals[name] = _rounded((float(low), float(high)))
-    return intervals
+def _ends(resampled: Doubles) -> list[Interval | None]:
+    """The middle 95 % of the resamples in which each score has a meaning.
+
+    Args:
+        resampled: [1 + B, C], or [1 + B] of one score; the first is the test split itself.
+    """
+    values = resampled if resampled.ndim == 2 else resampled[:, None]
+    table = np.sort(values[1:], axis=0)  # NaN come last
+    known = (~np.isnan(table)).sum(axis=0)
+    given = ~np.isnan(values[0]) & (known >= MIN_RESAMPLES)
+    ends: list[Interval | None] = [None] * len(given)
+    for column in np.flatnonzero(given):
+        last = known[column] - 1
+        ranked = table[: last + 1, column]
+        low, high = (np.interp(q * last, np.arange(last + 1), ranked) for q in TAILS)
+        ends[column] = _rounded(float(low), float(high))
+    return ends
 
 
-def _rounded(ends: Interval) -> Interval:
-    return round(ends[0], DIGITS), round(ends[1], DIGITS)
+def _rounded(low: float, high: float) -> Interval:
+    return round(low, DIGITS), round(high, DIGITS)
 
 
 def curves_of(

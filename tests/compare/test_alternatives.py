@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cache_helpers import blobs, rows_cache
+from featcache.compare.alternatives import Network, train_best_head
 from featcache.config import StageColumns, TrainHeadConfig
-from featcache.heads import Network, load_head, train_best_head, train_head_report
+from featcache.heads import load_head, train_head_report
 from featcache.results import RunReport
 
 NAMES = ["ape", "bee", "cat"]
