@@ -14,7 +14,7 @@ from torch import nn
 from featcache import engine as en
 from featcache.backbone import load_backbone, own_preprocessing
 from featcache.config import BackboneConfig
-from featcache.engine import autotune, openvino_cpu
+from featcache.engine import autotune, base, openvino_cpu
 from featcache.engine.base import Implementation, Workload
 from featcache.engine.choice import device_of
 from featcache.errors import FeatcacheError, UserError
@@ -70,7 +70,7 @@ def rates(table: dict[str, float]):
 
 
 def test_default_batches_shrink_as_images_grow() -> None:
-    sizes = {px: en.default_batch(px) for px in (8, 32, 64, 96, 128, 224, 320, 512, 4096)}
+    sizes = {px: base.default_batch(px) for px in (8, 32, 64, 96, 128, 224, 320, 512, 4096)}
     assert sizes == {8: 64, 32: 64, 64: 64, 96: 64, 128: 32, 224: 8, 320: 4, 512: 4, 4096: 4}
 
 
@@ -256,7 +256,7 @@ def test_the_choice_is_shown_and_is_json() -> None:
     assert "torch batch 8 × 2 88" in timed.sentence()
     report = timed.describe()
     assert report["recorded"] == "torch"
-    assert report["max_error"] < en.TOLERANCE
+    assert report["max_error"] < base.TOLERANCE
     assert not {"run", "start", "workers", "int8"} & report.keys()
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from featcache import engine as en
 from featcache.backbone import load_backbone, own_preprocessing, state_sha256
 from featcache.config import BackboneConfig
+from featcache.engine import base
 from featcache.engine.fusion import FusedConv, fold_batchnorm, fuse_for_cpu
 from featcache.errors import UserError
 
@@ -52,7 +53,7 @@ def test_forms_agree_with_the_plain_network(name: str, form) -> None:
     before = state_sha256(network)
     with torch.inference_mode():
         wanted, got = network(images()).numpy(), form(network)(images()).numpy()
-    assert en.relative_error(got, wanted) < 2e-5
+    assert base.relative_error(got, wanted) < 2e-5
     assert state_sha256(network) == before
 
 
@@ -180,7 +181,7 @@ def test_features_do_not_depend_on_batch_size() -> None:
     whole = run(pixels)
     for size in (1, 7, 32):
         parts = np.concatenate([run(pixels[i : i + size]) for i in range(0, 33, size)])
-        assert en.relative_error(parts, whole) < 1e-5
+        assert base.relative_error(parts, whole) < 1e-5
 
 
 def test_images_too_small_for_a_network_are_refused_in_one_line() -> None:

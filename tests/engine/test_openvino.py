@@ -16,7 +16,7 @@ from featcache import engine as en
 from featcache.backbone import load_backbone, own_preprocessing, state_sha256
 from featcache.config import BackboneConfig, ExtractConfig, Preprocessing
 from featcache.data import load_dataset
-from featcache.engine import int8, openvino_cpu, torch_cpu
+from featcache.engine import base, int8, openvino_cpu, torch_cpu
 from featcache.errors import UserError
 
 BUNDLED = BackboneConfig(weights="bundled")
@@ -51,7 +51,8 @@ def test_features_are_the_plain_networks(name: str) -> None:
     engine = en.choose_engine(asked(engine="openvino"), network, prep, num_images=10)
     pixels = en.sample_pixels(prep, 3, seed=1)
     assert (
-        en.relative_error(engine.run(pixels), torch_cpu.torch_forward(network, prep)(pixels)) < 1e-4
+        base.relative_error(engine.run(pixels), torch_cpu.torch_forward(network, prep)(pixels))
+        < 1e-4
     )
     assert (engine.name, engine.precision) == ("openvino", "float32")
     assert engine.recorded.startswith("openvino-2")
@@ -68,7 +69,7 @@ def test_callers_on_several_threads_do_not_mix_their_batches() -> None:
     with ThreadPoolExecutor(3) as pool:
         done = pool.map(lambda p: engine.run(pixels[p]), pieces)
         for piece, got in zip(pieces, done, strict=True):
-            assert en.relative_error(got, wanted[piece]) < 1e-4
+            assert base.relative_error(got, wanted[piece]) < 1e-4
 
 
 SIGNAL_AFTER_USE = """
