@@ -252,7 +252,7 @@ class ImageDataset:
     @property
     def task(self) -> Task:
         """What an image has: one class, several labels, or a number."""
-        targets = self.splits["train"].targets
+        targets = next(iter(self.splits.values())).targets
         if targets is None:
             return "multiclass"
         return "multilabel" if targets.ndim > 1 else "regression"
