@@ -98,3 +98,45 @@ def test_records_of_columns_are_checked() -> None:
             StageColumns(pool="avg", names=names, widths=widths)
     with pytest.raises(UserError, match="not a backbone's record"):
         BackboneInfo.from_dict({"backbone": "resnet18"})
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (("layer3.1", "layer4"), ("layer3.1.mean", "layer3.1.std", "layer4.mean", "layer4.std")),
+        (("last", "layer2.gem"), ("layer2.gem", "last")),
+        (("layer1", "layer1.max"), ("layer1.mean", "layer1.std", "layer1.max")),
+    ],
+)
+def test_layers_by_name(layers: tuple[str, ...], names: tuple[str, ...]) -> None:
+    assert stage_columns(plain("resnet18"), 64, "avg+std", layers).names == names
+
+
+def test_outputs_are_pooled_before_the_next_layer_works_in_place() -> None:
+    network, x = plain("resnet18"), images()
+    with torch.inference_mode():
+        stem = network.bn1(network.conv1(x))
+        features = StageFeatures(network, ("bn1.mean", "bn1.max"))(x)
+    assert stem.min() < 0  # the ReLU that follows would have removed that
+    assert torch.allclose(features[:, :64], stem.mean((2, 3)), atol=1e-6)
+    assert torch.equal(features[:, 64:], stem.amax((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("layer9", r"--layers: ResNet has no module 'layer9'; there are layer4, layer3"),
+        ("cls", r"--layers cls is for transformers, and ResNet is none: give last, stages or mod"),
+        ("last4", r"--layers last4: ResNet has 0 transformer blocks in a row; give stages or nam"),
+        ("layer4.cls", r"--layers: there is no class token in the output of this module"),
+    ],
+)
+def test_layers_that_there_are_not(layers: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stage_columns(plain("resnet18"), 64, "avg", (layers,))
+
+
+@pytest.mark.parametrize("layers", ["", "last,last", "layer1,,layer2", "a b", "cls+max"])
+def test_what_layers_cannot_say(layers: str) -> None:
+    with pytest.raises(UserError, match="give last, stages, cls, mean, cls"):
+        ExtractConfig(dataset="digits", layers=layers)
