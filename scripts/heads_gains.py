@@ -344,7 +344,8 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
         start = time.process_time()
         model.load_state_dict({k: v.lerp(end[k], share) if v.is_floating_point() else end[k]
                                for k, v in begin.items()})  # fmt: skip
-        right[name] = [score(run.trainable, images, run.placement).top1 for images in sets]
+        scores = [(images, score(run.trainable, images, run.placement)) for images in sets]
+        right[name] = [top1(images.split.labels, found.predicted) for images, found in scores]
         seconds = time.process_time() - start
     (held_0, test_0), (held_1, test_1) = right["tuned"], right["halfway"]
     return {"change": WISE, "held_out": held_1 - held_0, "test": test_1 - test_0,
