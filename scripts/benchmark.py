@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import tyro
 
-from featcache import cli, results
+from featcache import cli
 from featcache.compare.alternatives import Network
 from featcache.config import (
     BackboneConfig,
@@ -42,7 +42,7 @@ from featcache.config import (
 )
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
-from featcache.results import Row, RunReport, benchmark_rows
+from featcache.results import Row, RunReport, benchmark_rows, runs
 from featcache.results.advice import advice, best_of, speedups
 from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
@@ -335,10 +335,8 @@ def break_even(rows: list[Row]) -> dict[str, int | None]:
     once = cached.seconds_total - loop.seconds_total
     once += cached.num_epochs * (epoch["loop"] - epoch["cached"])
     return {
-        "epochs": results.break_even(once, epoch["cached"], epoch["loop"]),
-        "trials": results.break_even(
-            cached.extract_seconds, cached.later_seconds, loop.seconds_total
-        ),
+        "epochs": runs.break_even(once, epoch["cached"], epoch["loop"]),
+        "trials": runs.break_even(cached.extract_seconds, cached.later_seconds, loop.seconds_total),
     }
 
 
