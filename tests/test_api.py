@@ -39,7 +39,7 @@ from featcache import extract_feature
 TOLD = {
     8: 'Revealed type is "int | None"',
     9: 'Revealed type is "featcache.predict.classifier.Prediction"',
-    10: 'Revealed type is "numpy.ndarray[tuple[Any, ...], numpy.dtype[numpy.signedinteger[',
+    10: 'Revealed type is "numpy.ndarray[tuple[Any, ...], numpy.dtype[Any]]',
     11: 'Argument "image_px" to "ExtractConfig" has incompatible type "str"; expected "int | None"',
     12: 'Unexpected keyword argument "imagepx" for "ExtractConfig"',
     13: 'Module "featcache" has no attribute "extract_feature"',

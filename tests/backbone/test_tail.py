@@ -70,6 +70,25 @@ def test_every_family_can_be_cut(name: str, side: int, trained: list[str]) -> No
     assert {id(parameter) for parameter in tail.parameters()} <= owned
 
 
+def test_optional_arguments_of_a_network_are_left_at_their_defaults() -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    network = bb.build_network("timm/vit_tiny_patch16_224", seed=0).eval()
+    stage = stage_names(network)[-1]
+    cut = stage_input(network, stage, 224)
+    front, tail = Front(network, stage), tail_of(network, stage)
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits = tail(front(images).unflatten(1, cut.shape))
+        assert torch.equal(logits, network(images))
+
+
+def test_a_network_that_cannot_be_traced_says_so() -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    network = bb.build_network("timm/test_vit", seed=0)
+    with pytest.raises(UserError, match="this network cannot be cut before a stage"):
+        tail_of(network, stage_names(network)[-1])
+
+
 def test_every_stage_but_the_first() -> None:
     network = bb.build_network("resnet18", seed=0)
     shapes = [stage_input(network, f"layer{n}", 64).shape for n in (2, 3, 4)]

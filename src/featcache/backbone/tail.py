@@ -6,6 +6,7 @@ transition, a reduction) belongs to the later one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -39,8 +40,20 @@ def last_node(network: nn.Module) -> str:
     """The name of what a network computes last."""
     from torchvision.models.feature_extraction import get_graph_node_names
 
-    _, nodes = get_graph_node_names(network.eval())
+    with _named_trace_error():
+        _, nodes = get_graph_node_names(network.eval())
     return str(nodes[-1])
+
+
+@contextlib.contextmanager
+def _named_trace_error() -> Iterator[None]:
+    """Say in one line that a network's code depends on its input, so that it cannot be cut."""
+    try:
+        yield
+    except fx.proxy.TraceError as error:
+        raise UserError(
+            f"--from-stage: this network cannot be cut before a stage ({error}); use --unfreeze"
+        ) from error
 
 
 def extractor(network: nn.Module, returned: dict[str, str]) -> fx.GraphModule:
@@ -49,10 +62,14 @@ def extractor(network: nn.Module, returned: dict[str, str]) -> fx.GraphModule:
     Args:
         network: Left in eval mode.
         returned: By a node's name, the key of its output in the dict that the module gives.
+
+    Raises:
+        UserError: The network's code cannot be traced.
     """
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    found = create_feature_extractor(network.eval(), returned)
+    with _named_trace_error():
+        found = create_feature_extractor(network.eval(), returned)
     # torchvision's class keeps a second graph, for training, and a copy of it takes that one.
     return fx.GraphModule(found, found.graph)
 
@@ -92,11 +109,28 @@ def tail_of(network: nn.Module, stage: str) -> fx.GraphModule:
         given = graph.placeholder("inputs")
     inputs.replace_all_uses_with(given)
     output.args = (logits,)
+    for node in nodes[1:]:
+        if node.op == "placeholder" and node.args:  # an optional argument of the network's forward
+            _set_to_default(node)
     for node in reversed(nodes[:-1]):
         if not node.users:  # the front, and checks of the size of images
             graph.erase_node(node)
-    assert [node for node in graph.nodes if node.op == "placeholder"] == [given]
+    if [node for node in graph.nodes if node.op == "placeholder"] != [given]:
+        raise UserError(
+            f"--from-stage {stage}: what follows needs more than the stage's input, so this network "
+            f"cannot be cut there; give another stage, or --unfreeze {stage}"
+        )
     return fx.GraphModule(network, graph)
+
+
+def _set_to_default(argument: fx.Node) -> None:
+    """Give every user of an optional argument its default instead."""
+    (default,) = argument.args
+    for user in list(argument.users):
+        user.args = fx.node.map_arg(user.args, lambda node: default if node is argument else node)
+        user.kwargs = fx.node.map_arg(
+            user.kwargs, lambda node: default if node is argument else node
+        )
 
 
 def names_in_tail(network: nn.Module, tail: fx.GraphModule) -> tuple[str, ...]:
