@@ -117,8 +117,8 @@ def tail_of(network: nn.Module, stage: str) -> fx.GraphModule:
             graph.erase_node(node)
     if [node for node in graph.nodes if node.op == "placeholder"] != [given]:
         raise UserError(
-            f"--from-stage {stage}: what follows needs more than the stage's input, so this network "
-            f"cannot be cut there; give another stage, or --unfreeze {stage}"
+            f"--from-stage {stage}: what follows needs more than that stage's input, so this "
+            f"network cannot be cut there; give another stage, or --unfreeze {stage}"
         )
     return fx.GraphModule(network, graph)
 
@@ -126,11 +126,13 @@ def tail_of(network: nn.Module, stage: str) -> fx.GraphModule:
 def _set_to_default(argument: fx.Node) -> None:
     """Give every user of an optional argument its default instead."""
     (default,) = argument.args
+
+    def given(node: fx.Node) -> object:
+        return default if node is argument else node
+
     for user in list(argument.users):
-        user.args = fx.node.map_arg(user.args, lambda node: default if node is argument else node)
-        user.kwargs = fx.node.map_arg(
-            user.kwargs, lambda node: default if node is argument else node
-        )
+        user.args = fx.node.map_arg(user.args, given)
+        user.kwargs = fx.node.map_arg(user.kwargs, given)
 
 
 def names_in_tail(network: nn.Module, tail: fx.GraphModule) -> tuple[str, ...]:
