@@ -127,7 +127,7 @@ def _set_to_default(argument: fx.Node) -> None:
     """Give every user of an optional argument its default instead."""
     (default,) = argument.args
 
-    def given(node: fx.Node) -> object:
+    def given(node: fx.Node) -> fx.node.Argument:
         return default if node is argument else node
 
     for user in list(argument.users):
