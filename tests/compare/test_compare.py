@@ -74,6 +74,7 @@ def runs_of(config: CompareConfig) -> dict[str, RunReport]:
     return {f.stem: RunReport.load(f) for f in sorted((config.output / "runs").glob("*.json"))}
 
 
+@pytest.mark.slow
 def test_the_tail_is_a_third_way(pets: Path, tmp_path: Path) -> None:
     config = settings(pets, tmp_path, tail="stage4")
     report = compare(config)
@@ -210,6 +211,7 @@ def made(monkeypatch: pytest.MonkeyPatch, config: CompareConfig) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(
     done: tuple[CompareConfig, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +306,7 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
         assert found.how.startswith("measured on 10 images computed again, as no usable record")
 
 
+@pytest.mark.slow
 def test_no_time_leaves_out_all_but_a_first_run_of_each_mode(pets: Path, tmp_path: Path) -> None:
     report = compare(settings(pets, tmp_path, budget=1e-6, num_seeds=2))
     assert [Path(name).stem for name in report["runs"]] == [
@@ -362,6 +365,7 @@ def pretend(
     return names, compare(config)
 
 
+@pytest.mark.slow
 def test_the_largest_size_is_made_before_others_use_its_time_up(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +379,7 @@ def test_the_largest_size_is_made_before_others_use_its_time_up(
     assert report["left_out"][0]["title"] == "fine-tune, all (30 images), seed 43"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_makes_room_for_the_largest_that_does(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

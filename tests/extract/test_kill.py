@@ -15,7 +15,7 @@ from data_helpers import make_folder
 SCRIPT = TESTS / "extract_kills.py"
 
 
-@pytest.mark.parametrize("num_kills", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_lose_nothing(tmp_path: Path, num_kills: int) -> None:
     folder = make_folder(tmp_path / "pets", train=100, test=30)
     words = [SCRIPT, folder, tmp_path, num_kills, num_kills]
