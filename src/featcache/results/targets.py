@@ -9,6 +9,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.results.ranking import rank, resample
+
 Doubles = NDArray[np.float64]
 Labels = NDArray[np.bool_]
 
@@ -158,7 +160,7 @@ def regression_scores(
         train_median: Of the train targets, for the baseline.
         seed: Of the resampling.
     """
-    counts = resample_counts(len(truth), seed)
+    counts = resample(len(truth), NUM_RESAMPLES, None, seed)[:, 1:].T.astype(np.float64)
     error = predicted - truth
     absolute, squared = np.abs(error), error**2
     mean = counts @ truth / len(truth)
@@ -187,51 +189,12 @@ def mean_average_precision(labels: Sequence[tuple[Doubles, Doubles]]) -> float |
     return float(np.mean(found)) if found else None
 
 
-def resample_counts(num_rows: int, seed: int) -> Doubles:
-    """How often each row is in each bootstrap sample, [NUM_RESAMPLES, N]."""
-    random = np.random.default_rng([seed, 0xB007])
-    share = np.full(num_rows, 1 / num_rows)
-    return random.multinomial(num_rows, share, size=NUM_RESAMPLES).astype(np.float64)
-
-
 def _resampled_mean_ap(truth: Labels, probabilities: Doubles, seed: int) -> Doubles:
-    """Mean average precision of every bootstrap sample, with its rows' counts as weights."""
-    counts = resample_counts(len(truth), seed)
-    total, num = np.zeros(len(counts)), np.zeros(len(counts))
-    for label in np.flatnonzero(truth.any(axis=0)):
-        precision = weighted_average_precision(truth[:, label], probabilities[:, label], counts)
-        found = ~np.isnan(precision)
-        total[found] += precision[found]
-        num += found
-    return np.asarray(total / num)
-
-
-def weighted_average_precision(truth: Labels, score: Doubles, weights: Doubles) -> Doubles:
-    """Average precision under many weightings at once, as scikit-learn's for each of them.
-
-    Args:
-        truth: [N].
-        score: [N].
-        weights: Of the rows, [R, N].
-
-    Returns:
-        [R]; NaN where no true row has weight.
-    """
-    order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    ordered = weights[:, order]
-    hits = np.cumsum(ordered * truth[order], axis=1)[:, ends]
-    seen = np.cumsum(ordered, axis=1)[:, ends]
-    precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
-    gained = np.diff(hits, axis=1, prepend=0.0)
-    positives = hits[:, -1]
-    found: Doubles = np.divide(
-        (precision * gained).sum(axis=1),
-        positives,
-        out=np.full(len(weights), np.nan),
-        where=positives > 0,
-    )
-    return found
+    """Mean average precision of every bootstrap sample, over the labels that it has."""
+    drawn = resample(len(truth), NUM_RESAMPLES, None, seed)[:, 1:]
+    labels = np.flatnonzero(truth.any(axis=0))
+    found = [rank(truth[:, n], probabilities[:, n], drawn).average_precision() for n in labels]
+    return np.asarray(np.nanmean(found, axis=0))
 
 
 def _percentiles(values: Doubles) -> tuple[float, float]:
