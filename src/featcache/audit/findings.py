@@ -28,8 +28,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order of the list: what harms most, and is surest, comes first."""
 
 ODDS = 20.0
-"""A label is called wrong, and not only doubtful, from these odds: relative to the thresholds of
-confident learning, the other class is so many times as probable."""
+"""From these odds on, a label is called wrong rather than doubtful. The odds are the ratio of the
+other class's probability to that of the label, each divided by its confident-learning threshold."""
 HEADER = ("rank", "kind", "split", "id", "label", "suggested", "score")
 OTHER = ("other_split", "other_id", "other_label", "group")
 

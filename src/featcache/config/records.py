@@ -21,7 +21,7 @@ Task = Literal["multiclass", "multilabel", "regression"]
 Precision = Literal["float32", "int8", "amp"]
 
 JsonObject = dict[str, Any]
-"""A JSON object as it was parsed, before its fields are checked, or as it will be written."""
+"""A JSON object whose fields are not checked yet, or one that is about to be written."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -90,7 +90,7 @@ def out_of_fold(
 
 
 def some_rows(index: Ints, most: int, seed: int) -> Ints:
-    """At most so many of some row numbers, drawn at random."""
+    """The row numbers `index`, or a random sample of `most` of them, ascending."""
     if len(index) <= most:
         return index
     random = np.random.default_rng([seed, 0xBA4C])

@@ -161,8 +161,8 @@ class Classifier:
                 binary mode, or arrays uint8 [H, W], [H, W, C] or [N, H, W, C] with C of 1, 3 (RGB)
                 or 4 (RGBA).
             topk: Number of likeliest classes to return.
-            reject: Call images unknown that are stranger than all but this share of held-out
-                train images: at most so many images of the known classes are called unknown.
+            reject: Share of held-out train images that may be called unknown. An image is unknown
+                if it is stranger than all but this share of them.
 
         Returns:
             One prediction per image, in order.

@@ -33,7 +33,7 @@ WIDENING = 1.15
 """With it, intervals held about four times out of five or more often on every curve of
 scripts/curve_coverage.py; without it, on one of three datasets a little less often."""
 PRIOR_RUNS = 2.0
-"""The variance of draws is pulled to that of a binomial share, as strongly as so many would."""
+"""The variance of draws is shrunk toward a binomial share's, which weighs as this many draws."""
 NUM_SAMPLES = 10_000
 
 Doubles = NDArray[np.float64]

@@ -175,7 +175,7 @@ def draw(
 
 
 def _figure(size: tuple[int, int]) -> Figure:
-    """An empty figure of so many px of an SVG, with its margins."""
+    """An empty SVG figure of this size in px, with its margins."""
     from matplotlib.figure import Figure
 
     figure = Figure(
@@ -237,7 +237,7 @@ def _draw_line(axes: Axes, line: Line, *, markers: bool = True) -> None:
 
 
 def _draw_forecast(axes: Axes, line: Line, start: tuple[float, float]) -> None:
-    """A dotted line that goes on from the last point, in the band of its interval."""
+    """The forecast as a dotted line from the last point, inside a band for its interval."""
     color = STYLES[line.style][0]
     x = [start[0], *(place * line.shift for place, *_ in line.forecast)]
     ends = [[start[1]] * 3, *(ends for _, *ends in line.forecast)]

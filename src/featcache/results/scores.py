@@ -206,7 +206,7 @@ def _plan(num_rows: int, groups: ArrayLike | None) -> tuple[int, str]:
 
 
 def _affordable(num_values: int) -> int:
-    """How many resamples of so many values to make: none if only few could be made."""
+    """How many resamples of `num_values` values to draw; 0 if fewer than MIN_RESAMPLES fit."""
     number = min(NUM_RESAMPLES, MAX_DRAWN // max(num_values, 1))
     return number if number >= MIN_RESAMPLES else 0
 
