@@ -20,6 +20,7 @@ from featcache.results.tables import (
     or_dash,
     score_text,
     seconds_text,
+    with_interval,
 )
 from featcache.results.targets import MultilabelScores, RegressionScores
 
@@ -130,11 +131,6 @@ def _number_cells(scores: RegressionScores) -> list[str]:
         f"{scores.rmse:.4g}",
         f"{scores.baseline_mae:.4g}",
     ]
-
-
-def with_interval(value: float, interval: Interval) -> str:
-    """For example "0.812 [0.79, 0.83]"."""
-    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def run_scores(report: RunReport | None, salt: str) -> RunScores | None:

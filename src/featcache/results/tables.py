@@ -106,8 +106,7 @@ def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _accuracy(row: Row) -> str:
-    low, high = row.test_interval
-    text = f"{row.test_top1:.3f} [{low:.2f}, {high:.2f}]"
+    text = with_interval(row.test_top1, row.test_interval)
     if row.imbalanced and row.balanced_top1 is not None:
         text += f", balanced {row.balanced_top1:.3f}"
     return text
@@ -165,6 +164,11 @@ def _have_tail(points: Sequence[CurvePoint]) -> bool:
 
 def _have_shifted(points: Sequence[CurvePoint]) -> bool:
     return any(point.num_shifted for point in points)
+
+
+def with_interval(value: float, interval: tuple[float, float]) -> str:
+    """For example "0.812 [0.79, 0.83]"."""
+    return f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def score_text(name: str, value: float | None, scores: Scores) -> str:
