@@ -231,6 +231,14 @@ def pick_device(name: str) -> str:
     return name
 
 
+def use_local_gpu(index: int) -> None:
+    """Make cuda mean one GPU of this machine, for the process of this number on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
 def import_torchvision(part: str) -> Any:
     """Import a part of torchvision (models, datasets) without importing torch's compiler.
 

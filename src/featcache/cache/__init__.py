@@ -4,12 +4,13 @@ from featcache.cache.cost import CostRecord, begin_cost, cost_of, finish_cost, s
 from featcache.cache.layout import MARKS
 from featcache.cache.lock import check_unlocked, lock_path, sole_writer
 from featcache.cache.reader import FeatureCache, FeatureDataset, FeatureSplit
-from featcache.cache.schema import MAX_DIM, SplitRows
+from featcache.cache.schema import BLOCK_ROWS, MAX_DIM, SplitRows
 from featcache.cache.summary import CacheInfo, SkippedSample, begun_with, info, read_meta
 from featcache.cache.verifier import VerifyReport, verify
 from featcache.cache.writer import CacheWriter, open_writer, part_path, prepare_repair
 
 __all__ = [
+    "BLOCK_ROWS",
     "MARKS",
     "MAX_DIM",
     "CacheInfo",
