@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,11 @@ NO_LOCK = "FEATCACHE_NO_LOCK"
 """Environment variable: 1 allows writing without locks where the file system has none."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 MAX_BYTES = 4096
+POLL_S = 0.05
+
+
+class HeldError(StorageError):
+    """Another run, or another part of this one, is writing."""
 
 
 class Lock:
@@ -35,8 +41,9 @@ class Lock:
     The file stays behind when released: removing it would let two runs lock two different files.
 
     Raises:
-        StorageError: Another run holds it (the message says which), it is a link, or the file
-            system has no locks (and `NO_LOCK` is not set) or refuses.
+        HeldError: Another run holds it; the message says which.
+        StorageError: It is a link, or the file system has no locks (and `NO_LOCK` is not set) or
+            refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +51,7 @@ class Lock:
         with _guard, storage_errors(path):
             if (holder := _held.get(_identity(path))) is not None:
                 # The answer is from memory: opening and closing the file would drop our own lock.
-                raise StorageError(_held_message(path, holder))
+                raise HeldError(_held_message(path, holder))
             self._fd = _open(path)
             try:
                 _take(self._fd, path)
@@ -82,7 +89,7 @@ def _take(fd: int, path: Path) -> None:
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise StorageError(_held_message(path, _read_holder(path))) from None
+        raise HeldError(_held_message(path, _read_holder(path))) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -160,6 +167,23 @@ def sole_writer(path: Path) -> Iterator[None]:
     with locked(path) as lock:
         yield
         lock.release()
+
+
+@contextlib.contextmanager
+def waiting_writer(path: Path) -> Iterator[None]:
+    """Lock an output until the end of the block, after whoever is writing it now.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(sole_writer(path))
+                break
+            except HeldError:
+                time.sleep(POLL_S)
+        yield
 
 
 @contextlib.contextmanager
