@@ -47,6 +47,7 @@ ROWS = [
 ]
 HEAVY = {
     *("torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"),
+    *("pandas", "pyarrow"),
 }
 # Modules that exist to be imported late: their callers import them inside functions.
 LATE = {

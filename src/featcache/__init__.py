@@ -16,6 +16,7 @@ Building blocks:
 
     FeatureCache            a cache file: splits, class names, metadata
     FeatureDataset          a cache's split as a torch Dataset
+    FeatureExtractor        a scikit-learn transformer from pictures to features
     FeatureHeadClassifier   a scikit-learn estimator for features
     LinearHead              a fitted linear head: predict, predict_proba, score
     Classifier              backbone and head together: images in, predictions out
@@ -71,6 +72,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.heads.estimator import FeatureHeadClassifier as FeatureHeadClassifier
     from featcache.predict import Classifier as Classifier
     from featcache.predict import Prediction as Prediction
+    from featcache.predict.estimator import FeatureExtractor as FeatureExtractor
 
 # Public names and their modules. No public name equals a module's: importing featcache.NAME would
 # replace it.
@@ -84,6 +86,7 @@ _HOMES = {
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
     "FeatureDataset": "cache",
+    "FeatureExtractor": "predict.estimator",
     "FeatureHeadClassifier": "heads.estimator",
     "FinetuneConfig": "config",
     "LinearHead": "heads",

@@ -31,13 +31,13 @@ MAX_BYTES = 4096
 JOIN_S = 1800.0
 """How long a rank waits for the one that lays out the file, or checks what an earlier run left."""
 UNKNOWN_S = 2.0
-POLL_S = 0.2
+POLL_S = 0.1
 # Byte 0 of the file is the lock; from here on, a byte stands for a block that a rank computes.
 _CLAIMS = 1 << 40
 
 
 class HeldError(StorageError):
-    """Another run holds the lock; `by_rank` says whether it is a rank of a job."""
+    """Another run, or another part of this one, is writing; `by_rank`: it is a rank of a job."""
 
     def __init__(self, message: str, *, by_rank: bool = False) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Lock:
         shared: Whether other ranks may hold it too.
 
     Raises:
-        HeldError: Another run holds it (the message says which).
+        HeldError: Another run holds it; the message says which.
         StorageError: It is a link, or the file system has no locks (and `NO_LOCK` is not set) or
             refuses.
     """
@@ -225,6 +225,23 @@ def sole_writer(path: Path) -> Iterator[None]:
     with locked(path) as lock:
         yield
         lock.release()
+
+
+@contextlib.contextmanager
+def waiting_writer(path: Path) -> Iterator[None]:
+    """Lock an output until the end of the block, after whoever is writing it now.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(sole_writer(path))
+                break
+            except HeldError:
+                pause()
+        yield
 
 
 @contextlib.contextmanager
