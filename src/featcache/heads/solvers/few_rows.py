@@ -21,7 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from featcache.heads.features import Doubles, Floats, Ints, Singles
-from featcache.heads.solvers.lbfgs import MAX_ITERATIONS, NOISE, TOLERANCE, Memory, Solution
+from featcache.heads.solvers.lbfgs import (
+    MAX_ITERATIONS,
+    NOISE,
+    TOLERANCE,
+    Memory,
+    Solution,
+    gap_left,
+)
 from featcache.heads.solvers.softmax_loss import prediction_errors
 from featcache.runtime import progress
 
@@ -115,7 +122,7 @@ class FewRows:
             self._blocks.weigh(here.error, lam)
             direction = memory.direction(gradient, self._blocks)
             decrement = float(np.vdot(gradient, direction))
-            if max(decrement / 2, _to_come(values)) <= tolerance * here.value:
+            if gap_left(values, decrement) <= tolerance * here.value:
                 break
             found = self._search(here, direction, decrement, lam)
             if found is None:
@@ -208,14 +215,6 @@ def _between(short: tuple[float, float], long: tuple[float, float], decrement: f
 
 def _square(weight: Doubles) -> float:
     return float(np.vdot(weight, weight))
-
-
-def _to_come(values: list[float]) -> float:
-    """What further steps would gain if gains kept shrinking as the last two did."""
-    if len(values) < 3:
-        return 0.0
-    before, last = values[-3] - values[-2], values[-2] - values[-1]
-    return last * last / max(before - last, 0.01 * last) if last > 0 else 0.0
 
 
 class ClassBlocks:

@@ -36,8 +36,6 @@ REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
 FIRST_REFRESH = 5
 # Steps at which the two estimates are compared.
 COMPARE = REFRESH | {1, 3}
-# This many steps together have to gain no more than the tolerance.
-SETTLED = 3
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
 # Relative differences of the objective below this are rounding of the sum, not ascent.
@@ -286,7 +284,8 @@ def _descend(
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        if _is_near(values, decrement, tolerance) or stalled == MAX_STALLED:
+        near = gap_left(values, decrement) <= tolerance * abs(value)
+        if (near and (iteration or not decrement)) or stalled == MAX_STALLED:
             break
         early = known and iteration < FIRST_REFRESH
         refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
@@ -309,13 +308,22 @@ def _descend(
     return dataclasses.replace(solution, plain=first.plain, classes=first.classes)
 
 
-def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
-    """Whether the estimated gap is small, and so was what the latest steps gained."""
-    if len(values) == 1:
-        return decrement == 0
-    steps = min(SETTLED, len(values) // 2)
-    gained = values[-1 - steps] - values[-1]
-    return max(decrement / 2, gained) <= tolerance * abs(values[-1])
+def gap_left(values: list[float], decrement: float) -> float:
+    """Estimated distance of the objective to its minimum.
+
+    Args:
+        values: The objective after each step, from the start on.
+        decrement: What a full step would gain twice, if the curvature were known.
+
+    Returns:
+        Half the decrement, or, if more, what further steps would gain if gains kept shrinking as
+        the last two did.
+    """
+    if len(values) < 3:
+        return decrement / 2
+    before, last = values[-3] - values[-2], values[-2] - values[-1]
+    to_come = last * last / max(before - last, 0.01 * last) if last > 0 else 0.0
+    return max(decrement / 2, to_come)
 
 
 @dataclass
