@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -146,6 +148,14 @@ def test_plain_and_mirrored_views() -> None:
     np.testing.assert_array_equal(view_pixels(image, prep(), Views(), 0), plain[None])
     flipped = view_pixels(image, prep(), Views(kind="flip", num=2), 0)
     np.testing.assert_array_equal(flipped, [plain, plain[:, ::-1]])
+
+
+def test_fast_decoding_leaves_enough_for_every_view() -> None:
+    fast = dataclasses.replace(prep(16, "crop", 20), fast_decode=True)
+    assert pixels_module.least_px(fast, Views()) == 20
+    assert pixels_module.least_px(fast, Views(kind="flip", num=2)) == 20
+    assert pixels_module.least_px(fast, Views(kind="random", num=3)) == 40
+    assert pixels_module.least_px(prep(), Views(kind="random", num=3)) is None
 
 
 def test_random_views_follow_from_seed_index_and_view() -> None:

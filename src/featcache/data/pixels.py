@@ -160,6 +160,12 @@ def _in_place(image: Image.Image) -> Iterator[torch.Tensor]:
     yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
+def least_px(prep: Preprocessing, views: Views) -> int | None:
+    """The sides that a decoded JPEG must have at least; None to decode it at its own size."""
+    # Random views may show half of a side only.
+    return prep.resize_px * (2 if views.kind == "random" else 1) if prep.fast_decode else None
+
+
 def view_pixels(image: Image.Image, prep: Preprocessing, views: Views, index: int) -> UInt8:
     """All views of one image.
 
