@@ -24,7 +24,7 @@ from featcache import __version__
 from featcache.errors import visible
 
 NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
-FEATURES_VERSION = "0.1"
+FEATURES_VERSION = "0.2"
 """The version of featcache that last changed a feature. Raise it when the same image gets other
 features than before: every existing cache is then refused and has to be extracted again."""
 LATE_BAR_S = 2.0

@@ -90,14 +90,18 @@ class ImageSplit:
 
     @staticmethod
     @contextmanager
-    def decoded(raw: bytes | Image.Image) -> Iterator[Image.Image]:
+    def decoded(raw: bytes | Image.Image, least_px: int | None = None) -> Iterator[Image.Image]:
         """Decode what `read` returned to upright RGB; its memory counts until the block ends.
+
+        Args:
+            raw: A file's bytes, or an image in memory, which is as large as it is.
+            least_px: See `images.decoded`.
 
         Raises:
             BadImage: It is not an image, is damaged or too large.
         """
         if isinstance(raw, bytes):
-            with decoded(raw) as image:
+            with decoded(raw, least_px) as image:
                 yield image
         else:
             yield to_rgb(raw)
