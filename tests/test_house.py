@@ -30,7 +30,7 @@ MAX_ROOM_MODULES = 14
 ROWS = [
     {"errors"},
     {"config"},
-    {"runtime", "streams"},
+    {"runtime", "streams", "ranks"},
     {"files"},
     {"file_hashes", "groups", "random_order", "tensor_files"},
     {"cache", "data", "backbone", "results"},

@@ -17,11 +17,12 @@ import torch
 
 from data_helpers import SIDE, make_pets
 from featcache import cli
-from featcache.compare import compare, comparison, extraction, summary_lines
+from featcache.cache import FeatureCache
+from featcache.compare import compare, comparison, extraction, summary_lines, training
 from featcache.compare.budget import Budget, FinishedRun, Pace, finetune_pace
-from featcache.compare.extraction import _remembered
+from featcache.compare.extraction import Extraction, _remembered
 from featcache.compare.planned_runs import nested_rows, plan_runs
-from featcache.compare.training import finetune_config
+from featcache.compare.training import finetune_config, shared_tail
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
 from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
@@ -49,6 +50,7 @@ def settings(pets: Path, tmp_path: Path, **changes: object) -> CompareConfig:
         "image_px": SIDE,
         "layers": "last",
         "batchnorm": "frozen",
+        "tail": "none",
         "sizes": "3,all",
         "num_seeds": 1,
         "epochs": 1,
@@ -72,6 +74,31 @@ def done(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareC
 def runs_of(config: CompareConfig) -> dict[str, RunReport]:
     assert config.output is not None
     return {f.stem: RunReport.load(f) for f in sorted((config.output / "runs").glob("*.json"))}
+
+
+def test_by_default_the_tail_is_the_last_stage(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(pets, tmp_path, tail="auto")
+    frozen = Extraction(
+        cache="", cache_digest="", seconds_per_image=1e-3, num_images=48, spent_seconds=0, how=""
+    )
+    tail = shared_tail(config, frozen, tmp_path)
+    assert tail is not None
+    assert tail.stage == "stage4"
+    assert FeatureCache(tail.activations.cache).meta.backbone.stage_input is not None
+    assert shared_tail(settings(pets, tmp_path), frozen, tmp_path) is None
+
+    slow = dataclasses.replace(frozen, seconds_per_image=1.6)  # 48 images twice: 2.6 minutes
+    assert shared_tail(config, slow, tmp_path) is None
+    said = "leaving out the tail: caching the input of its stage would take 154 s of --budget 10"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(training, "MAX_TAIL_BYTES", 1000)
+    assert shared_tail(config, frozen, tmp_path) is None
+    assert "GB; --tail stage4 does it all the same" in capsys.readouterr().err
+
+    with pytest.raises(UserError, match="--tail: no stage 'stage9'"):
+        shared_tail(settings(pets, tmp_path, tail="stage9"), frozen, tmp_path)
 
 
 @pytest.mark.slow

@@ -29,9 +29,8 @@ from featcache.compare.shifted import ShiftedTest, shifted_images
 from featcache.compare.training import (
     ComparisonSetup,
     decisive,
-    finetune_config,
     load_finished,
-    tail_cache,
+    shared_tail,
     time_finetuning,
     train_and_save,
     warm_up,
@@ -178,7 +177,7 @@ def prepare(
         caches=caches,
         extractions=extractions,
         shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
-        activations=tail_cache(config, output),
+        tail=shared_tail(config, next(iter(extractions.values())), output),
     )
 
 
@@ -205,7 +204,7 @@ def _asked(config: CompareConfig) -> JsonObject:
     if config.group_from is None:
         del asked["group_from"]
     del asked["from_stage"]
-    if config.tail is not None:
+    if config.tail != "none":
         asked["tail"] = config.tail
     asked |= {"solver": config.solver, "lr": config.lr}
     asked |= {"recipe": config.recipe, "epochs": config.epochs, "min_steps": config.min_steps}
@@ -245,8 +244,7 @@ class Schedule:
         """Seconds that a run will take; None if nothing is known yet."""
         epochs = 1
         if planned.mode != "cached":
-            seed, mode = planned.seed, planned.mode
-            config = finetune_config(self.setup.config, len(planned.rows), seed, mode)
+            config = self.setup.tuning(planned.mode, len(planned.rows), planned.seed)
             epochs = resolve_recipe(config).epochs
         return self.budget.estimate(planned.mode, len(planned.rows), epochs)
 
@@ -289,8 +287,8 @@ class Schedule:
 def _run_all(setup: ComparisonSetup, planned: list[PlannedRun]) -> Schedule:
     """Find or train every run that the budget allows."""
     num_test = len(setup.dataset.splits["test"])
-    extractions = [*setup.extractions.values(), setup.activations]
-    spent = sum(extraction.spent_seconds for extraction in extractions if extraction)
+    extractions = [*setup.extractions.values(), *([setup.tail.activations] if setup.tail else [])]
+    spent = sum(extraction.spent_seconds for extraction in extractions)
     budget = Budget(setup.config.budget * MINUTE, num_test, spent)
     schedule = Schedule(setup=setup, planned=planned, budget=budget)
     for one in planned:
@@ -333,7 +331,7 @@ def _report(setup: ComparisonSetup, schedule: Schedule) -> JsonObject:
         "num_planned": len(schedule.planned),
         "spent_seconds": spent,
         "extractions": {name: dataclasses.asdict(e) for name, e in setup.extractions.items()},
-        "activations": setup.activations and dataclasses.asdict(setup.activations),
+        "activations": setup.tail and dataclasses.asdict(setup.tail.activations),
         "shifted": setup.shifted and setup.shifted.describe(),
         "num_test": num_test,
         "scored_on": f"test ({num_test} images), once per run",

@@ -93,7 +93,8 @@ def plan_runs(
     """Every run, the most important first: all sizes of a draw before the next draw.
 
     Within a draw the largest size comes first, since it is the data that a user has, then the
-    others from the smallest up. A size that includes every train image counts as "all".
+    others from the smallest up; the tail, which decides nothing, after all of them. A size that
+    includes every train image counts as "all".
 
     Args:
         config: The command's settings.
@@ -110,6 +111,7 @@ def plan_runs(
     runs = []
     for draw in range(config.num_seeds):
         seed = (config.seed + draw) % 2**32
+        of_draw = []
         for size in sizes:
             rows = nested_rows(ids, labels, size, seed, groups)
             samples = hashlib.sha256("\0".join(ids[row] for row in rows).encode()).hexdigest()
@@ -117,7 +119,8 @@ def plan_runs(
             for mode, settings in decisive.items():
                 facts = {"format": FORMAT, "mode": mode, "seed": seed, "samples": samples}
                 key = run_key({**settings, **facts})
-                runs.append(
+                of_draw.append(
                     PlannedRun(mode=mode, size=name, draw=draw, seed=seed, rows=rows, key=key)
                 )
+        runs += sorted(of_draw, key=lambda run: run.mode == "tail")
     return runs

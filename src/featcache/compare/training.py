@@ -16,13 +16,26 @@ import numpy as np
 from featcache.cache import FeatureCache, lock_path
 from featcache.compare.alternatives import Network, train_best_head
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
-from featcache.compare.extraction import Extraction, record_name, shared_cache
+from featcache.compare.extraction import (
+    MINUTE,
+    SECOND_SHARE,
+    Extraction,
+    record_name,
+    shared_cache,
+)
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
 from featcache.compare.shifted import ShiftedTest
-from featcache.config import CompareConfig, FinetuneConfig, TrainHeadConfig, config_json
+from featcache.config import (
+    CompareConfig,
+    ExtractConfig,
+    FinetuneConfig,
+    TrainHeadConfig,
+    config_json,
+)
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
 from featcache.errors import UserError
+from featcache.extract.request import Request
 from featcache.finetune import finetune_report
 from featcache.finetune.activations import extraction_config
 from featcache.finetune.trainable import resolve_recipe
@@ -30,12 +43,23 @@ from featcache.heads import train_head_report
 from featcache.heads.train import provenance_of
 from featcache.results import RunReport
 from featcache.results.learning_curve import CurveMode
+from featcache.results.tables import seconds_text
 from featcache.runtime import numeric_versions, say
 
 CHECKPOINT_S = 60.0
 """An epoch over few images takes less time than writing a checkpoint."""
+MAX_TAIL_BYTES = 2_000_000_000
+"""Of activations that nobody asked for by the name of their stage."""
 TIMED_BATCHES, TIMED_EPOCHS = 2, 2
 """For a fine-tune that is only timed: the first epoch warms up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The stage from which the tail trains, and what caching its input cost."""
+
+    stage: str
+    activations: Extraction
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +73,7 @@ class ComparisonSetup:
         caches: The features of each network; their train and test rows are the dataset's.
         extractions: What the features of each cost.
         shifted: The second test set, if there is one.
-        activations: What the tail trains from, and what it cost, if there is a tail.
+        tail: The stage from which the tail trains, if there is a tail.
     """
 
     config: CompareConfig
@@ -58,7 +82,12 @@ class ComparisonSetup:
     caches: dict[Network, FeatureCache]
     extractions: dict[Network, Extraction]
     shifted: ShiftedTest | None = None
-    activations: Extraction | None = None
+    tail: Tail | None = None
+
+    def tuning(self, mode: CurveMode, num_train: int | None, seed: int) -> FinetuneConfig:
+        """The settings of finetune for a run in this mode; see `finetune_config`."""
+        stage = self.tail.stage if self.tail is not None and mode == "tail" else None
+        return finetune_config(self.config, num_train, seed, stage)
 
     @property
     def cache(self) -> FeatureCache:
@@ -88,7 +117,7 @@ def decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         same["shifted"] = setup.shifted.digest
 
     def tuning(mode: CurveMode) -> dict[str, Any]:
-        plan = resolve_recipe(finetune_config(config, None, config.seed, mode)).to_dict()
+        plan = resolve_recipe(setup.tuning(mode, None, config.seed)).to_dict()
         del plan["seed"]
         return {**same, "plan": plan, "min_steps": config.min_steps}
 
@@ -97,8 +126,8 @@ def decisive(setup: ComparisonSetup) -> dict[CurveMode, dict[str, Any]]:
         "cached": {**same, "caches": digests, "solver": config.solver},
         "finetune": tuning("finetune"),
     }
-    if setup.activations is not None:
-        facts["tail"] = {**tuning("tail"), "activations": setup.activations.cache_digest}
+    if setup.tail is not None:
+        facts["tail"] = {**tuning("tail"), "activations": setup.tail.activations.cache_digest}
     return facts
 
 
@@ -198,17 +227,57 @@ def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport,
     return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
-def tail_cache(config: CompareConfig, output: Path) -> Extraction | None:
-    """The activations that the tail trains from, and what they cost; None without a tail."""
-    if config.tail is None:
+def shared_tail(config: CompareConfig, extraction: Extraction, output: Path) -> Tail | None:
+    """Cache what the tail trains from, or find it; None without a tail.
+
+    Args:
+        config: The command's settings.
+        extraction: What the features of the frozen network cost.
+        output: The comparison's folder.
+
+    Raises:
+        UserError: The network has no such stage. With `tail="auto"` the tail is left out instead.
+        StorageError: The cache could not be written.
+    """
+    from featcache.backbone.tail import last_stage
+
+    if config.tail == "none":
         return None
-    tail = finetune_config(config, None, config.seed, "tail")
-    wanted = extraction_config(tail, flip=resolve_recipe(tail).flip)
-    return shared_cache(wanted, output / record_name("tail"))
+    try:
+        stage = last_stage(config.backbone) if config.tail == "auto" else config.tail
+        tuning = finetune_config(config, None, config.seed, stage)
+        wanted = extraction_config(tuning, flip=resolve_recipe(tuning).flip)
+        if config.tail == "auto":
+            _check_affordable(config, wanted, extraction)
+        return Tail(stage=stage, activations=shared_cache(wanted, output / record_name("tail")))
+    except UserError as error:
+        said = str(error).replace("--from-stage", "--tail")
+        if config.tail != "auto":
+            raise UserError(said) from error
+        say(f"leaving out the tail: {said}")
+        return None
+
+
+def _check_affordable(config: CompareConfig, wanted: ExtractConfig, extraction: Extraction) -> None:
+    """Refuse a stage's input that would take too much of the budget, or of the disk."""
+    meta = Request.of(wanted).meta
+    num_rows = meta.views.num * extraction.num_images
+    expected = extraction.seconds_per_image * num_rows
+    if expected > SECOND_SHARE * config.budget * MINUTE:
+        raise UserError(
+            f"caching the input of its stage would take {seconds_text(expected)} of --budget "
+            f"{config.budget:g} minutes"
+        )
+    num_bytes = num_rows * meta.backbone.feature_dim * np.dtype(meta.dtype).itemsize
+    if num_bytes > MAX_TAIL_BYTES:
+        raise UserError(
+            f"caching the input of its stage would take {num_bytes / 1e9:.1f} GB; "
+            f"--tail {wanted.from_stage} does it all the same"
+        )
 
 
 def finetune_config(
-    config: CompareConfig, num_train: int | None, seed: int, mode: CurveMode = "finetune"
+    config: CompareConfig, num_train: int | None, seed: int, stage: str | None = None
 ) -> FinetuneConfig:
     """The settings of finetune for a run.
 
@@ -216,12 +285,11 @@ def finetune_config(
         config: The comparison's.
         num_train: Train images; with few, epochs are added. None keeps the number of epochs.
         seed: Of training.
-        mode: "finetune" for all layers, "tail" for those from a stage on.
+        stage: The stage from which the tail trains; None for all layers.
     """
     values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
-    stage = config.tail if mode == "tail" else None
     tuning = FinetuneConfig(**values, seed=seed, score="end", from_stage=stage)
     if num_train is None:
         return tuning
@@ -233,14 +301,15 @@ def finetune_config(
 
 def _finetune(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport, float, float]:
     """Fine-tune all layers, or the tail, on some train images; the model is not saved."""
-    config = finetune_config(setup.config, len(planned.rows), planned.seed, planned.mode)
+    config = setup.tuning(planned.mode, len(planned.rows), planned.seed)
     test = np.arange(len(setup.dataset.splits["test"]))
     report = _tune(setup, config, planned.name, setup.shifted, train=planned.rows, test=test)
     cost = _finetune_seconds(report)
-    if setup.activations is None or planned.mode != "tail":
+    if setup.tail is None or planned.mode != "tail":
         return report, cost, cost
     cost -= report.more["activations"]["extract_seconds"] or 0.0  # of all images
-    return report, cost + setup.activations.seconds_per_image * len(planned.rows), cost
+    extracting = setup.tail.activations.seconds_per_image * len(planned.rows)
+    return report, cost + extracting, cost
 
 
 def _tune(
@@ -255,13 +324,13 @@ def _tune(
     config = dataclasses.replace(config, output=model)
     splits = {split: whole.subset(rows[split]) for split, whole in setup.dataset.splits.items()}
     dataset = dataclasses.replace(setup.dataset, splits=splits)
-    tail = setup.activations if config.from_stage else None
+    tail = setup.tail if config.from_stage else None
     report = finetune_report(
         config,
         dataset,
         checkpoint_s=CHECKPOINT_S,
         replace=True,
-        activations=Path(tail.cache) if tail else None,
+        activations=Path(tail.activations.cache) if tail else None,
     )
     kept = {name: value for name, value in report.more.items() if name != "model"}
     if shifted is not None:

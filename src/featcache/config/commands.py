@@ -322,9 +322,10 @@ class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Epochs of fine-tuning. By default the recipe's."""
     lr: Optional[float] = None
     """Learning rate of fine-tuning. By default the recipe's."""
-    tail: Optional[str] = None
+    tail: str = "auto"
     """Train the tail of the network as a third way: this stage and what follows it (for example
-    layer4), from its cached input, as finetune --from-stage does."""
+    layer4), from its cached input, as finetune --from-stage does. auto takes the last stage, if
+    caching its input takes at most a quarter of --budget and 2 GB; none leaves it out."""
     test_shifted: Optional[Path] = None
     """A second test set from other conditions: a folder of class folders with the same names. Both
     ways are scored on it too; it chooses nothing."""

@@ -23,7 +23,7 @@ from featcache.data.sources import Source
 from featcache.errors import UserError
 from featcache.runtime import num_cores
 
-Kind = Literal["digits", "torchvision", "folder", "manifest", "pictures"]
+Kind = Literal["digits", "torchvision", "folder", "manifest", "tar", "pictures"]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -196,7 +196,7 @@ class ImageDataset:
 
     Attributes:
         name: Short enough for a file name.
-        kind: digits, torchvision, folder, manifest, or pictures that a Python call was given.
+        kind: digits, torchvision, folder, manifest, tar, or pictures that a Python call was given.
         splits: train and test, and val where the dataset has all three.
         class_names: By label.
         drawn: Whether the seed helped to choose the samples.

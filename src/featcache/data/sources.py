@@ -80,7 +80,7 @@ class RecordedSource:
         try:
             raw, digest = self._read(position)
         except BadImage as bad:
-            self._compare(position, _no_content(bad), bad)
+            self._compare(position, no_content(bad), bad)
             raise
         self._compare(position, digest)
         return raw
@@ -93,7 +93,7 @@ class RecordedSource:
         try:
             digest = self._digest(position)
         except BadImage as bad:
-            digest = _no_content(bad)
+            digest = no_content(bad)
         self._compare(position, digest)
         return digest
 
@@ -136,7 +136,7 @@ class RecordedSource:
         """Nothing to save."""
 
 
-def _no_content(bad: BadImage) -> bytes:
+def no_content(bad: BadImage) -> bytes:
     """Stands for the sha256 of a file that cannot be read; different for each reason."""
     return bytes(31) + bytes([bad.code])
 
