@@ -355,8 +355,11 @@ class ReportConfig(OutputConfig, ImagePathsConfig):
     """The page's heading. By default made from the dataset's name."""
     dataset: Optional[str] = None
     """The dataset of the runs, to show test images that were misclassified with high confidence."""
+    map: Literal["pca", "tsne"] = "pca"
+    """What draws the map of the test images' features, if a head's cache is beside its report: the
+    first two principal components, or t-SNE (seconds, but shows clusters)."""
     cache_dir: Path = Path("cache")
-    """The folder that keeps hashes of the dataset's files between runs."""
+    """The folder that keeps the map and hashes of the dataset's files between runs."""
 
     def __post_init__(self) -> None:
         check_types(self)

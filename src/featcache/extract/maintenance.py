@@ -72,7 +72,8 @@ def inspect_lines(report: InfoReport) -> list[str]:
         f"backbone   {backbone['backbone']}, weights {weights_text(backbone)} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
         f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
-        f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
+        f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}"
+        + (", fast decoding" if prep["fast_decode"] else ""),
         f"computed   by {meta['engine']} in {meta['precision']}, "
         + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
         f"views      {meta['views']['num']} ({meta['views']['kind']})",

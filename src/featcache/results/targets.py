@@ -78,6 +78,11 @@ class MultilabelScores:
     exact_match: float
     per_label: dict[str, LabelScores]
 
+    @property
+    def headline(self) -> str:
+        """The first score, in words."""
+        return f"mean average precision {self.mean_average_precision:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionScores:
@@ -98,6 +103,11 @@ class RegressionScores:
     mae_interval: tuple[float, float]
     rmse: float
     baseline_mae: float
+
+    @property
+    def headline(self) -> str:
+        """The first score, in words."""
+        return f"R squared {self.r2:.3f}"
 
 
 def multilabel_scores(
