@@ -20,6 +20,7 @@ from conftest import TESTS
 from featcache.cache import fileio, open_writer, part_path, verify, writer
 from featcache.cache.lock import Lock
 from featcache.cache.parallel import (
+    MERGING,
     ClaimedWriter,
     Job,
     Plan,
@@ -298,6 +299,25 @@ def test_one_process_takes_what_ranks_left(path, whole):
     remove_shards(path)
     assert path.read_bytes() == whole
     assert names(path) == {"x.h5", "x.h5.lock"}
+
+
+def test_a_rank_that_comes_during_the_merge_has_nothing_to_do(path):
+    begin_job(path, Share(0, 2), Share(1, 2))
+    place = path.with_name("x.h5.lock")
+
+    def hold() -> None:
+        lock = Lock(place, "rank 0 of 2")  # alone, so it locks all others out
+        time.sleep(60)
+        lock.release()
+
+    merger = fork(hold)
+    while not place.exists() or not place.read_bytes():
+        time.sleep(0.01)
+    assert work("shards", path, Share(1, 2)) == MERGING
+    os.kill(merger, signal.SIGKILL)
+    wait([merger])
+    assert work("shards", path, Share(1, 2)) is None
+    assert verify(path).ok
 
 
 def test_damage_in_a_shard_is_found(path):
