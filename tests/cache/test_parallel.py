@@ -394,6 +394,20 @@ def test_a_damaged_plan_is_refused(path, text):
         Plan.read(path)
 
 
+def test_a_plan_that_does_not_fit_its_shards_is_refused(path):
+    Plan(META, {"train": 900, "test": 290}, "shards", "rank 0").agree(path)
+    for share in (Share(0, 2), Share(1, 2)):
+        fill_shard(path, share)
+    path.with_name("x.h5.shard-00000-of-00000").write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"x\.h5\.plan states other numbers of rows than the shards"
+    ):
+        merge_shards(path)
+    for num_rows in ({"train": 0}, {"train": 2**40}, {"../x": 5}):
+        with pytest.raises(ValueError, match=r"^split '.*' of .* rows$"):
+            Plan(META, num_rows, "shards", "rank 0")
+
+
 def test_foreign_files_beside_the_cache_stay(path):
     begin_job(path, Share(0, 2))
     mine = {"x.h5.shard-notes", "x.h5.plans", "y.x.h5.plan", "x.h5.shard-00000-of-00002.txt"}

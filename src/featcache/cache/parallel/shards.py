@@ -118,10 +118,12 @@ def merge_shards(path: Path) -> None:
     files = [CacheFile(file) for share, file in shards.items() if share.size == size]
     for file in files:
         _check_same(file, plan.meta)
-    splits = [
-        _joined([file.rows(split) for file in files if split in file.layout.splits])
-        for split in plan.num_rows
-    ]
+    found = {
+        split: [f.rows(split) for f in files if split in f.layout.splits] for split in plan.num_rows
+    }
+    if {split: sum(len(p.ids) for p in parts) for split, parts in found.items()} != plan.num_rows:
+        raise CacheError(f"{plan_path(path)} states other numbers of rows than the shards have")
+    splits = [_joined(parts) for parts in found.values()]
     with open_writer(path, plan.meta, files[0].class_names, splits) as writer:
         _finish(writer, size)
 
