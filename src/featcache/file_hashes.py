@@ -23,7 +23,8 @@ from typing import Any
 from featcache.errors import StorageError
 from featcache.files import open_regular, read_regular, write_atomically
 
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 2**30
+"""Room for the hashes of about seven million files."""
 MAX_FILES = 32
 SETTLE_S = 2.0
 """The coarsest clock of a file system: a younger file could change without a new timestamp."""

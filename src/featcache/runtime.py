@@ -24,7 +24,7 @@ from featcache import __version__
 from featcache.errors import shown, visible
 
 NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
-FEATURES_VERSION = "0.1"
+FEATURES_VERSION = "0.2"
 """The version of featcache that last changed a feature. Raise it when the same image gets other
 features than before: every existing cache is then refused and has to be extracted again."""
 LATE_BAR_S = 2.0
@@ -229,6 +229,14 @@ def pick_device(name: str) -> str:
     if not there[name]:
         raise UserError(f"--device {name}: this machine has none; use --device cpu or auto")
     return name
+
+
+def use_local_gpu(index: int) -> None:
+    """Make cuda mean one GPU of this machine, for the process of this number on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
 
 
 def import_torchvision(part: str) -> Any:

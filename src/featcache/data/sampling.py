@@ -7,7 +7,7 @@ every machine and version, and changes little when a dataset grows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -208,16 +208,18 @@ def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     names = [name for name in SPLIT_ORDER if name in splits]
     content = np.concatenate([splits[name].content for name in names])
     _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
-    first_of = first[numbers]
+    copies = np.flatnonzero(first[numbers] != np.arange(len(numbers)))
     starts = np.cumsum([0, *(len(splits[name].ids) for name in names)])
 
-    def place(row: int) -> tuple[str, int]:
-        number = int(np.searchsorted(starts, row, side="right")) - 1
-        return names[number], row - int(starts[number])
+    def places(rows: Int64) -> Iterator[tuple[str, int]]:
+        parts = np.searchsorted(starts, rows, side="right") - 1
+        for part, row in zip(parts.tolist(), (rows - starts[parts]).tolist(), strict=True):
+            yield names[part], row
 
     found = []
-    for row in np.flatnonzero(first_of != np.arange(len(first_of))).tolist():
-        (name, at), (other, there) = place(row), place(int(first_of[row]))
+    for (name, at), (other, there) in zip(
+        places(copies), places(first[numbers[copies]]), strict=True
+    ):
         split, earlier = splits[name], splits[other]
         found.append(
             Copy(

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
 from featcache.data.images import MISSING, BadImage, read_file
@@ -52,8 +51,9 @@ class RecordedSource:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hashes = np.zeros((0, 32), dtype=np.uint8)
-        self._is_known = np.zeros(0, dtype=np.bool_)
+        # Not numpy arrays, whose single rows take four times as long.
+        self._hashes = bytearray()
+        self._is_known = bytearray()
 
     def _read(self, position: int) -> tuple[Raw, bytes]:
         """The image and its sha256. Raises BadImage."""
@@ -108,19 +108,21 @@ class RecordedSource:
     def _recorded(self, position: int) -> bytes | None:
         with self._lock:
             known = position < len(self._is_known) and self._is_known[position]
-            return self._hashes[position].tobytes() if known else None
+            return bytes(self._hashes[32 * position : 32 * position + 32]) if known else None
 
     def _compare(self, position: int, digest: bytes, bad: BadImage | None = None) -> None:
         """Compare with the recorded sha256, or record it."""
+        place = slice(32 * position, 32 * position + 32)
         with self._lock:
             if position >= len(self._is_known):
                 more = max(position + 1, 2 * len(self._is_known)) - len(self._is_known)
-                self._hashes = np.pad(self._hashes, ((0, more), (0, 0)))
-                self._is_known = np.pad(self._is_known, (0, more))
+                self._hashes.extend(bytes(32 * more))
+                self._is_known.extend(bytes(more))
             if not self._is_known[position]:
-                self._hashes[position] = np.frombuffer(digest, dtype=np.uint8)
+                self._hashes[place] = digest
                 self._is_known[position] = True
-            if self._hashes[position].tobytes() == digest:
+                return
+            if self._hashes[place] == digest:
                 return
         self._forget(position)
         if bad is not None:
