@@ -157,7 +157,7 @@ def test_the_page_shows_pictures_on_hover_and_escapes_words(tmp_path):
     assert "<script" not in html
     assert html.count('<use href="#marker-') == 12
     assert html.count('<use href="#ring"') == 1
-    assert "The 1 images that the head predicts wrongly have a ring." in html
+    assert "Those that cached head, logistic predicts wrongly have a ring (1)." in html
     assert "<image" not in html  # no dataset was named
     markdown = page.with_suffix(".md").read_text()
     assert "The 12 images of the test split of pets.h5 by their features, in two" in markdown

@@ -15,7 +15,7 @@ from featcache.cache import FeatureCache, FeatureSplit, label_texts
 from featcache.config import ReportConfig
 from featcache.errors import FeatcacheError
 from featcache.file_hashes import Memo
-from featcache.html_report.compared_runs import ComparedRun
+from featcache.html_report.compared_runs import ComparedRun, target_names
 from featcache.html_report.mistakes import thumbnail
 from featcache.html_report.report_files import Run
 from featcache.results import RunReport
@@ -66,6 +66,7 @@ class FeatureMap:
     """What the macro `feature_map` shows.
 
     Attributes:
+        head: The run's name.
         cache: The file's name.
         split: Its split.
         num_rows: How many images that has.
@@ -75,6 +76,7 @@ class FeatureMap:
         points: Some images, all if there are few.
     """
 
+    head: str
     cache: str
     split: str
     num_rows: int
@@ -106,19 +108,20 @@ def feature_map(
     Returns:
         The map, or None with a sentence why there is none; neither if no head is among the runs.
     """
-    heads = [(run.source, run.report) for run in compared if run.report] + [
-        (run.path, run.report) for run in others
-    ]
-    heads = [(path, report) for path, report in heads if report.command == "train-head"]
-    for path, report in heads:
+    runs = [(run.name, run.source, run.report) for run in compared if run.report]
+    named = zip(target_names(others), others, strict=True)
+    runs += [(name, run.path, run.report) for name, run in named]
+    heads = [run for run in runs if run[2].command == "train-head"]
+    for name, path, report in heads:
         cache = _cache_of(path, report)
         if cache is not None:
-            return _drawn(cache, report, config, images), []
+            return _drawn(name, cache, report, config, images), []
     if not heads:
         return None, []
-    name = Path(str(heads[0][1].provenance.get("cache", "?"))).name[:80]
+    _, path, report = heads[0]
+    cache_name = Path(str(report.provenance.get("cache", "?"))).name[:80]
     return None, [
-        f"There is no feature map: {name}, from which {heads[0][0].name[:80]} was trained, is not "
+        f"There is no feature map: {cache_name}, from which {path.name[:80]} was trained, is not "
         "beside that file, or has changed since."
     ]
 
@@ -138,7 +141,11 @@ def _cache_of(path: Path, report: RunReport) -> FeatureCache | None:
 
 
 def _drawn(
-    cache: FeatureCache, report: RunReport, config: ReportConfig, images: ImageSplit | None
+    head: str,
+    cache: FeatureCache,
+    report: RunReport,
+    config: ReportConfig,
+    images: ImageSplit | None,
 ) -> FeatureMap:
     split = cache.split("test" if "test" in cache.splits else next(iter(cache.splits)))
     rows = np.arange(len(split))
@@ -149,6 +156,7 @@ def _drawn(
     texts, wrong = _texts(cache, split, rows, report)
     pictures = dict(_pictures(images, [split.ids[row] for row in rows], wrong))
     return FeatureMap(
+        head=head,
         cache=cache.path.name,
         split=split.name,
         num_rows=len(split),
