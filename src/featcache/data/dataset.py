@@ -23,7 +23,7 @@ from featcache.data.sources import Source
 from featcache.errors import UserError
 from featcache.runtime import num_cores, progress
 
-Kind = Literal["digits", "torchvision", "folder", "manifest", "tar"]
+Kind = Literal["digits", "torchvision", "folder", "manifest", "tar", "pictures"]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -91,14 +91,18 @@ class ImageSplit:
 
     @staticmethod
     @contextmanager
-    def decoded(raw: bytes | Image.Image) -> Iterator[Image.Image]:
+    def decoded(raw: bytes | Image.Image, least_px: int | None = None) -> Iterator[Image.Image]:
         """Decode what `read` returned to upright RGB; its memory counts until the block ends.
+
+        Args:
+            raw: A file's bytes, or an image in memory, which is as large as it is.
+            least_px: See `images.decoded`.
 
         Raises:
             BadImage: It is not an image, is damaged or too large.
         """
         if isinstance(raw, bytes):
-            with decoded(raw) as image:
+            with decoded(raw, least_px) as image:
                 yield image
         else:
             yield to_rgb(raw)
@@ -197,7 +201,7 @@ class ImageDataset:
 
     Attributes:
         name: Short enough for a file name.
-        kind: digits, torchvision, folder, manifest or tar.
+        kind: digits, torchvision, folder, manifest, tar, or pictures that a Python call was given.
         splits: train and test, and val where the dataset has all three.
         class_names: By label.
         drawn: Whether the seed helped to choose the samples.

@@ -6,7 +6,6 @@ so they are refused. A model file holds all of its network.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -309,7 +308,7 @@ def origin_of(trained: LoadedClassifier) -> ClassifierOrigin:
         "file": trained.path.name,
         "backbone": trained.backbone,
         "solver": trained.head.solver if trained.head else None,
-        "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "preprocessing": trained.preprocessing.to_dict(),
         "decision": trained.decision.to_json(),
         "scores": trained.scores,
         "trained_on": trained.provenance,
