@@ -29,6 +29,7 @@ MAX_ROOM_MODULES = 14
 # each can be read and tested alone. docs/architecture.md shows this table and says what rooms own.
 ROWS = [
     {"errors"},
+    {"ranks"},
     {"config"},
     {"runtime", "streams"},
     {"files"},
@@ -46,6 +47,7 @@ ROWS = [
 ]
 HEAVY = {
     *("torch", "torchvision", "timm", "sklearn", "scipy", "matplotlib", "h5py", "openvino", "tyro"),
+    *("pandas", "pyarrow"),
 }
 # Modules that exist to be imported late: their callers import them inside functions.
 LATE = {

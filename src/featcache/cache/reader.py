@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,18 @@ from featcache.cache.fileio import RESUME
 from featcache.cache.layout import RECREATE
 from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range, num_blocks
 from featcache.cache.storage import CacheFile, texts_of
-from featcache.errors import CacheError
+from featcache.config import weights_text
+from featcache.errors import CacheError, listed
+from featcache.runtime import Facts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEW = 5
+"""So many classes are named by the short description of a cache."""
 
 
-class FeatureCache:
+class FeatureCache(Facts):
     """A finished cache.
 
     Opening reads and checks everything but the features (a sha256 over it); features are checked
@@ -57,6 +65,19 @@ class FeatureCache:
             for name in self._file.layout.splits
         }
         self.splits = {name: len(split) for name, split in self._splits.items()}
+
+    def _facts(self) -> dict[str, object]:
+        network, first = self.meta.backbone, next(iter(self._splits.values()))
+        views = f", {first.num_views} views" if first.num_views > 1 else ""
+        weights = weights_text(dataclasses.asdict(network))
+        return {
+            "file": self.path,
+            "dataset": self.meta.dataset.name,
+            "rows": ", ".join(f"{num:,} {name}" for name, num in self.splits.items()),
+            "features": f"{first.dim}-d {self.meta.dtype}{views}",
+            "classes": f"{len(self.class_names)} ({listed(self.class_names, FEW)})",
+            "backbone": f"{network.backbone} ({weights}), {network.preprocessing.image_px} px",
+        }
 
     def split(self, name: str, *, check: bool = True) -> FeatureSplit:
         """One split by name.
@@ -99,6 +120,42 @@ class FeatureCache:
         """Samples without features as (split, id, reason code of data.REASONS)."""
         return [(name, *entry) for name, split in self._splits.items() for entry in split.skipped]
 
+    def to_pandas(self) -> pd.DataFrame:
+        """All rows with features in one table, splits one after the other; a copy, in memory.
+
+        Returns:
+            Columns `id`, `split`, `label` and `class_name` (or `labels`, such as "a|b"; or
+            `target`), `group` and `weight` where the cache has them, then `feature_0` to
+            `feature_{D-1}` of the plain images, in the cache's dtype. `df.filter(like="feature_")`
+            is X.
+
+        Raises:
+            UserError: pandas is not installed.
+            CacheError: A block is damaged.
+        """
+        from featcache.cache.interop.tables import to_pandas
+
+        return to_pandas(self)
+
+    def to_parquet(self, path: Path | str) -> Path:
+        """Write all rows with features to a Parquet file, in bounded memory.
+
+        The columns are those of `to_pandas`, but the features are one column, `features`: lists of
+        fixed size, float32 whatever the cache's dtype, which viewers of embeddings read. The
+        cache's metadata is in the file's, under "featcache.meta".
+
+        Args:
+            path: The file; one that this method wrote before is replaced, no other.
+
+        Raises:
+            UserError: pyarrow is not installed, or the file would replace another kind of file.
+            CacheError: A block is damaged.
+            StorageError: The file cannot be written.
+        """
+        from featcache.cache.interop.tables import to_parquet
+
+        return to_parquet(self, Path(path))
+
     def check(self) -> None:
         """Check every block of every split.
 
@@ -109,7 +166,7 @@ class FeatureCache:
             split.check()
 
 
-class FeatureSplit:
+class FeatureSplit(Facts):
     """The rows of one split; skipped samples are left out everywhere.
 
     Unpacks to its arrays: `X, y = split`; a number, slice, mask or list picks rows of both.
@@ -145,6 +202,15 @@ class FeatureSplit:
         if "weights" in columns:
             self.weights = file.array(f"{name}/weights")[self.rows].astype(np.float32)
         self._checked = np.full(num_blocks(self._num_rows), not check)
+
+    def _facts(self) -> dict[str, object]:
+        columns = self._file.layout.columns(self.name)
+        facts: dict[str, object] = {
+            "split": self.name,
+            "X": [*((self.num_views,) if self.num_views > 1 else ()), len(self), self.dim],
+            "y": f"{[*self.y.shape]} {self.y.dtype}",
+        }
+        return facts | {name: "yes" for name in ("groups", "weights") if name in columns}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -311,56 +377,3 @@ class FeatureSplit:
         if high - low < len(places):
             features = features[self.rows[low:high] - places.start]
         return slice(low, high), features
-
-
-class FeatureDataset:
-    """One split's rows as (features [D] float32, label).
-
-    Give it to a `DataLoader` with any number of workers, forked or spawned: it travels as a path
-    and opens the file in each process. Where the features fit into memory, plain arrays
-    (`X, y = FeatureCache(path).split("train")`) are much faster than any loader.
-
-    Args:
-        path: A finished cache.
-        split: For example "train".
-        view: Which cached view.
-
-    Raises:
-        CacheError: Not a cache, damaged, or without that split or view.
-    """
-
-    def __init__(self, path: Path | str, split: str = "train", *, view: int = 0) -> None:
-        self.path, self.split, self.view = Path(path).absolute(), split, view
-        self._digest: bytes | None = None
-        self._rows: FeatureSplit | None = None
-        self._pid = -1
-        self._open()
-
-    def _open(self) -> FeatureSplit:
-        if self._rows is None or self._pid != os.getpid():
-            cache = FeatureCache(self.path)
-            if self._digest not in (None, cache.digest):
-                raise CacheError(f"{self.path} was replaced while it was in use: start again")
-            self._digest = cache.digest
-            rows = cache.split(self.split)
-            if not 0 <= self.view < rows.num_views:
-                raise CacheError(
-                    f"{self.path} has no view {self.view}: it has {rows.num_views}, counted from 0"
-                )
-            self._rows, self._pid = rows, os.getpid()
-        return self._rows
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pid": -1, "_rows": None}
-
-    def __len__(self) -> int:
-        return len(self._open())
-
-    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], int]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[npt.NDArray[np.float32], int]]:
-        """Several rows at once, which is what a DataLoader asks for."""
-        split = self._open()
-        features = split.take(indices, self.view).astype(np.float32)
-        return list(zip(features, split.y[list(indices)].tolist(), strict=True))

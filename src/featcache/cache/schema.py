@@ -199,3 +199,22 @@ def num_blocks(num_rows: int) -> int:
 def block_range(block: int, num_rows: int) -> range:
     """Rows of block number `block` in a split of `num_rows` rows."""
     return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, num_rows))
+
+
+def label_texts(
+    class_names: list[str],
+    labels: npt.NDArray[np.integer[Any]],
+    targets: npt.NDArray[Any] | None,
+) -> list[str]:
+    """Every sample's class, labels ("a|b") or number in words.
+
+    Args:
+        class_names: C names.
+        labels: Class numbers [N].
+        targets: See `SplitRows`.
+    """
+    if targets is None:
+        return [class_names[label] for label in labels.tolist()]
+    if targets.ndim == 1:
+        return [str(number) for number in targets.tolist()]
+    return ["|".join(class_names[label] for label in np.flatnonzero(row)) for row in targets]

@@ -53,8 +53,10 @@ class DataConfig(ImagePathsConfig):
 
     dataset: str
     """digits, the name of a torchvision dataset (cifar10, flowers102, ...), a folder of class
-    folders (with train/ and test/ or val/, or one tree with --test-fraction), or a CSV manifest
-    with columns path,label[,split][,weight][,group] (the weight of a train row is 1 by default)."""
+    folders (with train/ and test/ or val/, or one tree with --test-fraction), a CSV manifest with
+    columns path,label[,split][,weight][,group] (the weight of a train row is 1 by default), or tar
+    shards with cls, json or txt beside each image ('photos-{train,test}-{000..127}.tar', a folder
+    of them, or a URL)."""
     num_train: Optional[int] = None
     """Use only this many train images: the first ones of a torchvision dataset; of a folder or
     manifest a seeded sample, stratified by class."""

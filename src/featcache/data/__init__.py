@@ -1,7 +1,8 @@
 """Datasets: from a name, a folder or a manifest to labeled images and their pixels.
 
-`load_dataset` reads digits, a torchvision dataset, a folder or a manifest as an `ImageDataset` of
-`ImageSplit`s, whose sources read single images; `iterate_pixels` and `iterate_batches` decode them.
+`load_dataset` reads digits, a torchvision dataset, a folder, a manifest or tar shards as an
+`ImageDataset` of `ImageSplit`s, whose sources read single images; `iterate_pixels` and
+`iterate_batches` decode them.
 """
 
 from featcache.data.dataset import ImageDataset, ImageSplit

@@ -1,7 +1,7 @@
 """From what the user typed to a dataset: `load_dataset`.
 
-It opens scikit-learn's digits, a torchvision dataset, a folder or a manifest as an `ImageDataset`,
-then reduces that to the number of images asked for.
+It opens scikit-learn's digits, a torchvision dataset, a folder, a manifest or tar shards as an
+`ImageDataset`, then reduces that to the number of images asked for.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from featcache.data.sampling import (
     split_off_test,
     stratified_rows,
 )
+from featcache.data.shards import is_remote, load_shards, names_shards, shards_in
 from featcache.data.sources import ArraySource
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
@@ -51,8 +52,9 @@ def load_dataset(config: DataConfig) -> ImageDataset:
 
     A known name (digits, cifar10, ...; case, dashes and underscores do not matter) means that
     dataset even if there is a folder of that name; a note says so, and ./digits is the folder.
-    Anything else is the path of a folder or of a CSV manifest. A torchvision dataset that was
-    loaded before comes from an index, without importing torch until its first image is read.
+    Anything else is the path of a folder or of a CSV manifest, or names tar shards. A torchvision
+    dataset that was loaded before comes from an index, without importing torch until its first
+    image is read.
 
     `num_train` and `num_test` take the first images of a torchvision dataset that comes split, and
     a stratified, seeded sample of the others. A val split is reduced in proportion to train.
@@ -146,10 +148,11 @@ def _shadow_notes(config: DataConfig, name: str | None) -> tuple[str, ...]:
     return (f"using {what}, not the folder {folder}: type {folder} for the folder",)
 
 
-def _memo(config: DataConfig, root: Path) -> Memo:
+def _memo(config: DataConfig, root: Path | str) -> Memo:
     """File hashes of one dataset; each has its own memo, because a memo is read as a whole."""
-    place = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()
-    return Memo(config.cache_dir, f"files-{place[:16]}")
+    place = os.fspath(root) if is_remote(os.fspath(root)) else os.path.abspath(root)
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    return Memo(config.cache_dir, f"files-{name}")
 
 
 def _load_path(config: DataConfig, path: Path) -> ImageDataset:
@@ -157,13 +160,16 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
     if mode is not None and stat.S_ISREG(mode) and path.suffix.lower() == ".csv":
         return load_manifest(config, path, _memo(config, config.image_root or path.parent))
     _refuse_manifest_flags(config)
-    if mode is not None and stat.S_ISDIR(mode):
+    is_folder = mode is not None and stat.S_ISDIR(mode)
+    if shards_in(config.dataset) if is_folder else names_shards(config.dataset):
+        return load_shards(config, _memo(config, config.dataset))
+    if is_folder:
         return load_folder(config, path, _memo(config, path))
     if mode is not None:
         what = "a file" if stat.S_ISREG(mode) else "neither a folder nor a file"
         raise UserError(
             f"{path} is {what} but not a manifest: give a .csv file with columns "
-            "path,label[,split][,group], or a folder of class folders"
+            "path,label[,split][,group], a folder of class folders, or tar shards"
         )
     if os.sep in config.dataset or path.suffix.lower() == ".csv":
         raise UserError(

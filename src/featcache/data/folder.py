@@ -206,12 +206,12 @@ def _check_tree(tree: _Tree) -> None:
         )
     names, ignored = sorted(tree.by_class), tree.listing.ignored
     if not names:
-        seen = f" (only {_counted(ignored)})" if ignored else ""
+        seen = f" (only {counted(ignored)})" if ignored else ""
         raise UserError(
             f"{tree.top} has no class folders{seen}: put images into {tree.top}/<class>/"
         )
     if tree.num_images == 0:
-        seen = f", only {_counted(ignored)}" if ignored else ""
+        seen = f", only {counted(ignored)}" if ignored else ""
         raise UserError(
             f"no image in the class folders of {tree.top}{seen}; image files end in {_ACCEPTED}"
         )
@@ -274,7 +274,8 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
     return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo, base))
 
 
-def _counted(ignored: Counter[str]) -> str:
+def counted(ignored: Counter[str]) -> str:
+    """Files of other kinds in words, with the commonest suffixes."""
     kinds = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{suffix} {count}x" for suffix, count in kinds[:3])
     return f"files of other kinds ({shown}{', ...' if len(kinds) > 3 else ''})"
@@ -292,7 +293,7 @@ def _notes(trees: list[_Tree]) -> tuple[str, ...]:
     unusable = [path for tree in trees for path in tree.listing.unusable]
     notes = []
     if ignored:
-        notes.append(f"ignored {_counted(ignored)}")
+        notes.append(f"ignored {counted(ignored)}")
     if ours:
         notes.append(f"left out {', '.join(ours)}: featcache's own files")
     if unusable:

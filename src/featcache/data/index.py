@@ -108,9 +108,9 @@ def _entry_of(dataset: ImageDataset) -> _Entry | None:
         numbers = np.array([int(match[2]) for match in matches if match])
         splits[name] = _SplitEntry(
             prefix=prefixes.pop(),
-            numbers=_pack(numbers, "<u4"),
-            labels=_pack(split.labels, "<u4"),
-            content=_pack(split.content, "u1"),
+            numbers=pack(numbers, "<u4"),
+            labels=pack(split.labels, "<u4"),
+            content=pack(split.content, "u1"),
         )
     return _Entry(
         class_names=dataset.class_names,
@@ -134,19 +134,21 @@ def _dataset_of(entry: _Entry, name: str, lazy: _LazyDataset) -> ImageDataset:
 
 
 def _split_of(name: str, entry: _SplitEntry, lazy: _LazyDataset) -> ImageSplit:
-    ids = [f"{entry.prefix}/{number:06d}" for number in _unpack(entry.numbers, "<u4")]
-    labels = _unpack(entry.labels, "<u4").astype(np.int64)
-    content = _unpack(entry.content, "u1").reshape(-1, 32)
+    ids = [f"{entry.prefix}/{number:06d}" for number in unpack(entry.numbers, "<u4")]
+    labels = unpack(entry.labels, "<u4").astype(np.int64)
+    content = unpack(entry.content, "u1").reshape(-1, 32)
     if not len(ids) == len(labels) == len(content):
         raise ValueError("lengths differ")
     return ImageSplit(name, ids, labels, _LazySource(lazy, name, content))
 
 
-def _pack(values: NDArray[Any], dtype: str) -> str:
+def pack(values: NDArray[Any], dtype: str) -> str:
+    """An array as text, for JSON."""
     return base64.b64encode(values.astype(dtype).tobytes()).decode()
 
 
-def _unpack(text: str, dtype: str) -> NDArray[Any]:
+def unpack(text: str, dtype: str) -> NDArray[Any]:
+    """The flat array in such a text. Raises ValueError if it is none."""
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
 
 
@@ -220,6 +222,10 @@ class _LazySource:
         """Require that the image has this sha256. Raises UserError if it has another."""
         if digest != self.content(position):
             raise self._lazy.changed()
+
+    def recall(self, name: str) -> bytes | None:
+        """All hashes."""
+        return self._content.tobytes()
 
     def finish(self) -> None:
         """Nothing to save."""

@@ -22,6 +22,7 @@ from featcache.cache import (
     begun_with,
     cost_of,
     info,
+    label_texts,
     part_path,
     read_meta,
     spent_on,
@@ -300,15 +301,6 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
 Sample = tuple[bytes, str, str | None]
 
 
-def label_texts(class_names: list[str], rows: SplitRows | ImageSplit) -> list[str]:
-    """Every sample's class, labels or number in words."""
-    if rows.targets is None:
-        return [class_names[label] for label in rows.labels.tolist()]
-    if rows.targets.ndim == 1:
-        return [str(number) for number in rows.targets.tolist()]
-    return ["|".join(class_names[label] for label in np.flatnonzero(row)) for row in rows.targets]
-
-
 def _samples(
     class_names: list[str], splits: Mapping[str, SplitRows | ImageSplit]
 ) -> dict[str, Sample]:
@@ -318,7 +310,7 @@ def _samples(
         for name, rows in splits.items()
         for key, label, content, group in zip(
             rows.ids,
-            label_texts(class_names, rows),
+            label_texts(class_names, rows.labels, rows.targets),
             rows.content,
             rows.groups or repeat(None, len(rows.ids)),
             strict=True,

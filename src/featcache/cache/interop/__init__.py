@@ -1,0 +1,1 @@
+"""A finished cache for other libraries: torch, pandas, Parquet."""
