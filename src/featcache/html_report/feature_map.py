@@ -186,15 +186,14 @@ def _coordinates(
     cache: FeatureCache, split: FeatureSplit, rows: NDArray[np.int64], config: ReportConfig
 ) -> NDArray[np.float64]:
     """Two coordinates of each row, computed once for each cache."""
-    memo = Memo(config.cache_dir, "maps")
-    key = f"{config.map} {split.name} {len(rows)} {SEED}"
-    known = np.array(memo.get(key, (*cache.digest,)) or (), np.float64)
+    memo, key = Memo(config.cache_dir, "maps"), f"{cache.digest.hex()} {config.map} {len(rows)}"
+    known = np.array(memo.get(key, ()) or (), np.float64)
     if known.shape == (len(rows), 2) and np.isfinite(known).all():
         return known
     stages = cache.meta.backbone.stages
     columns = stages.group("last") if stages and "last" in stages.names else slice(None)
     found = _projected(split.take(rows)[:, columns].astype(np.float32), config.map == "tsne")
-    memo.put(key, (*cache.digest,), np.round(found, 4).tolist())
+    memo.put(key, (), np.round(found, 4).tolist())
     memo.save()
     return found
 
