@@ -284,8 +284,10 @@ def _descend(
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        near = gap_left(values, decrement) <= tolerance * abs(value)
-        if (near and (iteration or not decrement)) or stalled == MAX_STALLED:
+        # The class part is of the start: where it was measured there, the first step may change it.
+        trusted = iteration >= (1 if known else 2) or decrement == 0
+        near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
+        if near or stalled == MAX_STALLED:
             break
         early = known and iteration < FIRST_REFRESH
         refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
