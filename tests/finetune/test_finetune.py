@@ -17,13 +17,14 @@ import featcache.finetune.training as run_module
 from data_helpers import SIDE, make_folder, make_pets
 from featcache.backbone import build_classifier
 from featcache.config import FinetuneConfig, Preprocessing
-from featcache.data import load_dataset
+from featcache.data import decode_split, load_dataset
 from featcache.errors import FeatcacheError, StorageError, UserError
 from featcache.finetune import finetune, finetune_report, summary_lines
 from featcache.finetune.checkpoint import checkpoint_path
 from featcache.finetune.loop import _with_lone_merged
 from featcache.finetune.samples import Images, hold_out
 from featcache.finetune.trainable import TrainableModel, rate_factor, resolve_recipe
+from featcache.random_order import epoch_order, flip_mask
 from featcache.results import RunReport
 from featcache.tensor_files import model_card, read_tensor_file
 
@@ -208,6 +209,63 @@ class TestWhatTrains:
         recipe = resolve_recipe(dataclasses.replace(config, lr=0.5))
         assert recipe.backbone_lr / recipe.lr == pytest.approx(ratio)
         assert resolve_recipe(dataclasses.replace(config, backbone_lr=0.7)).backbone_lr == 0.7
+
+
+class TestPlainLoop:
+    """What speeds training up changes no update: the same epoch as torch's own loop."""
+
+    @pytest.mark.parametrize("bn_eval", [False, True])
+    def test_an_epoch_ends_with_the_weights_of_the_plain_loop(
+        self, pets: Path, tmp_path: Path, bn_eval: bool
+    ) -> None:
+        config = settings(
+            pets,
+            tmp_path,
+            backbone="resnet18",
+            batch_size=11,
+            epochs=1,
+            optimizer="sgd",
+            bn_eval=bn_eval,
+            device="cpu",
+        )
+        report = finetune(config)
+        model, losses = plain_epoch(config)
+        assert report["epochs"][0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        found, expected = weights_of(report), model.state_dict()
+        start = build_classifier(config, 3, config.seed).state_dict()
+        for name, tensor in expected.items():
+            moved = (tensor - start[name]).abs().max()
+            off = (tensor - found[name]).abs().max()
+            assert off <= 1e-3 * moved, (name, float(off), float(moved))
+
+
+def plain_epoch(config: FinetuneConfig) -> tuple[torch.nn.Module, list[float]]:
+    """One epoch as it is usually written, in the order and with the mirroring of ours."""
+    split = load_dataset(config).splits["train"]
+    prep = Preprocessing(image_px=SIDE, resize="squash", resize_px=SIDE)
+    decoded = decode_split(split, prep, workers=0)
+    assert decoded is not None
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (prep.mean, prep.std))
+    images = (torch.from_numpy(decoded.pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+    flips = torch.from_numpy(flip_mask(len(split), config.seed, 0))
+    images[flips] = images[flips].flip(3)
+    model = build_classifier(config, 3, config.seed).train()
+    if config.bn_eval:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, fused=False)
+    losses = []
+    order = torch.from_numpy(epoch_order(len(split), config.seed, 0))
+    for rows in order.split(config.batch_size):
+        loss = torch.nn.functional.cross_entropy(
+            model(images[rows].contiguous()), torch.tensor(split.labels)[rows]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
 
 
 class TestSchedule:

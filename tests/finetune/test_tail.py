@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import featcache.finetune.training as run_module
 from data_helpers import SIDE, make_pets
@@ -29,7 +28,6 @@ from featcache.extract import check, extract, inspect, inspect_lines, summary_li
 from featcache.finetune import finetune, finetune_report
 from featcache.finetune import summary_lines as finetune_lines
 from featcache.finetune.activations import extraction_config
-from featcache.finetune.small_maps import SmallMapConv
 from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head
 from featcache.predict import Classifier
@@ -364,29 +362,3 @@ class TestRun:
             FinetuneConfig(dataset="digits", from_stage="layer4", **other)
         with pytest.raises(UserError, match=r"^from_stage caches activations, layers features"):
             ExtractConfig(dataset="digits", from_stage="layer4", layers="stages")
-
-
-class TestSmallMapConv:
-    @pytest.mark.parametrize(
-        ("side", "options"),
-        [
-            (2, {"kernel_size": 3, "padding": 1}),
-            (4, {"kernel_size": 3, "padding": 1, "stride": 2, "bias": False}),
-            (1, {"kernel_size": 1}),
-            (4, {"kernel_size": 3, "padding": 2, "dilation": 2, "stride": 2}),
-            (6, {"kernel_size": 3, "padding": 1}),
-        ],
-    )
-    def test_it_is_the_convolution(self, side: int, options: dict) -> None:
-        torch.manual_seed(0)
-        conv = nn.Conv2d(5, 7, **options)
-        results = []
-        for layer in (conv, SmallMapConv(conv)):
-            x = torch.randn(3, 5, side, side, generator=torch.Generator().manual_seed(1))
-            x.requires_grad_()
-            conv.zero_grad()
-            out = layer(x)
-            out.square().sum().backward()
-            results.append([out, x.grad, *(p.grad.clone() for p in conv.parameters())])
-        for plain, ours in zip(*results, strict=True):
-            assert torch.allclose(plain, ours, rtol=1e-4, atol=1e-4)

@@ -666,7 +666,7 @@ class TestInputs:
         self, monkeypatch: pytest.MonkeyPatch, chunk: bytes
     ) -> None:
         class Endless(io.BytesIO):
-            def read(self, size: int | None = -1) -> bytes:
+            def read1(self, size: int | None = -1) -> bytes:
                 return chunk * (size or 0)
 
         monkeypatch.setattr("featcache.predict.pictures.MAX_LIST_BYTES", 1 << 20)
@@ -723,6 +723,46 @@ class TestInputs:
         assert code == 2
         assert "standard input named no image" in err
         assert run(capsys, "head")[0] == 2
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_each_line_is_answered_before_the_next_is_read(
+        self,
+        root: Path,
+        loaded: Classifier,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+    ) -> None:
+        pictures = [str(path) for path in sorted((root / "pets" / "train").rglob("*.png"))[:3]]
+        coming = [*pictures, str(root / "gone.png")]
+        answers: list[tuple[str, str]] = []
+
+        class Dialog(io.BytesIO):
+            def read1(self, size: int | None = -1) -> bytes:
+                answers.append(capsys.readouterr())
+                return coming.pop(0).encode() + b"\n" if coming else b""
+
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Dialog()))
+        code, out, err = run(capsys, "head", "-", "--format", kind)
+        assert (code, out) == (1, "")
+        assert "3 of 4 images classified, 1 unreadable and left out" in err
+        lines = [out.splitlines()[-1] for out, _ in answers[1:4]]
+        paths = [json.loads(t)["path"] if kind == "jsonl" else t.split(",")[0] for t in lines]
+        assert paths == pictures
+        assert answers[4] == ("", f"skipped {root}/gone.png: missing\n")
+        at_once = run(capsys, "head", *pictures, "--format", kind)[1]
+        assert at_once == "".join(out for out, _ in answers)
+
+    def test_a_dialog_without_a_line(
+        self,
+        loaded: Classifier,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        feed(monkeypatch, b"")
+        code, _, err = run(capsys, "head", "-", "--format", "csv")
+        assert code == 2
+        assert "standard input named no image" in err
 
     def test_the_command_reads_the_list(
         self,

@@ -63,6 +63,7 @@ class ImageSplit:
         self.labels = np.array(labels, dtype=np.int64)
         self.weights = None if weights is None else np.array(weights, dtype=np.float32)
         self.targets = None if targets is None else np.array(targets)
+        self._is_whole = positions is None
         self._positions = np.arange(len(self.ids)) if positions is None else np.array(positions)
         self._source = source
         self._content: UInt8 | None = None
@@ -124,8 +125,10 @@ class ImageSplit:
         """
         with self._lock:
             if self._content is None:
-                digests = b"".join(_in_chunks(self._hash_range, len(self)))
-                self._source.finish()
+                digests = self._source.recall(self.name) if self._is_whole else None
+                if digests is None:
+                    digests = b"".join(_in_chunks(self._hash_range, len(self)))
+                    self._source.finish()
                 self._content = np.frombuffer(digests, np.uint8).reshape(-1, 32)
             return self._content
 

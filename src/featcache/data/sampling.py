@@ -207,32 +207,20 @@ def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     """Look for identical images; each is paired with its first copy in train, val, test order."""
     names = [name for name in SPLIT_ORDER if name in splits]
     content = np.concatenate([splits[name].content for name in names])
+    labels = np.concatenate([splits[name].labels for name in names])
     _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
     copies = np.flatnonzero(first[numbers] != np.arange(len(numbers)))
+    originals = first[numbers[copies]]
     starts = np.cumsum([0, *(len(splits[name].ids) for name in names)])
 
-    def places(rows: Int64) -> Iterator[tuple[str, int]]:
+    def places(rows: Int64) -> Iterator[tuple[str, int, str]]:
         parts = np.searchsorted(starts, rows, side="right") - 1
         for part, row in zip(parts.tolist(), (rows - starts[parts]).tolist(), strict=True):
-            yield names[part], row
+            yield names[part], row, splits[names[part]].ids[row]
 
-    found = []
-    for (name, at), (other, there) in zip(
-        places(copies), places(first[numbers[copies]]), strict=True
-    ):
-        split, earlier = splits[name], splits[other]
-        found.append(
-            Copy(
-                split=name,
-                row=at,
-                id=split.ids[at],
-                also_in=other,
-                also_row=there,
-                also_id=earlier.ids[there],
-                same_label=bool(split.labels[at] == earlier.labels[there]),
-            )
-        )
-    return Copies(found=found)
+    same_label = (labels[copies] == labels[originals]).tolist()
+    pairs = zip(places(copies), places(originals), same_label, strict=True)
+    return Copies(found=[Copy(*copy, *original, same) for copy, original, same in pairs])
 
 
 class SharedGroups(NamedTuple):

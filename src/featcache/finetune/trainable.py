@@ -152,11 +152,14 @@ class TrainableModel:
     """
 
     def __init__(self, model: nn.Module, recipe: TrainingRecipe) -> None:
+        from featcache.finetune.small_maps import use_products
+
         self.model, self.network, self.recipe = model, model, recipe
         self.head_name, self.head = head_of(model)
         self._prefixes = self._trained_prefixes()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
+        use_products(model)
 
     def _trained_prefixes(self) -> tuple[str, ...] | None:
         """Dotted names whose modules train; None trains all."""
@@ -164,11 +167,9 @@ class TrainableModel:
             return (self.head_name,)
         if self.recipe.from_stage is not None:
             from featcache.backbone.tail import names_in_tail, tail_of
-            from featcache.finetune.small_maps import with_small_maps
 
-            tail = tail_of(self.model, self.recipe.from_stage)
-            self.network = with_small_maps(tail)
-            return names_in_tail(self.model, tail)
+            self.network = tail_of(self.model, self.recipe.from_stage)
+            return names_in_tail(self.model, self.network)
         if not self.recipe.unfreeze:
             return None
         with_parameters = [

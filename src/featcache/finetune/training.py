@@ -39,7 +39,7 @@ from featcache.results.metrics import without_leaks
 from featcache.results.runs import evaluate
 from featcache.results.tables import leak_lines, score_lines
 from featcache.results.targets import TargetPredictions, multilabel_scores
-from featcache.runtime import environment, say
+from featcache.runtime import environment, freed_memory_kept, say
 from featcache.tensor_files import LABEL_THRESHOLD, ModelCard, write_model
 
 if TYPE_CHECKING:
@@ -85,8 +85,11 @@ def finetune_report(
 
     start = time.perf_counter()
     try:
-        # Same seed, same weights, on GPUs too.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with (
+            freed_memory_kept(),
+            # Same seed, same weights, on GPUs too.
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        ):
             run = prepare(config, dataset, activations)
             run.checkpoint_s = checkpoint_s
             check_files(config, run.output)
@@ -278,7 +281,12 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> JsonObject:
             "test_top1": None,
             "test_interval": None,
             "target_scores": multilabel_scores(
-                truth, probabilities, predicted, names, seed=run.config.seed
+                truth,
+                probabilities,
+                predicted,
+                names,
+                groups=split.groups,
+                seed=run.config.seed,
             ),
             "targets": TargetPredictions.of_labels(split.ids, truth, predicted),
         }

@@ -225,7 +225,8 @@ def _settings(report: RunReport | None) -> dict[str, str]:
 
 def _label(name: str, value: str | float) -> str:
     """A setting in words; empty for one that is off."""
-    words, text = name.replace("_", " ")[:40], str(value)[:40]
+    text = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+    words = name.replace("_", " ")[:40]
     if name in LABELS:
         return LABELS[name].format(text)
     if isinstance(value, bool):
