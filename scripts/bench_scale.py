@@ -276,7 +276,7 @@ def _extract(
         subprocess.Popen([sys.executable, *words], env=plain | more, stderr=subprocess.DEVNULL)  # noqa: S603
         for more in ranks
     ]
-    if any([process.wait() for process in running]):
+    if sum(process.wait() != 0 for process in running):  # waits for all
         raise FeatcacheError("extract-features failed")
     return time.perf_counter() - start, _processor_s() - before
 
