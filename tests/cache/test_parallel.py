@@ -17,8 +17,8 @@ import pytest
 import rank_runs
 from cache_helpers import CLASSES, flip_bit, make_meta
 from conftest import TESTS
-from featcache.cache import fileio, open_writer, part_path, verify, writer
-from featcache.cache.lock import Lock
+from featcache.cache import fileio, lock, open_writer, part_path, verify, writer
+from featcache.cache.lock import HeldError, Lock, join
 from featcache.cache.parallel import (
     MERGING,
     ClaimedWriter,
@@ -211,6 +211,24 @@ def test_a_shard_alone_leaves_the_rest_to_others(path, whole):
     assert path.read_bytes() == whole
 
 
+def test_a_run_that_is_no_rank_keeps_ranks_out(path, monkeypatch):
+    monkeypatch.setattr(lock, "UNKNOWN_S", 0.1)
+
+    def hold() -> None:
+        with open_writer(path, META, CLASSES, SPLITS):
+            time.sleep(60)
+
+    plain = fork(hold)
+    while not part_path(path).exists():
+        time.sleep(0.01)
+    for write in WRITES:
+        with pytest.raises(HeldError, match=rf"being written by process {plain} on "):
+            work(write, path, Share(1, 2))
+        plan.plan_path(path).unlink()
+    os.kill(plain, signal.SIGKILL)
+    wait([plain])
+
+
 def join_alone(path: Path) -> ClaimedWriter:
     one = join_writers(Job(path, META, CLASSES, SPLITS, Share(0, 2)), helps=False)
     assert one is not None
@@ -314,6 +332,8 @@ def test_a_rank_that_comes_during_the_merge_has_nothing_to_do(path):
     while not place.exists() or not place.read_bytes():
         time.sleep(0.01)
     assert work("shards", path, Share(1, 2)) == MERGING
+    with pytest.raises(HeldError, match=r"being written by process \d+ \(rank 0 of 2\) on "):
+        join(path, "rank 0 of 3", 0.2)
     os.kill(merger, signal.SIGKILL)
     wait([merger])
     assert work("shards", path, Share(1, 2)) is None
