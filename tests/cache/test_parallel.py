@@ -40,6 +40,7 @@ from featcache.errors import CacheError, StorageError
 from rank_runs import META, ROWS, SPLITS, fork, start, wait, work
 
 PAGE = 4096
+values = rank_runs.values
 WRITES = ("direct", "shards")
 
 
@@ -130,16 +131,22 @@ def test_a_rank_with_other_weights_is_refused_by_name(path, whole, write):
 
 def test_a_rank_that_hangs_costs_a_lease_and_no_row(path, whole, monkeypatch, capfd):
     monkeypatch.setattr(claims, "LEASE_S", 0.4)
-    monkeypatch.setattr(rank_runs, "BLOCK_S", 0.02)
-    hung = fork(lambda: work("direct", path, Share(1, 3)))
-    while not part_path(path).exists():
-        time.sleep(0.005)
-    time.sleep(0.1)
-    os.kill(hung, signal.SIGSTOP)
+    calls = []
+
+    def stop_at_the_third(split: str, rows: range) -> np.ndarray:
+        calls.append(rows)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return values(split, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank_runs, "values", stop_at_the_third)
+        hung = fork(lambda: work("direct", path, Share(1, 3)))
+    assert os.WIFSTOPPED(os.waitpid(hung, os.WUNTRACED)[1])
     others = [fork(lambda i=i: work("direct", path, Share(i, 3))) for i in (0, 2)]
     assert wait(others) == [1, 1]
     said = capfd.readouterr().err
-    assert ": nothing written for 0 s, computed here too" in said
+    assert "block train/8: nothing written for 0 s, computed here too" in said
     assert "every block is written, but another rank has not ended for 0 s: end it, then" in said
     assert verify(part_path(path)).problems == [
         "unfinished: 20 of 20 blocks are written; rerun the same extract-features command to resume"
@@ -299,9 +306,6 @@ def test_another_number_of_ranks_keeps_what_is_there(path, whole, monkeypatch):
         rank_runs.work_on_shard(path, META, Share(index, 5))
     assert len(computed) == 20 - 10 - 4
     assert path.read_bytes() == whole
-
-
-values = rank_runs.values
 
 
 def test_one_process_takes_what_ranks_left(path, whole):

@@ -41,7 +41,12 @@ from featcache.cache.parallel import (
 )
 from featcache.config import ExtractConfig
 from featcache.errors import FeatcacheError, UserError
-from featcache.extract.blocks import ExtractionRun, choose_engine_for, compute_blocks
+from featcache.extract.blocks import (
+    ExtractionRun,
+    choose_engine_for,
+    compute_blocks,
+    warn_if_decoding_is_slow,
+)
 from featcache.extract.extraction import (
     ExtractReport,
     cost_record,
@@ -55,7 +60,8 @@ from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
 from featcache.runtime import num_cores, progress, say, torch_threads_kept, use_local_gpu
 
-PROGRESS_S = 1.0
+PROGRESS_S, PROGRESS_COST = 1.0, 100.0
+"""The bar is drawn anew after this long, and after this many times what that took."""
 
 
 @final
@@ -165,6 +171,8 @@ def _extract_as(
             use_local_gpu(rank.local_index)
         _agree(part)
         following = (_write_direct if write == "direct" else _write_shard)(part)
+    if rank.index == 0:
+        warn_if_decoding_is_slow(run)
     if following is not None:
         return _rank_report(request, rank, run, following)
     report = extract_report(path, request.dataset, run)
@@ -271,8 +279,9 @@ class _CommonBar:
 
     def update(self, _: int) -> None:
         if (now := time.monotonic()) >= self._next:
-            self._next = now + PROGRESS_S
             self._bar.update(self._count() - self._bar.n)
+            # Looking into many shards takes a while, which the network waits for.
+            self._next = now + max(PROGRESS_S, PROGRESS_COST * (time.monotonic() - now))
 
 
 def _rank_report(request: Request, rank: Rank, run: ExtractionRun, following: str) -> RankReport:
