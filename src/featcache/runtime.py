@@ -6,6 +6,7 @@ Also how to show something to people: `say` and `progress` while work runs, `Fac
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -16,9 +17,9 @@ import threading
 import time
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from featcache import __version__
 from featcache.errors import shown, visible
@@ -360,6 +361,8 @@ def progress(total: int | None, title: str = "", *, late: bool = False, **option
         late: Show the bar only after two seconds, and remove it at the end.
         options: Passed to tqdm, for example `unit`, which is "img" (images) by default.
     """
+    if late:
+        return LateBar(functools.partial(progress, total, title, leave=False, **options))
     from importlib.util import find_spec
 
     if in_notebook() and find_spec("ipywidgets"):
@@ -367,7 +370,36 @@ def progress(total: int | None, title: str = "", *, late: bool = False, **option
     else:
         from tqdm import tqdm
 
-    if late:
-        options = {"delay": LATE_BAR_S, "leave": False, **options}
     options = {"disable": bar_hidden(), "unit": "img", **options}
     return tqdm(total=total, desc=visible(title), **options)
+
+
+class LateBar:
+    """A bar made after two seconds: importing tqdm would take a tenth of a short command.
+
+    Args:
+        make: Makes the bar, given how far the work is.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._start = make, time.perf_counter()
+        self._num, self._bar = 0, None
+
+    def update(self, num: int = 1) -> None:
+        """Count steps that are done."""
+        if self._bar is not None:
+            self._bar.update(num)
+        elif time.perf_counter() - self._start >= LATE_BAR_S:
+            self._bar = self._make(initial=self._num + num)
+        self._num += num
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

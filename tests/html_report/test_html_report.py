@@ -473,8 +473,9 @@ def test_runs_on_different_numbers_of_images_say_so(tmp_path: Path) -> None:
     cell_report("finetune", "5", 50).save(tmp_path / "tune.json")
     names = [run.name for run in compared_runs(read_report_files([tmp_path]))]
     assert names == [
-        "cached head, logistic, 300 train images", "fine-tune (notebook, lr 0.0001), 50 train images",
-    ]  # fmt: skip
+        "cached head, logistic, 300 train images",
+        "fine-tune (notebook, lr 0.0001), 50 train images",
+    ]
 
 
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
