@@ -26,11 +26,12 @@ from featcache.cache import (
     waiting_writer,
 )
 from featcache.cache.parallel import (
+    MERGING,
     Job,
     Plan,
     Share,
     Write,
-    join,
+    join_shards,
     join_writers,
     merge_if_last,
     num_in_shards,
@@ -235,8 +236,9 @@ def _write_direct(part: _Part) -> str | None:
 def _write_shard(part: _Part) -> str | None:
     """Compute this rank's shard, as `_write_direct` does its blocks; the last rank merges."""
     job, run = part.job, part.run
-    lock = join(job.path, job.rank)  # keeps out runs that are no ranks
-    lock.share()
+    lock = join_shards(job)
+    if lock is None:
+        return MERGING
     writer = open_shard(job)
     if writer is not None:
         with writer, _bar(part, lambda: num_in_shards(job.path)) as bar:
