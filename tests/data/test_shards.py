@@ -126,10 +126,15 @@ def test_splits_by_folder_or_name(tmp_path: Path, load: Load) -> None:
     assert dataset.splits["val"].ids == ["val/0006.png", "val/0007.png"]
 
 
-def test_a_folder_that_may_be_of_images_stays_one(tmp_path: Path, load: Load) -> None:
+def test_a_folder_that_may_be_of_images_stays_one(
+    tmp_path: Path, load: Load, message: Message
+) -> None:
     tree = make_tree(tmp_path / "pets", {"cat": 4, "dog": 4})
     pack(tree / "pets.tar", samples(tree))
     assert load(tree, test_fraction=0.5).kind == "folder"
+    pack(tmp_path / "loose" / "a.tar", samples(tree))
+    (tmp_path / "loose" / "a.png").write_bytes(encoded(picture(1)))
+    assert "has images outside class folders" in message(tmp_path / "loose", test_fraction=0.5)
 
 
 def test_a_name_in_two_shards(tmp_path: Path, load: Load) -> None:

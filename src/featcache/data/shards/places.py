@@ -9,14 +9,16 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from featcache.data.listing import SPLIT_NAMES, is_clutter
-from featcache.data.shards.members import Stream
+from featcache.data.listing import SPLIT_NAMES, is_clutter, is_image_file
 from featcache.errors import FeatcacheError, StorageError, UserError, shown
 from featcache.file_hashes import is_settled, stamp_of
 from featcache.files import open_regular
 from featcache.runtime import say
+
+if TYPE_CHECKING:
+    from featcache.data.shards.members import Stream
 
 T = TypeVar("T")
 MAX_SHARDS = 100_000
@@ -56,7 +58,7 @@ def shards_in(folder: str) -> list[str]:
     """The shards of a folder that has nothing else: *.tar, or train/*.tar and test/*.tar.
 
     Returns:
-        Paths; empty where there are other folders, so that it may be one of class folders.
+        Paths; empty where there are images or other folders, as in a tree of class folders.
     """
     found: list[str] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -70,6 +72,8 @@ def shards_in(folder: str) -> list[str]:
                 found += below
             elif entry.name.lower().endswith(".tar"):
                 found.append(entry.path)
+            elif is_image_file(entry.name):
+                return []
     return found
 
 
