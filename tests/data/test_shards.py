@@ -20,7 +20,7 @@ from data_helpers import Load, Message, encoded, make_folder, make_tree, number_
 from featcache.data import BadImage
 from featcache.data.shards import places
 from featcache.data.shards.members import members
-from featcache.data.shards.places import expand
+from featcache.data.shards.places import expand, find_shards
 from featcache.errors import StorageError, UserError
 
 Files = dict[str, bytes]
@@ -246,6 +246,15 @@ def test_patterns() -> None:
     assert expand("a-{008..010}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert expand("{x,y}/{9..10}.tar") == ["x/9.tar", "x/10.tar", "y/9.tar", "y/10.tar"]
     assert expand("a{b}.tar") == ["a{b}.tar"]
+
+
+def test_names_of_shards_behind_urls() -> None:
+    found = find_shards("https://x/set/{train/0,train/1,test/0}.tar?key=test")
+    assert [shard.name for shard in found] == ["test/0.tar", "train/0.tar", "train/1.tar"]
+    assert [shard.split for shard in found] == ["test", "train", "train"]
+    (shard,) = find_shards("simplecache::s3://bucket/val/a.tar")
+    assert shard == ("simplecache::s3://bucket/val/a.tar", "a.tar", "")
+    assert [s.name for s in find_shards("{s3://x,/y}/a.tar")] == ["y/a.tar", "s3:/x/a.tar"]
 
 
 def test_damage_is_named_with_its_member(tmp_path: Path, message: Message) -> None:

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_SHARDS = 100_000
 RETRY_S = 1.0
-_SUFFIX = re.compile(r"\.(tar|tgz|tar\.\w{1,4})$", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(tar|tgz|tar\.\w{1,4})(\Z|[?#])", re.IGNORECASE)
 # What comes before a brace, and the brace: two numbers or several words. At the end, the rest.
 _BRACES = re.compile(r"(.*?)(?:\{(\d{1,9})\.\.(\d{1,9})\}|\{([^{}]*,[^{}]*)\}|\Z)")
+_BESIDE = re.compile(r"^.*::|[?#].*")
+"""What a URL has before and after the path."""
 # What a server says of every version of a file.
 _NO_VERSION = {"name", "size", "type", "mimetype", "url", "partial", "islink"}
 
@@ -94,8 +96,9 @@ def find_shards(text: str) -> list[Shard]:
     places = sorted(place if is_remote(place) else os.path.abspath(place) for place in places)
     if not places or len(set(places)) < len(places):
         raise UserError(f"{text} names {'a shard twice' if places else 'no shard'}: correct it")
-    folder = os.path.commonpath([os.path.dirname(place.rpartition("::")[2]) for place in places])
-    names = [os.path.relpath(place.rpartition("::")[2], folder) for place in places]
+    paths = ["/" + (_BESIDE.sub("", p) if is_remote(p) else p) for p in places]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [os.path.relpath(path, folder) for path in paths]
     return [Shard(place, name, _split_of(name)) for place, name in zip(places, names, strict=True)]
 
 
