@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             say(f"linking {num:,} files")
             link_files(place / "images", num)
             time.sleep(SETTLE_S + 0.5)  # or hashes of files that changed just now are not kept
-            with ProcessPoolExecutor(max_workers=1) as pool:
+            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
                 found[num] = pool.submit(first_run, place).result()
             found[num]["hit check, whole command"] = _hit_check(place)
         finally:
@@ -149,7 +150,8 @@ def _hit_check(place: Path) -> tuple[float, float, float]:
         text=True,
     )
     assert process.stdout is not None
-    answer = process.stdout.read()
+    with process.stdout:
+        answer = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or "already cached" not in answer:
