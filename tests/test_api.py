@@ -19,8 +19,19 @@ from PIL import Image
 import featcache
 from conftest import REPO
 from data_helpers import make_folder
-from featcache import ExtractConfig, UserError, extract_features, write_report
+from featcache import (
+    Classifier,
+    ExtractConfig,
+    TrainHeadConfig,
+    UserError,
+    extract_features,
+    train_head,
+    write_report,
+)
+from featcache.heads import load_head
+from featcache.results import RunReport
 from featcache.runtime import bar_hidden, environment
+from trained_helpers import extracted_cache
 
 SCRIPT = """
 from featcache import Classifier, ExtractConfig, FeatureCache, Prediction, extract_features
@@ -141,3 +152,24 @@ def test_every_command_is_a_function(tmp_path: Path) -> None:
 
 def trained_names(cache: str) -> list[str]:
     return featcache.FeatureCache(cache).class_names
+
+
+def test_objects_describe_themselves_in_a_line_and_in_notebooks(tmp_path) -> None:
+    cache = extracted_cache(tmp_path, seed=42)
+    report = train_head(TrainHeadConfig(cache=cache.path, solver="ridge"))
+    path = Path(report["head"])
+    assert repr(cache) == (
+        f"<FeatureCache file: {cache.path}; dataset: pets; rows: 16 train, 4 test; features: "
+        "512-d float32; classes: 2 (cat, dog); backbone: resnet18 (random), 32 px>"
+    )
+    assert repr(cache.split("test")) == "<FeatureSplit split: test; X: [4, 512]; y: [4] int64>"
+    head = repr(load_head(path))
+    assert head.startswith(
+        "<LinearHead solver: ridge; classes: 2 (cat, dog); features: 512-d, from"
+    )
+    assert f"test_top1 {report['test_top1']:.3f}" in head
+    run, top1 = repr(RunReport.load(path.with_suffix(".json"))), report["test_top1"]
+    assert run.startswith(f"<RunReport command: train-head; found: accuracy {top1:.3f} [")
+    classifier = repr(Classifier.load(path))
+    assert classifier.startswith(f"<Classifier file: {path}; what: ridge head on resnet18 (random)")
+    assert '<td style="text-align:left">2 (cat, dog)</td>' in cache._repr_html_()

@@ -29,8 +29,9 @@ MAX_ROOM_MODULES = 14
 # each can be read and tested alone. docs/architecture.md shows this table and says what rooms own.
 ROWS = [
     {"errors"},
+    {"ranks"},
     {"config"},
-    {"runtime", "streams", "ranks"},
+    {"runtime", "streams"},
     {"files"},
     {"file_hashes", "groups", "random_order", "tensor_files"},
     {"cache", "data", "backbone", "results"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from featcache.files import (
     write_atomically,
 )
 from featcache.runtime import (
+    Facts,
     cpu_quota,
     interrupts_first,
     interrupts_held,
@@ -260,3 +263,30 @@ def test_overlapping_users_leave_torchs_threads_as_the_first_found_them() -> Non
 
 def test_free_memory_is_known():
     assert runtime.available_memory() > 1 << 26
+
+
+class Pet(Facts):
+    def _facts(self):
+        return {"name": "a\x1b[2J<b>", "legs": 4}
+
+
+def test_facts_are_one_line_and_a_table_and_a_strangers_words_stay_words():
+    assert repr(Pet()) == "<Pet name: a?[2J<b>; legs: 4>"
+    html = Pet()._repr_html_()
+    assert html.startswith("<table><caption>Pet</caption><tr><th")
+    assert ">a?[2J&lt;b&gt;</td></tr>" in html
+    assert len(repr(type("Long", (Pet,), {"_facts": lambda _: {"x": "y" * 10_000}})())) < 200
+
+
+def test_a_notebook_with_widgets_gets_its_own_bar(monkeypatch):
+    made = []
+    module = types.ModuleType("tqdm.notebook")
+    module.tqdm = lambda **options: made.append(options)
+    monkeypatch.setitem(sys.modules, "tqdm.notebook", module)
+    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with progress(1, file=io.StringIO()) as bar:
+        assert type(bar).__module__ == "tqdm.std"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ipywidgets")
+    progress(3, "train")
+    assert made == [{"total": 3, "desc": "train", "disable": False, "unit": "img"}]

@@ -3,6 +3,7 @@
 Commands, each with a settings class (`help(featcache.ExtractConfig)` explains the fields):
 
     extract_features(ExtractConfig)    cache the features of a dataset's images
+    merge_shards(MergeConfig)          make one cache of the shards of several machines
     train_head(TrainHeadConfig)        fit a head on a cache
     audit_cache(AuditConfig)           find wrong labels, leaks and odd images in a cache
     finetune_network(FinetuneConfig)   train the whole network on the images
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.api import export_classifier as export_classifier
     from featcache.api import extract_features as extract_features
     from featcache.api import finetune_network as finetune_network
+    from featcache.api import merge_shards as merge_shards
     from featcache.api import predict_images as predict_images
     from featcache.api import train_head as train_head
     from featcache.api import write_report as write_report
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # the same names, for type checkers and completion
     from featcache.config import ExportConfig as ExportConfig
     from featcache.config import ExtractConfig as ExtractConfig
     from featcache.config import FinetuneConfig as FinetuneConfig
+    from featcache.config import MergeConfig as MergeConfig
     from featcache.config import PredictConfig as PredictConfig
     from featcache.config import Preprocessing as Preprocessing
     from featcache.config import ReportConfig as ReportConfig
@@ -87,6 +90,7 @@ _HOMES = {
     "FeatureHeadClassifier": "heads.estimator",
     "FinetuneConfig": "config",
     "LinearHead": "heads",
+    "MergeConfig": "config",
     "PredictConfig": "config",
     "Preprocessing": "config",
     "Prediction": "predict",
@@ -99,6 +103,7 @@ _HOMES = {
     "export_classifier": "api",
     "extract_features": "api",
     "finetune_network": "api",
+    "merge_shards": "api",
     "predict_images": "api",
     "train_head": "api",
     "write_report": "api",

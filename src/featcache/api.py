@@ -15,6 +15,7 @@ from featcache.config import (
     ExtractConfig,
     FinetuneConfig,
     JsonObject,
+    MergeConfig,
     PredictConfig,
     Preprocessing,
     ReportConfig,
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
     from featcache.backbone import OwnNetwork
     from featcache.export import ExportReport
-    from featcache.extract import ExtractReport
+    from featcache.extract import ExtractReport, RankReport
+    from featcache.extract.maintenance import MergeReport
     from featcache.html_report import PageReport
     from featcache.predict import PredictReport
 
@@ -38,7 +40,7 @@ def extract_features(
     *,
     backbone: nn.Module | None = None,
     preprocessing: Preprocessing | None = None,
-) -> ExtractReport:
+) -> ExtractReport | RankReport:
     """Run the frozen backbone once over a dataset and cache its features.
 
     Args:
@@ -49,7 +51,8 @@ def extract_features(
         preprocessing: How an image becomes its input; by default as for ImageNet at 224 px.
 
     Returns:
-        The command's JSON report; `report["cache"]` is the file, for `FeatureCache`.
+        The command's JSON report; `report["cache"]` is the file, for `FeatureCache`. Under torchrun
+        or srun, a rank that leaves the file to others returns a `RankReport`, which has "rank".
 
     Raises:
         UserError: Wrong input, an unreadable image with `on_error="fail"`, or an existing cache
@@ -59,6 +62,19 @@ def extract_features(
     if backbone is None:
         return _run("extract-features", config)
     return _run("extract-features", config, own=_own(config, backbone, preprocessing))
+
+
+def merge_shards(config: MergeConfig) -> MergeReport:
+    """Merge the shards that several ranks of `extract_features` wrote into one cache.
+
+    Returns:
+        The command's JSON report.
+
+    Raises:
+        CacheError: Shards are missing, unfinished, damaged, or were made with other settings.
+        StorageError: A rank is still at work, or the disk is full.
+    """
+    return _run("merge", config)
 
 
 def train_head(config: TrainHeadConfig) -> JsonObject:

@@ -41,8 +41,8 @@ class Command(NamedTuple):
 COMMANDS = {
     "extract-features": Command(
         config="ExtractConfig",
-        worker="extract:extract",
-        summary="extract:summary_lines",
+        worker="extract:extract_part",
+        summary="extract:part_lines",
         help="run the frozen backbone once and cache its features",
         resumes=True,
     ),
@@ -70,6 +70,13 @@ COMMANDS = {
         worker="extract:check",
         summary="extract:check_lines",
         help="check a cache for damage, and repair it",
+    ),
+    "merge": Command(
+        config="MergeConfig",
+        worker="extract:merge",
+        summary="extract:merge_lines",
+        help="merge the shards that several machines wrote into one cache",
+        resumes=True,
     ),
     "audit": Command(
         config="AuditConfig",

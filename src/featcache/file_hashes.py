@@ -23,8 +23,9 @@ from typing import Any
 from featcache.errors import StorageError
 from featcache.files import open_regular, read_regular, write_atomically
 
-MAX_BYTES = 256 * 2**20
-MAX_FILES = 32
+MAX_BYTES = 2**30
+"""Room for the hashes of about seven million files."""
+MAX_FILES = 64
 SETTLE_S = 2.0
 """The coarsest clock of a file system: a younger file could change without a new timestamp."""
 
@@ -56,11 +57,15 @@ class Memo:
     """
 
     def __init__(self, cache_dir: Path, name: str = "files") -> None:
-        clean = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
-        self.path = Path(cache_dir) / f"{_PREFIX}{clean}.json"
+        self._name = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
+        self.path = Path(cache_dir) / f"{_PREFIX}{self._name}.json"
         self._lock = threading.Lock()
         self._entries: dict[str, list[Any]] | None = None
         self._new: dict[str, list[Any]] = {}
+
+    def beside(self, name: str) -> Memo:
+        """Another memo of the same thing, for facts that are read without these."""
+        return Memo(self.path.parent, f"{self._name}-{name}")
 
     def get(self, key: str, stamp: Sequence[int]) -> Any | None:
         """The value of `key`, or None if there is none or the stamp differs."""
@@ -125,20 +130,29 @@ def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
     Raises:
         OSError: A folder or file cannot be inspected, or a link is broken or circular.
     """
+    tops = filter(os.path.lexists, map(os.fspath, paths))
+    return _stamp_of_all(found for top in tops for found in _files_below(top, ()))
+
+
+def files_stamp(paths: Sequence[str]) -> tuple[int, ...] | None:
+    """One stamp for all of these files; None if one is missing or changed too recently."""
+    with contextlib.suppress(OSError):
+        return _stamp_of_all((path, os.stat(path)) for path in paths)
+    return None
+
+
+def _stamp_of_all(files: Iterable[tuple[str, os.stat_result | None]]) -> tuple[int, ...] | None:
     now_s = time.time()
     found = hashlib.sha256()
     num_files = 0
-    for top in map(os.fspath, paths):
-        if not os.path.lexists(top):
-            continue
-        for path, status in _files_below(top, ()):
-            stamp: tuple[int, ...] = ()
-            if status is not None:
-                if not is_settled(status, now_s):
-                    return None
-                stamp = stamp_of(status)
-                num_files += 1
-            found.update(f"{path}\0{stamp}\0".encode(errors="surrogateescape"))
+    for path, status in files:
+        stamp: tuple[int, ...] = ()
+        if status is not None:
+            if not is_settled(status, now_s):
+                return None
+            stamp = stamp_of(status)
+            num_files += 1
+        found.update(f"{path}\0{stamp}\0".encode(errors="surrogateescape"))
     return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
 
 

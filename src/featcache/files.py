@@ -144,6 +144,32 @@ def write_atomically(path: Path, data: bytes) -> None:
         draft.write_bytes(data)
 
 
+def create_atomically(path: Path, data: bytes) -> bool:
+    """Write a new file atomically; of several processes, on any machine, exactly one does.
+
+    Returns:
+        False if there is such a file already, which stays as it is.
+
+    Raises:
+        StorageError: The file system refused.
+    """
+    with storage_errors(path), _private_folder(path) as folder:
+        draft = folder / path.name
+        with draft.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except OSError:  # this file system has no links
+            if os.path.lexists(path):
+                return False
+            os.replace(draft, path)
+        return True
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that replaces `path` when the block ends without an error.

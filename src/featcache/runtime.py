@@ -1,6 +1,6 @@
 """The machine and the process: cores, devices, threads, seeds, versions, interrupts, timers.
 
-Also the two ways to show something to people while work runs: `say` and `progress`.
+Also how to show something to people: `say` and `progress` while work runs, `Facts` of a result.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
-from featcache.errors import visible
+from featcache.errors import shown, visible
 
 NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
-FEATURES_VERSION = "0.1"
+FEATURES_VERSION = "0.2"
 """The version of featcache that last changed a feature. Raise it when the same image gets other
 features than before: every existing cache is then refused and has to be extracted again."""
 LATE_BAR_S = 2.0
@@ -258,6 +258,14 @@ def pick_device(name: str) -> str:
     return name
 
 
+def use_local_gpu(index: int) -> None:
+    """Make cuda mean one GPU of this machine, for the process of this number on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())
+
+
 def import_torchvision(part: str) -> Any:
     """Import a part of torchvision (models, datasets) without importing torch's compiler.
 
@@ -321,6 +329,28 @@ def say(text: str) -> None:
             print(visible(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
+class Facts:
+    """Shows an object by a few facts: a line as its `repr`, a small table in notebooks."""
+
+    def _facts(self) -> dict[str, object]:
+        """The facts by name, in order; texts may be a stranger's."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        facts = "; ".join(f"{name}: {shown(str(fact))}" for name, fact in self._facts().items())
+        return f"<{type(self).__name__} {facts}>"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = [
+            f'<tr><th style="text-align:left">{escape(name)}</th>'
+            f'<td style="text-align:left">{escape(shown(str(fact)))}</td></tr>'
+            for name, fact in self._facts().items()
+        ]
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
+
+
 def progress(total: int | None, title: str = "", *, late: bool = False, **options: Any) -> Any:
     """A progress bar for terminals and notebooks.
 
@@ -330,7 +360,12 @@ def progress(total: int | None, title: str = "", *, late: bool = False, **option
         late: Show the bar only after two seconds, and remove it at the end.
         options: Passed to tqdm, for example `unit`, which is "img" (images) by default.
     """
-    from tqdm import tqdm
+    from importlib.util import find_spec
+
+    if in_notebook() and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
 
     if late:
         options = {"delay": LATE_BAR_S, "leave": False, **options}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from featcache import backbone as bb
 from featcache.backbone import checkpoint, identity
-from featcache.config import IMAGENET_MEAN, BackboneConfig
+from featcache.config import IMAGENET_MEAN, BackboneConfig, BackboneInfo
 from featcache.errors import UserError
 
 BUNDLED_SHA = "9ef04ded836621e09d9c91d88f5b4ededa694f938499ef2d95d7ffd8bbba8070"
@@ -66,6 +66,13 @@ def test_identity_is_remembered_and_a_changed_file_is_seen(tmp_path: Path) -> No
 def test_overrides_of_preprocessing(tmp_path: Path, overrides: dict, wanted: tuple) -> None:
     prep = bb.identify(bundled(**overrides), 0, tmp_path).preprocessing
     assert (prep.image_px, prep.resize, prep.resize_px, prep.mean[0]) == wanted
+
+
+def test_fast_decoding_is_recorded_only_where_it_is_on(tmp_path: Path) -> None:
+    assert "fast_decode" not in bb.identify(bundled(), 0, tmp_path).to_dict()["preprocessing"]
+    info = bb.identify(bundled(fast_decode=True), 0, tmp_path)
+    assert info.to_dict()["preprocessing"]["fast_decode"] is True
+    assert BackboneInfo.from_dict(info.to_dict()) == info
 
 
 def test_imagenet_crop_keeps_its_ratio() -> None:

@@ -114,7 +114,7 @@ def test_another_file_under_the_locks_name_keeps_its_bytes(path, tmp_path):
 
 
 def test_a_file_system_without_locks_is_named_and_can_be_used(path, monkeypatch):
-    def refuse(fd, how):
+    def refuse(fd, how, *place):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("featcache.cache.lock.fcntl.lockf", refuse)

@@ -98,6 +98,32 @@ def test_jpeg_is_what_pillow_decodes() -> None:
         np.testing.assert_array_equal(pixels(data), np.asarray(image))
 
 
+@pytest.mark.parametrize(
+    ("least", "size"), [(8, (8, 12)), (9, (16, 24)), (31, (32, 48)), (33, (64, 96)), (99, (64, 96))]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_is_decoded_as_small_as_asked(least: int, size: tuple[int, int], mode: str) -> None:
+    smooth = Image.fromarray(colours()).resize((64, 96), Image.Resampling.BICUBIC).convert(mode)
+    data = encoded(smooth, "JPEG", quality=95, progressive=True)
+    with decoded(data, least) as image:
+        assert (image.mode, image.size) == ("RGB", size)
+        wanted = decode(data).resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(image, int) - np.asarray(wanted)).mean() < 6
+
+
+def test_fast_decoding_turns_upright_and_refuses_what_decoding_refuses() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(colours(32))
+    with decoded(encoded(picture.resize((64, 96)), "JPEG", exif=exif), 30) as image:
+        assert image.size == (48, 32)
+    with decoded(encoded(picture), 8) as image:  # PNG
+        np.testing.assert_array_equal(np.asarray(image), colours(32))
+    data = encoded(picture, "JPEG")
+    with pytest.raises(BadImage, match="truncated"), decoded(data[: len(data) // 2], 8):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF"])
 def test_8_bit_grey(kind: str) -> None:
     np.testing.assert_array_equal(grey_of(encoded(Image.fromarray(GREY), kind)), GREY)

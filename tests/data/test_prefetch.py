@@ -283,6 +283,38 @@ def test_a_remembered_hash_that_is_wrong_is_forgotten(
     third.load(1)
 
 
+def test_hashes_of_unchanged_files_are_looked_up_together(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, load: Load, later: None
+) -> None:
+    first = load(pets)
+    fingerprint = first.fingerprint
+    monkeypatch.setattr(sources.FileSource, "_digest", lambda *_: pytest.fail("one by one"))
+    assert load(pets).fingerprint == fingerprint
+    (pets / "test" / "cat" / "001.png").write_bytes(encoded(picture(77)))
+    with pytest.raises(pytest.fail.Exception, match="one by one"):
+        assert load(pets).fingerprint
+    monkeypatch.undo()
+
+
+def test_files_that_could_not_be_read_are_tried_again(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, load: Load, later: None
+) -> None:
+    """For example after an error of the disk, which leaves no trace in the file's stamp."""
+    bad = str(pets / "train" / "cat" / "001.png")
+    real = sources.read_file
+
+    def failing(path: str) -> object:
+        if path == bad:
+            raise BadImage(5, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(sources, "read_file", failing)
+    assert load(pets).splits["train"].content[1].tobytes() == bytes(31) + b"\x05"
+    monkeypatch.setattr(sources, "read_file", real)
+    digest = hashlib.sha256(Path(bad).read_bytes()).digest()
+    assert load(pets).splits["train"].content[1].tobytes() == digest
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shortage_of_memory_ends_the_run(
     split: ImageSplit, monkeypatch: pytest.MonkeyPatch, workers: int

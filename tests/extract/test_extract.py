@@ -429,10 +429,10 @@ def test_update_tries_pictures_again_that_were_left_out(
     bad = (folder / "train" / "cat" / "003.png").read_bytes()
     decoded = featcache.data.dataset.decoded
 
-    def failing(data: bytes) -> contextlib.AbstractContextManager[Image.Image]:
+    def failing(data: bytes, *args: object) -> contextlib.AbstractContextManager[Image.Image]:
         if data == bad:
             raise BadImage(4)
-        return decoded(data)
+        return decoded(data, *args)
 
     with monkeypatch.context() as patched:
         patched.setattr(featcache.data.dataset, "decoded", failing)

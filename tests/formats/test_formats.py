@@ -28,26 +28,21 @@ def test_a_cache_of_0_1_0_is_sound_and_has_its_rows() -> None:
     assert len(cache.split("test").y) == 20
 
 
-def test_a_cache_of_0_1_0_is_a_hit_with_the_rows_of_todays_code(
+def test_a_cache_of_0_1_0_is_not_taken_for_todays_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = FeatureCache(shutil.copy(FILES / "digits.h5", tmp_path / "old.h5"))
-    libraries = old.meta.versions  # a hit needs the libraries that made the cache
+    libraries = old.meta.versions  # the libraries that made the cache, so that only we differ
     monkeypatch.setattr(runtime, "version_of", lambda name: libraries.get(name, "1.0"))
     ask = ["extract-features", "digits", "--weights", "bundled", "--dtype", "float16"]
-    ask += [
-        "--num-train",
-        "40",
-        "--num-test",
-        "20",
-        "--cache-dir",
-        str(tmp_path),
-        "--json",
-        "--output",
-    ]
-    assert cli.main([*ask, str(old.path)]) == 0
-    assert json.loads(capsys.readouterr().out)["hit"]
-    assert cli.main([*ask, str(tmp_path / "new.h5")]) == 0
+    ask += ["--num-train", "40", "--num-test", "20", "--cache-dir", str(tmp_path), "--json"]
+    assert cli.main([*ask, "--output", str(old.path)]) == 2
+    assert capsys.readouterr().err == (
+        f"featcache extract-features: {old.path} was made with different settings: "
+        "versions.featcache is 0.1 in the cache, 0.2 now. "
+        "Add --force to replace it, or --output FILE to keep both\n"
+    )
+    assert cli.main([*ask, "--output", str(tmp_path / "new.h5")]) == 0
     assert not json.loads(capsys.readouterr().out)["hit"]
     new = FeatureCache(tmp_path / "new.h5")
     for split in ("train", "test"):

@@ -6,7 +6,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import cross_val_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from cache_helpers import blobs
+from cache_helpers import blobs, toy_cache
+from featcache.cache import FeatureCache
+from featcache.config import TrainHeadConfig
+from featcache.heads import train_head
 from featcache.heads.estimator import FeatureHeadClassifier
 
 
@@ -15,6 +18,7 @@ from featcache.heads.estimator import FeatureHeadClassifier
         FeatureHeadClassifier(),
         FeatureHeadClassifier(solver="ridge"),
         FeatureHeadClassifier(standardize=True, class_weight="balanced"),
+        FeatureHeadClassifier(strength="auto"),
     ]
 )
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
@@ -55,6 +59,29 @@ def test_sample_weights_are_repeated_rows():
     weighted = FeatureHeadClassifier().fit(X, y, sample_weight=counts)
     repeated = FeatureHeadClassifier().fit(np.repeat(X, counts, 0), np.repeat(y, counts))
     assert weighted.coef_ == pytest.approx(repeated.coef_, abs=1e-3)
+
+
+def test_auto_chooses_the_strength_as_train_head_does(tmp_path):
+    cache = toy_cache(tmp_path / "toy.h5")
+    X, y = FeatureCache(cache).split("train")
+    for solver, name in (("logistic", "C"), ("ridge", "alpha")):
+        config = TrainHeadConfig(cache=cache, solver=solver, standardize="on")
+        chosen = train_head(config)["chosen"][name]
+        model = FeatureHeadClassifier(solver, "auto", standardize=True).fit(X, y)
+        assert model.strength_ == chosen != FeatureHeadClassifier(solver).fit(X, y).strength_
+
+
+def test_groups_stay_together_where_rows_are_held_out():
+    rng = np.random.default_rng(0)  # every group has a direction and a label of its own
+    groups = np.repeat(np.arange(60), 4)
+    y = rng.integers(0, 2, 60)[groups]
+    X = rng.normal(size=(60, 100))[groups] + 0.05 * rng.normal(size=(240, 100)) + 0.1 * y[:, None]
+    alone = FeatureHeadClassifier(strength="auto").fit(X, y)
+    together = FeatureHeadClassifier(strength="auto").fit(X, y, groups=groups)
+    assert together.strength_ < alone.strength_  # recognizing groups gains nothing
+    assert FeatureHeadClassifier().fit(X, y, groups=groups).strength_ == 1.0
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        together.fit(X, y, groups=groups[:-1])
 
 
 def test_head_and_estimator_convert_both_ways():

@@ -46,6 +46,7 @@ from run_helpers import (
     HEAD,
     IDS,
     NAMES,
+    PROVENANCE,
     TUNE,
     cell_report,
     extraction_json,
@@ -168,7 +169,9 @@ def test_scores_by_class_reliability_and_curves(tmp_path: Path) -> None:
 
 def test_figures_have_their_numbers_as_tables(tmp_path: Path) -> None:
     page, _, _ = report(tmp_path, save_pair(tmp_path / "runs"))
-    assert page.count("details") == 1
+    folded = ["Parameters and times", "Recall by class", "Show the numbers"]
+    assert page.count("details") == len(folded) + 2  # two modes
+    assert all(title in page.text for title in folded)
     tune = [c for c in page.cells if c in ("49.5 s", "90.0 s")]  # 9 s before the first epoch
     assert tune[-2:] == ["49.5 s", "90.0 s"] or {"49.5 s", "90.0 s"} <= set(page.cells)
 
@@ -186,8 +189,9 @@ def test_extraction_comes_from_the_head_itself(tmp_path: Path) -> None:
     folder = save_pair(tmp_path / "runs")
     head_report(more={**head_report().more, "extraction": EXTRACTION}).save(folder / "head.json")
     page, _, result = report(tmp_path, folder)
-    row = page.cells[page.cells.index("1,539") :][:6]
-    assert row == ["1,539", "0.800 [0.49, 0.94]", "no epochs", "5.5 s", "6.0 s", "15×"]
+    row = page.cells[page.cells.index("cached head, logistic") :][:4]
+    assert row == ["cached head, logistic", "0.800 [0.49, 0.94]", "6.0 s", "15×"]
+    assert page.cells[page.cells.index("1,539") :][:3] == ["1,539", "no epochs", "5.5 s"]
     assert result["advice"][0].startswith("Faster: the cached head, 6.0 s with its extraction")
     commands = page.text[page.text.index("Commands that reproduce these numbers") :].split("\n")
     assert "extract-features pets --weights bundled --image-px 64" in commands
@@ -217,12 +221,15 @@ def test_the_best_of_each_kind_comes_first_and_equal_ones_are_folded(tmp_path: P
         tune_report(test_top1=top1 + 0.1, test=predictions(tune)).save(folder / f"b{number}.json")
     page, markdown, _ = report(tmp_path, folder)
     titles = re.findall("### (.*)", markdown)
-    assert titles[0] == plain("head only (cached features), logistic, a6")
-    assert titles[1] == plain("full fine-tune (notebook, lr 0.0001), b6")
-    assert titles[2] == plain("full fine-tune (notebook, lr 0.0001), b5")
+    assert titles[0] == plain("cached head, logistic, number 7")
+    assert titles[1] == plain("fine-tune (notebook, lr 0.0001), number 7")
+    assert titles[2] == plain("fine-tune (notebook, lr 0.0001), number 6")
     assert len(titles) == 6
-    same = "Identical predictions: head only (cached features), logistic, a3; "
-    assert f"{same}head only (cached features), logistic, a0." in page.text
+    same = "Identical predictions: cached head, logistic, number 4; cached head, logistic."
+    assert same in page.text
+    modes = [attrs for tag, attrs in page.tags if tag == "details" and "name" in attrs]
+    assert [mode["name"] for mode in modes] == ["mode"] * 6  # the browser keeps one of them open
+    assert ["open" in mode for mode in modes] == [True] + [False] * 5
     assert "the most accurate of each kind" in page.text
 
 
@@ -238,7 +245,7 @@ def test_lines_of_a_chart_differ_in_colour_and_marker(tmp_path: Path) -> None:
     assert len({re.search(r"var\(--s\d\)", sign)[0] for sign in signs}) == 8
     assert len({re.search(r'<path d="([^"]*Z)"', sign)[1] for sign in signs}) == 8
     assert "The chart shows the first 8 of 9 modes" in page.text
-    assert len(re.findall(r"full fine-tune \(notebook, lr 0.0001\), t0", html)) >= 2
+    assert len(re.findall(r"fine-tune \(notebook, lr 0.0001\), number 9", html)) >= 2
 
 
 def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> None:
@@ -252,16 +259,16 @@ def test_runs_are_named_by_the_settings_in_which_they_differ(tmp_path: Path) -> 
         **head_report().provenance["backbone"],
         "preprocessing": {"image_px": 96, "resize": "squash"},
     }
-    head_report(provenance={"backbone": network}).save(folder / "d.json")
+    head_report(provenance={**PROVENANCE, "backbone": network}).save(folder / "d.json")
     page, _, _ = report(tmp_path, folder)
     for text in ("64 px, seed 42", "64 px, tta, seed 7", "64 px, tta, seed 42", "96 px, seed 42"):
-        assert f"head only (cached features), logistic, {text}" in page.cells
+        assert f"cached head, logistic, {text}" in page.cells
 
 
 def test_the_baseline_and_balanced_accuracy_are_lines_of_tables(tmp_path: Path) -> None:
     page, _, _ = report(tmp_path, save_pair(tmp_path / "runs"))
-    place = page.cells.index("always answering the most frequent class")
-    assert page.cells[place + 1 : place + 3] == ["0", "0.400"]
+    places = [i for i, c in enumerate(page.cells) if c.startswith("always answering the most")]
+    assert [page.cells[place + 1] for place in places] == ["0.400", "0"]
     place = page.cells.index("mean over classes")
     assert page.cells[place + 1 : place + 4] == ["10", "0.806", "0.889"]
 
@@ -439,7 +446,7 @@ def test_a_benchmark_finds_its_runs_by_their_ids(tmp_path: Path) -> None:
     assert [(run.name, run.report and run.report.more["run"]) for run in compared] == [
         ("head only (cached features)", "a1"),
         ("full fine-tune (lr 0.001)", None),
-        ("full fine-tune (notebook, lr 0.0001)", "c3"),
+        ("fine-tune (notebook, lr 0.0001)", "c3"),
     ]
     assert [run.source.name for run in compared] == [
         "benchmark.json",
@@ -463,9 +470,12 @@ def test_an_error_names_the_field(tmp_path: Path) -> None:
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
     folder = save_pair(tmp_path / "runs")
     head_report(test_top1=0.7).save(folder / "other.json")
+    digits = {**PROVENANCE, "dataset": {"name": "digits"}}
     page, _, _ = report(tmp_path, folder)
-    assert "head only (cached features), logistic, head" in page.cells
-    assert "head only (cached features), logistic, other" in page.cells
+    assert {"cached head, logistic", "cached head, logistic, number 2"} <= set(page.cells)
+    head_report(provenance=digits).save(folder / "other.json")
+    page, _, _ = report(tmp_path, folder)
+    assert {"cached head, logistic, pets", "cached head, logistic, digits"} <= set(page.cells)
 
 
 def test_many_classes_and_perfect_runs(tmp_path: Path) -> None:

@@ -22,15 +22,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_helpers import encoded, picture
+from data_helpers import HUES, draw, encoded, picture
 from featcache import Classifier, cli
 from featcache.backbone import build_classifier, file_sha256
 from featcache.cache import FeatureCache
-from featcache.config import BackboneConfig, Format, PredictConfig, TrainHeadConfig
+from featcache.config import BackboneConfig, ExtractConfig, Format, PredictConfig, TrainHeadConfig
 from featcache.data import normalize, to_pixels
 from featcache.errors import CacheError, StorageError, UserError, visible
+from featcache.extract import extract
 from featcache.files import check_outputs
-from featcache.heads import Decision, load_head, train_head
+from featcache.heads import Decision, check_head_fits, load_head, train_head
 from featcache.heads.linear import KnownRows, Threshold, nearest_distance, unit_rows
 from featcache.predict import predict
 from featcache.predict.classifier import Prediction
@@ -321,6 +322,29 @@ class TestLibrary:
         assert (found.shape, found.dtype) == ((1, split.dim), np.float32)
         wanted, _ = split[0]
         assert np.abs(found[0] - wanted.astype(dtype)).max() < 1e-5 * np.abs(wanted).max()
+
+    def test_a_head_decodes_as_its_cache_did(self, tmp_path: Path) -> None:
+        for split in ("train", "test"):
+            for name in ("cat", "dog"):
+                draw(folder := tmp_path / "pets" / split / name, 3, HUES[name], seed=1)
+                for path in folder.iterdir():
+                    image = Image.open(path).resize((160, 120), Image.Resampling.BICUBIC)
+                    image.save(path.with_suffix(".jpg"), quality=90)
+                    path.unlink()
+        options = {"weights": "random", "image_px": 32, "cache_dir": tmp_path, "workers": 1}
+        ask = ExtractConfig(dataset=str(tmp_path / "pets"), **options)
+        plain, fast = (
+            FeatureCache(Path(extract(dataclasses.replace(ask, fast_decode=on))["cache"]))
+            for on in (False, True)
+        )
+        assert plain.path != fast.path
+        one = Classifier.load(write_head(tmp_path / "h.safetensors", linear_head(fast)), workers=1)
+        for row in range(3):
+            found = one.features(tmp_path / "pets" / fast.split("train").ids[row])[0]
+            np.testing.assert_allclose(found, fast.split("train")[row][0], rtol=1e-4, atol=1e-5)
+            assert np.abs(found - plain.split("train")[row][0]).max() > 1e-3
+        with pytest.raises(CacheError, match=r"preprocessing\.fast_decode True, these have None"):
+            check_head_fits(linear_head(fast), plain.meta)
 
     def test_a_model_has_no_features_to_give(self, tmp_path: Path) -> None:
         model = Classifier.load(make_model(tmp_path / "m.safetensors"))
@@ -642,7 +666,7 @@ class TestInputs:
         self, monkeypatch: pytest.MonkeyPatch, chunk: bytes
     ) -> None:
         class Endless(io.BytesIO):
-            def read(self, size: int | None = -1) -> bytes:
+            def read1(self, size: int | None = -1) -> bytes:
                 return chunk * (size or 0)
 
         monkeypatch.setattr("featcache.predict.pictures.MAX_LIST_BYTES", 1 << 20)
@@ -699,6 +723,46 @@ class TestInputs:
         assert code == 2
         assert "standard input named no image" in err
         assert run(capsys, "head")[0] == 2
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_each_line_is_answered_before_the_next_is_read(
+        self,
+        root: Path,
+        loaded: Classifier,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+    ) -> None:
+        pictures = [str(path) for path in sorted((root / "pets" / "train").rglob("*.png"))[:3]]
+        coming = [*pictures, str(root / "gone.png")]
+        answers: list[tuple[str, str]] = []
+
+        class Dialog(io.BytesIO):
+            def read1(self, size: int | None = -1) -> bytes:
+                answers.append(capsys.readouterr())
+                return coming.pop(0).encode() + b"\n" if coming else b""
+
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Dialog()))
+        code, out, err = run(capsys, "head", "-", "--format", kind)
+        assert (code, out) == (1, "")
+        assert "3 of 4 images classified, 1 unreadable and left out" in err
+        lines = [out.splitlines()[-1] for out, _ in answers[1:4]]
+        paths = [json.loads(t)["path"] if kind == "jsonl" else t.split(",")[0] for t in lines]
+        assert paths == pictures
+        assert answers[4] == ("", f"skipped {root}/gone.png: missing\n")
+        at_once = run(capsys, "head", *pictures, "--format", kind)[1]
+        assert at_once == "".join(out for out, _ in answers)
+
+    def test_a_dialog_without_a_line(
+        self,
+        loaded: Classifier,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        feed(monkeypatch, b"")
+        code, _, err = run(capsys, "head", "-", "--format", "csv")
+        assert code == 2
+        assert "standard input named no image" in err
 
     def test_the_command_reads_the_list(
         self,

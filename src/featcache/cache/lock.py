@@ -1,4 +1,4 @@
-"""One writer per output: a lock that names its holder and that ends with the process."""
+"""One writer per output, or the ranks of one job: a lock that names its holder and dies with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import StorageError
-from featcache.files import read_regular, storage_errors
+from featcache.files import storage_errors
 
 # An fcntl lock does not keep out the process that holds it, hence this record of our own locks. It
 # is still the right kind: forked children do not inherit it, so an orphaned worker cannot keep it.
@@ -28,17 +28,35 @@ NO_LOCK = "FEATCACHE_NO_LOCK"
 """Environment variable: 1 allows writing without locks where the file system has none."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 MAX_BYTES = 4096
-POLL_S = 0.05
+JOIN_S = 1800.0
+"""How long a rank waits for the one that lays out the file, or checks what an earlier run left."""
+UNKNOWN_S = 2.0
+POLL_S = 0.1
+# Byte 0 of the file is the lock; from here on, a byte stands for a block that a rank computes.
+_CLAIMS = 1 << 40
 
 
 class HeldError(StorageError):
-    """Another run, or another part of this one, is writing."""
+    """Another run, or another part of this one, is writing; `by_rank`: it is a rank of a job."""
+
+    def __init__(self, message: str, *, by_rank: bool = False) -> None:
+        super().__init__(message)
+        self.by_rank = by_rank
 
 
 class Lock:
     """An exclusive lock on `path` (NAME.h5.lock), held until `release` or the end of the process.
 
+    A rank of a job shares it with the other ranks, unless it is the first.
+
     The file stays behind when released: removing it would let two runs lock two different files.
+
+    Args:
+        path: The lock file.
+        rank: "rank 0 of 4" where the process is one of several that may share the lock.
+
+    Attributes:
+        shared: Whether other ranks may hold it too.
 
     Raises:
         HeldError: Another run holds it; the message says which.
@@ -46,7 +64,7 @@ class Lock:
             refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rank: str = "") -> None:
         self.path = path
         with _guard, storage_errors(path):
             if (holder := _held.get(_identity(path))) is not None:
@@ -54,18 +72,44 @@ class Lock:
                 raise HeldError(_held_message(path, holder))
             self._fd = _open(path)
             try:
-                _take(self._fd, path)
+                self.shared = _take(self._fd, path, share=bool(rank))
             except BaseException:
                 os.close(self._fd)
                 raise
             key = _identity(path)
-            _held[key] = self._write_holder()
+            _held[key] = self._write_holder(rank)
             # This also runs when a writer was dropped without being closed.
             self._drop = weakref.finalize(self, _drop, self._fd, key)
 
-    def _write_holder(self) -> str:
+    def share(self) -> None:
+        """Let other ranks in."""
+        self.shared = True
+        _try(self._fd, fcntl.LOCK_SH)
+
+    def alone(self) -> bool:
+        """Leave the other ranks and, if none is left, lock them out."""
+        # First out, then in: two that wait for each other to leave would wait forever.
+        _try(self._fd, fcntl.LOCK_UN)
+        self.shared = not _try(self._fd, fcntl.LOCK_EX)
+        return not self.shared
+
+    def locked_out(self) -> bool:
+        """After `alone` failed: whether one process has locked all others out."""
+        return not (_try(self._fd, fcntl.LOCK_SH) and _try(self._fd, fcntl.LOCK_UN))
+
+    def claim(self, number: int) -> bool:
+        """Claim a block; False if another rank has it. A claim ends with the process, too."""
+        return _try(self._fd, fcntl.LOCK_EX, _CLAIMS + number)
+
+    def unclaim(self, number: int) -> None:
+        """Give up a claim."""
+        _try(self._fd, fcntl.LOCK_UN, _CLAIMS + number)
+
+    def _write_holder(self, rank: str) -> str:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "rank": rank}
+        if self.shared:
+            return _holder(who)
         with contextlib.suppress(OSError):  # it only serves other runs' messages; the lock is held
             before = os.pread(self._fd, MAX_BYTES, 0)
             if not before or _parsed(before):  # never empty a file that is not ours
@@ -85,20 +129,39 @@ def _open(path: Path) -> int:
     return os.open(path, flags, 0o644)
 
 
-def _take(fd: int, path: Path) -> None:
+def _try(fd: int, kind: int, at: int = 0) -> bool:
+    """Lock or unlock one byte of a lock file; False if another process has it locked.
+
+    Raises:
+        OSError: The file system refused; one without locks grants all where `NO_LOCK` is set.
+    """
     try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(fd, kind if kind == fcntl.LOCK_UN else kind | fcntl.LOCK_NB, 1, at)
     except (BlockingIOError, PermissionError):
-        raise HeldError(_held_message(path, _read_holder(path))) from None
+        return False
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in _NO_LOCKS or os.environ.get(NO_LOCK) != "1":
             raise
-        if os.environ.get(NO_LOCK) != "1":
+    return True
+
+
+def _take(fd: int, path: Path, *, share: bool) -> bool:
+    """Lock out all others, or else share the lock; returns whether it is shared."""
+    try:
+        for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if share else (fcntl.LOCK_EX,):
+            if _try(fd, kind):
+                return kind == fcntl.LOCK_SH
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
             raise StorageError(
                 f"cannot lock {path}: this file system has no locks; write to another disk with "
                 f"--output or --cache-dir, or make sure that no other run writes there and set "
                 f"{NO_LOCK}=1"
             ) from error
+        raise
+    # Not by opening the file again: closing it would drop what this process has locked.
+    holder, by_rank = _parsed(os.pread(fd, MAX_BYTES, 0)) or ("another process", False)
+    raise HeldError(_held_message(path, holder), by_rank=by_rank)
 
 
 def _drop(fd: int, key: tuple[int, int]) -> None:
@@ -123,21 +186,16 @@ def _held_message(path: Path, holder: str) -> str:
 
 
 def _holder(who: Any) -> str:
-    return f"process {int(who['pid'])} on {who['host']!s:.100} since {who['since']!s:.40}"
+    rank = f" ({who['rank']!s:.40})" if who.get("rank") else ""
+    return f"process {int(who['pid'])}{rank} on {who['host']!s:.100} since {who['since']!s:.40}"
 
 
-def _read_holder(path: Path) -> str:
-    """Who wrote the lock file; "another process" if it cannot be read."""
-    with contextlib.suppress(OSError):
-        return _parsed(read_regular(path, MAX_BYTES)) or "another process"
-    return "another process"
-
-
-def _parsed(text: bytes) -> str | None:
-    """The holder that a lock file names; None if it is not a lock file of ours."""
+def _parsed(text: bytes) -> tuple[str, bool] | None:
+    """The holder that a lock file names, and whether it is a rank; None if it is not ours."""
     try:
-        return _holder(json.loads(text))
-    except (ValueError, KeyError, TypeError, RecursionError):
+        who = json.loads(text)
+        return _holder(who), bool(who.get("rank"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -182,7 +240,7 @@ def waiting_writer(path: Path) -> Iterator[None]:
                 stack.enter_context(sole_writer(path))
                 break
             except HeldError:
-                time.sleep(POLL_S)
+                pause()
         yield
 
 
@@ -201,3 +259,28 @@ def locked(path: Path) -> Iterator[Lock]:
     except BaseException:
         lock.release()
         raise
+
+
+def join(path: Path, rank: str) -> Lock:
+    """Lock an output as a rank of a job, which waits while another one has locked it out.
+
+    Raises:
+        HeldError: A run that is no rank is writing it, or the wait was too long.
+        StorageError: The file system refused.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return Lock(lock_path(path), rank)
+        except HeldError as error:
+            # A rank that has just locked it may not have written yet who it is.
+            if time.monotonic() > start + (JOIN_S if error.by_rank else UNKNOWN_S):
+                raise
+        pause()
+
+
+def pause() -> None:
+    """Wait a little before asking again, each rank for another time."""
+    time.sleep(POLL_S * (0.5 + os.urandom(1)[0] / 256))

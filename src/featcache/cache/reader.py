@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,18 @@ from featcache.cache.fileio import RESUME
 from featcache.cache.layout import RECREATE
 from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range, num_blocks
 from featcache.cache.storage import CacheFile, texts_of
-from featcache.errors import CacheError
+from featcache.config import weights_text
+from featcache.errors import CacheError, listed
+from featcache.runtime import Facts
 
 if TYPE_CHECKING:
     import pandas as pd
 
+FEW = 5
+"""So many classes are named by the short description of a cache."""
 
-class FeatureCache:
+
+class FeatureCache(Facts):
     """A finished cache.
 
     Opening reads and checks everything but the features (a sha256 over it); features are checked
@@ -59,6 +65,19 @@ class FeatureCache:
             for name in self._file.layout.splits
         }
         self.splits = {name: len(split) for name, split in self._splits.items()}
+
+    def _facts(self) -> dict[str, object]:
+        network, first = self.meta.backbone, next(iter(self._splits.values()))
+        views = f", {first.num_views} views" if first.num_views > 1 else ""
+        weights = weights_text(dataclasses.asdict(network))
+        return {
+            "file": self.path,
+            "dataset": self.meta.dataset.name,
+            "rows": ", ".join(f"{num:,} {name}" for name, num in self.splits.items()),
+            "features": f"{first.dim}-d {self.meta.dtype}{views}",
+            "classes": f"{len(self.class_names)} ({listed(self.class_names, FEW)})",
+            "backbone": f"{network.backbone} ({weights}), {network.preprocessing.image_px} px",
+        }
 
     def split(self, name: str, *, check: bool = True) -> FeatureSplit:
         """One split by name.
@@ -147,7 +166,7 @@ class FeatureCache:
             split.check()
 
 
-class FeatureSplit:
+class FeatureSplit(Facts):
     """The rows of one split; skipped samples are left out everywhere.
 
     Unpacks to its arrays: `X, y = split`; a number, slice, mask or list picks rows of both.
@@ -183,6 +202,15 @@ class FeatureSplit:
         if "weights" in columns:
             self.weights = file.array(f"{name}/weights")[self.rows].astype(np.float32)
         self._checked = np.full(num_blocks(self._num_rows), not check)
+
+    def _facts(self) -> dict[str, object]:
+        columns = self._file.layout.columns(self.name)
+        facts: dict[str, object] = {
+            "split": self.name,
+            "X": [*((self.num_views,) if self.num_views > 1 else ()), len(self), self.dim],
+            "y": f"{[*self.y.shape]} {self.y.dtype}",
+        }
+        return facts | {name: "yes" for name in ("groups", "weights") if name in columns}
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -28,7 +28,7 @@ def check_same(file: CacheFile, spec: CacheSpec) -> None:
     different = f"{file.path} was begun with different"
     advice = "run the earlier command to finish it, or give --force to start over"
     if differences := file.meta.differences(spec.meta):
-        raise CacheError(f"{different} settings: {_describe(differences)}; {advice}")
+        raise CacheError(f"{different} settings: {describe_differences(differences)}; {advice}")
     here = {n: (e.dtype, e.shape, e.sha256) for n, e in file.layout.extents.items()}
     wanted = {n: (m.dtype, m.shape, spec.sha256.get(n)) for n, m in spec.members.items()}
     differ = sorted(n for n in here.keys() | wanted.keys() if here.get(n) != wanted.get(n))
@@ -119,10 +119,10 @@ def _check_usable(file: CacheFile, meta: CacheMeta) -> None:
     if differences := setting_differences(file.meta, meta):
         raise CacheError(
             f"{file.path} was made with different settings, so its rows cannot be kept: "
-            f"{_describe(differences)}; give --force to extract everything again"
+            f"{describe_differences(differences)}; give --force to extract everything again"
         )
 
 
-def _describe(differences: Sequence[tuple[str, object, object]]) -> str:
+def describe_differences(differences: Sequence[tuple[str, object, object]]) -> str:
     """For messages: "name: cached 1, requested 2; …"."""
     return "; ".join(f"{name}: cached {old!r}, requested {new!r}" for name, old, new in differences)

@@ -189,6 +189,11 @@ class CacheFile:
         data = (self.view_rows(split, view, rows) for view in range(views))
         return block_crc(split, block, data, row_status)
 
+    def marked_blocks(self, split: str) -> npt.NDArray[np.bool_]:
+        """[B]: which blocks are marked as done."""
+        marked: npt.NDArray[np.bool_] = self.array(f"{split}/state") == 1
+        return marked
+
     def good_blocks(self, split: str) -> npt.NDArray[np.bool_]:
         """[B]: which blocks are marked as done and hold what was written. Reads the whole split."""
         state, crc = self.array(f"{split}/state"), self.array(f"{split}/crc32")

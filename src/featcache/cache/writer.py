@@ -130,7 +130,7 @@ def prepare_repair(path: Path) -> CacheWriter:
         part = part_path(path)
         if not os.path.lexists(part):
             create_part(part, spec)
-        writer = CacheWriter(path, spec, lock, RowSource([], spec.meta))
+        writer = CacheWriter(path, spec, lock)
         try:
             _copy_good_blocks(file, writer)
         except BaseException:
@@ -156,24 +156,34 @@ class CacheWriter:
 
     Attributes:
         path: The finished cache's path.
+        spec: What it holds but for the features.
         num_resumed: Rows of each split that an earlier run had written.
         num_reused: Other rows of each split that an older cache has and that need no computing.
+        sync_blocks: After how many blocks they are forced to the disk.
+        first_rows: In a shard, the row of the whole cache that is the first of each split here.
     """
 
-    def __init__(self, path: Path, spec: CacheSpec, lock: Lock, source: RowSource) -> None:
-        self.path, self._part, self._spec, self._lock = path, part_path(path), spec, lock
+    def __init__(
+        self, path: Path, spec: CacheSpec, lock: Lock, source: RowSource | None = None
+    ) -> None:
+        self.path, self.spec = path, spec
+        self._part, self._lock = part_path(path), lock
         file = CacheFile(self._part)
         try:
             self.layout = file.layout
             check_same(file, spec)
-            self._done = {split: file.good_blocks(split) for split in self.layout.splits}
+            # The rank that was first has compared marks and checksums for the others.
+            find = file.marked_blocks if lock.shared else file.good_blocks
+            self._done = {split: find(split) for split in self.layout.splits}
         finally:
             file.close()
         with storage_errors(self._part):
             self._fd = os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._unsynced, self._synced_at = 0, time.monotonic()
+        self.sync_blocks = SYNC_BLOCKS
+        self.first_rows: dict[str, int] = {}
         self.num_resumed = {split: self._rows_done(split) for split in self.layout.splits}
-        self._source = source
+        self._source = RowSource([], spec.meta) if source is None else source
         try:
             self.num_reused = {split: self._copy_reused(split) for split in self.layout.splits}
         except BaseException:
@@ -190,7 +200,7 @@ class CacheWriter:
         return [block_range(int(b), num) for b in np.flatnonzero(~self._done[split])]
 
     def _find_reused(self, split: str, rows: range) -> npt.NDArray[np.int64]:
-        return self._source.find(self._spec.arrays[f"{split}/content"][rows.start : rows.stop])
+        return self._source.find(self.spec.arrays[f"{split}/content"][rows.start : rows.stop])
 
     def _copy_reused(self, split: str) -> int:
         """Write the blocks whose every row was found; returns the rows found in all blocks."""
@@ -274,7 +284,7 @@ class CacheWriter:
         finite = np.isfinite(stored).all(axis=(0, 2))
         if not finite.all():
             row = int(np.flatnonzero(~finite)[0])
-            name = self._spec.arrays[f"{split}/ids"][rows.start + row].decode()
+            name = self.spec.arrays[f"{split}/ids"][rows.start + row].decode()
             if np.isfinite(features[:, row]).all():
                 raise UserError(
                     f"a feature of {name!r} ({split}) does not fit into float16: "
@@ -289,7 +299,7 @@ class CacheWriter:
     def _sync_sometimes(self) -> None:
         """Limit what a power cut can undo."""
         self._unsynced += 1
-        if self._unsynced >= SYNC_BLOCKS or time.monotonic() - self._synced_at > SYNC_SECONDS:
+        if self._unsynced >= self.sync_blocks or time.monotonic() - self._synced_at > SYNC_SECONDS:
             sync(self._fd)
             self._unsynced, self._synced_at = 0, time.monotonic()
 

@@ -3,6 +3,7 @@
 The command line is generated from these classes.
 """
 
+from featcache.config.cache_commands import InfoConfig, MergeConfig, VerifyConfig
 from featcache.config.classifier_commands import (
     AuditConfig,
     ExportConfig,
@@ -13,11 +14,9 @@ from featcache.config.commands import (
     CompareConfig,
     ExtractConfig,
     FinetuneConfig,
-    InfoConfig,
     ReportConfig,
     Solver,
     TrainHeadConfig,
-    VerifyConfig,
 )
 from featcache.config.options import BackboneConfig, DataConfig, OutputConfig
 from featcache.config.records import (
@@ -61,6 +60,7 @@ __all__ = [
     "Format",
     "InfoConfig",
     "JsonObject",
+    "MergeConfig",
     "OutputConfig",
     "Pool",
     "Precision",

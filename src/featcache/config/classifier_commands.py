@@ -43,7 +43,8 @@ class PredictConfig(ClassifierConfig):
 
     inputs: tuple[str, ...]
     """Images, folders (searched recursively, in sorted order), or - to read paths from standard
-    input, one per line or separated by NUL (find -print0)."""
+    input, one per line or separated by NUL (find -print0). With --format csv or jsonl and no
+    --output each line is answered as it comes, so that a program can leave this one open."""
     topk: int = 1
     """Print this many of the most probable classes."""
     reject: Optional[float] = None

@@ -17,6 +17,7 @@ from featcache.config.options import (
 from featcache.config.records import Pool, Views
 from featcache.config.settings import settings
 from featcache.errors import UserError
+from featcache.ranks import parse_shard
 
 Solver = Literal["logistic", "ridge", "adam", "sgd", "knn", "auto"]
 Backend = Literal["auto", "numpy", "sklearn", "torch"]
@@ -52,10 +53,18 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
     update: bool = False
     """Update the cache after the dataset changed: compute the images that are new, changed or were
     skipped, and keep the other rows."""
+    shard: Optional[str] = None
+    """I/N: compute only part I of N, counted from 0, whatever torchrun or Slurm say; 0/1 is one
+    process. By default each rank of torchrun, srun or a Slurm array computes its part."""
+    write: Literal["auto", "direct", "shards"] = "auto"
+    """How several ranks write: direct (one file in place; ranks on one machine only) or shards (a
+    file each, merged at the end). auto takes shards on network file systems."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
         FeatureConfig.__post_init__(self)
+        if self.shard is not None:
+            parse_shard(self.shard)
         Views.parse(self.views, self.seed)
         check_range("batch_size", self.batch_size, 1, 65536)
         check_range("workers", self.workers, 0, 1024)
@@ -260,39 +269,6 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
 
 
 @settings
-class InfoConfig(OutputConfig):
-    """Show what a cache contains and how it was made."""
-
-    cache: Path
-    """A file written by extract-features."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-@settings
-class VerifyConfig(OutputConfig, ImagePathsConfig):
-    """Check a cache's structure, checksums, labels, ids and value ranges, and name damaged rows."""
-
-    cache: Path
-    """A file written by extract-features."""
-    repair: bool = False
-    """Compute damaged blocks again; needs --dataset."""
-    dataset: Optional[str] = None
-    """For --repair: the dataset that the cache was made from."""
-    weights: Optional[str] = None
-    """For --repair: the weights file, if the cache was made with one."""
-    seed: int = 42
-    """For --repair: the seed that the cache was made with."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_range("seed", self.seed, 0, 2**32 - 1)
-        if self.dataset is not None and not self.repair:
-            raise UserError("--dataset is for --repair: leave it out, or add --repair")
-
-
-@settings
 class CompareConfig(OutputConfig, BackboneConfig, DataConfig):
     """Plot the learning curve: cached head against full fine-tuning on the same samples.
 
@@ -379,8 +355,11 @@ class ReportConfig(OutputConfig, ImagePathsConfig):
     """The page's heading. By default made from the dataset's name."""
     dataset: Optional[str] = None
     """The dataset of the runs, to show test images that were misclassified with high confidence."""
+    map: Literal["pca", "tsne"] = "pca"
+    """What draws the map of the test images' features, if a head's cache is beside its report: the
+    first two principal components, or t-SNE (shows clusters; 10 s for 2,000 images)."""
     cache_dir: Path = Path("cache")
-    """The folder that keeps hashes of the dataset's files between runs."""
+    """The folder that keeps the map and hashes of the dataset's files between runs."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -40,7 +40,8 @@ class Preprocessing:
 
     `crop` resizes the shorter side to `resize_px` and cuts the central square of `image_px`;
     `squash` resizes to `image_px` x `image_px`, whatever the aspect ratio. Pixels are then
-    scaled to [0, 1], and `mean` and `std` are per channel, red first.
+    scaled to [0, 1], and `mean` and `std` are per channel, red first. With `fast_decode`, JPEGs are
+    decoded at 1/2, 1/4 or 1/8 of their size where that still is no smaller than the resized image.
     """
 
     image_px: int
@@ -49,6 +50,7 @@ class Preprocessing:
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    fast_decode: bool = False
 
     def __post_init__(self) -> None:
         check_range("image_px", self.image_px, 8, MAX_IMAGE_PX)
@@ -67,6 +69,13 @@ class Preprocessing:
             UserError: A field is missing, unknown or out of range.
         """
         return _from_dict(cls, values, "a preprocessing record")
+
+    def to_dict(self) -> JsonObject:
+        """As JSON; with plain decoding it is what version 0.1.0 wrote."""
+        values = dataclasses.asdict(self)
+        if not self.fast_decode:
+            del values["fast_decode"]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +184,7 @@ class BackboneInfo:
 
     def to_dict(self) -> JsonObject:
         """As JSON; without what version 0.1.0 did not know it is what that version wrote."""
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "preprocessing": self.preprocessing.to_dict()}
         for name in ("stages", "stage_input", "weight_set"):
             if values[name] is None:
                 del values[name]

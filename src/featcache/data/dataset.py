@@ -21,14 +21,15 @@ from featcache.config import DataConfig, DatasetInfo, Task
 from featcache.data.images import decoded, to_rgb
 from featcache.data.sources import Source
 from featcache.errors import UserError
-from featcache.runtime import num_cores
+from featcache.runtime import num_cores, progress
 
 Kind = Literal["digits", "torchvision", "folder", "manifest", "tar", "pictures"]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
 
-HASH_CHUNK = 32
+MIN_HASH_CHUNK = 32
+MAX_HASH_TASKS = 1000
 
 
 class ImageSplit:
@@ -62,6 +63,7 @@ class ImageSplit:
         self.labels = np.array(labels, dtype=np.int64)
         self.weights = None if weights is None else np.array(weights, dtype=np.float32)
         self.targets = None if targets is None else np.array(targets)
+        self._is_whole = positions is None
         self._positions = np.arange(len(self.ids)) if positions is None else np.array(positions)
         self._source = source
         self._content: UInt8 | None = None
@@ -89,14 +91,18 @@ class ImageSplit:
 
     @staticmethod
     @contextmanager
-    def decoded(raw: bytes | Image.Image) -> Iterator[Image.Image]:
+    def decoded(raw: bytes | Image.Image, least_px: int | None = None) -> Iterator[Image.Image]:
         """Decode what `read` returned to upright RGB; its memory counts until the block ends.
+
+        Args:
+            raw: A file's bytes, or an image in memory, which is as large as it is.
+            least_px: See `images.decoded`.
 
         Raises:
             BadImage: It is not an image, is damaged or too large.
         """
         if isinstance(raw, bytes):
-            with decoded(raw) as image:
+            with decoded(raw, least_px) as image:
                 yield image
         else:
             yield to_rgb(raw)
@@ -117,21 +123,13 @@ class ImageSplit:
         Files are hashed by their bytes, images in memory by mode, size and pixels. A file that
         cannot be read has 31 zero bytes and the code of the reason.
         """
-        return self.hash_contents()
-
-    def hash_contents(self, on_done: Callable[[int], None] | None = None) -> UInt8:
-        """Like `content`; calls `on_done` with the number of samples hashed since its last call."""
         with self._lock:
             if self._content is None:
-                hashes = np.empty((len(self), 32), dtype=np.uint8)
-                for start, digests in _in_chunks(self._hash_range, len(self)):
-                    stop = start + len(digests) // 32
-                    hashes[start:stop] = np.frombuffer(digests, np.uint8).reshape(-1, 32)
-                    if on_done is not None:
-                        on_done(stop - start)
-                self._source.finish()
-                hashes.setflags(write=False)
-                self._content = hashes
+                digests = self._source.recall(self.name) if self._is_whole else None
+                if digests is None:
+                    digests = b"".join(_in_chunks(self._hash_range, len(self)))
+                    self._source.finish()
+                self._content = np.frombuffer(digests, np.uint8).reshape(-1, 32)
             return self._content
 
     def _hash_range(self, start: int, stop: int) -> bytes:
@@ -179,13 +177,20 @@ class ImageSplit:
             self._source.record(int(position), digest.tobytes())
 
 
-def _in_chunks(task: Callable[[int, int], bytes], total: int) -> Iterator[tuple[int, bytes]]:
+def _in_chunks(task: Callable[[int, int], bytes], total: int) -> list[bytes]:
     """Run `task(start, stop)` over all of range(total) in threads; results in order."""
-    starts = range(0, total, HASH_CHUNK)
-    stops = [min(start + HASH_CHUNK, total) for start in starts]
+    # Few tasks for many samples: starting one costs as much as looking up ten remembered hashes.
+    size = max(MIN_HASH_CHUNK, total // MAX_HASH_TASKS)
+    starts = range(0, total, size)
+    stops = [min(start + size, total) for start in starts]
     pool = ThreadPoolExecutor(max_workers=max(1, num_cores()), thread_name_prefix="hash")
+    found = []
     try:
-        yield from zip(starts, pool.map(task, starts, stops), strict=True)
+        with progress(total, "reading", late=True) as bar:
+            for done in pool.map(task, starts, stops):
+                found.append(done)
+                bar.update(min(size, total - bar.n))
+        return found
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -133,12 +133,17 @@ os.register_at_fork(after_in_child=_BUDGET.reset)
 
 
 @contextlib.contextmanager
-def decoded(data: bytes) -> Iterator[Image.Image]:
+def decoded(data: bytes, least_px: int | None = None) -> Iterator[Image.Image]:
     """Decode an image of any accepted format to RGB, upright as its EXIF or XMP says.
 
     Alpha is blended over white, 16-bit gray is scaled to 8 bits, and of several frames the first
     is used. All threads together hold at most 1.6 GB of images, or 268 MB per core if that is
     more; an image counts until the block ends.
+
+    Args:
+        data: The file's content.
+        least_px: Decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides stay at least this
+            long: fewer pixels are computed, from the low frequencies alone.
 
     Raises:
         BadImage: The bytes are not an image, are damaged, or are too large.
@@ -155,7 +160,10 @@ def decoded(data: bytes) -> Iterator[Image.Image]:
         raise BadImage(TOO_LARGE, f"{size[0]}x{size[1]} px, at most {most} in all")
     with _BUDGET.held(num_bytes):
         with _errors_named():
-            image = _loaded(header or open_header(name, data), data)
+            header = header or open_header(name, data)
+            if least_px is not None and name == "JPEG":
+                header.draft(header.mode, (least_px, least_px))
+            image = _loaded(header, data)
         header = None
         yield image
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import operator
 import os
 import posixpath
 import re
@@ -80,9 +81,10 @@ class Listing:
                 f"cannot list {folder!s:.300}: {error.strerror}; make it readable, or give another "
                 "folder"
             ) from error
-        kept = [entry for entry in kept if self._has_usable_name(entry, classes)]
+        if not is_printable("".join(entry.name for entry in kept)):
+            kept = [entry for entry in kept if self._has_usable_name(entry, classes)]
         kept = [entry for entry in kept if not (is_folder(entry) and self._is_own(entry))]
-        return sorted(kept, key=lambda entry: entry.name)
+        return sorted(kept, key=operator.attrgetter("name"))
 
     def _has_usable_name(self, entry: os.DirEntry[str], classes: bool) -> bool:
         if is_printable(entry.name):
@@ -150,7 +152,7 @@ class Listing:
             self.ignored[suffix_of(name)] += 1
 
     def _is_short(self, name: str) -> bool:
-        if len(name.encode()) <= MAX_NAME_BYTES:
+        if len(name) <= MAX_NAME_BYTES // 4 or len(name.encode()) <= MAX_NAME_BYTES:
             return True
         if not self.skip_names:
             raise UserError(
@@ -171,7 +173,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def is_image_file(name: str) -> bool:
     """Whether a file's name has the suffix of an image."""
-    return suffix_of(name) in EXTENSIONS
+    return name.lower().endswith(EXTENSIONS)
 
 
 def suffix_of(name: str) -> str:

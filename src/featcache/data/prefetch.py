@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featcache.config import Preprocessing, Views
 from featcache.data.dataset import ImageSplit
 from featcache.data.images import BadImage
-from featcache.data.pixels import view_pixels
+from featcache.data.pixels import least_px, view_pixels
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import StageTimer
 
@@ -121,7 +121,7 @@ def _one(
         raw = split.read(index)
         done.read_s += time.perf_counter() - start
         begun = time.thread_time()
-        with split.decoded(raw) as image:
+        with split.decoded(raw, least_px(prep, views)) as image:
             decoded = time.thread_time()
             done.decode_s += decoded - begun
             pixels = view_pixels(image, prep, views, key)

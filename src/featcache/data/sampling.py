@@ -7,7 +7,7 @@ every machine and version, and changes little when a dataset grows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -207,30 +207,20 @@ def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     """Look for identical images; each is paired with its first copy in train, val, test order."""
     names = [name for name in SPLIT_ORDER if name in splits]
     content = np.concatenate([splits[name].content for name in names])
+    labels = np.concatenate([splits[name].labels for name in names])
     _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
-    first_of = first[numbers]
+    copies = np.flatnonzero(first[numbers] != np.arange(len(numbers)))
+    originals = first[numbers[copies]]
     starts = np.cumsum([0, *(len(splits[name].ids) for name in names)])
 
-    def place(row: int) -> tuple[str, int]:
-        number = int(np.searchsorted(starts, row, side="right")) - 1
-        return names[number], row - int(starts[number])
+    def places(rows: Int64) -> Iterator[tuple[str, int, str]]:
+        parts = np.searchsorted(starts, rows, side="right") - 1
+        for part, row in zip(parts.tolist(), (rows - starts[parts]).tolist(), strict=True):
+            yield names[part], row, splits[names[part]].ids[row]
 
-    found = []
-    for row in np.flatnonzero(first_of != np.arange(len(first_of))).tolist():
-        (name, at), (other, there) = place(row), place(int(first_of[row]))
-        split, earlier = splits[name], splits[other]
-        found.append(
-            Copy(
-                split=name,
-                row=at,
-                id=split.ids[at],
-                also_in=other,
-                also_row=there,
-                also_id=earlier.ids[there],
-                same_label=bool(split.labels[at] == earlier.labels[there]),
-            )
-        )
-    return Copies(found=found)
+    same_label = (labels[copies] == labels[originals]).tolist()
+    pairs = zip(places(copies), places(originals), same_label, strict=True)
+    return Copies(found=[Copy(*copy, *original, same) for copy, original, same in pairs])
 
 
 class SharedGroups(NamedTuple):

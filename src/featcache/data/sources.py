@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -11,12 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
 from PIL import Image
 
 from featcache.data.images import MISSING, BadImage, read_file
 from featcache.errors import UserError
-from featcache.file_hashes import Memo, is_settled, stamp_of
+from featcache.file_hashes import Memo, files_stamp, is_settled, stamp_of
 
 Raw = bytes | Image.Image
 
@@ -28,6 +28,10 @@ class Source(Protocol):
 
     def read(self, position: int) -> Raw:
         """The undecoded image. Raises BadImage, and UserError if it changed."""
+        ...
+
+    def recall(self, name: str) -> bytes | None:
+        """The hashes of all images of the split of this name, if they are remembered together."""
         ...
 
     def content(self, position: int) -> bytes:
@@ -52,8 +56,9 @@ class RecordedSource:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._hashes = np.zeros((0, 32), dtype=np.uint8)
-        self._is_known = np.zeros(0, dtype=np.bool_)
+        # Not numpy arrays, whose single rows take four times as long.
+        self._hashes = bytearray()
+        self._is_known = bytearray()
 
     def _read(self, position: int) -> tuple[Raw, bytes]:
         """The image and its sha256. Raises BadImage."""
@@ -108,19 +113,21 @@ class RecordedSource:
     def _recorded(self, position: int) -> bytes | None:
         with self._lock:
             known = position < len(self._is_known) and self._is_known[position]
-            return self._hashes[position].tobytes() if known else None
+            return bytes(self._hashes[32 * position : 32 * position + 32]) if known else None
 
     def _compare(self, position: int, digest: bytes, bad: BadImage | None = None) -> None:
         """Compare with the recorded sha256, or record it."""
+        place = slice(32 * position, 32 * position + 32)
         with self._lock:
             if position >= len(self._is_known):
                 more = max(position + 1, 2 * len(self._is_known)) - len(self._is_known)
-                self._hashes = np.pad(self._hashes, ((0, more), (0, 0)))
-                self._is_known = np.pad(self._is_known, (0, more))
+                self._hashes.extend(bytes(32 * more))
+                self._is_known.extend(bytes(more))
             if not self._is_known[position]:
-                self._hashes[position] = np.frombuffer(digest, dtype=np.uint8)
+                self._hashes[place] = digest
                 self._is_known[position] = True
-            if self._hashes[position].tobytes() == digest:
+                return
+            if self._hashes[place] == digest:
                 return
         self._forget(position)
         if bad is not None:
@@ -131,6 +138,9 @@ class RecordedSource:
         raise UserError(
             f"{self._name(position)} changed during the run: run the same command again"
         )
+
+    def recall(self, name: str) -> bytes | None:
+        """They are not remembered together."""
 
     def finish(self) -> None:
         """Nothing to save."""
@@ -155,6 +165,8 @@ class FileSource(RecordedSource):
         self._paths = paths
         self._memo = memo
         self._folder = folder
+        self._split = ""
+        self._stamp: tuple[int, ...] | None = None
 
     def _name(self, position: int) -> str:
         return self._paths[position]
@@ -194,13 +206,47 @@ class FileSource(RecordedSource):
 
     def _forget(self, position: int) -> None:
         if self._memo is not None:
-            self._memo.put(self._paths[position], (), None)
-            self._memo.save()
+            for memo, key in ((self._memo, self._paths[position]), (self._all, self._split)):
+                memo.put(key, (), None)
+                memo.save()
+
+    def recall(self, name: str) -> bytes | None:
+        """The hashes of all files, if none has changed since they were saved together.
+
+        This takes a third of the time of single lookups, and of their memory.
+        """
+        if self._memo is None or self._is_known:
+            return None
+        self._split, self._stamp = name, files_stamp(self._paths)
+        known = self._all.get(name, self._stamp) if self._stamp else None
+        if not isinstance(known, str):
+            return None
+        with contextlib.suppress(ValueError):
+            hashes = base64.b64decode(known, validate=True)
+            if len(hashes) == 32 * len(self._paths):
+                self._hashes, self._stamp = bytearray(hashes), None
+                self._is_known = bytearray([True]) * len(self._paths)
+                return hashes
+        return None
+
+    @property
+    def _all(self) -> Memo:
+        """Remembers the hashes of all files together, by split."""
+        assert self._memo is not None
+        return self._memo.beside("all")
 
     def finish(self) -> None:
-        """Save the memo."""
-        if self._memo:
-            self._memo.save()
+        """Save the memo, and all hashes together if every file has one."""
+        if self._memo is None:
+            return
+        self._memo.save()
+        hashes = bytes(self._hashes[: 32 * len(self._paths)])
+        are_read = all(hashes[at : at + 31] != bytes(31) for at in range(0, len(hashes), 32))
+        if self._stamp is not None and self._is_known.count(1) == len(self._paths) and are_read:
+            memo = self._all
+            memo.put(self._split, self._stamp, base64.b64encode(hashes).decode())
+            memo.save()
+            self._stamp = None
 
 
 class ArraySource(RecordedSource):

@@ -9,7 +9,6 @@ against torch before it gets its name.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import io
 import json
@@ -247,7 +246,7 @@ def describe(trained: LoadedClassifier, config: ExportConfig) -> FileMetadata:
     return {
         "featcache_version": __version__,
         "class_names": trained.class_names,
-        "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "preprocessing": trained.preprocessing.to_dict(),
         "input": taken,
         "outputs": OUTPUT_NAMES,
         "provenance": origin_of(trained),

@@ -68,7 +68,7 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
         )
         with torch_threads_kept():
             estimate_statistics(network, train, rows, config, info)
-        prep = json.dumps(dataclasses.asdict(info.preprocessing))
+        prep = json.dumps(info.preprocessing.to_dict())
         state = network.state_dict()
         write_safetensors(path, state, {"preprocessing": prep, "batchnorm": record})
     return dataclasses.replace(config, weights=str(path))

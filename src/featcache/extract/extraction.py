@@ -6,19 +6,17 @@ that finds a finished cache does no work; one that finds an unfinished cache res
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict, final
 
 import numpy as np
 
 from featcache.backbone import OwnNetwork, state_sha256
 from featcache.cache import (
     MARKS,
-    CacheWriter,
     CostRecord,
     FeatureCache,
     SplitRows,
@@ -29,35 +27,33 @@ from featcache.cache import (
     part_path,
     read_meta,
 )
+from featcache.cache.parallel import copy_shards, remove_shards
 from featcache.config import CacheMeta, ExtractConfig, JsonObject, config_json, weights_text
 from featcache.data import (
-    BadImage,
     CopiesReport,
     ImageDataset,
     ImageSplit,
-    bad_image_error,
     copies_lines,
     find_copies,
     find_shared_groups,
 )
+from featcache.extract.blocks import (
+    ExtractionRun,
+    SplitProgress,
+    SplitReport,
+    choose_engine_for,
+    fill_split,
+    warn_if_decoding_is_slow,
+)
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.runtime import StageTimer, environment, num_cores, progress, say, torch_threads_kept
+from featcache.runtime import environment, say, torch_threads_kept
 
 if TYPE_CHECKING:
-    from featcache.engine import Engine, EngineInfo
+    from featcache.engine import EngineInfo
 
 
-class SplitReport(TypedDict):
-    """One split in the report; `images_per_s` is null where nothing was computed."""
-
-    num_samples: int
-    num_resumed: int
-    num_skipped: int
-    seconds: float
-    images_per_s: float | None
-
-
+@final
 class ExtractReport(TypedDict):
     """What `extract-features --json` prints; `provenance` is the cache's `CacheMeta`."""
 
@@ -81,41 +77,7 @@ class ExtractReport(TypedDict):
     seconds_total: float
     provenance: JsonObject
     environment: dict[str, str | int]
-
-
-@dataclasses.dataclass(kw_only=True)
-class SplitProgress:
-    """One split in this run: counts of images, and wall seconds.
-
-    `num_resumed` rows come from an earlier run or from the cache that is being updated.
-    """
-
-    num_samples: int
-    num_resumed: int = 0
-    num_skipped: int = 0
-    seconds: float = 0.0
-
-    def report(self) -> SplitReport:
-        """The same as JSON."""
-        computed = self.num_samples - self.num_resumed
-        rate = computed / self.seconds if computed and self.seconds else None
-        return {
-            "num_samples": self.num_samples,
-            "num_resumed": self.num_resumed,
-            "num_skipped": self.num_skipped,
-            "seconds": self.seconds,
-            "images_per_s": rate,
-        }
-
-
-@dataclasses.dataclass(kw_only=True)
-class ExtractionRun:
-    """What this run of the command did; no engine where the cache was there already."""
-
-    start: float = dataclasses.field(default_factory=time.perf_counter)
-    timer: StageTimer = dataclasses.field(default_factory=StageTimer)
-    engine: Engine | None = None
-    splits: dict[str, SplitProgress] = dataclasses.field(default_factory=dict)
+    num_ranks: NotRequired[int]
 
 
 def extract(
@@ -137,14 +99,14 @@ def extract(
         CacheError: A cache of that name was made with different settings.
         StorageError: The disk is full or the cache is being written by another process.
     """
-    run = ExtractionRun()
+    run = ExtractionRun(on_error=config.on_error)
     request = Request.of(config, dataset, own)
     for note in request.dataset.notes if dataset is None else ():
         say(note)
     found = None if config.force else find_hit(request)
     if found is not None and not (config.update and left_out(found)):
         check_skipped(config, found, "--update")
-        return _report(found, request.dataset, run)
+        return extract_report(found, request.dataset, run)
     path = found or request.path  # the images that it leaves out may be readable by now
     check_outputs({path: MARKS, part_path(path): MARKS}, [config.weights, config.dataset])
     if not config.force:
@@ -156,31 +118,20 @@ def extract(
         say(f"caching {rows_text(request.meta)}, {num_bytes / 1e6:,.1f} MB: {path}")
     with torch_threads_kept():
         _compute(request._replace(path=path), earlier, run)
-    report = _report(path, request.dataset, run)
-    finish_cost(path, part_path(path), _cost(config, report, earlier.seconds))
+    report = extract_report(path, request.dataset, run)
+    finish_cost(path, part_path(path), cost_record(config, report, earlier.seconds))
     return report
 
 
 def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None:
     """Load the network, start or resume the file, compute every pending block, finish."""
-    from featcache.engine import EngineSettings, choose_engine
-
-    config, dataset, wanted = request.config, request.dataset, request.meta
+    config, dataset = request.config, request.dataset
     network = request.load_network()
     before = state_sha256(network)
-    num_images = earlier.num_missing(dataset) * wanted.views.num
-    with run.timer("choose_engine"):
-        run.engine = choose_engine(
-            EngineSettings.of(config),
-            network,
-            wanted.backbone.preprocessing,
-            num_images=num_images,
-            train=dataset.splits.get("train"),
-            resumed=earlier.engine,
-        )
-    if config.verbose:
-        say(f"engine: {run.engine.sentence()}")
-    meta = dataclasses.replace(wanted, engine=run.engine.recorded)
+    num_images = earlier.num_missing(dataset) * request.meta.views.num
+    meta = choose_engine_for(run, request, network, num_images, earlier.engine)
+    if config.force:
+        remove_shards(request.path)
     writer = open_writer(
         request.path,
         meta,
@@ -194,12 +145,14 @@ def _compute(request: Request, earlier: EarlierRows, run: ExtractionRun) -> None
         begin_cost(part_path(request.path), earlier.seconds, start_up)
         if config.verbose:
             say(f"started in {start_up:.1f} s")
+        copy_shards(writer)  # that several ranks began
         for split in dataset.splits.values():
-            fill_split(run, writer, split, meta, config.on_error)
-        _warn_if_decoding_is_slow(run.engine, run.timer)
+            fill_split(run, writer, split)
+        warn_if_decoding_is_slow(run)
         assert state_sha256(network) == before, "the frozen network changed"
         with run.timer("finish"):
             writer.finish()
+    remove_shards(request.path)
 
 
 def split_rows(split: ImageSplit) -> SplitRows:
@@ -212,49 +165,6 @@ def split_rows(split: ImageSplit) -> SplitRows:
         split.weights,
         split.groups,
         split.targets,
-    )
-
-
-def fill_split(
-    run: ExtractionRun,
-    writer: CacheWriter,
-    split: ImageSplit,
-    meta: CacheMeta,
-    on_error: Literal["fail", "skip"],
-) -> None:
-    """Compute the pending blocks of one split with the run's engine.
-
-    Raises:
-        UserError: An image cannot be read and `on_error` is "fail".
-    """
-    from featcache.engine.inference import computed_rows
-
-    assert run.engine is not None
-    start = time.perf_counter()
-    blocks = writer.pending(split.name)
-    missing = [
-        rows[i] for rows in blocks for i in np.flatnonzero(~writer.is_reused(split.name, rows))
-    ]
-    prep, views = meta.backbone.preprocessing, meta.views
-    stream = computed_rows(run.engine, split, missing, prep, views, run.timer)
-    with progress(len(missing), split.name) as bar, contextlib.closing(stream):
-        for rows in blocks:
-            reused, features = writer.reused_rows(split.name, rows)
-            status = np.zeros(len(rows), np.uint8)
-            for place in np.flatnonzero(~reused):
-                index, row = next(stream)
-                if isinstance(row, BadImage):
-                    status[place] = _skip(split, index, row, on_error)
-                else:
-                    features[:, place] = row
-            with run.timer("write"):
-                writer.write_block(split.name, rows, features, status)
-            bar.set_postfix_str(_network_share(run.timer), refresh=False)
-            bar.update(int(np.count_nonzero(~reused)))
-    run.splits[split.name] = SplitProgress(
-        num_samples=len(split),
-        num_resumed=len(split) - len(missing),
-        seconds=time.perf_counter() - start,
     )
 
 
@@ -273,32 +183,7 @@ def _num_bytes(meta: CacheMeta, dataset: ImageDataset) -> int:
     return per_row * sum(map(len, dataset.splits.values()))
 
 
-def _skip(split: ImageSplit, index: int, bad: BadImage, on_error: str) -> int:
-    """The status code of an unreadable image, or the end of the run."""
-    if on_error == "fail":
-        raise bad_image_error(split, index, bad)
-    say(f"skipped {split.ids[index]}: {bad.reason}")
-    return bad.code
-
-
-def _network_share(timer: StageTimer) -> str:
-    """How much of the threads' time the network takes; the rest goes into reading and decoding."""
-    network = timer.seconds["network"]
-    pixels = sum(timer.seconds[stage] for stage in ("read", "decode", "resize"))
-    return f"network {network / max(network + pixels, 1e-9):.0%}"
-
-
-def _warn_if_decoding_is_slow(engine: Engine, timer: StageTimer) -> None:
-    """On a GPU, say how many workers would keep it busy."""
-    from featcache.engine.inference import decode_shortfall
-
-    if engine.device != "cpu":
-        note = decode_shortfall(timer.seconds, engine.workers, num_cores())
-        if note is not None:
-            say(note)
-
-
-def _cost(config: ExtractConfig, report: ExtractReport, before: float | None) -> CostRecord:
+def cost_record(config: ExtractConfig, report: ExtractReport, before: float | None) -> CostRecord:
     """The record beside the cache: what its features took, and the command."""
     path = Path(report["cache"])
     return {
@@ -312,16 +197,15 @@ def _cost(config: ExtractConfig, report: ExtractReport, before: float | None) ->
     }
 
 
-def _report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> ExtractReport:
+def extract_report(path: Path, dataset: ImageDataset, run: ExtractionRun) -> ExtractReport:
     """The command's JSON."""
     meta, class_names = read_meta(path)
     sizes = FeatureCache(path).num_rows
     hit = run.engine is None
-    if hit:
-        run.splits = {
-            name: SplitProgress(num_samples=num, num_resumed=num)
-            for name, (num, _) in sizes.items()
-        }
+    untouched = {
+        n: SplitProgress(num_samples=num, num_resumed=num) for n, (num, _) in sizes.items()
+    }
+    run.splits = {**untouched, **run.splits}
     for name, split in run.splits.items():
         split.num_skipped = sizes[name][1]
     return {
@@ -374,7 +258,8 @@ def summary_lines(report: ExtractReport) -> list[str]:
         seconds = sum(s["seconds"] for s in report["splits"].values())
         rate = f"{computed / seconds:.0f} images/s" if computed else "no image computed"
         kept = sum(s["num_resumed"] for s in report["splits"].values())
-        share = f", {kept / (kept + computed):.1%} of rows kept" if kept else ""
+        how = "by other ranks" if "num_ranks" in report else "kept"
+        share = f", {kept / (kept + computed):.1%} of rows {how}" if kept else ""
         total = f"{report['seconds_total']:.1f} s{share}"
         lines = [f"cached {counts}, {made_by}: {rate}, {total}"]
     sizes = {name: split["num_samples"] for name, split in report["splits"].items()}

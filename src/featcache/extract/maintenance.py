@@ -1,13 +1,24 @@
-"""`featcache info` and `featcache verify`: what a cache holds, whether it is intact, repair."""
+"""`featcache info`, `verify` and `merge`: what a cache holds, whether it is intact, its shards."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, TypedDict
 
 from featcache.backbone import identify, load_backbone
-from featcache.cache import MARKS, CacheInfo, info, part_path, prepare_repair, read_meta, verify
+from featcache.cache import (
+    MARKS,
+    CacheInfo,
+    FeatureCache,
+    info,
+    part_path,
+    prepare_repair,
+    read_meta,
+    verify,
+)
+from featcache.cache.parallel import merge_shards
 from featcache.config import (
     OWN_MODULE,
     BackboneInfo,
@@ -15,13 +26,15 @@ from featcache.config import (
     DataConfig,
     InfoConfig,
     JsonObject,
+    MergeConfig,
     VerifyConfig,
     weights_text,
 )
 from featcache.config.options import FeatureConfig
 from featcache.data import REASONS, ImageDataset, load_dataset
 from featcache.errors import CacheError, UserError, listed
-from featcache.extract.extraction import ExtractionRun, fill_split, rows_text
+from featcache.extract.blocks import ExtractionRun, fill_split
+from featcache.extract.extraction import rows_text
 from featcache.files import check_outputs
 from featcache.runtime import torch_threads_kept
 
@@ -59,7 +72,8 @@ def inspect_lines(report: InfoReport) -> list[str]:
         f"backbone   {backbone['backbone']}, weights {weights_text(backbone)} "
         f"(sha256 {backbone['weights_sha256'][:12]}…), {backbone['feature_dim']}-d {meta['dtype']}",
         f"images     {prep['image_px']} px, {prep['resize']} from {prep['resize_px']} px, "
-        f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}",
+        f"{prep['interpolation']}, mean {prep['mean']}, std {prep['std']}"
+        + (", fast decoding" if prep["fast_decode"] else ""),
         f"computed   by {meta['engine']} in {meta['precision']}, "
         + ", ".join(f"{name} {version}" for name, version in meta["versions"].items()),
         f"views      {meta['views']['num']} ({meta['views']['kind']})",
@@ -85,6 +99,44 @@ def inspect_lines(report: InfoReport) -> list[str]:
             for row in split["skipped"][:MAX_LISTED]
         ]
     return lines
+
+
+class MergeReport(TypedDict):
+    """What `featcache merge --json` prints; `hit`: the cache was finished already."""
+
+    command: str
+    cache: str
+    hit: bool
+    num_rows: dict[str, int]
+    seconds_total: float
+
+
+def merge(config: MergeConfig) -> MergeReport:
+    """Merge the shards of a cache that several ranks wrote, and remove them.
+
+    Raises:
+        CacheError: There are none, or some are missing, unfinished, damaged or different.
+        StorageError: A rank is still at work, or the file system refused.
+    """
+    start = time.perf_counter()
+    check_outputs({config.cache: MARKS, part_path(config.cache): MARKS})
+    if not (hit := config.cache.exists()):
+        merge_shards(config.cache)
+    num_rows = {name: num for name, (num, _) in FeatureCache(config.cache).num_rows.items()}
+    return {
+        "command": "merge",
+        "cache": str(config.cache),
+        "hit": hit,
+        "num_rows": num_rows,
+        "seconds_total": time.perf_counter() - start,
+    }
+
+
+def merge_lines(report: MergeReport) -> list[str]:
+    """The report for people."""
+    rows = ", ".join(f"{num:,} {name}" for name, num in report["num_rows"].items())
+    done = "is finished already" if report["hit"] else f"merged in {report['seconds_total']:.1f} s"
+    return [f"{report['cache']}: {done}: {rows} images"]
 
 
 def check(config: VerifyConfig) -> JsonObject:
@@ -162,11 +214,11 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "
                 f"this machine has {engine.recorded}; run extract-features --force to make it again"
             )
-        run = ExtractionRun(engine=engine)
+        run = ExtractionRun(engine=engine, on_error="skip")
         with prepare_repair(config.cache) as writer:
             damaged = sum(len(rows) for name in dataset.splits for rows in writer.pending(name))
             for split in dataset.splits.values():
-                fill_split(run, writer, split, meta, "skip")
+                fill_split(run, writer, split)
             writer.finish()
     return damaged
 

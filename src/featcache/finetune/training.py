@@ -281,7 +281,12 @@ def _evaluated(run: FinetuneRun, scores: Scores) -> JsonObject:
             "test_top1": None,
             "test_interval": None,
             "target_scores": multilabel_scores(
-                truth, probabilities, predicted, names, seed=run.config.seed
+                truth,
+                probabilities,
+                predicted,
+                names,
+                groups=split.groups,
+                seed=run.config.seed,
             ),
             "targets": TargetPredictions.of_labels(split.ids, truth, predicted),
         }

@@ -128,7 +128,7 @@ def check_head_fits(head: Head, features: CacheMeta | BackboneInfo) -> None:
     if not isinstance(theirs, dict):
         raise CacheError("the head does not say which features it is for: run train-head again")
     info = features if isinstance(features, BackboneInfo) else features.backbone
-    ours = flatten(json.loads(json.dumps(dataclasses.asdict(info))))
+    ours = flatten(json.loads(json.dumps(info.to_dict())))
     recorded = flatten(theirs)
     for name in sorted(ours.keys() | recorded.keys()):
         if name != "weights" and ours.get(name) != recorded.get(name):

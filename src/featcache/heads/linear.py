@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.config import JsonObject, Task
 from featcache.config.checks import check_range, record_from_json
-from featcache.errors import UserError
+from featcache.errors import UserError, listed
 from featcache.heads.features import (
     Doubles,
     Floats,
@@ -22,6 +22,7 @@ from featcache.heads.features import (
     row_blocks,
     widen,
 )
+from featcache.runtime import Facts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,8 +243,32 @@ def nearest_distance(bank: Singles, features: Floats) -> Singles:
     return found
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LinearHead:
+class HeadFacts(Facts):
+    """The facts that every head shows."""
+
+    if TYPE_CHECKING:
+        solver: str
+        class_names: list[str]
+        scores: JsonObject
+        provenance: JsonObject
+
+        @property
+        def feature_dim(self) -> int:  # noqa: D102
+            ...
+
+    def _facts(self) -> dict[str, object]:
+        scores = self.scores.items()
+        named = [f"{name} {value:.3f}" for name, value in scores if isinstance(value, float)]
+        return {
+            "solver": self.solver,
+            "classes": f"{len(self.class_names)} ({listed(self.class_names, 5)})",
+            "features": f"{self.feature_dim}-d, from {self.provenance.get('cache', 'memory')}",
+            "scores": ", ".join(named) or "none",
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LinearHead(HeadFacts):
     """Logits are `X @ weight.T + bias` of raw features; standardization is already folded in.
 
     Attributes:

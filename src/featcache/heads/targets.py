@@ -198,7 +198,9 @@ def _run_labels(
         chosen_on=known[0].choice.chosen_on if known else "nothing: all rows are alike",
         val_score=mean_average_precision([fit.probabilities() for fit in known]),
         scored_on=test.name,
-        scores=multilabel_scores(truth, probabilities, predicted, names, seed=config.seed),
+        scores=multilabel_scores(
+            truth, probabilities, predicted, names, groups=test.groups, seed=config.seed
+        ),
         predictions=TargetPredictions.of_labels(test.ids, truth, predicted),
         fit_seconds=timer.seconds["fit"],
     )
@@ -281,7 +283,9 @@ def _run_value(
         chosen_on=fit.choice.chosen_on,
         val_score=_held_out_r2(fit),
         scored_on=test.name,
-        scores=regression_scores(truth.astype(np.float64), predicted, median, seed=config.seed),
+        scores=regression_scores(
+            truth.astype(np.float64), predicted, median, groups=test.groups, seed=config.seed
+        ),
         predictions=TargetPredictions(
             ids=test.ids, truth=truth.tolist(), predicted=predicted.tolist()
         ),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from featcache.results.metrics import mcnemar
 from featcache.results.runs import Approach
 
 NAMES: dict[Approach, str] = {
-    "loop": "head only (network in the loop)",
-    "cached": "head only (cached features)",
-    "finetune": "full fine-tune",
+    "loop": "head, network in the loop",
+    "cached": "cached head",
+    "finetune": "fine-tune",
 }
 RANKS: tuple[Approach, ...] = ("cached", "finetune", "loop")
 MAX_SETTINGS = 3
 LABELS = {
+    "data": "{}",
     "image_px": "{} px",
     "num_train": "{} train images",
     "feature_dim": "{}-d",
@@ -166,41 +168,38 @@ def _name(report: RunReport, approach: Approach) -> str:
 
 
 def _with_unique_names(compared: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """Tell runs of one name apart by the settings that differ, else by file, else by number."""
-    compared = _relabelled(compared, _differing_settings)
-    compared = _relabelled(compared, lambda group: [run.source.stem for run in group])
-    return _relabelled(compared, _numbers)
-
-
-def _numbers(group: Sequence[ComparedRun]) -> list[str]:
-    return ["", *(f"number {number}" for number in range(2, len(group) + 1))]
-
-
-def _relabelled(
-    compared: Sequence[ComparedRun], labels: Callable[[Sequence[ComparedRun]], list[str]]
-) -> list[ComparedRun]:
-    """Add labels to the names of runs that share one."""
-    groups: dict[str, list[ComparedRun]] = {}
-    for run in compared:
-        groups.setdefault(run.name, []).append(run)
-    added = {
-        id(run): f", {label}"
-        for group in groups.values()
-        if len(group) > 1
-        for run, label in zip(group, labels(group), strict=True)
-        if label
-    }
+    names = unique_names([run.name for run in compared], [run.report for run in compared])
     return [
-        dataclasses.replace(
-            run, row=dataclasses.replace(run.row, mode=run.name + added.get(id(run), ""))
-        )
-        for run in compared
+        dataclasses.replace(run, row=dataclasses.replace(run.row, mode=name))
+        for run, name in zip(compared, names, strict=True)
     ]
 
 
-def _differing_settings(group: Sequence[ComparedRun]) -> list[str]:
+def target_names(runs: Sequence[Run]) -> list[str]:
+    """A unique short name for each run on images with several labels or a number."""
+    reports = [run.report for run in runs]
+    return unique_names([_name(report, _approach(report)) for report in reports], reports)
+
+
+def unique_names(names: Sequence[str], reports: Sequence[RunReport | None]) -> list[str]:
+    """Tell runs of one name apart by the settings that differ, else by number."""
+    found = list(names)
+    for labels in (_differing_settings, _numbers):
+        for name in [name for name, count in Counter(found).items() if count > 1]:
+            places = [place for place, other in enumerate(found) if other == name]
+            added = labels([reports[place] for place in places])
+            for place, label in zip(places, added, strict=True):
+                found[place] += f", {label}" if label else ""
+    return found
+
+
+def _numbers(group: Sequence[RunReport | None]) -> list[str]:
+    return ["", *(f"number {number}" for number in range(2, len(group) + 1))]
+
+
+def _differing_settings(group: Sequence[RunReport | None]) -> list[str]:
     """Each run's values of the first few settings that are not the same in all."""
-    settings = [_settings(run.report) for run in group]
+    settings = [_settings(report) for report in group]
     names = dict.fromkeys(name for values in settings for name in values)
     differing = [n for n in names if len({values.get(n, "") for values in settings}) > 1]
     return [
@@ -214,10 +213,11 @@ def _settings(report: RunReport | None) -> dict[str, str]:
     if report is None:
         return {}
     parts = {name: report.provenance.get(name) for name in ("backbone", "views", "dtype")}
-    flat = flatten({"num_train": report.more.get("num_train"), **parts}) | report.config
+    data = (report.provenance.get("dataset") or {}).get("name")
+    flat = flatten({"data": data, "num_train": report.more.get("num_train"), **parts})
     return {
         name: _label(name, value)
-        for key, value in flat.items()
+        for key, value in (flat | report.config).items()
         if (name := key.rpartition(".")[2]) not in IMMATERIAL
         and isinstance(value, str | int | float)
     }
@@ -225,7 +225,8 @@ def _settings(report: RunReport | None) -> dict[str, str]:
 
 def _label(name: str, value: str | float) -> str:
     """A setting in words; empty for one that is off."""
-    words, text = name.replace("_", " ")[:40], str(value)[:40]
+    text = f"{value:g}" if isinstance(value, float) else str(value)[:40]
+    words = name.replace("_", " ")[:40]
     if name in LABELS:
         return LABELS[name].format(text)
     if isinstance(value, bool):

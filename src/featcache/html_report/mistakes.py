@@ -220,23 +220,23 @@ def load_images(config: ReportConfig, recorded: dict[str, Any]) -> ImageDataset:
     )
 
 
-def thumbnail(split: ImageSplit | None, row: int | None) -> str | None:
+def thumbnail(split: ImageSplit | None, row: int | None, side: int = LONGER_SIDE) -> str | None:
     """A small JPEG of one image in base64, or None if it is missing or cannot be read."""
     if split is None or row is None:
         return None
     from featcache.data import BadImage
 
     try:
-        return base64.b64encode(_as_jpeg(split.load(row))).decode()
+        return base64.b64encode(_as_jpeg(split.load(row), side)).decode()
     except BadImage:
         return None
 
 
-def _as_jpeg(image: Image.Image) -> bytes:
-    """An RGB image with its longer side at `LONGER_SIDE` px; small ones keep sharp pixels."""
+def _as_jpeg(image: Image.Image, side: int) -> bytes:
+    """An RGB image with its longer side at `side` px; small ones keep sharp pixels."""
     from PIL import Image as Images
 
-    scale = LONGER_SIDE / max(image.size)
+    scale = side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     kind = Images.Resampling.NEAREST if scale >= 3 else Images.Resampling.BICUBIC
     buffer = io.BytesIO()

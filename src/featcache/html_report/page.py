@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from featcache.config import ReportConfig
 from featcache.html_report.audits import audit_values
@@ -14,6 +15,7 @@ from featcache.html_report.compared_runs import (
     compared_runs,
     ranked,
 )
+from featcache.html_report.feature_map import feature_map
 from featcache.html_report.mistakes import (
     group_by_predictions,
     load_test_split,
@@ -34,13 +36,14 @@ from featcache.results.plots import (
     seconds_tick,
 )
 from featcache.results.tables import (
-    HEADER,
     curve_cells,
     curve_header,
     leak_lines,
     seconds_text,
-    table_cells,
 )
+
+if TYPE_CHECKING:
+    from featcache.data import ImageSplit
 
 MAX_DETAILED = 6
 
@@ -52,7 +55,6 @@ class Section:
     title: str
     layout: str
     values: Mapping[str, object]
-    level: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,11 @@ def make_page(files: ReportFiles, config: ReportConfig) -> Page:
         }
         sections.append(Section(title=title, layout="learning_curve", values=values))
     sections += _comparison_sections(compared, files, has_curve=bool(curves))
-    sections += _score_sections(compared, files)
-    sections += _mistakes_sections(ranked(compared), config)
+    sections += _target_sections(files)
+    best_first = ranked(compared)
+    split = load_test_split(config, best_first)
+    sections += _map_sections(best_first, files, config, split)
+    sections += _mistakes_sections(best_first, split)
     sections += _audit_sections(files, config)
     provenance = {"provenance": provenance_of(compared, files)}
     title = "Where the numbers come from"
@@ -138,9 +143,10 @@ def _comparison_sections(
     """The table of all runs, and their accuracy over time if any run has points."""
     if not compared:
         return []
+    groups = group_by_predictions(ranked(compared))
     table = {
-        "header": HEADER,
-        "rows": table_cells([run.row for run in compared]),
+        "table": overview(compared),
+        "recall": recall_table([group[0] for group in groups[:MAX_DETAILED]]) if groups else None,
         "has_curve": has_curve,
         "extraction_known": all(run.row.extraction_known for run in compared),
         "notes": [note for benchmark in files.benchmarks for note in benchmark.notes]
@@ -150,7 +156,7 @@ def _comparison_sections(
             for line in leak_lines(run.report.more if run.report else {})
         ],
     }
-    sections = [Section(title="Side-by-side comparison", layout="comparison", values=table)]
+    sections = [Section(title="Overview", layout="comparison", values=table)]
     rows = [run.row for run in ranked(compared) if run.row.extraction_known]
     lines = lines_of(rows)
     if lines:
@@ -179,46 +185,49 @@ def _seconds_chart(rows: Sequence[Row], lines: Sequence[Line]) -> Chart:
     )
 
 
-def _score_sections(compared: Sequence[ComparedRun], files: ReportFiles) -> list[Section]:
-    """Scores over classes of all runs, then runs on several labels and on numbers."""
-    sections = []
-    header, rows = overview(compared)
-    if rows:
-        scores = {"header": header, "rows": rows}
-        sections.append(Section(title="Scores over classes", layout="scores", values=scores))
-    for table in target_tables(files.target_runs):
-        shown = {"table": table, "label_header": LABEL_HEADER}
-        sections.append(Section(title=table.title, layout="targets", values=shown))
-    return sections
+def _target_sections(files: ReportFiles) -> list[Section]:
+    """Runs on several labels and on numbers."""
+    return [
+        Section(
+            title=table.title,
+            layout="targets",
+            values={"table": table, "label_header": LABEL_HEADER},
+        )
+        for table in target_tables(files.target_runs)
+    ]
 
 
-def _mistakes_sections(compared: Sequence[ComparedRun], config: ReportConfig) -> list[Section]:
-    """Recall by class, then confusions and wrong images of the first few runs."""
-    split = load_test_split(config, compared)
+def _map_sections(
+    compared: Sequence[ComparedRun],
+    files: ReportFiles,
+    config: ReportConfig,
+    split: ImageSplit | None,
+) -> list[Section]:
+    """The test images by their features, or why they are not shown."""
+    drawn, notes = feature_map(compared, files.target_runs, config, split)
+    values = {"map": drawn, "notes": notes}
+    if drawn is None and not notes:
+        return []
+    return [Section(title="Feature map", layout="feature_map", values=values)]
+
+
+def _mistakes_sections(compared: Sequence[ComparedRun], split: ImageSplit | None) -> list[Section]:
+    """Scores by class, confusions and wrong images of the first few runs, one at a time."""
     groups = group_by_predictions(compared)
     if not groups:
         return []
     shown, left = groups[:MAX_DETAILED], groups[MAX_DETAILED:]
-    header, rows = recall_table([group[0] for group in shown])
-    names = [group[0].name for group in left[:20]]
-    recall = {"header": header, "rows": rows}
-    return [
-        Section(title="Recall by class", layout="recall", values=recall),
-        Section(title="Mistakes", layout="left_out", values={"shown": len(shown), "left": names}),
-        *(
-            Section(
-                title=group[0].name,
-                layout="mistakes",
-                values={
-                    "mistakes": mistakes_of(group, split),
-                    "has_images": split is not None,
-                    "scores": run_scores(group[0].report, f"scores-{number}"),
-                },
-                level=3,
-            )
-            for number, group in enumerate(shown)
-        ),
+    modes = [
+        {
+            "title": group[0].name,
+            "mistakes": mistakes_of(group, split),
+            "has_images": split is not None,
+            "scores": run_scores(group[0].report, f"scores-{number}"),
+        }
+        for number, group in enumerate(shown)
     ]
+    values = {"modes": modes, "left": [group[0].name for group in left[:20]]}
+    return [Section(title="Mistakes", layout="modes", values=values)]
 
 
 def _audit_sections(files: ReportFiles, config: ReportConfig) -> list[Section]:

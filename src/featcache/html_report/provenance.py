@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featcache import config as settings
-from featcache.html_report.compared_runs import ComparedRun
+from featcache.html_report.compared_runs import ComparedRun, target_names
 from featcache.html_report.report_files import ReportFiles
 from featcache.results import RunReport
 
@@ -45,7 +45,8 @@ class SourcedRun(NamedTuple):
 def provenance_of(compared: Sequence[ComparedRun], files: ReportFiles) -> Provenance:
     """Files, data, weights, machines and commands."""
     runs = [SourcedRun(run.name, run.source, run.report) for run in compared]
-    runs += [SourcedRun(run.path.stem, run.path, run.report) for run in files.target_runs]
+    named = zip(target_names(files.target_runs), files.target_runs, strict=True)
+    runs += [SourcedRun(name, run.path, run.report) for name, run in named]
     return Provenance(
         runs=[[run.name, str(run.source), *_facts(run.report)] for run in runs],
         machines=_machines(runs, files),

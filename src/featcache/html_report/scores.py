@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from featcache.html_report.charts import Chart, make_chart
-from featcache.html_report.compared_runs import ComparedRun
+from featcache.html_report.compared_runs import ComparedRun, target_names
 from featcache.html_report.report_files import Run
 from featcache.results.metrics import wilson_interval
 from featcache.results.plots import Line, draw_unit
@@ -16,22 +16,20 @@ from featcache.results.runs import RunReport
 from featcache.results.scores import Interval, TwoClassCurves
 from featcache.results.tables import (
     CLASS_HEADER,
+    DASH,
+    HEADER,
     class_cells,
     or_dash,
     score_text,
     seconds_text,
+    table_cells,
     with_interval,
 )
 from featcache.results.targets import MultilabelScores, RegressionScores
 
-OVERVIEW = {
-    "macro F1": "macro_f1",
-    "weighted F1": "weighted_f1",
-    "AUROC": "auroc",
-    "average precision": "average_precision",
-    "log loss": "log_loss",
-}
-"""Columns of the overview and the scores that they show."""
+OVERVIEW = {"macro F1": "macro_f1", "AUROC": "auroc", "log loss": "log_loss"}
+SCORES = OVERVIEW | {"weighted F1": "weighted_f1", "average precision": "average_precision"}
+"""Columns and the scores that they show."""
 MAX_CLASS_ROWS = 1000
 LABELS_TITLE, NUMBERS_TITLE = "Several labels per image", "A number per image"
 LABELS_HEADER = [
@@ -76,26 +74,53 @@ class RunScores:
     charts: dict[str, Chart]
 
 
-def overview(compared: Iterable[ComparedRun]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: scores over classes and the calibration error of every run that has them."""
-    rows = [
-        [
-            run.name,
-            *(score_text(name, getattr(scores, name), scores) for name in OVERVIEW.values()),
-            f"{run.report.calibration.after.ece:.3f}" if run.report.calibration else "–",
-        ]
-        for run in compared
-        if run.report is not None and (scores := run.report.scores) is not None
+class Overview(NamedTuple):
+    """The table of all runs, and by title what is folded below it: times, scores in full."""
+
+    header: list[str]
+    rows: list[list[str]]
+    folded: dict[str, tuple[list[str], list[list[str]]]]
+
+
+def overview(compared: Sequence[ComparedRun]) -> Overview:
+    """All runs: accuracy, scores over classes, calibration error, time; a baseline comes last."""
+    cells = table_cells([run.row for run in compared])
+    scores = [run.report.scores if run.report else None for run in compared]
+    short = [
+        [or_dash(getattr(found, name, None)) for name in OVERVIEW.values()] for found in scores
     ]
-    return ["mode", *OVERVIEW, "calibration error"], rows
+    errors = [
+        or_dash(run.report.calibration.after.ece if run.report and run.report.calibration else None)
+        for run in compared
+    ]
+    middle = [[*found, error] for found, error in zip(short, errors, strict=True)]
+    middle += [[DASH] * (len(OVERVIEW) + 1)] * (len(cells) - len(compared))
+    rows = [[cell[0], cell[2], *m, *cell[-2:]] for cell, m in zip(cells, middle, strict=True)]
+    mode, params, accuracy, *times = HEADER
+    header = [mode, accuracy, *OVERVIEW, "calibration error", *times[-2:]]
+    kept = [c for c in range(len(header)) if any(row[c] != DASH for row in rows)]
+    folded = {
+        "Parameters and times": (
+            [mode, params, *times[:-2]],
+            [[cell[0], cell[1], *cell[3:-2]] for cell in cells],
+        )
+    }
+    full = [
+        [run.name, *(score_text(name, getattr(found, name), found) for name in SCORES.values())]
+        for run, found in zip(compared, scores, strict=True)
+        if found is not None
+    ]
+    if full:
+        folded["Scores over classes"] = ([mode, *SCORES], full)
+    return Overview([header[c] for c in kept], [[row[c] for c in kept] for row in rows], folded)
 
 
-def target_tables(runs: Iterable[Run]) -> list[TargetTable]:
+def target_tables(runs: Sequence[Run]) -> list[TargetTable]:
     """Tables of runs on images with several labels, and of runs on images with a number."""
     labels = TargetTable(LABELS_TITLE, LABELS_HEADER, [], {})
     numbers = TargetTable(NUMBERS_TITLE, NUMBERS_HEADER, [], {})
-    for run in runs:
-        name, scores = run.path.stem, run.report.target_scores
+    for name, run in zip(target_names(runs), runs, strict=True):
+        scores = run.report.target_scores
         seconds = seconds_text(run.report.seconds_total)
         if isinstance(scores, MultilabelScores):
             labels.rows.append([name, *_labels_cells(scores), seconds])

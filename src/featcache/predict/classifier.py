@@ -22,12 +22,12 @@ from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
 from featcache.engine import EngineSettings
 from featcache.engine.inference import computed_rows
-from featcache.errors import UserError
+from featcache.errors import UserError, listed
 from featcache.heads import KnnHead
 from featcache.heads.linear import KnownRows
 from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
-from featcache.runtime import StageTimer, pick_device, say, torch_threads_kept
+from featcache.runtime import Facts, StageTimer, pick_device, say, torch_threads_kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,7 +71,7 @@ class Prediction:
     value: float | None = None
 
 
-class Classifier:
+class Classifier(Facts):
     """A head with its backbone, or a fine-tuned model, ready for images.
 
     Several threads may use one; it pickles, and chooses its engine again where it arrives.
@@ -132,6 +132,13 @@ class Classifier:
             own = None if backbone is None else OwnNetwork.of(backbone)
             trained = load_classifier(Path(path), weights=weights, seed=seed, own=own)
         return cls(trained, **how)
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "file": self.trained.path,
+            "what": self.trained.describe(),
+            "classes": f"{len(self.class_names)} ({listed(self.class_names, 5)})",
+        }
 
     @property
     def class_names(self) -> list[str]:

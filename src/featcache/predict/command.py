@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -14,7 +15,13 @@ from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.predict.classifier import Classifier
 from featcache.predict.load import ClassifierOrigin, origin_of
-from featcache.predict.pictures import find_pictures, split_of
+from featcache.predict.pictures import (
+    NOTHING_NAMED,
+    STANDARD_INPUT,
+    arriving_pictures,
+    find_pictures,
+    split_of,
+)
 from featcache.predict.writers import (
     MARKS,
     AnyPredictionJson,
@@ -82,7 +89,8 @@ def predict(config: PredictConfig) -> PredictReport:
         StorageError: The output cannot be written.
     """
     start = time.perf_counter()
-    paths = find_pictures(config.inputs)
+    is_dialog = _is_dialog(config)
+    paths = [] if is_dialog else find_pictures(config.inputs)
     if config.output is not None:
         check_outputs({config.output: MARKS}, [config.model, config.weights or "", *paths])
     classifier = Classifier.load(
@@ -97,22 +105,44 @@ def predict(config: PredictConfig) -> PredictReport:
     timer = StageTimer()
     timer.seconds["start_up"] = time.perf_counter() - start
     found: list[AnyPredictionJson] = []
+    done = _Done()
     with contextlib.ExitStack() as stack:
         writers: list[Write] = []
         if config.json:
             writers.append(lambda path, prediction: found.append(prediction_json(path, prediction)))
         if config.output is not None or not config.json:
             writers.append(stack.enter_context(_writer(config, classifier, paths)))
-        skipped, num_unknown = _classify(config, classifier, paths, writers, timer)
+        for together in arriving_pictures() if is_dialog else [paths]:
+            _classify(config, classifier, together, writers, timer, done)
+    if done.num_images == 0:
+        raise UserError(NOTHING_NAMED)
     if config.verbose:
-        say(f"engine: {classifier.engine(len(paths)).describe()}")
+        say(f"engine: {classifier.engine(done.num_images).describe()}")
     seconds = time.perf_counter() - start
-    report = _report(config, classifier, len(paths), skipped, timer, seconds)
+    report = _report(config, classifier, done, timer, seconds)
     if config.reject is not None:
-        report["num_unknown"] = num_unknown
+        report["num_unknown"] = done.num_unknown
     if config.json:
         report["predictions"] = found
     return report
+
+
+@dataclasses.dataclass
+class _Done:
+    """What was classified so far."""
+
+    num_images: int = 0
+    num_unknown: int = 0
+    skipped: list[SkippedImage] = dataclasses.field(default_factory=list)
+
+
+def _is_dialog(config: PredictConfig) -> bool:
+    """Whether to answer the paths on standard input as they come, not when all are there.
+
+    A table has to know the longest path first.
+    """
+    is_read = config.output is None and not config.json and config.format in ("csv", "jsonl")
+    return config.inputs == (STANDARD_INPUT,) and is_read
 
 
 def _writer(
@@ -143,13 +173,10 @@ def _classify(
     paths: list[str],
     writers: list[Write],
     timer: StageTimer,
-) -> tuple[list[SkippedImage], int]:
-    """Send every image's prediction to the writers.
-
-    Returns:
-        The images that had none, and how many are unknown.
-    """
-    split, skipped, num_unknown = split_of(paths), [], 0
+    done: _Done,
+) -> None:
+    """Send every image's prediction to the writers, and count it."""
+    split = split_of(paths)
     # Rows that scroll by on the same screen show the progress themselves.
     on_screen = config.output is None and not config.json and sys.stdout.isatty()
     bar = progress(len(paths), delay=BAR_DELAY_S, disable=on_screen or bar_hidden())
@@ -158,13 +185,13 @@ def _classify(
         for index, prediction in stream:
             path = paths[index]
             if isinstance(prediction, BadImage):
-                skipped.append(_skip(config, path, prediction))
+                done.skipped.append(_skip(config, path, prediction))
             else:
-                num_unknown += prediction.unknown
+                done.num_unknown += prediction.unknown
                 for write in writers:
                     write(path, prediction)
+            done.num_images += 1
             bar.update()
-    return skipped, num_unknown
 
 
 def _skip(config: PredictConfig, path: str, bad: BadImage) -> SkippedImage:
@@ -181,13 +208,12 @@ def _skip(config: PredictConfig, path: str, bad: BadImage) -> SkippedImage:
 def _report(
     config: PredictConfig,
     classifier: Classifier,
-    num_images: int,
-    skipped: list[SkippedImage],
+    done: _Done,
     timer: StageTimer,
     seconds: float,
 ) -> PredictReport:
-    stages = dict(timer.seconds)
-    busy = stages.pop("total") - stages.get("choose_engine", 0.0)
+    num_images, skipped, stages = done.num_images, done.skipped, dict(timer.seconds)
+    busy = stages.pop("total", 0.0) - stages.get("choose_engine", 0.0)
     return {
         "command": "predict",
         "model": str(config.model),

@@ -17,7 +17,7 @@ from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta
 from featcache.data import ImageSplit
 from featcache.errors import CacheError
-from featcache.extract.extraction import ExtractionRun, fill_split
+from featcache.extract.blocks import ExtractionRun, fill_split
 from featcache.extract.request import differences
 from featcache.runtime import say
 
@@ -100,5 +100,5 @@ class FeatureStore:
         rows = SplitRows(split.name, names, split.labels, split.content)
         begun = begun_with(path) == meta  # by a killed run: resumed
         with open_writer(path, meta, [CLASS], [rows], force=not begun) as writer:
-            fill_split(ExtractionRun(engine=engine), writer, split, meta, "fail")
+            fill_split(ExtractionRun(engine=engine), writer, split)
             writer.finish()

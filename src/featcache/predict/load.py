@@ -6,7 +6,6 @@ so they are refused. A model file holds all of its network.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
@@ -34,6 +33,7 @@ from featcache.tensor_files import (
     MODEL_FORMAT,
     TensorFile,
     model_card,
+    not_finite,
     read_tensor_file,
 )
 
@@ -266,12 +266,12 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
             f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
             f"{len(card.class_names)} classes: write it again with finetune"
         ) from error
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{path} is a damaged model, {name} has values that are not finite: write it "
-                "again with finetune"
-            )
+    bad = not_finite(network.state_dict())
+    if bad is not None:
+        raise UserError(
+            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
+            "finetune"
+        )
     return LoadedClassifier(
         path=path,
         kind="model",
@@ -308,7 +308,7 @@ def origin_of(trained: LoadedClassifier) -> ClassifierOrigin:
         "file": trained.path.name,
         "backbone": trained.backbone,
         "solver": trained.head.solver if trained.head else None,
-        "preprocessing": dataclasses.asdict(trained.preprocessing),
+        "preprocessing": trained.preprocessing.to_dict(),
         "decision": trained.decision.to_json(),
         "scores": trained.scores,
         "trained_on": trained.provenance,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ from featcache.errors import UserError
 STANDARD_INPUT = "-"
 CHUNK_BYTES = 1 << 16
 MAX_LIST_BYTES = 1 << 28
+NOTHING_NAMED = "standard input named no image: give paths, one a line or NUL-separated"
 
 
 def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[str]:
@@ -40,13 +43,14 @@ def find_pictures(inputs: Sequence[str], stdin: BinaryIO | None = None) -> list[
     paths: list[str] = []
     for word in inputs:
         if word == STANDARD_INPUT:
-            paths += _listed(stdin or sys.stdin.buffer)
+            for arrived in arriving_pictures(stdin, MAX_LIST_BYTES):
+                paths += arrived
         elif os.path.isdir(word):
             paths += pictures_below(word)
         else:
             paths.append(word)
     if not paths:
-        raise UserError("standard input named no image: give paths, one a line or NUL-separated")
+        raise UserError(NOTHING_NAMED)
     if STANDARD_INPUT not in inputs and all(map(_is_missing, paths)):
         more = f", nor any of {len(paths) - 1} others" if len(paths) > 1 else ""
         raise UserError(f"there is no {paths[0]}{more}: give images, folders, or -")
@@ -64,30 +68,42 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _listed(stdin: BinaryIO) -> Iterator[str]:
-    for entry in _entries(stdin):
-        name = os.fsdecode(entry)
-        if name and os.path.isdir(name):
-            yield from pictures_below(name)
-        elif name:
-            yield name
+def arriving_pictures(
+    stdin: BinaryIO | None = None, most_bytes: float = math.inf
+) -> Iterator[list[str]]:
+    """Paths of the images that standard input names, as they arrive.
+
+    Args:
+        stdin: As in `find_pictures`.
+        most_bytes: More are refused.
+
+    Raises:
+        UserError: As `find_pictures`.
+    """
+    for entries in _entries(stdin or sys.stdin.buffer, most_bytes):
+        names = [os.fsdecode(entry) for entry in entries if entry]
+        found = [pictures_below(name) if os.path.isdir(name) else [name] for name in names]
+        if found:
+            yield list(chain.from_iterable(found))
 
 
-def _entries(stdin: BinaryIO) -> Iterator[bytes]:
+def _entries(stdin: BinaryIO, most_bytes: float) -> Iterator[list[bytes]]:
     rest, num_bytes, separator = b"", 0, b""
     while chunk := _read(stdin):
         num_bytes += len(chunk)
-        separator = separator or (b"\0" if b"\0" in chunk else b"\n")
-        *entries, rest = (rest + chunk).split(separator)
-        if len(rest) > CHUNK_BYTES or num_bytes > MAX_LIST_BYTES:
+        separator = separator or next((sign for sign in (b"\0", b"\n") if sign in chunk), b"")
+        *entries, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
+        if len(rest) > CHUNK_BYTES or num_bytes > most_bytes:
             raise UserError("standard input is not a list of paths: give one a line")
-        yield from entries if separator == b"\0" else (entry.rstrip(b"\r") for entry in entries)
-    yield rest.rstrip(b"\r\n")
+        yield entries if separator == b"\0" else [entry.rstrip(b"\r") for entry in entries]
+    yield [rest.rstrip(b"\r\n")]
 
 
 def _read(stdin: BinaryIO) -> bytes:
     try:
-        return stdin.read(CHUNK_BYTES)
+        # Only what is there: a program that waits for the answer to a line sends no more.
+        read: Callable[[int], bytes] = getattr(stdin, "read1", stdin.read)
+        return read(CHUNK_BYTES)
     except OSError as error:
         raise UserError(f"cannot read standard input: {error.strerror}; pipe paths in") from error
 
@@ -216,6 +232,9 @@ class _Pictures:
         """Require from now on that the image has this sha256."""
         if isinstance(self._pictures[position], str):  # else the caller's own object
             self._files.record(position, digest)
+
+    def recall(self, name: str) -> bytes | None:
+        """Nothing is remembered."""
 
     def finish(self) -> None:
         """Nothing to do."""

@@ -303,24 +303,28 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 def legend_svg(style: int) -> Svg:
     """A line's color, dashes and marker, as a legend shows them."""
-    from matplotlib.markers import MarkerStyle
-    from matplotlib.transforms import Affine2D
-
     _, marker, dashes = STYLES[style]
-    shape = MarkerStyle(marker)
-    place = Affine2D().scale(8, -8).translate(18, 7)
-    path = shape.get_path().transformed(shape.get_transform() + place)
-    letters = {path.MOVETO: "M", path.LINETO: "L", path.CURVE4: "C", path.CLOSEPOLY: "Z"}
-    outline = "".join(
-        letters[code] + ("" if code == path.CLOSEPOLY else " ".join(f"{x:.2f}" for x in ends))
-        for ends, code in path.iter_segments()
-    )
     gaps = "" if isinstance(dashes, str) else " ".join(f"{2.2 * part:g}" for part in dashes[1])
     color = f"var(--s{style})"
     return Svg(
         "0 0 36 14",
         f'<path d="M0 7H36" stroke="{color}" stroke-width="2.2" stroke-dasharray="{gaps}"/>'
-        f'<path d="{outline}" fill="{color}" stroke="var(--ground)"/>',
+        f'<path d="{outline_of(marker, 8, (18, 7))}" fill="{color}" stroke="var(--ground)"/>',
+    )
+
+
+def outline_of(marker: str, size_px: float, center: tuple[float, float] = (0, 0)) -> str:
+    """The path of a marker, for SVG."""
+    from matplotlib.markers import MarkerStyle
+    from matplotlib.transforms import Affine2D
+
+    shape = MarkerStyle(marker)
+    place = Affine2D().scale(size_px, -size_px).translate(*center)
+    path = shape.get_path().transformed(shape.get_transform() + place)
+    letters = {path.MOVETO: "M", path.LINETO: "L", path.CURVE4: "C", path.CLOSEPOLY: "Z"}
+    return "".join(
+        letters[code] + ("" if code == path.CLOSEPOLY else " ".join(f"{x:.2f}" for x in ends))
+        for ends, code in path.iter_segments()
     )
 
 

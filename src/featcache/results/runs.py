@@ -22,6 +22,7 @@ from featcache.results import metrics
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import Interval, Scores, score_predictions
 from featcache.results.targets import MultilabelScores, RegressionScores, TargetPredictions
+from featcache.runtime import Facts
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""
@@ -78,8 +79,8 @@ class EpochRecord(TypedDict, total=False):
     test_loss: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunReport:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RunReport(Facts):
     """What one training run measured, under which settings, on which data.
 
     `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
@@ -106,6 +107,20 @@ class RunReport:
     test: Predictions | None = None
     target_scores: MultilabelScores | RegressionScores | None = None
     targets: TargetPredictions | None = None
+
+    def _facts(self) -> dict[str, object]:
+        found = str(self.target_scores and self.target_scores.headline)
+        if self.test_top1 is not None:
+            low, high = self.test_interval or (0.0, 1.0)
+            found = f"accuracy {self.test_top1:.3f} [{low:.3f}, {high:.3f}]"
+        return {
+            "command": self.command,
+            "found": found,
+            "scored on": self.scored_on,
+            "selected on": self.chosen_on,
+            "trainable parameters": f"{self.trainable_params:,}",
+            "seconds": f"{self.seconds_total:.3g}",
+        }
 
     def to_json(self) -> JsonObject:
         """The fields that a command prints; predictions stay in the report file."""

@@ -49,6 +49,7 @@ CLASS_HEADER = (
     "average precision",
 )
 
+DASH = "–"
 GAP = "  "
 MAX_WIDTH = 100
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from featcache.results.ranking import rank, resample
+from featcache.results.ranking import rank, ratio, resample
 
 Doubles = NDArray[np.float64]
 Labels = NDArray[np.bool_]
@@ -62,7 +62,7 @@ class MultilabelScores:
 
     Attributes:
         mean_average_precision: Mean over the labels that some test image has.
-        interval: Its 95 % interval, from resampled test images.
+        interval: Its 95 % interval, from resampled test images, or groups where there are any.
         micro_average_precision: Of all pairs of image and label together.
         macro_f1: Mean over the labels.
         micro_f1: Of all pairs together.
@@ -78,10 +78,15 @@ class MultilabelScores:
     exact_match: float
     per_label: dict[str, LabelScores]
 
+    @property
+    def headline(self) -> str:
+        """The first score, in words."""
+        return f"mean average precision {self.mean_average_precision:.3f}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionScores:
-    """Scores of a number per image, with 95 % intervals from resampled test images.
+    """Scores of a number per image, with 95 % intervals as of several labels.
 
     Attributes:
         r2: Share of the variance that is explained; below 0 is worse than always the mean.
@@ -99,6 +104,11 @@ class RegressionScores:
     rmse: float
     baseline_mae: float
 
+    @property
+    def headline(self) -> str:
+        """The first score, in words."""
+        return f"R squared {self.r2:.3f}"
+
 
 def multilabel_scores(
     truth: Labels,
@@ -106,6 +116,7 @@ def multilabel_scores(
     predicted: Labels,
     names: list[str],
     *,
+    groups: ArrayLike | None = None,
     seed: int,
 ) -> MultilabelScores:
     """Score several labels per image.
@@ -115,6 +126,7 @@ def multilabel_scores(
         probabilities: Of each label, [N, C].
         predicted: Which labels it was given, [N, C].
         names: The C labels.
+        groups: Each image's group [N], where images come in groups.
         seed: Of the resampling.
     """
     from sklearn.metrics import average_precision_score, f1_score, precision_recall_fscore_support
@@ -123,7 +135,10 @@ def multilabel_scores(
     of_present = average_precision_score(truth[:, some], probabilities[:, some], average=None)
     precisions = np.full(len(names), np.nan)
     precisions[some] = of_present
-    columns = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0.0)
+    # scikit-learn takes one column for two classes, so a label that no image has goes beside it.
+    has, given = (np.pad(table, ((0, 0), (0, 1))) for table in (truth, predicted))
+    found = precision_recall_fscore_support(has, given, average=None, zero_division=0.0)
+    columns = [column[:-1] for column in found]
     per_label = {
         name: LabelScores(
             support=int(support),
@@ -138,19 +153,24 @@ def multilabel_scores(
     }
     return MultilabelScores(
         mean_average_precision=float(np.nanmean(precisions)),
-        interval=_percentiles(_resampled_mean_ap(truth, probabilities, seed)),
+        interval=_percentiles(_resampled_mean_ap(truth, probabilities, groups, seed)),
         micro_average_precision=float(
             average_precision_score(truth[:, some], probabilities[:, some], average="micro")
         ),
         macro_f1=float(np.mean(columns[2])),
-        micro_f1=float(f1_score(truth, predicted, average="micro", zero_division=0.0)),
+        micro_f1=float(f1_score(has, given, average="micro", zero_division=0.0)),
         exact_match=float((truth == predicted).all(axis=1).mean()),
         per_label=per_label,
     )
 
 
 def regression_scores(
-    truth: Doubles, predicted: Doubles, train_median: float, *, seed: int
+    truth: Doubles,
+    predicted: Doubles,
+    train_median: float,
+    *,
+    groups: ArrayLike | None = None,
+    seed: int,
 ) -> RegressionScores:
     """Score a number per image.
 
@@ -158,20 +178,22 @@ def regression_scores(
         truth: [N].
         predicted: [N].
         train_median: Of the train targets, for the baseline.
+        groups: Each image's group [N], where images come in groups.
         seed: Of the resampling.
     """
-    counts = resample(len(truth), NUM_RESAMPLES, None, seed)[:, 1:].T.astype(np.float64)
+    counts = resample(len(truth), NUM_RESAMPLES, groups, seed)[:, 1:].T.astype(np.float64)
+    drawn = counts.sum(axis=1)  # groups differ in size
     error = predicted - truth
     absolute, squared = np.abs(error), error**2
-    mean = counts @ truth / len(truth)
-    spread = counts @ truth**2 - len(truth) * mean**2
+    mean = counts @ truth / drawn
+    spread = counts @ truth**2 - drawn * mean**2
     explained = 1 - (counts @ squared) / np.maximum(spread, 1e-300)
     total = float(((truth - truth.mean()) ** 2).sum())
     return RegressionScores(
         r2=1 - float(squared.sum()) / total if total else float("nan"),
         r2_interval=_percentiles(explained),
         mae=float(absolute.mean()),
-        mae_interval=_percentiles(counts @ absolute / len(truth)),
+        mae_interval=_percentiles(counts @ absolute / drawn),
         rmse=float(np.sqrt(squared.mean())),
         baseline_mae=float(np.abs(truth - train_median).mean()),
     )
@@ -189,12 +211,14 @@ def mean_average_precision(labels: Sequence[tuple[Doubles, Doubles]]) -> float |
     return float(np.mean(found)) if found else None
 
 
-def _resampled_mean_ap(truth: Labels, probabilities: Doubles, seed: int) -> Doubles:
+def _resampled_mean_ap(
+    truth: Labels, probabilities: Doubles, groups: ArrayLike | None, seed: int
+) -> Doubles:
     """Mean average precision of every bootstrap sample, over the labels that it has."""
-    drawn = resample(len(truth), NUM_RESAMPLES, None, seed)[:, 1:]
+    drawn = resample(len(truth), NUM_RESAMPLES, groups, seed)[:, 1:]
     labels = np.flatnonzero(truth.any(axis=0))
     found = [rank(truth[:, n], probabilities[:, n], drawn).average_precision() for n in labels]
-    return np.asarray(np.nanmean(found, axis=0))
+    return ratio(np.nansum(found, axis=0), np.isfinite(found).sum(axis=0).astype(np.float64))
 
 
 def _percentiles(values: Doubles) -> tuple[float, float]:

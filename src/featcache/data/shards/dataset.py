@@ -184,10 +184,11 @@ class _ShardSource(RecordedSource):
         self.shard = np.repeat(np.arange(len(shards)), [len(of_shard) for of_shard in offsets])
         self._offsets = np.concatenate(offsets)
         self._sizes = np.concatenate([unpack(index.sizes, "<u8") for index in indexes])
-        content = np.concatenate([unpack(index.content, "u1") for index in indexes])
-        self._hashes = content.reshape(-1, 32)
-        self._is_known = np.ones(len(self._hashes), np.bool_)
-        assert len(self._names) == len(self._offsets) == len(self._sizes) == len(self._hashes)
+        for index in indexes:
+            self._hashes += unpack(index.content, "u1").tobytes()
+        self._is_known += bytes([True]) * len(self._names)
+        assert len(self._names) == len(self._offsets) == len(self._sizes)
+        assert len(self._hashes) == 32 * len(self._names)
 
     def ids(self, split: str, positions: Int64) -> tuple[list[str], tuple[str, ...]]:
         """Ids of the images of a split, and a note if they are unusual."""

@@ -4,30 +4,30 @@ The Hessian's block of class c is a sum over rows, each with weight s_i p_ic (1 
 rows per class a handful of rows have nearly all of it: the class's own, and those mistaken for it.
 No product of a class part and a feature part describes that. The search direction comes from the
 inverse of these blocks instead: the heaviest rows exactly, by the Woodbury identity, all other rows
-as a multiple of the second moment. It is taken anew at each step, which costs less than a pass.
+as a multiple of the identity.
 
-In the eigenbasis of the second moment, that is diagonal, and rows of more features than there are
-rows need no more columns than rows.
+Rows so few are soon separable: then the loss falls exponentially, and Newton's steps from zero are
+many and short. So the search starts where it would end if all rows were alike, and looks along each
+step for the point where the objective is flat. Logits change linearly along a step, so that needs
+no further product with the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.heads.features import Doubles, Floats, Ints
+from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.solvers.lbfgs import (
     MAX_ITERATIONS,
-    MAX_STALLED,
+    NOISE,
     TOLERANCE,
-    Best,
     Memory,
-    Pair,
     Solution,
-    line_search,
-    penalized,
-    spectrum_of,
+    gap_left,
 )
 from featcache.heads.solvers.softmax_loss import prediction_errors
 from featcache.runtime import progress
@@ -36,18 +36,17 @@ from featcache.runtime import progress
 MAX_ROWS_PER_CLASS = 5
 # Below this many classes the usual solver takes no time.
 MIN_CLASSES = 20
-# Rows of each class's block that are taken exactly.
+# Rows of each class's block that are taken exactly, and the steps at which they are chosen anew.
 HEAVY_ROWS = 8
+CHOOSE = frozenset({0, 1, 3, 7, 15, 31, 63, 127, 255})
 # Values of the largest arrays held: probabilities of all rows, and the heavy rows of all classes.
 MAX_VALUES = 1 << 26
-# Steps to remember, since the last one that had to be shortened: where that happens the curvature
-# changes so fast that what earlier steps saw misleads.
+# Steps to remember: the curvature changes fast, and what earlier steps saw misleads.
 STEPS = 4
-# The penalty falls by this factor from stage to stage, each solved to this precision, down to the
-# one asked for. With little penalty from the start steps would overshoot: rows that are separable
-# soon have no curvature.
-PENALTY_FACTOR = 4.0
-STAGE_TOLERANCE = 0.1
+# A step may end where the objective's slope is this part of what it was, and is found in at most
+# so many tries.
+FLAT = 0.3
+MAX_TRIES = 12
 
 
 def are_few(num_rows: int, dim: int, num_classes: int) -> bool:
@@ -57,10 +56,28 @@ def are_few(num_rows: int, dim: int, num_classes: int) -> bool:
     return num_classes >= MIN_CLASSES and fits
 
 
-class FewRows:
-    """The loss over few rows, in the eigenbasis of their second moment.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where the search is.
 
-    Points are [R + 1, C], R at most the number of rows or features.
+    Attributes:
+        point: Weight and, last, bias [R + 1, C].
+        logits: Of the rows [N, C].
+        error: Probabilities less one-hot labels [N, C].
+        value: The objective.
+    """
+
+    point: Doubles
+    logits: Singles
+    error: Singles
+    value: float
+
+
+class FewRows:
+    """The loss over few rows.
+
+    Rows of many more features than there are rows are turned to need no more columns than rows.
+    Points are [R + 1, C], R the number of columns.
 
     Args:
         X: Centered features [N, D].
@@ -70,55 +87,21 @@ class FewRows:
     """
 
     def __init__(self, X: Floats, y: Ints, share: Doubles, num_classes: int) -> None:
-        A, basis = X, None
-        if len(X) < X.shape[1]:
-            basis, triangle = np.linalg.qr(X.T.astype(np.float64))
-            A = triangle.T.astype(X.dtype)
-        found = spectrum_of((A.T @ (A * share[:, None].astype(A.dtype))).astype(np.float64))
-        values, vectors = found.values, found.vectors
-        self._basis = vectors if basis is None else basis @ vectors
-        ones = np.ones((len(X), 1), X.dtype)
-        self._rows = np.hstack([A @ vectors.astype(X.dtype), ones])
-        self._values = np.append(values, 1.0)  # the bias: a feature of one
-        self._y, self._share = y, share.astype(X.dtype)
+        self._basis: Floats | None = None
+        if 2 * len(X) <= X.shape[1]:
+            self._basis, triangle = np.linalg.qr(X.T.astype(np.float64))
+            X = triangle.T
+        ones = np.ones((len(X), 1), np.float32)
+        self._rows: Singles = np.hstack([X.astype(np.float32), ones])
+        self._y, self._share = y, share.astype(np.float32)
         self._weighted = self._rows * self._share[:, None]
-        self._error: Floats = np.empty(0)
-        self._total: Doubles = np.empty(0)
-        self.num_classes, self.num_evaluations = num_classes, 0
-        total = np.bincount(y, share, num_classes)
-        self._first = np.zeros((len(self._values), num_classes))
-        self._first[-1] = np.log(total) - np.log(total).mean()
-        # One step from zero moves a row's own logit by about the logarithm of the classes.
-        first_penalty = float(values.sum() * np.vdot(share, share) / np.log(num_classes))
-        # The penalty of the last fit, and what that learned of the curvature.
-        self._before: tuple[float, tuple[Pair, ...]] = (PENALTY_FACTOR * first_penalty, ())
-
-    def evaluate(
-        self, weight: Doubles, bias: Doubles, curvature: Doubles | None = None
-    ) -> tuple[float, Doubles]:
-        """Loss and gradient [R + 1, C]; keeps the errors that `blocks` needs."""
-        del curvature
-        self.num_evaluations += 1
-        self._error, losses = prediction_errors(self._rows[:, :-1], self._y, weight, bias)
-        gradient = (self._weighted.T @ self._error).astype(np.float64)
-        wrong = -self._error[np.arange(len(self._y)), self._y]
-        # Errors of other classes are positive: what all of them sum to.
-        self._total = gradient[-1] + 2 * np.bincount(self._y, wrong * self._share, self.num_classes)
-        return float(np.vdot(self._share.astype(float), losses)), gradient
-
-    def blocks(self, lam: float) -> ClassBlocks:
-        """The blocks of the Hessian at the point evaluated last."""
-        num_heavy = min(HEAVY_ROWS, len(self._y))
-        weight = np.abs(self._error.T, order="C")
-        weight *= self._share
-        heavy = np.argpartition(weight, -num_heavy, axis=1)[:, -num_heavy:]
-        error = np.abs(self._error[heavy, np.arange(self.num_classes)[:, None]])
-        own = (error * (1 - error) * self._share[heavy]).astype(np.float64)
-        rest = (self._total - own.sum(axis=1)).clip(min=0.0)
-        return ClassBlocks(self._rows, self._values, heavy, own, rest, lam)
+        self._class_share = np.bincount(y, share, num_classes)
+        self._blocks = ClassBlocks(self._rows, y, self._share)
 
     def turned_back(self, solution: Solution) -> Solution:
-        """The solution for the features as they were, without what helps to go on from there."""
+        """The solution for the features as they were."""
+        if self._basis is None:
+            return solution
         point = np.vstack([self._basis @ solution.point[:-1], solution.point[-1:]])
         return dataclasses.replace(solution, point=point)
 
@@ -128,55 +111,110 @@ class FewRows:
         Args:
             lam: Penalty, above zero.
             tolerance: Part of the objective that the gap may be.
-            start: Where to begin; the class frequencies unless given.
+            start: Where to begin; where rows that are alike would end unless given.
         """
-        evaluations = self.num_evaluations
-        last, pairs = self._before
-        stage = max(lam, last / PENALTY_FACTOR)
-        point = self._first if start is None else start
-        value, gradient = penalized(self, stage, point, None)
-        memory, best = Memory(stage, pairs, STEPS), Best(point, value, np.inf)
-        stalled, values, steps = 0, [value], progress(None, "logistic", unit=" steps", late=True)
-        for _ in range(MAX_ITERATIONS):
-            direction = memory.direction(gradient, self.blocks(stage))
+        here = self._first(self._alike(lam) if start is None else start, lam)
+        gradient, values, memory = self._gradient(here, lam), [here.value], Memory(lam, (), STEPS)
+        steps = progress(None, "logistic", unit=" steps", late=True)
+        for iteration in range(MAX_ITERATIONS):
+            if iteration in CHOOSE:
+                self._blocks.choose(here.error)
+            self._blocks.weigh(here.error, lam)
+            direction = memory.direction(gradient, self._blocks)
             decrement = float(np.vdot(gradient, direction))
-            if stage > lam and decrement / 2 <= STAGE_TOLERANCE * value:
-                fall, stage = stage, max(lam, stage / PENALTY_FACTOR)
-                fall -= stage
-                gradient[:-1] -= fall * point[:-1]
-                value -= fall / 2 * float(np.vdot(point[:-1], point[:-1]))
-                memory, best = Memory(stage, memory.pairs(), STEPS), Best(point, value, np.inf)
-                stalled, values = 0, [value]
-                continue
-            stalled = 0 if best.update(point, value, decrement) else stalled + 1
-            if max(decrement / 2, _to_come(values)) <= tolerance * value or stalled == MAX_STALLED:
+            if gap_left(values, decrement) <= tolerance * here.value:
                 break
-            counted = self.num_evaluations
-            found = line_search(self, stage, (point, value, decrement), direction, None)
+            found = self._search(here, direction, decrement, lam)
             if found is None:
-                break
-            if self.num_evaluations - counted > 1:
-                memory = Memory(stage, (), STEPS)
-            memory.add(found[0] - point, found[2] - gradient)
-            point, value, gradient = found
-            values.append(value)
+                break  # any decrease left is below the features' precision
+            here, length = found
+            before, gradient = gradient, self._gradient(here, lam)
+            memory.add(-length * direction, gradient - before)
+            values.append(here.value)
             steps.update()
         steps.close()
-        solution = best.solution((), max(tolerance, TOLERANCE))
-        self._before = (lam, memory.pairs())
-        return dataclasses.replace(
-            solution,
-            num_passes=self.num_evaluations - evaluations,
-            converged=solution.converged and stage == lam,
-        )
+        near = decrement / 2 <= max(tolerance, TOLERANCE) * here.value
+        return Solution(here.point, here.value, decrement / 2, len(values), near)
+
+    def _alike(self, lam: float) -> Doubles:
+        """Where rows that are alike would end: ridge regression, scaled to the margin they have.
+
+        Let all rows have squared length u * N, be orthogonal, and have weight 1 / N. Each then has
+        the same error q and margin m, with lam m = u q: the gradient is zero. The curvature of its
+        logits is q (1 - q), for which squares with that weight stand.
+        """
+        num_classes = len(self._class_share)
+        X, weighted = self._rows[:, :-1], self._weighted[:, :-1]
+        unit = float(np.vdot(X, weighted)) * float(np.vdot(self._share, self._share))
+
+        def error(margin: float) -> float:
+            return (num_classes - 1) / (num_classes - 1 + math.exp(margin))
+
+        low, high = 0.0, 100.0
+        for _ in range(50):
+            margin = (low + high) / 2
+            low, high = (low, margin) if lam * margin > unit * error(margin) else (margin, high)
+        moment = (X.T @ weighted).astype(np.float64)
+        moment.flat[:: len(moment) + 1] += lam / (error(low) * (1 - error(low)))
+        order = np.argsort(self._y, kind="stable")
+        starts = np.searchsorted(self._y[order], np.arange(num_classes))
+        sums = np.add.reduceat(weighted[order], starts).T.astype(np.float64)
+        weight = np.linalg.solve(moment, sums)
+        weight *= low / float(np.vdot(weight, sums))  # the mean of the rows' own logits
+        bias = np.log(self._class_share)
+        return np.vstack([weight, bias - bias.mean()])
+
+    def _first(self, point: Doubles, lam: float) -> Place:
+        logits = self._rows @ point.astype(np.float32)
+        error, losses = prediction_errors(logits.copy(), self._y)
+        value = float(self._share @ losses) + lam / 2 * _square(point[:-1])
+        return Place(point, logits, error, value)
+
+    def _gradient(self, here: Place, lam: float) -> Singles:
+        gradient = self._weighted.T @ here.error
+        gradient[:-1] += (lam * here.point[:-1]).astype(np.float32)
+        return np.asarray(gradient)
+
+    def _search(
+        self, here: Place, direction: Singles, decrement: float, lam: float
+    ) -> tuple[Place, float] | None:
+        """Where the objective is nearly flat along a step, and the step's length; None if nowhere.
+
+        The objective is convex, so lengths with negative slope are too short, the others too long.
+        """
+        change = self._rows @ direction
+        step, weight = direction.astype(np.float64), here.point[:-1]
+        along, square = lam * float(np.vdot(weight, step[:-1])), lam * _square(step[:-1])
+        penalty, length = lam / 2 * _square(weight), 1.0
+        short, long = (0.0, -decrement), (math.inf, math.inf)
+        for _ in range(MAX_TRIES):
+            logits = here.logits - np.float32(length) * change
+            error, losses = prediction_errors(logits.copy(), self._y)
+            value = float(self._share @ losses) + penalty - length * along + length**2 / 2 * square
+            rows_slope = self._share @ np.einsum("nc,nc->n", error, change)
+            slope = length * square - along - float(rows_slope)
+            if value <= here.value * (1 + NOISE) and abs(slope) <= FLAT * decrement:
+                return Place(here.point - length * step, logits, error, value), length
+            if slope < 0:
+                short = (length, slope)
+            else:
+                long = (length, slope)
+            length = _between(short, long, decrement)
+        return None
 
 
-def _to_come(values: list[float]) -> float:
-    """What further steps would gain if gains kept shrinking as the last two did."""
-    if len(values) < 3:
-        return 0.0
-    before, last = values[-3] - values[-2], values[-2] - values[-1]
-    return last * last / max(before - last, 0.01 * last) if last > 0 else 0.0
+def _between(short: tuple[float, float], long: tuple[float, float], decrement: float) -> float:
+    """The next length to try, between one too short and one too long, given with their slopes."""
+    if math.isinf(long[0]):
+        return short[0] * min(3.0, decrement / max(decrement + short[1], 0.5 * decrement))
+    width = long[0] - short[0]
+    # Where the slope jumped, a line is a poor guide.
+    part = 0.3 if long[1] > 5 * decrement else -short[1] / (long[1] - short[1])
+    return short[0] + width * min(max(part, 0.1), 0.9)
+
+
+def _square(weight: Doubles) -> float:
+    return float(np.vdot(weight, weight))
 
 
 class ClassBlocks:
@@ -184,31 +222,44 @@ class ClassBlocks:
 
     Args:
         rows: [N, R + 1], the last column one.
-        values: Eigenvalues [R + 1].
-        heavy: Row numbers [C, K] that count most for each class.
-        own: Their weights [C, K].
-        rest: The weight of all others, [C].
-        lam: Penalty.
+        y: Class indices [N].
+        share: Weights [N] that sum to one.
     """
 
-    def __init__(
-        self, rows: Floats, values: Doubles, heavy: Ints, own: Doubles, rest: Doubles, lam: float
-    ) -> None:
-        penalty = np.full(len(values), lam)
-        penalty[-1] *= 1e-2  # the bias has none, but the estimate must have an inverse
-        base = 1.0 / (values * rest[:, None] + penalty)
-        self._inverse = base.astype(rows.dtype)
-        self._rows = rows[heavy]  # [C, K, R + 1]
-        self._turned = self._rows * self._inverse[:, None]
-        inner = (self._turned @ self._rows.transpose(0, 2, 1)).astype(np.float64)
-        diagonal = np.arange(heavy.shape[1])
-        inner[:, diagonal, diagonal] += 1.0 / own.clip(min=np.finfo(np.float32).tiny)
-        self._inner = np.linalg.inv(inner).astype(rows.dtype)
+    def __init__(self, rows: Singles, y: Ints, share: Singles) -> None:
+        self._all, self._y, self._share = rows, y, share
+        lengths = np.einsum("nd,nd->n", rows[:, :-1], rows[:, :-1])
+        self._mean_square = float(share @ lengths) / max(rows.shape[1] - 1, 1)
 
-    def __call__(self, gradient: Doubles) -> Doubles:
+    def choose(self, error: Singles) -> None:
+        """Choose the rows that count most for each class, given the errors [N, C]."""
+        num_heavy = min(HEAVY_ROWS, len(error))
+        weight = np.abs(error.T, order="C")
+        weight *= self._share
+        self._heavy = np.argpartition(weight, -num_heavy, axis=1)[:, -num_heavy:]  # [C, K]
+        self._rows = self._all[self._heavy]  # [C, K, R + 1]
+        features = self._rows[:, :, :-1]
+        self._products = (features @ features.transpose(0, 2, 1)).astype(np.float64)
+
+    def weigh(self, error: Singles, lam: float) -> None:
+        """Take the rows' weights from the errors [N, C] at another point."""
+        heavy, classes = self._heavy, np.arange(error.shape[1])
+        part = np.abs(error[heavy, classes[:, None]])
+        own = (part * (1 - part) * self._share[heavy]).astype(np.float64)
+        wrong = -error[np.arange(len(error)), self._y] * self._share
+        # Errors of other classes are positive: what all of them sum to.
+        total = self._share @ error + 2 * np.bincount(self._y, wrong, len(classes))
+        rest = (total - own.sum(axis=1)).clip(min=0.0)
+        features, bias = 1 / (rest * self._mean_square + lam), 1 / (rest + 1e-2 * lam)
+        inner = self._products * features[:, None, None] + bias[:, None, None]
+        inner[:, *np.diag_indices(heavy.shape[1])] += 1.0 / own.clip(min=np.finfo(np.float32).tiny)
+        self._inner = np.linalg.inv(inner).astype(np.float32)
+        self._base = np.repeat(features[:, None], self._all.shape[1], axis=1).astype(np.float32)
+        self._base[:, -1] = bias  # it has no penalty, but the estimate must have an inverse
+
+    def __call__(self, gradient: Singles) -> Singles:
         """The blocks' inverse times a gradient [R + 1, C]."""
-        per_class = gradient.T.astype(self._inverse.dtype)[:, :, None]
-        turned = per_class * self._inverse[:, :, None]
-        inner = self._inner @ (self._rows @ turned)
-        turned -= self._turned.transpose(0, 2, 1) @ inner
-        return np.asarray(turned[:, :, 0].T, np.float64)
+        turned = gradient.T * self._base
+        heavy = self._inner @ (self._rows @ turned[:, :, None])
+        turned -= self._base * (self._rows.transpose(0, 2, 1) @ heavy)[:, :, 0]
+        return np.asarray(turned.T)

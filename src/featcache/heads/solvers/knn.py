@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.heads.features import Floats, checked_features, row_blocks
-from featcache.heads.linear import PLAIN, Decision, KnownRows
+from featcache.heads.linear import PLAIN, Decision, HeadFacts, KnownRows
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Metric, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
@@ -28,8 +28,8 @@ SMALLEST_SHARE = 1e-12
 K_GRID = (50, 20, 10, 5, 3, 1)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KnnHead:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class KnnHead(HeadFacts):
     """Votes of the k nearest train rows; closer rows count more.
 
     cosine: rows are scaled to length one, a neighbor's vote is exp(similarity / 0.07).

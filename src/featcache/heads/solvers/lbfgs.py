@@ -19,11 +19,11 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from featcache.heads.features import Doubles, Floats
+from featcache.heads.features import Doubles, Floats, Singles
 from featcache.heads.solvers.base import threads_for
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 from featcache.runtime import progress
@@ -36,8 +36,6 @@ REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
 FIRST_REFRESH = 5
 # Steps at which the two estimates are compared.
 COMPARE = REFRESH | {1, 3}
-# This many steps together have to gain no more than the tolerance.
-SETTLED = 3
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 1e-7
 # Relative differences of the objective below this are rounding of the sum, not ascent.
@@ -54,7 +52,9 @@ class Loss(Protocol):
 
 
 # A step, the gradient's change along it without the penalty's part, both [D + 1, C].
-Pair = tuple[Doubles, Doubles]
+Pair = tuple[Floats, Floats]
+# A gradient or a step [D + 1, C] in one precision or the other.
+Step = TypeVar("Step", Doubles, Singles)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _Preconditioner:
         self._inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam)
         self._inverse_bias = 1.0 / classes.values
 
-    def __call__(self, gradient: Doubles) -> Doubles:
+    def __call__(self, gradient: Floats) -> Doubles:
         turned = gradient @ self._classes
         turned[:-1] = self._vectors @ ((self._vectors.T @ turned[:-1]) * self._inverse)
         turned[-1] *= self._inverse_bias
@@ -125,7 +125,7 @@ class InverseHessian:
         self.classes = Spectrum(found.values.clip(min=found.values[-1] * 1e-3), found.vectors)
         self._precondition = _Preconditioner(self._spectrum, self._lam, self.classes)
 
-    def fit(self, last: tuple[Doubles, Doubles] | None, *, compare: bool) -> None:
+    def fit(self, last: Pair | None, *, compare: bool) -> None:
         """Choose, if asked to, and scale by the last step and its change of gradient."""
         if last is None:
             return
@@ -145,7 +145,7 @@ class InverseHessian:
         return self._scale * self._precondition(gradient)
 
 
-def _cosine(a: Doubles, b: Doubles) -> float:
+def _cosine(a: Floats, b: Floats) -> float:
     return float(np.vdot(a, b)) / float(np.linalg.norm(a) * np.linalg.norm(b))
 
 
@@ -183,19 +183,19 @@ class Memory:
 
     def __init__(self, lam: float, pairs: tuple[Pair, ...], length: int = MEMORY) -> None:
         self._lam = lam
-        self._pairs: deque[tuple[Doubles, Doubles, float]] = deque(maxlen=length)
+        self._pairs: deque[tuple[Floats, Floats, float]] = deque(maxlen=length)
         for step, change in pairs:
             whole = change.copy()
             whole[:-1] += lam * step[:-1]
             self.add(step, whole)
 
-    def add(self, step: Doubles, change: Doubles) -> None:
+    def add(self, step: Floats, change: Floats) -> None:
         """Remember a step, if the gradient grew along it."""
         product = float(np.vdot(step, change))
         if product > 0:
             self._pairs.append((step, change, 1.0 / product))
 
-    def last(self) -> tuple[Doubles, Doubles] | None:
+    def last(self) -> Pair | None:
         """The last step and the gradient's change along it."""
         return self._pairs[-1][:2] if self._pairs else None
 
@@ -208,7 +208,7 @@ class Memory:
             pairs.append((step, bare))
         return tuple(pairs)
 
-    def direction(self, gradient: Doubles, first: Callable[[Doubles], Doubles]) -> Doubles:
+    def direction(self, gradient: Step, first: Callable[[Step], Step]) -> Step:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
         rest, factors = gradient.copy(), []
         for step, change, inverse in reversed(self._pairs):
@@ -284,7 +284,10 @@ def _descend(
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        if _is_near(values, decrement, tolerance) or stalled == MAX_STALLED:
+        # The class part is of the start: where it was measured there, the first step may change it.
+        trusted = iteration >= (1 if known else 2) or decrement == 0
+        near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
+        if near or stalled == MAX_STALLED:
             break
         early = known and iteration < FIRST_REFRESH
         refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
@@ -307,13 +310,23 @@ def _descend(
     return dataclasses.replace(solution, plain=first.plain, classes=first.classes)
 
 
-def _is_near(values: list[float], decrement: float, tolerance: float) -> bool:
-    """Whether the estimated gap is small, and so was what the latest steps gained."""
-    if len(values) == 1:
-        return decrement == 0
-    steps = min(SETTLED, len(values) // 2)
-    gained = values[-1 - steps] - values[-1]
-    return max(decrement / 2, gained) <= tolerance * abs(values[-1])
+def gap_left(values: list[float], decrement: float) -> float:
+    """Estimated distance of the objective to its minimum.
+
+    Args:
+        values: The objective after each step, from the start on.
+        decrement: What a full step would gain twice, if the curvature were known.
+
+    Returns:
+        Half the decrement, or, if more, what further steps would gain if gains kept shrinking as
+        they did from the two steps before the last two to the last two.
+    """
+    two = 2 if len(values) > 4 else 1
+    if len(values) <= 2 * two:
+        return decrement / 2
+    before, last = values[-1 - 2 * two] - values[-1 - two], values[-1 - two] - values[-1]
+    to_come = last * last / max(before - last, 0.01 * last) if last > 0 else 0.0
+    return max(decrement / 2, to_come)
 
 
 @dataclass

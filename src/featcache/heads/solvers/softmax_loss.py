@@ -63,7 +63,9 @@ class SoftmaxLoss:
         loss = 0.0
         for features, y, share in self.blocks():
             X = features.astype(np.float64) if self.exact else features
-            error, losses = prediction_errors(X, y, weight, bias)
+            logits = X @ weight.astype(X.dtype, copy=False)
+            logits += bias.astype(X.dtype, copy=False)
+            error, losses = prediction_errors(logits, y)
             loss += float(share.astype(np.float64) @ losses)
             if curvature is not None:
                 curvature += _class_curvature(error, y, share)
@@ -73,14 +75,16 @@ class SoftmaxLoss:
         return loss, gradient
 
 
-def prediction_errors(X: Floats, y: Ints, weight: Doubles, bias: Doubles) -> tuple[Floats, Floats]:
+def prediction_errors(z: Floats, y: Ints) -> tuple[Floats, Floats]:
     """Probabilities less one-hot labels [n, C], and cross-entropies [n].
 
     Both are as precise, relative to their size, where a row is almost surely right: what the
     other classes have left is summed, not subtracted from one.
+
+    Args:
+        z: Logits [n, C], which are overwritten.
+        y: Class indices [n].
     """
-    z = X @ weight.astype(X.dtype, copy=False)
-    z += bias.astype(X.dtype, copy=False)
     z -= z.max(axis=1, keepdims=True)
     place = np.arange(len(y)), y
     own = z[place]

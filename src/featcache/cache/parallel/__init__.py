@@ -1,0 +1,34 @@
+"""One cache written by several processes: in place on one machine, or as shards to be merged."""
+
+from featcache.cache.lock import join
+from featcache.cache.parallel.claims import ClaimedWriter, join_writers
+from featcache.cache.parallel.mounts import shared_disk
+from featcache.cache.parallel.plan import Plan, Write
+from featcache.cache.parallel.shards import (
+    copy_shards,
+    merge_if_last,
+    merge_shards,
+    num_in_shards,
+    open_shard,
+    remove_shards,
+    unfinished_shards,
+)
+from featcache.cache.parallel.shares import Job, Share
+
+__all__ = [
+    "ClaimedWriter",
+    "Job",
+    "Plan",
+    "Share",
+    "Write",
+    "copy_shards",
+    "join",
+    "join_writers",
+    "merge_if_last",
+    "merge_shards",
+    "num_in_shards",
+    "open_shard",
+    "remove_shards",
+    "shared_disk",
+    "unfinished_shards",
+]
