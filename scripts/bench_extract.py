@@ -1,42 +1,45 @@
 """How close extraction comes to what the machine can do.
 
-    python scripts/bench_extract.py                     # the roofline, about four minutes
+    python scripts/bench_extract.py                     # the roofline, about six minutes
+    python scripts/bench_extract.py --layers            # the network, layer by layer
+    python scripts/bench_extract.py --pixels            # decoding and resizing, by format
     python scripts/bench_extract.py --engine openvino --precision int8
     python scripts/bench_extract.py --notebook FOLDER   # the course notebook's job, both ways
     python scripts/bench_extract.py --memory            # peak memory of 2,500 and 25,000 images
     python scripts/bench_extract.py --choices           # what it chooses against fixed choices
     python scripts/bench_extract.py --backbones         # other networks against a plain loop
 
-The roofline measures, in turns so that a neighbour on the machine disturbs all alike: float32
-matrix products on every core, which bound a direct convolution; the bare network as a notebook
-runs it; the bare network in each form that extraction can run; and extract-features end to end
-from images in memory and from JPEG photographs that the script makes. The best round counts for
-each row. "Per CPU second" divides by processor time instead of wall time and multiplies by the
-cores: on a busy machine it still says what a quiet one would do.
+The roofline measures, in turns so that a neighbour on the machine disturbs all alike: what bounds
+a direct float32 convolution on every core (bench_bound.py); the bare network as a notebook runs it;
+the bare network in each form that extraction can run; and extract-features end to end from images
+in memory and from JPEG photographs that the script makes, resized by Pillow as featcache 0.1 did,
+as they are now, and with --fast-decode. The best round counts for each row. "Per CPU second"
+divides by processor time instead of wall time and multiplies by the cores: on a busy machine it
+still says what a quiet one would do. If a float32 network exceeds the bound by more than noise, the
+script fails.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from bench_bound import bounds, check_bound, process_with
+from bench_pixels import compare_pixels, resized_by_pillow
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig, config_json
 from featcache.errors import UserError
 from featcache.files import write_json
 from featcache.runtime import environment, num_cores, say, version_of
 
-MATRIX_SIDE = 2048
 NOTEBOOK_BATCH = 32
 PHOTO_PX = (1024, 768)
 STAGES = ("read", "decode", "resize", "network")
@@ -64,6 +67,10 @@ class BenchConfig(OutputConfig):
     """Compare the peak memory of 2,500 and 25,000 images instead."""
     choices: bool = False
     """Compare what extraction chooses by itself with fixed engines and batch sizes instead."""
+    layers: bool = False
+    """Show where the fused network's time goes instead."""
+    pixels: bool = False
+    """Measure decoding and resizing by format instead."""
     backbones: bool = False
     """Compare networks of torchvision and timm with a plain eager loop, each at its own input size,
     instead."""
@@ -118,12 +125,20 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         from bench_backbones import compare_backbones
 
         report = compare_backbones(config)
+    elif config.layers:
+        from bench_layers import compare_layers
+
+        report = compare_layers(config)
+    elif config.pixels:
+        report = compare_pixels(config)
     elif config.choices:
         report = compare_choices(config)
     else:
         report = roofline(config)
     report |= {"settings": config_json(config), "environment": environment()}
     write_json(config.folder / f"{report['command']}.json", report)
+    if "flops_per_image" in report:
+        check_bound(report["rows"], report["bounds_gflops"])
     if config.docs is not None:
         fill(config.docs, _block_name(config, report), as_text(summary_lines(report), report))
     return report
@@ -131,7 +146,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def _block_name(config: BenchConfig, report: dict[str, Any]) -> str:
     """Which pair of markers a run's figures go between."""
-    if "rows" not in report:
+    if "flops_per_image" not in report:
         return str(report["command"])
     return "-".join([report["command"], config.engine, config.precision])
 
@@ -155,7 +170,9 @@ def as_text(lines: list[str], report: dict[str, Any]) -> list[str]:
 def roofline(config: BenchConfig) -> dict[str, Any]:
     """Measure every row in turns."""
     photographs = make_photographs(config.folder / "photographs", config.num_images)
-    flops, rows = measures(config, photographs)
+    bound_rows = bounds(config.folder)
+    flops, network_rows = measures(config, photographs)
+    rows = {**bound_rows, **network_rows}
     readings: dict[str, list[Reading]] = {name: [] for name in rows}
     for name, measure in rows.items():
         say(f"warming up: {name}")
@@ -164,19 +181,30 @@ def roofline(config: BenchConfig) -> dict[str, Any]:
         for name, measure in rows.items():
             readings[name].append(measure())
             say(f"round {number + 1}: {name}: {readings[name][-1].per_s:.1f}/s")
-    bound = max(r.per_s for r in readings["matrix product"])
-    bound_cpu = max(r.per_cpu_s or 0.0 for r in readings["matrix product"])
+    rates = {name: max(r.per_s for r in readings[name]) for name in bound_rows}
+    best = max(rates, key=lambda name: rates[name])
+    bound = rates[best]
+    bound_cpu = max(r.per_cpu_s or 0.0 for name in bound_rows for r in readings[name])
     table = [
-        _row(name, found, (bound, bound_cpu), flops if name != "matrix product" else 1.0)
+        _row(name, found, (bound, bound_cpu), None if name in bound_rows else flops)
         for name, found in readings.items()
     ]
+    for row in table:
+        row["float32"] = _is_float32(row["name"], config)
     return {
         "command": "bench-extract",
         "flops_per_image": flops,
+        "bound": best,
         "bound_gflops": bound / 1e9,
+        "bounds_gflops": {name: rate / 1e9 for name, rate in rates.items()},
         "bound_images_per_s": bound / flops,
         "rows": table,
     }
+
+
+def _is_float32(name: str, config: BenchConfig) -> bool:
+    """Whether a row's network computes in float32."""
+    return "int8" not in name and (config.precision == "float32" or "extract" not in name)
 
 
 def compare_choices(config: BenchConfig) -> dict[str, Any]:
@@ -220,11 +248,12 @@ def compare_choices(config: BenchConfig) -> dict[str, Any]:
 
 
 def _row(
-    name: str, found: list[Reading], bounds: tuple[float, float], flops: float
+    name: str, found: list[Reading], bounds: tuple[float, float], flops: float | None
 ) -> dict[str, Any]:
+    """A row of the table; no operations per image where operations themselves were counted."""
     best = max(found, key=lambda reading: reading.per_s)
     best_cpu = max((r.per_cpu_s for r in found if r.per_cpu_s is not None), default=None)
-    images = name != "matrix product"
+    images, flops = flops is not None, flops or 1.0
     return {
         "name": name,
         "images_per_s": best.per_s if images else None,
@@ -245,19 +274,25 @@ def measures(config: BenchConfig, photographs: Path) -> tuple[float, dict[str, M
     settings = config.extract_config(str(photographs))
     backbone = load_backbone(settings, settings.seed)
     flops = flops_of(backbone, config.image_px)
-    rows: dict[str, Measure] = {
-        "matrix product": matrix_product,
-        "bare network, notebook": notebook_network(settings),
-    }
+    rows: dict[str, Measure] = {"bare network, notebook": notebook_network(settings)}
     train = load_dataset(settings).splits["train"]
     rows |= engine_forms(config, train)
     digits = min(config.num_images, 1400)
-    for name, dataset, options in (
-        ("extract-features, memory", "digits", {"num_train": digits, "num_test": 10}),
-        ("extract-features, JPEG", str(photographs), {}),
-    ):
-        rows[name] = end_to_end(config.extract_config(dataset, **options))
+    memory = config.extract_config("digits", num_train=digits, num_test=10)
+    rows["extract-features, memory"] = end_to_end(memory)
+    rows["extract-features, JPEG, Pillow"] = _with_pillow(end_to_end(settings))
+    rows["extract-features, JPEG"] = end_to_end(settings)
+    fast = dataclasses.replace(settings, fast_decode=True)
+    rows["extract-features, JPEG, fast"] = end_to_end(fast)
     return flops, rows
+
+
+def _with_pillow(measure: Measure) -> Measure:
+    def measured() -> Reading:
+        with resized_by_pillow():
+            return measure()
+
+    return measured
 
 
 def flops_of(backbone: Any, image_px: int) -> float:
@@ -294,34 +329,14 @@ def on_every_core(call: Callable[[], float], seconds: float = 1.0) -> Reading:
     return timed(everywhere)
 
 
-def matrix_product() -> Reading:
-    """Floating-point operations per second of float32 matrix products, one on each core."""
-    import torch
-
-    torch.set_num_threads(1)
-    side = MATRIX_SIDE
-    a, b = torch.ones(side, side), torch.ones(side, side)
-
-    def call() -> float:
-        torch.mm(a, b)
-        return 2.0 * side**3
-
-    return on_every_core(call)
-
-
 def notebook_network(settings: ExtractConfig) -> Measure:
     """The network as a notebook runs it: as it was built, batch 32, every core on one batch.
 
     In a process of its own, since featcache's commands let OpenMP's waiting threads sleep and a
     notebook does not.
     """
-    policy = os.environ.pop("OMP_WAIT_POLICY", None)
-    notebook = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        notebook.submit(_open_notebook, settings).result()
-    finally:
-        if policy is not None:
-            os.environ["OMP_WAIT_POLICY"] = policy
+    notebook = process_with({"OMP_WAIT_POLICY": None})
+    notebook.submit(_open_notebook, settings).result()
     return lambda: notebook.submit(_run_notebook).result()
 
 
@@ -453,19 +468,19 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     if report["command"] != "bench-extract":
         return list(report["summary"])
-    lines = [f"{'':28}images/s  GFLOP/s  of bound  images per CPU second × cores"]
+    lines = [f"{'':30}images/s  GFLOP/s  of bound  images per CPU second × cores"]
     for row in report["rows"]:
         bare_rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.1f}"
         cpu_rate = "" if row["images_per_cpu_s"] is None else f"{row['images_per_cpu_s']:.1f}"
         cpu_share = row["share_of_bound_per_cpu_s"]
-        line = f"{row['name']:28}{bare_rate:>8}{row['gflops']:>9.0f}{row['share_of_bound']:>10.2f}"
+        line = f"{row['name']:30}{bare_rate:>8}{row['gflops']:>9.0f}{row['share_of_bound']:>10.2f}"
         lines.append(line + ("" if cpu_share is None else f"{cpu_rate:>10} ({cpu_share:.2f})"))
     for row in report["rows"]:
         if "thread_shares" in row:
             shares = {**row["thread_shares"], **row["main_thread_shares"]}
             text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
             lines.append(f"{row['name']}: {text}; start-up after imports {row['start_up_s']:.1f} s")
-    return lines
+    return [*lines, f"bound: {report['bound']}"]
 
 
 def main(argv: list[str] | None = None) -> int:

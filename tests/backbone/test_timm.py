@@ -178,7 +178,8 @@ def test_pixels_are_those_of_timms_transform() -> None:
     pixels = to_pixels(image, bb.own_preprocessing(config("resnet18.a1_in1k")))
     prep = bb.own_preprocessing(config("resnet18.a1_in1k"))
     ours = normalize(torch.from_numpy(np.array(pixels)[None]), prep)[0]
-    assert torch.allclose(ours, transform(image), atol=1e-6)
+    one_level = 1 / 255 / min(prep.std)  # by which torch's resizing may differ from Pillow's
+    assert torch.allclose(ours, transform(image), rtol=0, atol=one_level + 1e-6)
 
 
 def test_a_new_head_is_the_only_difference_of_a_classifier() -> None:

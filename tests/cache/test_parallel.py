@@ -21,6 +21,7 @@ from featcache.cache import fileio, open_writer, part_path, verify, writer
 from featcache.cache.lock import Lock
 from featcache.cache.parallel import (
     ClaimedWriter,
+    Job,
     Plan,
     Share,
     claims,
@@ -57,7 +58,7 @@ def names(path: Path) -> set[str]:
 
 def fill_shard(path: Path, share: Share, meta=META, stop_after: int = 99) -> None:
     """What one rank's shard gets, up to a number of blocks."""
-    one = open_shard(path, meta, CLASSES, SPLITS, share)
+    one = open_shard(Job(path, meta, CLASSES, SPLITS, share))
     assert one is not None
     with one:
         for split, blocks in share.blocks(ROWS).items():
@@ -210,7 +211,7 @@ def test_a_shard_alone_leaves_the_rest_to_others(path, whole):
 
 
 def join_alone(path: Path) -> ClaimedWriter:
-    one = join_writers(path, META, CLASSES, SPLITS, Share(0, 2), helps=False)
+    one = join_writers(Job(path, META, CLASSES, SPLITS, Share(0, 2)), helps=False)
     assert one is not None
     return one
 
@@ -340,7 +341,7 @@ def test_skipped_rows_half_precision_and_views_survive_a_merge(tmp_path):
         one.finish()
     Plan(meta, rows, "shards", "rank 0").agree(path)
     for share in (Share(0, 2), Share(1, 2)):
-        with open_shard(path, meta, CLASSES, splits, share) as one:
+        with open_shard(Job(path, meta, CLASSES, splits, share)) as one:
             for split, blocks in share.blocks(rows).items():
                 for block in one.pending(split):
                     write(one, split, block, blocks.start * 64)
@@ -468,7 +469,7 @@ def test_on_a_network_disk_writing_in_place_loses_data_and_shards_do_not(path, w
     choose, part = random.Random(1), part_path(path)
 
     def half(index: int) -> None:
-        rank = join_writers(path, META, CLASSES, SPLITS, Share(index, 2), helps=False)
+        rank = join_writers(Job(path, META, CLASSES, SPLITS, Share(index, 2)), helps=False)
         with rank:
             for split in ROWS:
                 for rows in rank.take(split, others=False):

@@ -14,7 +14,7 @@ import pytest
 
 from conftest import REPO
 from data_helpers import make_folder
-from featcache.errors import UserError
+from featcache.errors import FeatcacheError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,41 @@ def test_a_row_says_how_near_the_bound_is(script: ModuleType) -> None:
     assert row["share_of_bound_per_cpu_s"] == pytest.approx(0.5)
     assert row["round"] == 2
     product = script._row(
-        "matrix product", [script.Reading(per_s=4e11, per_cpu_s=4e11)], (4e11, 4e11), 1.0
+        "matrix product", [script.Reading(per_s=4e11, per_cpu_s=4e11)], (4e11, 4e11), None
     )
     assert (product["images_per_s"], product["gflops"], product["share_of_bound"]) == (None, 400, 1)
+
+
+def test_a_network_beyond_the_bound_fails(script: ModuleType) -> None:
+    rows = [
+        {"name": "loop", "share_of_bound": 1.0, "float32": True},
+        {"name": "torch", "share_of_bound": 1.04, "float32": True},
+        {"name": "int8", "share_of_bound": 4.0, "float32": False},
+    ]
+    script.check_bound(rows, {"loop": 1.0})
+    rows[1]["share_of_bound"] = 1.06
+    with pytest.raises(FeatcacheError, match=r"torch reached 1\.06 of the bound, more than noise"):
+        script.check_bound(rows, {"loop": 1.0})
+
+
+def test_the_loop_counts_its_operations(script: ModuleType, tmp_path: Path) -> None:
+    import bench_bound
+
+    loop = bench_bound.fma_loop(tmp_path)
+    if loop is None:
+        pytest.skip("no C compiler")
+    assert loop() / bench_bound.TURNS in (128, 256, 512)  # 16 sums of 4, 8 or 16 numbers
+
+
+def test_layers_add_up(script: ModuleType, tmp_path: Path) -> None:
+    import bench_layers
+
+    report = bench_layers.compare_layers(script.BenchConfig(image_px=32, rounds=1, folder=tmp_path))
+    convolutions = [row for row in report["layers"] if "flops" in row]
+    assert len(convolutions) == 20  # of ResNet18
+    assert sum(row["flops"] for row in convolutions) == pytest.approx(3.63e9 / 49, rel=0.01)
+    assert all(row["share_of_bound"] > 0 for row in convolutions)
+    assert report["summary"][-1].startswith("all")
 
 
 def test_resnet18_has_its_known_operations(script: ModuleType) -> None:
@@ -101,6 +133,8 @@ def test_the_documentation_has_a_place_for_every_figure(script: ModuleType) -> N
         "bench-notebook",
         "bench-memory",
         "bench-choices",
+        "bench-layers",
+        "bench-pixels",
     ):
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end {name} -->") == 1
 
@@ -113,8 +147,11 @@ def test_a_tiny_roofline(
     assert script.main([*words.split(), str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in report["rows"]}
-    assert rows["matrix product"]["share_of_bound"] == pytest.approx(1)
-    assert rows["extract-features, JPEG"]["num_images"] == 42
+    assert rows[report["bound"]]["share_of_bound"] == pytest.approx(1)
+    assert rows[report["bound"]]["gflops"] == max(report["bounds_gflops"].values())
+    assert len(report["bounds_gflops"]) >= 3
+    for way in ("", ", Pillow", ", fast"):
+        assert rows[f"extract-features, JPEG{way}"]["num_images"] == 42
     assert rows["extract-features, memory"]["images_per_s"] > 0
     assert report == json.loads((tmp_path / "bench-extract.json").read_text())
     assert "extract-features, JPEG: read" in "\n".join(script.summary_lines(report))

@@ -160,6 +160,7 @@ class CacheWriter:
         num_resumed: Rows of each split that an earlier run had written.
         num_reused: Other rows of each split that an older cache has and that need no computing.
         sync_blocks: After how many blocks they are forced to the disk.
+        first_rows: In a shard, the row of the whole cache that is the first of each split here.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class CacheWriter:
             self._fd = os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._unsynced, self._synced_at = 0, time.monotonic()
         self.sync_blocks = SYNC_BLOCKS
+        self.first_rows: dict[str, int] = {}
         self.num_resumed = {split: self._rows_done(split) for split in self.layout.splits}
         self._source = RowSource([], spec.meta) if source is None else source
         try:

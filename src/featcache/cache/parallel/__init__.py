@@ -13,10 +13,11 @@ from featcache.cache.parallel.shards import (
     remove_shards,
     unfinished_shards,
 )
-from featcache.cache.parallel.shares import Share
+from featcache.cache.parallel.shares import Job, Share
 
 __all__ = [
     "ClaimedWriter",
+    "Job",
     "Plan",
     "Share",
     "Write",
