@@ -179,7 +179,7 @@ class Classifier(Facts):
         """
         split = split_of(pictures)
         with contextlib.closing(self.predictions(split, topk=topk, reject=reject)) as stream:
-            return [_readable(split, index, found) for index, found in stream]
+            return [readable(split, index, found) for index, found in stream]
 
     def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """Probabilities [N, C] of images; `predict` describes `pictures`.
@@ -349,7 +349,7 @@ class Classifier(Facts):
         return features.astype(np.float16).astype(np.float32) if half else features
 
 
-def _readable(split: ImageSplit, index: int, found: T | BadImage) -> T:
+def readable(split: ImageSplit, index: int, found: T | BadImage) -> T:
     """What was found of an image.
 
     Raises:
@@ -371,7 +371,7 @@ def _filled(
     rows = np.zeros((len(split), width), np.float32)
     with contextlib.closing(stream):
         for index, row in stream:
-            rows[index] = _readable(split, index, row)
+            rows[index] = readable(split, index, row)
     return rows
 
 
