@@ -40,6 +40,7 @@ from featcache.cache.parallel import (
     shared_disk,
 )
 from featcache.config import ExtractConfig
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError, UserError
 from featcache.extract.blocks import ExtractionRun, choose_engine_for, compute_blocks
 from featcache.extract.extraction import (
@@ -53,7 +54,7 @@ from featcache.extract.extraction import (
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit
 from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
-from featcache.runtime import num_cores, progress, say, torch_threads_kept, use_local_gpu
+from featcache.runtime import num_cores, torch_threads_kept, use_local_gpu
 
 PROGRESS_S = 1.0
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, TrainHeadConfig
+from featcache.display import progress
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.features import Floats, Ints
 from featcache.heads.solvers.base import (
@@ -37,7 +38,6 @@ from featcache.heads.training_data import (
     check_classes,
     load_rows,
 )
-from featcache.runtime import progress
 
 # Logits of a held-out part are kept up to this many values.
 MAX_KEPT = 1 << 22

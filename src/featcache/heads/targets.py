@@ -17,6 +17,7 @@ import numpy as np
 
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, StageColumns, Task, TrainHeadConfig
+from featcache.display import progress, say
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
 from featcache.heads.features import Doubles, Floats
@@ -35,7 +36,7 @@ from featcache.results.targets import (
     multilabel_scores,
     regression_scores,
 )
-from featcache.runtime import StageTimer, progress, say
+from featcache.runtime import StageTimer
 
 # With fewer held-out rows that have a label, its threshold stays at one half.
 MIN_POSITIVE = 5

@@ -20,6 +20,7 @@ from featcache.backbone import OwnNetwork
 from featcache.config import JsonObject, PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
+from featcache.display import Facts, say
 from featcache.engine import EngineSettings
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError, listed
@@ -27,7 +28,7 @@ from featcache.heads import KnnHead
 from featcache.heads.linear import KnownRows
 from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
-from featcache.runtime import Facts, StageTimer, pick_device, say, torch_threads_kept
+from featcache.runtime import StageTimer, pick_device, torch_threads_kept
 
 if TYPE_CHECKING:
     from torch import nn

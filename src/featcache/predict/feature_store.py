@@ -17,11 +17,12 @@ from featcache.cache import RowSource, SplitRows, begun_with, open_writer, waiti
 from featcache.cache.storage import CacheFile
 from featcache.config import CacheMeta, Views
 from featcache.data import ImageSplit
+from featcache.display import progress, say
 from featcache.engine.inference import computed_rows
 from featcache.errors import CacheError
 from featcache.extract.request import differences
 from featcache.predict.classifier import readable
-from featcache.runtime import StageTimer, progress, say
+from featcache.runtime import StageTimer
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
