@@ -15,11 +15,11 @@ import featcache.engine
 from data_helpers import make_folder
 from featcache.cache import part_path, verify
 from featcache.config import ExtractConfig, MergeConfig
+from featcache.display import say
 from featcache.engine import Engine
 from featcache.errors import CacheError, UserError
 from featcache.extract import extract, extract_part, merge, merge_lines, part_lines
 from featcache.extract.request import Request
-from featcache.runtime import say
 from rank_runs import fork, wait
 
 Report = dict[str, Any]

@@ -40,6 +40,7 @@ from featcache.cache.parallel import (
     shared_disk,
 )
 from featcache.config import ExtractConfig
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError, UserError
 from featcache.extract.blocks import (
     ExtractionRun,
@@ -58,7 +59,7 @@ from featcache.extract.extraction import (
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit
 from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
-from featcache.runtime import num_cores, progress, say, torch_threads_kept, use_local_gpu
+from featcache.runtime import num_cores, torch_threads_kept, use_local_gpu
 
 PROGRESS_S, PROGRESS_COST = 1.0, 100.0
 """The bar is drawn anew after this long, and after this many times what that took."""

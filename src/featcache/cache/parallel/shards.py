@@ -26,9 +26,9 @@ from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range
 from featcache.cache.storage import CacheFile
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 from featcache.config import CacheMeta
+from featcache.display import progress
 from featcache.errors import CacheError, listed
 from featcache.files import storage_errors
-from featcache.runtime import progress
 
 COPY_SYNC_BLOCKS = 4096
 """A block that a power cut undoes is still in its shard."""
