@@ -180,7 +180,13 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
             extract_part(settings(folder, tmp_path, write="shards", shard="2/3"))
     done = merge(MergeConfig(cache=tmp_path / "x.h5"))
     assert (done["hit"], done["num_rows"]) == (False, {"train": 300, "test": 100})
+    left = tmp_path / "x.h5.shard-00000-of-00003"  # as if it had died before it removed that
+    left.write_bytes(b"")
     assert merge(MergeConfig(cache=tmp_path / "x.h5"))["hit"]
+    assert not left.exists()
+    left.write_bytes(b"")
+    assert extract_part(settings(folder, tmp_path, shard="0/3"))["hit"]
+    assert not left.exists()
     assert merge_lines({**done, "hit": True}) == [
         f"{tmp_path / 'x.h5'}: is finished already: 300 train, 100 test images"
     ]

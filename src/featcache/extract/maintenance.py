@@ -18,7 +18,7 @@ from featcache.cache import (
     read_meta,
     verify,
 )
-from featcache.cache.parallel import merge_shards
+from featcache.cache.parallel import merge_shards, remove_shards
 from featcache.config import (
     OWN_MODULE,
     BackboneInfo,
@@ -120,7 +120,9 @@ def merge(config: MergeConfig) -> MergeReport:
     """
     start = time.perf_counter()
     check_outputs({config.cache: MARKS, part_path(config.cache): MARKS})
-    if not (hit := config.cache.exists()):
+    if hit := config.cache.exists():
+        remove_shards(config.cache)  # the last merge may have ended just before it did
+    else:
         merge_shards(config.cache)
     num_rows = {name: num for name, (num, _) in FeatureCache(config.cache).num_rows.items()}
     return {

@@ -156,6 +156,7 @@ def _extract_as(
     if found := find_hit(request):
         check_skipped(config, found, "--update")
         if rank.index == 0:
+            remove_shards(found)  # a rank may have died just before it did
             return extract_report(found, request.dataset, run)
         return _rank_report(request._replace(path=found), rank, run, "the cache is finished")
     path = request.path
