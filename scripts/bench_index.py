@@ -24,10 +24,11 @@ import numpy as np
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig
 from featcache.config.settings import settings
+from featcache.display import say
 from featcache.errors import FeatcacheError
 from featcache.file_hashes import SETTLE_S
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 KINDS, CLASSES, SIDE_PX = 1000, 100, 32
 MEGABYTE = 2**20

@@ -20,9 +20,10 @@ import featcache
 from featcache import cli
 from featcache.config import OutputConfig
 from featcache.config.settings import settings
+from featcache.display import say
 from featcache.errors import FeatcacheError
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 NUM_PICTURES, SIDE_PX = 100, 256
 NUM_LINES = 20

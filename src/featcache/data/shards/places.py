@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from featcache.data.listing import SPLIT_NAMES, is_clutter, is_image_file
+from featcache.display import say
 from featcache.errors import FeatcacheError, StorageError, UserError, shown
 from featcache.file_hashes import is_settled, stamp_of
 from featcache.files import open_regular
-from featcache.runtime import say
 
 if TYPE_CHECKING:
     from featcache.data.shards.members import Stream
