@@ -38,9 +38,10 @@ from featcache.config import (
     config_json,
 )
 from featcache.data import ImageDataset, ImageSplit
+from featcache.display import say
 from featcache.errors import FeatcacheError
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 NUM_SHARDS = 4
 CLASSES = [f"class{i}" for i in range(1000)]

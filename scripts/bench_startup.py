@@ -20,9 +20,10 @@ import featcache
 from featcache import cli
 from featcache.config import OutputConfig
 from featcache.config.settings import settings
+from featcache.display import say
 from featcache.errors import FeatcacheError
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 NUM_PICTURES, SIDE_PX = 100, 256
 NUM_LINES = 20
@@ -50,26 +51,19 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     sources = {"now": Path(featcache.__file__).parents[1]}
     if config.before is not None:
         sources = {"before": config.before.resolve(), **sources}
-    cache, head = config.folder / "startup.h5", config.folder / "startup.safetensors"
-    extract = ["extract-features", str(pictures), "--weights", config.weights, "--output"]
-    _run(sources["now"], "-m", "featcache", *extract, str(cache))
-    _run(sources["now"], "-m", "featcache", "train-head", str(cache), "--output", str(head))
-    one = next(iter(sorted((pictures / "test").rglob("*.png"))))
-    commands = {
-        "import torch": ["-c", "import torch"],
-        "predict, 1 picture": ["-m", "featcache", "predict", str(head), str(one)],
-        f"extract-features, {NUM_PICTURES} pictures": [
-            *("-m", "featcache", *extract, str(config.folder / "again.h5"), "--force"),
-        ],
-        "extract-features, cached": ["-m", "featcache", *extract, str(cache)],
-        "--help": ["-m", "featcache", "--help"],
-    }
+    one = str(next(iter(sorted((pictures / "test").rglob("*.png")))))
+    commands = {v: _commands(config, pictures, one, v) for v in sources}
+    for version, source in sources.items():  # what the others need; not timed
+        made = commands[version]
+        _run(source, *made["extract-features, cached"])
+        _run(source, *made.pop("train-head"))
     found: dict[str, list[Seconds]] = {}
     for _ in range(config.rounds):
-        for name, words in commands.items():
+        for name in commands["now"]:
             for version, source in sources.items():
-                found.setdefault(f"{name} ({version})", []).append(_run(source, *words))
-    lines = _dialog(sources["now"], head, one)
+                seconds = _run(source, *commands[version][name])
+                found.setdefault(f"{name} ({version})", []).append(seconds)
+    lines = _dialog(sources["now"], commands["now"]["predict, 1 picture"][:-1], one)
     medians = {
         name: [statistics.median(column) for column in zip(*seconds, strict=True)]
         for name, seconds in found.items()
@@ -90,6 +84,21 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     }
     write_json(config.folder / "bench-startup.json", report)
     return report
+
+
+def _commands(config: BenchConfig, pictures: Path, one: str, version: str) -> dict[str, list[str]]:
+    """Words for Python by name; each version has files of its own."""
+    cache, head = (str(config.folder / f"{version}.{kind}") for kind in ("h5", "safetensors"))
+    extract = ["-m", "featcache", "extract-features", str(pictures), "--weights", config.weights]
+    again = str(config.folder / f"{version}-again.h5")
+    return {
+        "import torch": ["-c", "import torch"],
+        "predict, 1 picture": ["-m", "featcache", "predict", head, one],
+        f"extract-features, {NUM_PICTURES} pictures": [*extract, "--output", again, "--force"],
+        "extract-features, cached": [*extract, "--output", cache],
+        "--help": ["-m", "featcache", "--help"],
+        "train-head": ["-m", "featcache", "train-head", cache, "--output", head],
+    }
 
 
 def _pictures(root: Path) -> Path:
@@ -121,10 +130,10 @@ def _run(source: Path, *words: str) -> Seconds:
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime
 
 
-def _dialog(source: Path, head: Path, picture: Path) -> list[float]:
+def _dialog(source: Path, predict: list[str], picture: str) -> list[float]:
     """Wall seconds until a line is answered, for the lines after the first of one process."""
     with subprocess.Popen(  # noqa: S603
-        [sys.executable, "-m", "featcache", "predict", str(head), "-", "--format", "jsonl"],
+        [sys.executable, *predict, "-", "--format", "jsonl"],
         env={**os.environ, "PYTHONPATH": str(source)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -23,11 +23,12 @@ import numpy as np
 from cache_helpers import CLASSES, expected, make_meta, make_splits, synthetic_cache
 from featcache.cache import verify
 from featcache.cache.parallel import (
+    MERGING,
     Job,
     Plan,
     Share,
     claims,
-    join,
+    join_shards,
     join_writers,
     merge_if_last,
     open_shard,
@@ -72,8 +73,9 @@ def work(write: str, path: Path, share: Share, **changes) -> str | None:
 
 def work_on_shard(path: Path, meta, share: Share) -> str | None:
     job = Job(path, meta, CLASSES, SPLITS, share)
-    lock = join(path, job.rank)
-    lock.share()
+    lock = join_shards(job)
+    if lock is None:
+        return MERGING
     writer = open_shard(job)
     if writer is not None:
         with writer:

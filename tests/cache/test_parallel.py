@@ -20,6 +20,7 @@ from conftest import TESTS
 from featcache.cache import fileio, open_writer, part_path, verify, writer
 from featcache.cache.lock import Lock
 from featcache.cache.parallel import (
+    MERGING,
     ClaimedWriter,
     Job,
     Plan,
@@ -300,6 +301,25 @@ def test_one_process_takes_what_ranks_left(path, whole):
     assert names(path) == {"x.h5", "x.h5.lock"}
 
 
+def test_a_rank_that_comes_during_the_merge_has_nothing_to_do(path):
+    begin_job(path, Share(0, 2), Share(1, 2))
+    place = path.with_name("x.h5.lock")
+
+    def hold() -> None:
+        lock = Lock(place, "rank 0 of 2")  # alone, so it locks all others out
+        time.sleep(60)
+        lock.release()
+
+    merger = fork(hold)
+    while not place.exists() or not place.read_bytes():
+        time.sleep(0.01)
+    assert work("shards", path, Share(1, 2)) == MERGING
+    os.kill(merger, signal.SIGKILL)
+    wait([merger])
+    assert work("shards", path, Share(1, 2)) is None
+    assert verify(path).ok
+
+
 def test_damage_in_a_shard_is_found(path):
     begin_job(path, Share(0, 2), Share(1, 2))
     shard = shards.shard_path(path, Share(1, 2))
@@ -372,6 +392,20 @@ def test_a_damaged_plan_is_refused(path, text):
     plan_file.write_text(saved.replace('"train": 900', '"train": 901'))
     with pytest.raises(CacheError, match="its digest is wrong"):
         Plan.read(path)
+
+
+def test_a_plan_that_does_not_fit_its_shards_is_refused(path):
+    Plan(META, {"train": 900, "test": 290}, "shards", "rank 0").agree(path)
+    for share in (Share(0, 2), Share(1, 2)):
+        fill_shard(path, share)
+    path.with_name("x.h5.shard-00000-of-00000").write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"x\.h5\.plan states other numbers of rows than the shards"
+    ):
+        merge_shards(path)
+    for num_rows in ({"train": 0}, {"train": 2**40}, {"../x": 5}):
+        with pytest.raises(ValueError, match=r"^split '.*' of .* rows$"):
+            Plan(META, num_rows, "shards", "rank 0")
 
 
 def test_foreign_files_beside_the_cache_stay(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import featcache.engine
 from data_helpers import make_folder
 from featcache.cache import part_path, verify
 from featcache.config import ExtractConfig, MergeConfig
+from featcache.display import say
 from featcache.engine import Engine
 from featcache.errors import CacheError, UserError
 from featcache.extract import extract, extract_part, merge, merge_lines, part_lines
-from featcache.runtime import say
+from featcache.extract.request import Request
 from rank_runs import fork, wait
 
 Report = dict[str, Any]
@@ -109,6 +111,26 @@ def test_ranks_write_the_file_of_one_process(folder, tmp_path, monkeypatch, capf
     assert (cost["num_images"], cost["seconds_total"] is None) == (400, write == "shards")
     left = {file.name for file in tmp_path.glob("*x.h5*")}
     assert left == {"x.h5", "x.h5.lock", "x.h5.json"}
+
+
+def test_one_rank_looks_the_dataset_up_and_the_others_find_it_hashed(folder, tmp_path, monkeypatch):
+    log, look_up = tmp_path / "log", Request.of
+
+    def logged(*words: Any) -> Request:
+        rank = os.environ["RANK"]
+        for event in ("begins", "ends"):
+            with log.open("a") as file:
+                file.write(f"{event} {rank}\n")
+            if event == "begins":
+                time.sleep(0.2)
+                request = look_up(*words)
+        return request
+
+    monkeypatch.setattr(Request, "of", logged)
+    assert ranks(settings(folder, tmp_path), 3) == [0, 0, 0]
+    first, second, *others = log.read_text().splitlines()
+    assert (first[:7], second) == ("begins ", f"ends {first[-1]}")
+    assert len(others) == 4
 
 
 def test_a_rank_without_work_says_so(folder, tmp_path, capfd):

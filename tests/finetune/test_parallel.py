@@ -16,11 +16,11 @@ import torch
 
 from data_helpers import SIDE, make_pets
 from featcache.config import FinetuneConfig
+from featcache.display import mute
 from featcache.errors import UserError
 from featcache.finetune.parallel import Team, joined, shares
 from featcache.ranks import Rank
 from featcache.results import RunReport
-from featcache.runtime import mute
 from featcache.tensor_files import read_tensor_file
 
 

@@ -18,9 +18,9 @@ from featcache.backbone.networks import (
 )
 from featcache.backbone.weights import WeightsFile, is_pretrained, pretrained_name, weights_of
 from featcache.config import TIMM, BackboneConfig, BackboneInfo, StageColumns
+from featcache.display import say
 from featcache.errors import UserError, shown
 from featcache.random_order import init_linear
-from featcache.runtime import say
 from featcache.tensor_files import State, not_finite
 
 if TYPE_CHECKING:

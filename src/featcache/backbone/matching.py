@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from featcache.backbone.networks import heads_of
+from featcache.display import say
 from featcache.errors import UserError, listed, shown
-from featcache.runtime import say
 from featcache.tensor_files import State, not_finite
 
 if TYPE_CHECKING:

@@ -46,6 +46,7 @@ def open_writer(
     *,
     force: bool = False,
     reuse: FeatureCache | None = None,
+    lock: Lock | None = None,
 ) -> CacheWriter:
     """Begin a cache, or resume NAME.h5.part where it stopped.
 
@@ -57,6 +58,7 @@ def open_writer(
         force: Start over and discard any NAME.h5.part; an existing NAME.h5 is replaced at the end.
         reuse: Keep this older cache's rows of samples with the same content (usually the cache at
             `path`, which is replaced at the end); rows of an unfinished update are kept too.
+        lock: The lock on `path`, where the caller has it already; released on an error.
 
     Raises:
         UserError: A value that a cache cannot hold, or no space on the disk.
@@ -64,7 +66,7 @@ def open_writer(
         StorageError: Another run is writing it, or the file system refused.
     """
     spec = check_contents(meta, class_names, splits)
-    with locked(path) as lock:
+    with locked(path, lock) as held:
         part = part_path(path)
         sources = [] if reuse is None else [reuse.file]
         if force:
@@ -80,7 +82,7 @@ def open_writer(
                 part.unlink()
         if not os.path.lexists(part):
             create_part(part, spec)
-        return CacheWriter(path, spec, lock, source)
+        return CacheWriter(path, spec, held, source)
 
 
 def _stale_part(part: Path, spec: CacheSpec) -> CacheFile | None:

@@ -14,9 +14,10 @@ import numpy as np
 from featcache.cache import BLOCK_ROWS, CacheWriter
 from featcache.config import CacheMeta
 from featcache.data import BadImage, ImageSplit, bad_image_error
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError
 from featcache.extract.request import Request
-from featcache.runtime import StageTimer, num_cores, progress, say
+from featcache.runtime import StageTimer, num_cores
 
 if TYPE_CHECKING:
     from torch import nn

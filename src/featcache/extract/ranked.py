@@ -26,11 +26,12 @@ from featcache.cache import (
     waiting_writer,
 )
 from featcache.cache.parallel import (
+    MERGING,
     Job,
     Plan,
     Share,
     Write,
-    join,
+    join_shards,
     join_writers,
     merge_if_last,
     num_in_shards,
@@ -39,6 +40,7 @@ from featcache.cache.parallel import (
     shared_disk,
 )
 from featcache.config import ExtractConfig
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError, UserError
 from featcache.extract.blocks import ExtractionRun, choose_engine_for, compute_blocks
 from featcache.extract.extraction import (
@@ -52,7 +54,7 @@ from featcache.extract.extraction import (
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit
 from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
-from featcache.runtime import num_cores, progress, say, torch_threads_kept, use_local_gpu
+from featcache.runtime import num_cores, torch_threads_kept, use_local_gpu
 
 PROGRESS_S = 1.0
 
@@ -235,8 +237,9 @@ def _write_direct(part: _Part) -> str | None:
 def _write_shard(part: _Part) -> str | None:
     """Compute this rank's shard, as `_write_direct` does its blocks; the last rank merges."""
     job, run = part.job, part.run
-    lock = join(job.path, job.rank)  # keeps out runs that are no ranks
-    lock.share()
+    lock = join_shards(job)
+    if lock is None:
+        return MERGING
     writer = open_shard(job)
     if writer is not None:
         with writer, _bar(part, lambda: num_in_shards(job.path)) as bar:

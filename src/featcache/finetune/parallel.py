@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featcache.config import FinetuneConfig
+from featcache.display import mute
 from featcache.errors import FeatcacheError, UserError
 from featcache.ranks import Rank, current_rank
-from featcache.runtime import mute, pick_device
+from featcache.runtime import pick_device
 
 if TYPE_CHECKING:
     import torch

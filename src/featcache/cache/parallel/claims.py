@@ -24,9 +24,9 @@ from featcache.cache.parallel.shards import remove_shards
 from featcache.cache.parallel.shares import Job, Share
 from featcache.cache.schema import BLOCK_ROWS, block_range, num_blocks
 from featcache.cache.writer import CacheWriter, part_path
+from featcache.display import say
 from featcache.errors import StorageError, listed
 from featcache.files import storage_errors
-from featcache.runtime import say
 
 LEASE_S = 120.0
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache.lock import HeldError, Lock
+from featcache.cache.lock import JOIN_S, HeldError, Lock, join
 from featcache.cache.parallel.plan import Plan, plan_path
 from featcache.cache.parallel.shares import WHOLE, Job, Share, rows_of, shard_path, shards_of
 from featcache.cache.reuse import describe_differences
@@ -26,12 +26,33 @@ from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range
 from featcache.cache.storage import CacheFile
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 from featcache.config import CacheMeta
+from featcache.display import progress
 from featcache.errors import CacheError, listed
 from featcache.files import storage_errors
-from featcache.runtime import progress
 
 COPY_SYNC_BLOCKS = 4096
 """A block that a power cut undoes is still in its shard."""
+MERGING = "another rank merges"
+
+
+def join_shards(job: Job) -> Lock | None:
+    """Share the lock of the cache with the other ranks, so that other runs are kept out.
+
+    Returns:
+        None if there is nothing to do: this rank's shard is finished, and another rank merges.
+
+    Raises:
+        StorageError: A run that is no rank is writing the cache, or the file system refused.
+    """
+    is_done = shard_path(job.path, job.share).exists()
+    try:
+        lock = join(job.path, job.rank, 0.0 if is_done else JOIN_S)
+    except HeldError as error:
+        if is_done and error.by_rank:
+            return None
+        raise
+    lock.share()
+    return lock
 
 
 def open_shard(job: Job) -> CacheWriter | None:
@@ -97,10 +118,12 @@ def merge_shards(path: Path) -> None:
     files = [CacheFile(file) for share, file in shards.items() if share.size == size]
     for file in files:
         _check_same(file, plan.meta)
-    splits = [
-        _joined([file.rows(split) for file in files if split in file.layout.splits])
-        for split in plan.num_rows
-    ]
+    found = {
+        split: [f.rows(split) for f in files if split in f.layout.splits] for split in plan.num_rows
+    }
+    if {split: sum(len(p.ids) for p in parts) for split, parts in found.items()} != plan.num_rows:
+        raise CacheError(f"{plan_path(path)} states other numbers of rows than the shards have")
+    splits = [_joined(parts) for parts in found.values()]
     with open_writer(path, plan.meta, files[0].class_names, splits) as writer:
         _finish(writer, size)
 
@@ -120,25 +143,22 @@ def merge_if_last(job: Job, lock: Lock) -> str | None:
         StorageError: The file system refused.
     """
     path, is_last = job.path, lock.alone()
+    missing = unfinished_shards(path, job.share.size, job.num_rows)
+    if is_last and not missing and not path.exists():
+        with open_writer(path, job.meta, job.class_names, job.splits, lock=lock) as writer:
+            _finish(writer, job.share.size)
+        return None
     lock.release()
     if path.exists():
         remove_shards(path)
         return "the cache is finished"
-    if missing := unfinished_shards(path, job.share.size, job.num_rows):
-        names = listed([str(each.index) for each in missing], 5)
-        return (
-            f"unfinished shards: {names}; the last of their ranks merges, or type featcache merge "
-            f"{path}"
-        )
-    try:
-        writer = open_writer(path, job.meta, job.class_names, job.splits) if is_last else None
-    except HeldError:  # by a rank that came just now
-        writer = None
-    if writer is None:
-        return "the last rank merges"
-    with writer:
-        _finish(writer, job.share.size)
-    return None
+    if not missing:
+        return MERGING
+    names = listed([str(each.index) for each in missing], 5)
+    return (
+        f"unfinished shards: {names}; the last of their ranks merges, or type featcache merge "
+        f"{path}"
+    )
 
 
 def _finish(writer: CacheWriter, size: int) -> None:

@@ -98,6 +98,10 @@ def shards_of(path: Path) -> dict[Share, Path]:
         match = name.fullmatch(file.name)
         share = Share(int(match[1]), int(match[2])) if match else None
         # Not an unfinished one beside a finished one.
-        if share and (file == (shard := shard_path(path, share)) or not shard.exists()):
+        if (
+            share
+            and share.index < share.size
+            and (file == (shard := shard_path(path, share)) or not shard.exists())
+        ):
             found[share] = file
     return dict(sorted(found.items()))

@@ -23,10 +23,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from featcache.display import progress
 from featcache.heads.features import Doubles, Floats, Singles
 from featcache.heads.solvers.base import threads_for
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
-from featcache.runtime import progress
 
 MEMORY = 30
 MAX_ITERATIONS = 3000
