@@ -31,7 +31,7 @@ MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
-TOLERANCE = 1e-7
+TOLERANCE = 3e-8
 # Relative differences of the objective below this are rounding of the sum, not ascent.
 NOISE = 1e-9
 # Steps without gain after which the limit of precision is reached.
