@@ -29,6 +29,7 @@ from featcache.audit.neighbors import near_threshold, neighborhood
 from featcache.audit.rows import AllRows, all_rows
 from featcache.cache import FeatureCache
 from featcache.config import AuditConfig, OutputConfig, TrainHeadConfig
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import write_json
 from featcache.groups import hold_out_units, kept_together
@@ -36,7 +37,7 @@ from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData
 from featcache.heads.train import run_protocol
 from featcache.heads.training_data import Rows
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 from bench_extract import NOTEBOOK_BATCH, BenchConfig, Measure, bare, timed
+from featcache.display import say
 from featcache.errors import UserError
-from featcache.runtime import num_cores, say
+from featcache.runtime import num_cores
 
 NETWORKS = (
     *("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny"),

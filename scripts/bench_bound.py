@@ -23,8 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.display import say
 from featcache.errors import FeatcacheError
-from featcache.runtime import say
 
 if TYPE_CHECKING:
     from bench_extract import Measure, Reading

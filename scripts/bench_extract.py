@@ -39,9 +39,10 @@ from bench_bound import bounds, check_bound, process_with
 from bench_pixels import compare_pixels, resized_by_pillow
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig, config_json
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import write_json
-from featcache.runtime import environment, num_cores, say, version_of
+from featcache.runtime import environment, num_cores, version_of
 
 NOTEBOOK_BATCH = 32
 PHOTO_PX = (1024, 768)

@@ -35,6 +35,7 @@ import heads_quality
 import heads_stream
 from featcache import FeatureCache, cli
 from featcache.config import OutputConfig
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.heads.solvers.logistic import (
     C_GRID,
@@ -44,7 +45,7 @@ from featcache.heads.solvers.logistic import (
 )
 from featcache.heads.solvers.ridge import alpha_grid, ridge_from_moments
 from featcache.heads.training_data import Rows
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 from heads_stream import make_cache
 
 PATH_TOLERANCE = 1e-6

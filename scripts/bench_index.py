@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import numpy as np
 from featcache import cli
 from featcache.config import ExtractConfig, OutputConfig
 from featcache.config.settings import settings
+from featcache.display import say
 from featcache.errors import FeatcacheError
 from featcache.file_hashes import SETTLE_S
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 KINDS, CLASSES, SIDE_PX = 1000, 100, 32
 MEGABYTE = 2**20
@@ -53,7 +55,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             say(f"linking {num:,} files")
             link_files(place / "images", num)
             time.sleep(SETTLE_S + 0.5)  # or hashes of files that changed just now are not kept
-            with ProcessPoolExecutor(max_workers=1) as pool:
+            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
                 found[num] = pool.submit(first_run, place).result()
             found[num]["hit check, whole command"] = _hit_check(place)
         finally:
@@ -149,7 +151,8 @@ def _hit_check(place: Path) -> tuple[float, float, float]:
         text=True,
     )
     assert process.stdout is not None
-    answer = process.stdout.read()
+    with process.stdout:
+        answer = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0 or "already cached" not in answer:

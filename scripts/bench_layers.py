@@ -13,7 +13,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from bench_bound import calls
-from featcache.runtime import say
+from featcache.display import say
 
 if TYPE_CHECKING:
     from bench_extract import BenchConfig

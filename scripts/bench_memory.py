@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featcache.display import say
 from featcache.errors import FeatcacheError
-from featcache.runtime import say
 
 if TYPE_CHECKING:
     from bench_extract import BenchConfig

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.backbone import BUNDLED_FILE
+from featcache.display import say
 from featcache.engine.openvino_cpu import is_installed
 from featcache.errors import FeatcacheError, UserError
-from featcache.runtime import say
 
 if TYPE_CHECKING:
     from bench_extract import BenchConfig

@@ -16,8 +16,9 @@ import tyro
 from featcache import cli
 from featcache.config import FinetuneConfig, OutputConfig
 from featcache.config.settings import settings
+from featcache.display import say
 from featcache.files import write_json
-from featcache.runtime import environment, say
+from featcache.runtime import environment
 
 
 @settings

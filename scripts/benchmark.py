@@ -40,6 +40,7 @@ from featcache.config import (
     TrainHeadConfig,
     config_json,
 )
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import write_atomically, write_json
 from featcache.results import Row, RunReport, benchmark_rows, runs
@@ -47,7 +48,7 @@ from featcache.results.advice import advice, best_of, speedups
 from featcache.results.plots import plot_accuracy_against_seconds
 from featcache.results.runs import Approach
 from featcache.results.tables import markdown_table, text_table
-from featcache.runtime import environment, load_optimizers, say
+from featcache.runtime import environment, load_optimizers
 
 # Mirroring turns these into something else, so the default leaves them as they are.
 NEVER_MIRRORED = ("digits", "mnist", "emnist", "kmnist", "qmnist", "usps", "svhn", "gtsrb")

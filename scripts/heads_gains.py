@@ -15,13 +15,13 @@ import numpy as np
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, FinetuneConfig, StageColumns, TrainHeadConfig
 from featcache.config.commands import Solver
+from featcache.display import say
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.scoring import TestSplit
 from featcache.heads.selection import InMemoryData, load_data
 from featcache.heads.train import run_protocol
 from featcache.heads.training_data import Rows, load_rows
 from featcache.results.metrics import top1
-from featcache.runtime import say
 
 SEEDS = 5
 FIT_ROWS = 500

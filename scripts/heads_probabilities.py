@@ -14,10 +14,10 @@ import numpy as np
 
 from featcache.cache import FeatureCache
 from featcache.config import TrainHeadConfig
+from featcache.display import say
 from featcache.heads import load_head, train_head
 from featcache.heads.linear import nearest_distance, softmax
 from featcache.results.ranking import rank
-from featcache.runtime import say
 from heads_stream import make_cache
 
 SOLVERS = ("logistic", "ridge", "adam")

@@ -13,9 +13,9 @@ import numpy as np
 
 from featcache.cache import FeatureCache
 from featcache.config import ExtractConfig, TrainHeadConfig
+from featcache.display import say
 from featcache.heads import train_head
 from featcache.results.metrics import mcnemar
-from featcache.runtime import say
 from heads_stream import make_cache
 
 SOLVERS = ("logistic", "ridge", "knn", "auto")

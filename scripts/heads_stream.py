@@ -18,8 +18,8 @@ import numpy as np
 
 from featcache.cache import SplitRows, open_writer
 from featcache.config import BackboneInfo, CacheMeta, DatasetInfo, Preprocessing, Views
+from featcache.display import say
 from featcache.errors import UserError
-from featcache.runtime import say
 
 NUM_CLASSES = 10
 TEST_ROWS = 10_000

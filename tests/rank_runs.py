@@ -23,10 +23,12 @@ import numpy as np
 from cache_helpers import CLASSES, expected, make_meta, make_splits, synthetic_cache
 from featcache.cache import verify
 from featcache.cache.parallel import (
+    MERGING,
+    Job,
     Plan,
     Share,
     claims,
-    join,
+    join_shards,
     join_writers,
     merge_if_last,
     open_shard,
@@ -53,7 +55,7 @@ def work(write: str, path: Path, share: Share, **changes) -> str | None:
     mine.agree(path).check_same(path, mine)
     if write == "shards":
         return work_on_shard(path, meta, share)
-    writer = join_writers(path, meta, CLASSES, SPLITS, share, helps=changes.get("helps", True))
+    writer = join_writers(Job(path, meta, CLASSES, SPLITS, share), helps=changes.get("helps", True))
     if writer is None:
         return "the cache is finished"
     with writer:
@@ -70,19 +72,20 @@ def work(write: str, path: Path, share: Share, **changes) -> str | None:
 
 
 def work_on_shard(path: Path, meta, share: Share) -> str | None:
-    job = join(path, f"rank {share.index} of {share.size}")
-    job.share()
-    writer = open_shard(path, meta, CLASSES, SPLITS, share)
+    job = Job(path, meta, CLASSES, SPLITS, share)
+    lock = join_shards(job)
+    if lock is None:
+        return MERGING
+    writer = open_shard(job)
     if writer is not None:
         with writer:
-            for split, blocks in share.blocks(ROWS).items():
-                first = blocks.start * 64
+            for split, first in writer.first_rows.items():
                 for rows in writer.pending(split):
                     time.sleep(BLOCK_S)
                     features = values(split, range(first + rows.start, first + rows.stop))
                     writer.write_block(split, rows, features, np.zeros(len(rows), np.uint8))
             writer.finish()
-    return merge_if_last(job, path, meta, CLASSES, SPLITS, share)
+    return merge_if_last(job, lock)
 
 
 def fork(run: Callable[[], object]) -> int:

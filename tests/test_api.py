@@ -28,9 +28,10 @@ from featcache import (
     train_head,
     write_report,
 )
+from featcache.display import bar_hidden
 from featcache.heads import load_head
 from featcache.results import RunReport
-from featcache.runtime import bar_hidden, environment
+from featcache.runtime import environment
 from trained_helpers import extracted_cache
 
 SCRIPT = """

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from featcache import runtime
+from featcache import display, runtime
+from featcache.display import Facts, progress, say
 from featcache.errors import StorageError
 from featcache.files import (
     check_writable,
@@ -28,13 +29,10 @@ from featcache.files import (
     write_atomically,
 )
 from featcache.runtime import (
-    Facts,
     cpu_quota,
     interrupts_first,
     interrupts_held,
     num_cores,
-    progress,
-    say,
     torch_threads_kept,
 )
 
@@ -283,7 +281,7 @@ def test_a_notebook_with_widgets_gets_its_own_bar(monkeypatch):
     module = types.ModuleType("tqdm.notebook")
     module.tqdm = lambda **options: made.append(options)
     monkeypatch.setitem(sys.modules, "tqdm.notebook", module)
-    monkeypatch.setattr(runtime, "in_notebook", lambda: True)
+    monkeypatch.setattr(display, "in_notebook", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with progress(1, file=io.StringIO()) as bar:
         assert type(bar).__module__ == "tqdm.std"

@@ -22,7 +22,7 @@ from featcache.config import (
     TrainHeadConfig,
 )
 from featcache.config.settings import python_errors
-from featcache.runtime import in_notebook, say
+from featcache.display import in_notebook, say
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from featcache.display import say
 from featcache.errors import FeatcacheError, UserError, one_of
-from featcache.runtime import cpu_quota, interrupts_first, num_cores, say
+from featcache.runtime import cpu_quota, interrupts_first, num_cores
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
 
 EXIT_INTERRUPTED = 130

@@ -13,6 +13,12 @@ from featcache.errors import UserError
 
 ALONE_HINT = "give --shard 0/1 to work as one process"
 MAX_RANKS = 100_000
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    # srun gives each task processors of its own, so the last variable does not exist.
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+}
+"""Variables of rank, number of ranks, and the same on this machine; the first launcher counts."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def current_rank(shard: str | None = None, env: Mapping[str, str] = os.environ) 
     if shard is not None:
         index, size = parse_shard(shard)
         return Rank(index, size, local_index=index, source="--shard")
-    inner = _torchrun(env) or _srun(env) or Rank()
+    found = (_started_by(launcher, env, names) for launcher, names in LAUNCHERS.items())
+    inner = next(filter(None, found), Rank())
     array = _array(env)
     if array.alone:
         return inner
@@ -97,22 +104,19 @@ def without_srun(env: Mapping[str, str] = os.environ) -> str | None:
     return f"SLURM_NTASKS is {num}, but srun did not start this command: working as one process"
 
 
-def _torchrun(env: Mapping[str, str]) -> Rank | None:
-    if "RANK" not in env or "WORLD_SIZE" not in env:
+def _started_by(launcher: str, env: Mapping[str, str], names: tuple[str, ...]) -> Rank | None:
+    """The rank that four variables give; None if they do not say that there are several."""
+    index_name, size_name, local_index, local_size = names
+    if index_name not in env or size_name not in env:
         return None
-    index, size = _place(env, "RANK", "WORLD_SIZE")
-    local_index = _number(env, "LOCAL_RANK", index)
-    local_size = max(1, _number(env, "LOCAL_WORLD_SIZE", 1))
-    return None if size == 1 else Rank(index, size, local_index, local_size, "torchrun")
-
-
-def _srun(env: Mapping[str, str]) -> Rank | None:
-    if "SLURM_PROCID" not in env or "SLURM_STEP_NUM_TASKS" not in env:
-        return None
-    index, size = _place(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    local_index = _number(env, "SLURM_LOCALID", index)
-    # srun gives each task processors of its own, so none is shared.
-    return None if size == 1 else Rank(index, size, local_index, 1, "srun")
+    index, size = _number(env, index_name, 0), _number(env, size_name, 1)
+    if not 0 <= index < size:
+        raise UserError(
+            f"{index_name}={index} and {size_name}={size} in the environment contradict each "
+            f"other: unset them, or {ALONE_HINT}"
+        )
+    place = _number(env, local_index, index), max(1, _number(env, local_size, 1))
+    return None if size == 1 else Rank(index, size, *place, launcher)
 
 
 def _array(env: Mapping[str, str]) -> Rank:
@@ -131,16 +135,6 @@ def _array(env: Mapping[str, str]) -> Rank:
             f"{ALONE_HINT}"
         )
     return Rank(index, size, source="Slurm array")
-
-
-def _place(env: Mapping[str, str], index: str, size: str) -> tuple[int, int]:
-    place = _number(env, index, 0), _number(env, size, 1)
-    if not 0 <= place[0] < place[1]:
-        raise UserError(
-            f"{index}={place[0]} and {size}={place[1]} in the environment contradict each other: "
-            f"unset them, or {ALONE_HINT}"
-        )
-    return place
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

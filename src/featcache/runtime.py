@@ -21,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from featcache import __version__
-from featcache.errors import shown, visible
 
 NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
 FEATURES_VERSION = "0.2"
 """The version of featcache that last changed a feature. Raise it when the same image gets other
 features than before: every existing cache is then refused and has to be extracted again."""
-LATE_BAR_S = 2.0
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
@@ -306,68 +304,3 @@ def load_optimizers() -> None:
 def _is_compile_supported(device_type: str) -> bool:
     utils = importlib.import_module("torch._dynamo.utils")
     return bool(utils.is_compile_supported(device_type))
-
-
-def in_notebook() -> bool:
-    """Whether this is the kernel of a notebook."""
-    shell = sys.modules.get("IPython")
-    return getattr(shell and shell.get_ipython(), "kernel", None) is not None
-
-
-def bar_hidden() -> bool | None:
-    """Tqdm's `disable`: False shows the bar in notebooks; None lets tqdm look for a terminal."""
-    return False if in_notebook() else None
-
-
-def say(text: str) -> None:
-    """Print one line for people on stderr, with control characters escaped.
-
-    A closed or full stderr loses the line and does not stop the work.
-    """
-    if sys.stderr is not None:  # print would fall back to stdout
-        with contextlib.suppress(OSError):
-            print(visible(text), file=sys.stderr, flush=True)  # noqa: T201
-
-
-class Facts:
-    """Shows an object by a few facts: a line as its `repr`, a small table in notebooks."""
-
-    def _facts(self) -> dict[str, object]:
-        """The facts by name, in order; texts may be a stranger's."""
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        facts = "; ".join(f"{name}: {shown(str(fact))}" for name, fact in self._facts().items())
-        return f"<{type(self).__name__} {facts}>"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        rows = [
-            f'<tr><th style="text-align:left">{escape(name)}</th>'
-            f'<td style="text-align:left">{escape(shown(str(fact)))}</td></tr>'
-            for name, fact in self._facts().items()
-        ]
-        return f"<table><caption>{type(self).__name__}</caption>{''.join(rows)}</table>"
-
-
-def progress(total: int | None, title: str = "", *, late: bool = False, **options: Any) -> Any:
-    """A progress bar for terminals and notebooks.
-
-    Args:
-        total: The number of steps, None where it is unknown.
-        title: Shown before the bar.
-        late: Show the bar only after two seconds, and remove it at the end.
-        options: Passed to tqdm, for example `unit`, which is "img" (images) by default.
-    """
-    from importlib.util import find_spec
-
-    if in_notebook() and find_spec("ipywidgets"):
-        from tqdm.notebook import tqdm
-    else:
-        from tqdm import tqdm
-
-    if late:
-        options = {"delay": LATE_BAR_S, "leave": False, **options}
-    options = {"disable": bar_hidden(), "unit": "img", **options}
-    return tqdm(total=total, desc=visible(title), **options)

@@ -20,7 +20,9 @@ from conftest import TESTS
 from featcache.cache import fileio, open_writer, part_path, verify, writer
 from featcache.cache.lock import Lock
 from featcache.cache.parallel import (
+    MERGING,
     ClaimedWriter,
+    Job,
     Plan,
     Share,
     claims,
@@ -57,7 +59,7 @@ def names(path: Path) -> set[str]:
 
 def fill_shard(path: Path, share: Share, meta=META, stop_after: int = 99) -> None:
     """What one rank's shard gets, up to a number of blocks."""
-    one = open_shard(path, meta, CLASSES, SPLITS, share)
+    one = open_shard(Job(path, meta, CLASSES, SPLITS, share))
     assert one is not None
     with one:
         for split, blocks in share.blocks(ROWS).items():
@@ -210,7 +212,7 @@ def test_a_shard_alone_leaves_the_rest_to_others(path, whole):
 
 
 def join_alone(path: Path) -> ClaimedWriter:
-    one = join_writers(path, META, CLASSES, SPLITS, Share(0, 2), helps=False)
+    one = join_writers(Job(path, META, CLASSES, SPLITS, Share(0, 2)), helps=False)
     assert one is not None
     return one
 
@@ -299,6 +301,25 @@ def test_one_process_takes_what_ranks_left(path, whole):
     assert names(path) == {"x.h5", "x.h5.lock"}
 
 
+def test_a_rank_that_comes_during_the_merge_has_nothing_to_do(path):
+    begin_job(path, Share(0, 2), Share(1, 2))
+    place = path.with_name("x.h5.lock")
+
+    def hold() -> None:
+        lock = Lock(place, "rank 0 of 2")  # alone, so it locks all others out
+        time.sleep(60)
+        lock.release()
+
+    merger = fork(hold)
+    while not place.exists() or not place.read_bytes():
+        time.sleep(0.01)
+    assert work("shards", path, Share(1, 2)) == MERGING
+    os.kill(merger, signal.SIGKILL)
+    wait([merger])
+    assert work("shards", path, Share(1, 2)) is None
+    assert verify(path).ok
+
+
 def test_damage_in_a_shard_is_found(path):
     begin_job(path, Share(0, 2), Share(1, 2))
     shard = shards.shard_path(path, Share(1, 2))
@@ -340,7 +361,7 @@ def test_skipped_rows_half_precision_and_views_survive_a_merge(tmp_path):
         one.finish()
     Plan(meta, rows, "shards", "rank 0").agree(path)
     for share in (Share(0, 2), Share(1, 2)):
-        with open_shard(path, meta, CLASSES, splits, share) as one:
+        with open_shard(Job(path, meta, CLASSES, splits, share)) as one:
             for split, blocks in share.blocks(rows).items():
                 for block in one.pending(split):
                     write(one, split, block, blocks.start * 64)
@@ -371,6 +392,20 @@ def test_a_damaged_plan_is_refused(path, text):
     plan_file.write_text(saved.replace('"train": 900', '"train": 901'))
     with pytest.raises(CacheError, match="its digest is wrong"):
         Plan.read(path)
+
+
+def test_a_plan_that_does_not_fit_its_shards_is_refused(path):
+    Plan(META, {"train": 900, "test": 290}, "shards", "rank 0").agree(path)
+    for share in (Share(0, 2), Share(1, 2)):
+        fill_shard(path, share)
+    path.with_name("x.h5.shard-00000-of-00000").write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"x\.h5\.plan states other numbers of rows than the shards"
+    ):
+        merge_shards(path)
+    for num_rows in ({"train": 0}, {"train": 2**40}, {"../x": 5}):
+        with pytest.raises(ValueError, match=r"^split '.*' of .* rows$"):
+            Plan(META, num_rows, "shards", "rank 0")
 
 
 def test_foreign_files_beside_the_cache_stay(path):
@@ -468,7 +503,7 @@ def test_on_a_network_disk_writing_in_place_loses_data_and_shards_do_not(path, w
     choose, part = random.Random(1), part_path(path)
 
     def half(index: int) -> None:
-        rank = join_writers(path, META, CLASSES, SPLITS, Share(index, 2), helps=False)
+        rank = join_writers(Job(path, META, CLASSES, SPLITS, Share(index, 2)), helps=False)
         with rank:
             for split in ROWS:
                 for rows in rank.take(split, others=False):

@@ -20,7 +20,7 @@ from data_helpers import Load, Message, encoded, make_folder, make_tree, number_
 from featcache.data import BadImage
 from featcache.data.shards import places
 from featcache.data.shards.members import members
-from featcache.data.shards.places import expand
+from featcache.data.shards.places import expand, find_shards
 from featcache.errors import StorageError, UserError
 
 Files = dict[str, bytes]
@@ -126,10 +126,15 @@ def test_splits_by_folder_or_name(tmp_path: Path, load: Load) -> None:
     assert dataset.splits["val"].ids == ["val/0006.png", "val/0007.png"]
 
 
-def test_a_folder_that_may_be_of_images_stays_one(tmp_path: Path, load: Load) -> None:
+def test_a_folder_that_may_be_of_images_stays_one(
+    tmp_path: Path, load: Load, message: Message
+) -> None:
     tree = make_tree(tmp_path / "pets", {"cat": 4, "dog": 4})
     pack(tree / "pets.tar", samples(tree))
     assert load(tree, test_fraction=0.5).kind == "folder"
+    pack(tmp_path / "loose" / "a.tar", samples(tree))
+    (tmp_path / "loose" / "a.png").write_bytes(encoded(picture(1)))
+    assert "has images outside class folders" in message(tmp_path / "loose", test_fraction=0.5)
 
 
 def test_a_name_in_two_shards(tmp_path: Path, load: Load) -> None:
@@ -241,6 +246,15 @@ def test_patterns() -> None:
     assert expand("a-{008..010}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar"]
     assert expand("{x,y}/{9..10}.tar") == ["x/9.tar", "x/10.tar", "y/9.tar", "y/10.tar"]
     assert expand("a{b}.tar") == ["a{b}.tar"]
+
+
+def test_names_of_shards_behind_urls() -> None:
+    found = find_shards("https://x/set/{train/0,train/1,test/0}.tar?key=test")
+    assert [shard.name for shard in found] == ["test/0.tar", "train/0.tar", "train/1.tar"]
+    assert [shard.split for shard in found] == ["test", "train", "train"]
+    (shard,) = find_shards("simplecache::s3://bucket/val/a.tar")
+    assert shard == ("simplecache::s3://bucket/val/a.tar", "a.tar", "")
+    assert [s.name for s in find_shards("{s3://x,/y}/a.tar")] == ["y/a.tar", "s3:/x/a.tar"]
 
 
 def test_damage_is_named_with_its_member(tmp_path: Path, message: Message) -> None:

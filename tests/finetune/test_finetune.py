@@ -216,12 +216,14 @@ class TestPlainLoop:
 
     @pytest.mark.parametrize("bn_eval", [False, True])
     def test_an_epoch_ends_with_the_weights_of_the_plain_loop(
-        self, pets: Path, tmp_path: Path, bn_eval: bool
+        self, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bn_eval: bool
     ) -> None:
+        monkeypatch.setattr(preparation, "build_classifier", smooth_classifier)
         config = settings(
             pets,
             tmp_path,
             backbone="resnet18",
+            image_px=64,  # BatchNorm over the 11 values of smaller maps is ill-conditioned
             batch_size=11,
             epochs=1,
             optimizer="sgd",
@@ -236,20 +238,29 @@ class TestPlainLoop:
         for name, tensor in expected.items():
             moved = (tensor - start[name]).abs().max()
             off = (tensor - found[name]).abs().max()
-            assert off <= 1e-3 * moved, (name, float(off), float(moved))
+            assert off <= 1e-3 * moved + 1e-7, (name, float(off), float(moved))
+
+
+def smooth_classifier(*args: object) -> torch.nn.Module:
+    """A network without kinks: next to one, rounding decides which gradient there is."""
+    model = build_classifier(*args)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.ReLU):
+            model.set_submodule(name, torch.nn.SiLU())
+    return model
 
 
 def plain_epoch(config: FinetuneConfig) -> tuple[torch.nn.Module, list[float]]:
     """One epoch as it is usually written, in the order and with the mirroring of ours."""
     split = load_dataset(config).splits["train"]
-    prep = Preprocessing(image_px=SIDE, resize="squash", resize_px=SIDE)
+    prep = Preprocessing(image_px=config.image_px, resize="squash", resize_px=config.image_px)
     decoded = decode_split(split, prep, workers=0)
     assert decoded is not None
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (prep.mean, prep.std))
     images = (torch.from_numpy(decoded.pixels).permute(0, 3, 1, 2) / 255 - mean) / std
     flips = torch.from_numpy(flip_mask(len(split), config.seed, 0))
     images[flips] = images[flips].flip(3)
-    model = build_classifier(config, 3, config.seed).train()
+    model = smooth_classifier(config, 3, config.seed).train()
     if config.bn_eval:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):

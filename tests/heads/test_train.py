@@ -235,7 +235,7 @@ def test_a_series_ends_where_ties_bring_more_loss():
     prepared = SimpleNamespace(
         predict=lambda s, rows: HeldOutPredictions(rows.y, np.full(2, losses[s["C"]]))
     )
-    grid = evaluate_grid(lambda _: prepared, [[{"C": C} for C in losses]], held, 3)
+    grid = evaluate_grid(prepared, [[{"C": C} for C in losses]], held, 3)
     assert [settings["C"] for settings, _ in grid] == [1, 2, 3, 4, 5]
 
 

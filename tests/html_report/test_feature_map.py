@@ -95,7 +95,7 @@ def test_the_most_frequent_classes_have_markers_of_their_own(tmp_path):
     run = cached_run(tmp_path, {"test": (X, y)}, [f"c{i:02d}" for i in range(25)])
     found = drawn(tmp_path, run)
     assert [marker.name for marker in found.markers] == [f"c{i:02d}" for i in range(20)] + [
-        "other classes"
+        "other images"
     ]
     assert len(set(found.markers)) == len({(m.path, m.color) for m in found.markers}) == 21
     assert [point.marker for point in found.points[18:26]] == [18, 19, 20, 20, 20, 20, 20, 3]
@@ -106,8 +106,7 @@ def test_several_labels_and_numbers(tmp_path):
     labels = np.array([[1, 0], [0, 1], [1, 1], [0, 0]])
     found = drawn(tmp_path, cached_run(tmp_path / "m", {"test": (X, labels)}, ["a", "b"]))
     names = [found.markers[point.marker].name for point in found.points]
-    several = "none or several labels, or rare ones"
-    assert names == ["a", "b", several, several]
+    assert names == ["a", "b", "other images", "other images"]
     assert found.points[2].text == "test/00002: a|b"
     numbers = np.array([0.5, 1.0, 2.0, 4.0])
     found = drawn(tmp_path, cached_run(tmp_path / "r", {"test": (X, numbers)}, ["target"]))

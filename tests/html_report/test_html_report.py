@@ -467,6 +467,17 @@ def test_an_error_names_the_field(tmp_path: Path) -> None:
         report(tmp_path, tmp_path / "h.json")
 
 
+def test_runs_on_different_numbers_of_images_say_so(tmp_path: Path) -> None:
+    """Of a comparison that ran out of time, fine-tuning may have seen fewer images."""
+    cell_report("cached", "all", 300).save(tmp_path / "head.json")
+    cell_report("finetune", "5", 50).save(tmp_path / "tune.json")
+    names = [run.name for run in compared_runs(read_report_files([tmp_path]))]
+    assert names == [
+        "cached head, logistic, 300 train images",
+        "fine-tune (notebook, lr 0.0001), 50 train images",
+    ]
+
+
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
     folder = save_pair(tmp_path / "runs")
     head_report(test_top1=0.7).save(folder / "other.json")

@@ -39,3 +39,12 @@ def test_resamples_without_any_label_are_left_out():
     probabilities = np.array([[0.9, 0.1], [0.2, 0.1], [0.1, 0.1]])
     scores = multilabel_scores(has, probabilities, has, ["a", "b"], groups=list("xyz"), seed=0)
     assert scores.interval == pytest.approx((1, 1))
+
+
+def test_a_single_label_is_scored_as_one_of_several():
+    has = np.array([[1], [1], [0], [0], [0]]) > 0
+    probabilities = np.array([[0.9], [0.3], [0.6], [0.2], [0.1]])
+    scores = multilabel_scores(has, probabilities, probabilities > 0.5, ["a"], seed=0)
+    assert (scores.macro_f1, scores.micro_f1, scores.exact_match) == (0.5, 0.5, 0.6)
+    assert scores.mean_average_precision == pytest.approx((1 + 2 / 3) / 2)
+    assert scores.per_label["a"].support == 2

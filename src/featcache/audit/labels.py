@@ -20,6 +20,7 @@ import numpy as np
 from featcache.audit.rows import AllRows
 from featcache.cache import FeatureCache
 from featcache.config import AuditConfig, TrainHeadConfig
+from featcache.display import progress
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.columns import on_columns
 from featcache.heads.features import Doubles, Floats, Ints
@@ -30,7 +31,6 @@ from featcache.heads.solvers.base import Settings, Solver, threads_for
 from featcache.heads.solvers.knn import KnnSolver
 from featcache.heads.train import make_solvers
 from featcache.heads.training_data import Rows
-from featcache.runtime import progress
 
 TINY = 1e-12
 # Added to every share of votes: none of ten neighbors is no proof.

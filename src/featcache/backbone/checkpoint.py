@@ -8,8 +8,8 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO
 
+from featcache.display import say
 from featcache.errors import UserError, listed, shown
-from featcache.runtime import say
 from featcache.tensor_files import State
 
 # Wrappers that training scripts put around a state dict, outermost first. Of one level the first

@@ -18,10 +18,10 @@ from featcache.backbone.networks import (
 )
 from featcache.backbone.weights import WeightsFile, is_pretrained, pretrained_name, weights_of
 from featcache.config import TIMM, BackboneConfig, BackboneInfo, StageColumns
+from featcache.display import say
 from featcache.errors import UserError, shown
 from featcache.random_order import init_linear
-from featcache.runtime import say
-from featcache.tensor_files import State
+from featcache.tensor_files import State, not_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +164,7 @@ def _filled_by_timm(name: str, state: State, image_px: int | None, source: str) 
         except (RuntimeError, KeyError, ValueError) as error:
             reason = shown(" ".join(str(error).split()), 200)
             raise UserError(f"{source} do not fit {name}: {reason}") from error
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{source} of {name}: {key} has values that are not finite")
+    key = not_finite(model.state_dict())
+    if key is not None:
+        raise UserError(f"{source} of {name}: {key} has values that are not finite")
     return model

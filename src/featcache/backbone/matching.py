@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from featcache.backbone.networks import heads_of
+from featcache.display import say
 from featcache.errors import UserError, listed, shown
-from featcache.runtime import say
-from featcache.tensor_files import State
+from featcache.tensor_files import State, not_finite
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,9 +83,10 @@ def load_matching(
     notes = list(_notes(prefix, ignored, heads, counters - given.keys()))
     if notes and not quiet:
         say(f"{source}, as weights of {backbone}: {'; '.join(notes)}")
+    bad = not_finite(given)
+    if bad is not None:
+        raise UserError(f"{source}: {bad} has values that are not finite")
     for name, tensor in given.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(f"{source}: {name} has values that are not finite")
         own[name].copy_(tensor)
 
 

@@ -3,7 +3,13 @@
 from featcache.cache.cost import CostRecord, begin_cost, cost_of, finish_cost, spent_on
 from featcache.cache.interop.dataset import FeatureDataset
 from featcache.cache.layout import MARKS
-from featcache.cache.lock import check_unlocked, lock_path, sole_writer, waiting_writer
+from featcache.cache.lock import (
+    HeldError,
+    check_unlocked,
+    lock_path,
+    sole_writer,
+    waiting_writer,
+)
 from featcache.cache.reader import FeatureCache, FeatureSplit
 from featcache.cache.reuse import RowSource
 from featcache.cache.schema import BLOCK_ROWS, MAX_DIM, SplitRows, label_texts
@@ -21,6 +27,7 @@ __all__ = [
     "FeatureCache",
     "FeatureDataset",
     "FeatureSplit",
+    "HeldError",
     "RowSource",
     "SkippedSample",
     "SplitRows",

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from featcache.config import JsonObject
+from featcache.display import say
 from featcache.files import read_regular, write_json
-from featcache.runtime import say
 
 MAX_BYTES = 1 << 20
 MAX_SECONDS = 1e10

@@ -245,15 +245,20 @@ def waiting_writer(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[Lock]:
+def locked(path: Path, lock: Lock | None = None) -> Iterator[Lock]:
     """Lock an output for writing; the lock is kept on success and released on an error.
+
+    Args:
+        path: The output.
+        lock: The lock on it, where the caller has it already.
 
     Raises:
         StorageError: Another run is writing it, or the file system refused.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    lock = Lock(lock_path(path))
+    if lock is None:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(lock_path(path))
     try:
         yield lock
     except BaseException:
@@ -261,8 +266,13 @@ def locked(path: Path) -> Iterator[Lock]:
         raise
 
 
-def join(path: Path, rank: str) -> Lock:
+def join(path: Path, rank: str, wait_s: float = JOIN_S) -> Lock:
     """Lock an output as a rank of a job, which waits while another one has locked it out.
+
+    Args:
+        path: The output.
+        rank: "rank 0 of 4".
+        wait_s: For how long.
 
     Raises:
         HeldError: A run that is no rank is writing it, or the wait was too long.
@@ -276,7 +286,7 @@ def join(path: Path, rank: str) -> Lock:
             return Lock(lock_path(path), rank)
         except HeldError as error:
             # A rank that has just locked it may not have written yet who it is.
-            if time.monotonic() > start + (JOIN_S if error.by_rank else UNKNOWN_S):
+            if time.monotonic() > start + (wait_s if error.by_rank else UNKNOWN_S):
                 raise
         pause()
 

@@ -16,8 +16,8 @@ from featcache.cache.layout import RECREATE
 from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range, num_blocks
 from featcache.cache.storage import CacheFile, texts_of
 from featcache.config import weights_text
+from featcache.display import Facts
 from featcache.errors import CacheError, listed
-from featcache.runtime import Facts
 
 if TYPE_CHECKING:
     import pandas as pd

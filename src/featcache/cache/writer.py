@@ -46,6 +46,7 @@ def open_writer(
     *,
     force: bool = False,
     reuse: FeatureCache | None = None,
+    lock: Lock | None = None,
 ) -> CacheWriter:
     """Begin a cache, or resume NAME.h5.part where it stopped.
 
@@ -57,6 +58,7 @@ def open_writer(
         force: Start over and discard any NAME.h5.part; an existing NAME.h5 is replaced at the end.
         reuse: Keep this older cache's rows of samples with the same content (usually the cache at
             `path`, which is replaced at the end); rows of an unfinished update are kept too.
+        lock: The lock on `path`, where the caller has it already; released on an error.
 
     Raises:
         UserError: A value that a cache cannot hold, or no space on the disk.
@@ -64,7 +66,7 @@ def open_writer(
         StorageError: Another run is writing it, or the file system refused.
     """
     spec = check_contents(meta, class_names, splits)
-    with locked(path) as lock:
+    with locked(path, lock) as held:
         part = part_path(path)
         sources = [] if reuse is None else [reuse.file]
         if force:
@@ -80,7 +82,7 @@ def open_writer(
                 part.unlink()
         if not os.path.lexists(part):
             create_part(part, spec)
-        return CacheWriter(path, spec, lock, source)
+        return CacheWriter(path, spec, held, source)
 
 
 def _stale_part(part: Path, spec: CacheSpec) -> CacheFile | None:
@@ -160,6 +162,7 @@ class CacheWriter:
         num_resumed: Rows of each split that an earlier run had written.
         num_reused: Other rows of each split that an older cache has and that need no computing.
         sync_blocks: After how many blocks they are forced to the disk.
+        first_rows: In a shard, the row of the whole cache that is the first of each split here.
     """
 
     def __init__(
@@ -180,6 +183,7 @@ class CacheWriter:
             self._fd = os.open(self._part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._unsynced, self._synced_at = 0, time.monotonic()
         self.sync_blocks = SYNC_BLOCKS
+        self.first_rows: dict[str, int] = {}
         self.num_resumed = {split: self._rows_done(split) for split in self.layout.splits}
         self._source = RowSource([], spec.meta) if source is None else source
         try:

@@ -44,6 +44,7 @@ from featcache.config import (
     flatten,
 )
 from featcache.data import ImageDataset, load_dataset
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import check_outputs, check_writable, read_regular, write_json
 from featcache.finetune.trainable import resolve_recipe
@@ -57,7 +58,7 @@ from featcache.results.forecast import forecasts
 from featcache.results.learning_curve import CurveMode, CurvePoint, curve_points
 from featcache.results.runs import MAX_BYTES
 from featcache.results.tables import curve_text, seconds_text
-from featcache.runtime import environment, load_optimizers, say
+from featcache.runtime import environment, load_optimizers
 
 NETWORKS: dict[Network, str] = {"frozen": "", "adapt": "with adapted BatchNorm statistics "}
 MODES: tuple[CurveMode, ...] = ("cached", "finetune")

@@ -16,13 +16,14 @@ from featcache.compare.alternatives import Network
 from featcache.config import CompareConfig, ExtractConfig, config_json
 from featcache.config.settings import carried_over
 from featcache.data import BadImage, bad_image_error
+from featcache.display import say
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
 from featcache.extract import ExtractReport, extract
 from featcache.extract.request import Request
 from featcache.files import read_regular, write_json
 from featcache.results.tables import seconds_text
-from featcache.runtime import StageTimer, say, torch_threads_kept
+from featcache.runtime import StageTimer, torch_threads_kept
 
 MAX_BYTES = 1 << 20
 MINUTE = 60.0

@@ -18,6 +18,7 @@ from featcache.compare.alternatives import Network
 from featcache.compare.extraction import extract_configs
 from featcache.config import CompareConfig, JsonObject, TrainHeadConfig
 from featcache.data import BadImage, ImageDataset, ImageSplit, bad_image_error, load_test_folder
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.extract import extract
 from featcache.extract.request import Request
@@ -26,7 +27,6 @@ from featcache.heads.scoring import open_test
 from featcache.predict import Classifier
 from featcache.results import RunReport
 from featcache.results.metrics import wilson_interval
-from featcache.runtime import say
 
 
 def shifted_images(config: CompareConfig, class_names: list[str]) -> ImageDataset | None:

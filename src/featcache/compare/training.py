@@ -34,6 +34,7 @@ from featcache.config import (
 )
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.extract.request import Request
 from featcache.finetune import finetune_report
@@ -44,7 +45,7 @@ from featcache.heads.train import provenance_of
 from featcache.results import RunReport
 from featcache.results.learning_curve import CurveMode
 from featcache.results.tables import seconds_text
-from featcache.runtime import numeric_versions, say
+from featcache.runtime import numeric_versions
 
 CHECKPOINT_S = 60.0
 """An epoch over few images takes less time than writing a checkpoint."""

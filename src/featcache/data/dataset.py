@@ -20,8 +20,9 @@ from PIL import Image
 from featcache.config import DataConfig, DatasetInfo, Task
 from featcache.data.images import decoded, to_rgb
 from featcache.data.sources import Source
+from featcache.display import progress
 from featcache.errors import UserError
-from featcache.runtime import num_cores, progress
+from featcache.runtime import num_cores
 
 Kind = Literal["digits", "torchvision", "folder", "manifest", "tar", "pictures"]
 Int64 = NDArray[np.int64]

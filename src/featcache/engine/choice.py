@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from featcache.config import Preprocessing
 from featcache.data import ImageSplit
+from featcache.display import say
 from featcache.engine import autotune, openvino_cpu
 from featcache.engine.base import (
     Engine,
@@ -29,7 +30,7 @@ from featcache.engine.torch_cpu import (
     winograd_implementation,
 )
 from featcache.errors import FeatcacheError, UserError
-from featcache.runtime import num_cores, pick_device, say
+from featcache.runtime import num_cores, pick_device
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,6 +21,7 @@ import numpy as np
 
 from featcache.config import Preprocessing, Views
 from featcache.data import BadImage, ImageSplit, iterate_pixels
+from featcache.display import say
 from featcache.engine import openvino_cpu
 from featcache.engine.base import (
     CosineStats,
@@ -32,7 +33,7 @@ from featcache.engine.base import (
     relative_error,
 )
 from featcache.errors import UserError
-from featcache.runtime import recorded_engine, say
+from featcache.runtime import recorded_engine
 
 NUM_CALIBRATION = 64
 NUM_CHECKED = 256

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from featcache.config import Preprocessing
 from featcache.data import normalize
+from featcache.display import say
 from featcache.engine.base import (
     TOLERANCE,
     Float32,
@@ -19,7 +20,6 @@ from featcache.engine.base import (
 from featcache.engine.fusion import fuse_for_cpu
 from featcache.engine.winograd import use_winograd
 from featcache.errors import UserError
-from featcache.runtime import say
 
 
 def torch_forward(network: nn.Module, prep: Preprocessing) -> Forward:

@@ -19,8 +19,9 @@ from featcache.backbone import identify, load_backbone
 from featcache.config import BackboneInfo, ExtractConfig
 from featcache.data import ImageDataset, ImageSplit, iterate_batches, normalize
 from featcache.data.sampling import stratified_rows
+from featcache.display import say
 from featcache.errors import UserError
-from featcache.runtime import num_cores, numeric_versions, say, torch_threads_kept
+from featcache.runtime import num_cores, numeric_versions, torch_threads_kept
 from featcache.tensor_files import read_metadata, write_safetensors
 
 if TYPE_CHECKING:

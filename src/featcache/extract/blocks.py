@@ -14,9 +14,10 @@ import numpy as np
 from featcache.cache import BLOCK_ROWS, CacheWriter
 from featcache.config import CacheMeta
 from featcache.data import BadImage, ImageSplit, bad_image_error
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError
 from featcache.extract.request import Request
-from featcache.runtime import StageTimer, num_cores, progress, say
+from featcache.runtime import StageTimer, num_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,16 +114,10 @@ def fill_split(
     Raises:
         UserError: An image cannot be read and the run may not skip it.
     """
-    start = time.perf_counter()
     blocks = writer.pending(split.name)
     num = sum(int(np.count_nonzero(~writer.is_reused(split.name, rows))) for rows in blocks)
     with progress(num, split.name) as bar:
         compute_blocks(run, writer, split, blocks, bar)
-    run.splits[split.name] = SplitProgress(
-        num_samples=len(split),
-        num_resumed=len(split) - num,
-        seconds=time.perf_counter() - start,
-    )
 
 
 def compute_blocks(
@@ -131,20 +126,15 @@ def compute_blocks(
     split: ImageSplit,
     blocks: Iterable[range],
     bar: Any,
-    first: int = 0,
-) -> int:
+) -> None:
     """Compute blocks of one split with the run's engine, except for rows that can be reused.
 
     Args:
-        run: Has the engine.
+        run: Has the engine; counts images and seconds.
         writer: Where they go.
         split: The images.
         blocks: Row ranges of the blocks; drawn a little ahead of the network.
         bar: A progress bar; it counts images.
-        first: The row of the split that is the writer's first one.
-
-    Returns:
-        The number of images computed.
 
     Raises:
         UserError: An image cannot be read and the run may not skip it.
@@ -152,21 +142,23 @@ def compute_blocks(
     from featcache.engine.inference import computed_rows
 
     assert run.engine is not None
+    start, first = time.perf_counter(), writer.first_rows.get(split.name, 0)
     prep, views = writer.spec.meta.backbone.preprocessing, writer.spec.meta.views
     ahead, due = itertools.tee(blocks)
     missing = (
         first + r[i] for r in ahead for i in np.flatnonzero(~writer.is_reused(split.name, r))
     )
     stream = computed_rows(run.engine, split, missing, prep, views, run.timer)
-    num_images = 0
+    so_far = SplitProgress(num_samples=len(split), num_resumed=len(split))
+    done = run.splits.setdefault(split.name, so_far)
     with contextlib.closing(stream):
         for rows in due:
             try:
-                num_images += _compute_block(run, writer, split, rows, stream, bar)
+                done.num_resumed -= _compute_block(run, writer, split, rows, stream, bar)
             except FeatcacheError as error:
                 error.add_note(f"block {split.name}/{(first + rows.start) // BLOCK_ROWS}")
                 raise
-    return num_images
+    done.seconds += time.perf_counter() - start
 
 
 def _compute_block(

@@ -37,6 +37,7 @@ from featcache.data import (
     find_copies,
     find_shared_groups,
 )
+from featcache.display import say
 from featcache.extract.blocks import (
     ExtractionRun,
     SplitProgress,
@@ -47,7 +48,7 @@ from featcache.extract.blocks import (
 )
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit, left_out
 from featcache.files import check_outputs
-from featcache.runtime import environment, say, torch_threads_kept
+from featcache.runtime import environment, torch_threads_kept
 
 if TYPE_CHECKING:
     from featcache.engine import EngineInfo

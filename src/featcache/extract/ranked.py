@@ -8,30 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict, final
 
 from featcache.backbone import OwnNetwork
 from featcache.cache import (
-    BLOCK_ROWS,
     MARKS,
-    CacheWriter,
-    SplitRows,
+    HeldError,
     begin_cost,
     finish_cost,
     part_path,
+    sole_writer,
     spent_on,
+    waiting_writer,
 )
 from featcache.cache.parallel import (
+    MERGING,
+    Job,
     Plan,
     Share,
     Write,
-    join,
+    join_shards,
     join_writers,
     merge_if_last,
     num_in_shards,
@@ -39,9 +39,10 @@ from featcache.cache.parallel import (
     remove_shards,
     shared_disk,
 )
-from featcache.config import CacheMeta, ExtractConfig
+from featcache.config import ExtractConfig
+from featcache.display import progress, say
 from featcache.errors import FeatcacheError, UserError
-from featcache.extract.blocks import ExtractionRun, SplitProgress, choose_engine_for, compute_blocks
+from featcache.extract.blocks import ExtractionRun, choose_engine_for, compute_blocks
 from featcache.extract.extraction import (
     ExtractReport,
     cost_record,
@@ -53,14 +54,7 @@ from featcache.extract.extraction import (
 from featcache.extract.request import EarlierRows, Request, check_skipped, find_hit
 from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
-from featcache.runtime import (
-    environment,
-    num_cores,
-    progress,
-    say,
-    torch_threads_kept,
-    use_local_gpu,
-)
+from featcache.runtime import num_cores, torch_threads_kept, use_local_gpu
 
 PROGRESS_S = 1.0
 
@@ -69,53 +63,36 @@ PROGRESS_S = 1.0
 class RankReport(TypedDict):
     """What `extract-features --json` prints of a rank that leaves the cache to others.
 
-    `num_images` and `num_blocks` are those computed here. With `finished`, another rank was faster.
+    `num_images` were computed here; `next` says what has to happen.
     """
 
     command: str
     cache: str
-    finished: bool
     rank: int
     num_ranks: int
-    launcher: str
-    write: Write
     num_images: int
-    num_blocks: int
     next: str
-    stage_seconds: dict[str, float]
     seconds_total: float
-    environment: dict[str, str | int]
 
 
-@dataclasses.dataclass
 class _Part:
-    """A rank's part of the job."""
+    """A rank's part; `plan` is complete once the engine is chosen."""
 
-    request: Request
-    rank: Rank
-    run: ExtractionRun
-    write: Write = "direct"
-    earlier: EarlierRows | None = None
-    num_images: int = 0
-    num_blocks: int = 0
-    seconds: float | None = None
-    """What the cache's features took in all; None if not known."""
-
-    @property
-    def share(self) -> Share:
-        return Share(self.rank.index, self.rank.size)
+    def __init__(self, request: Request, rank: Rank, write: Write, run: ExtractionRun) -> None:
+        self.request, self.rank, self.run = request, rank, run
+        self.earlier = EarlierRows.find(request.config, request.path)
+        by = f"{rank} (process {os.getpid()} on {socket.gethostname()})"
+        num_rows = {name: len(split) for name, split in request.dataset.splits.items()}
+        self.plan = Plan(request.meta, num_rows, write, by)
+        self.seconds: float | None = None
+        """What the features took, earlier runs included; None if not known."""
 
     @property
-    def num_rows(self) -> dict[str, int]:
-        return {name: len(split) for name, split in self.request.dataset.splits.items()}
-
-    def contents(
-        self, meta: CacheMeta
-    ) -> tuple[Path, CacheMeta, Sequence[str], Sequence[SplitRows]]:
-        """What a writer is opened with."""
-        dataset = self.request.dataset
+    def job(self) -> Job:
+        """The same for those who write files."""
+        dataset, share = self.request.dataset, Share(self.rank.index, self.rank.size)
         rows = [split_rows(split) for split in dataset.splits.values()]
-        return self.request.path, meta, dataset.class_names, rows
+        return Job(self.request.path, self.plan.meta, dataset.class_names, rows, share)
 
 
 def extract_part(
@@ -149,9 +126,8 @@ def part_lines(report: ExtractReport | RankReport) -> list[str]:
     """The report for people."""
     if "rank" not in report:
         return summary_lines(report)
-    seconds = report["seconds_total"]
-    done = f"computed {report['num_images']:,} images in {seconds:.1f} s"
-    if not report["num_blocks"]:
+    done = f"computed {report['num_images']:,} images in {report['seconds_total']:.1f} s"
+    if not report["num_images"]:
         done = "has no work: no blocks were left for it"
     return [f"rank {report['rank']} of {report['num_ranks']} {done}; {report['next']}"]
 
@@ -168,16 +144,15 @@ def _extract_as(
         workers = max(1, num_cores() // rank.local_size)
         config = dataclasses.replace(config, workers=workers)
     run = ExtractionRun(on_error=config.on_error)
-    request = Request.of(config, None, own)
-    path = request.path
+    request = _index(config, own)
     for note in request.dataset.notes if rank.index == 0 else ():
         say(note)
     if found := find_hit(request):
         check_skipped(config, found, "--update")
         if rank.index == 0:
             return extract_report(found, request.dataset, run)
-        request = request._replace(path=found)
-        return _rank_report(_Part(request, rank, run), "the cache is finished")
+        return _rank_report(request._replace(path=found), rank, run, "the cache is finished")
+    path = request.path
     check_outputs({path: MARKS, part_path(path): MARKS}, [config.weights, config.dataset])
     check_skipped(config, part_path(path), "--force")
     kind = shared_disk(path.parent) if config.write == "auto" else None
@@ -185,14 +160,14 @@ def _extract_as(
     if rank.index == 0:
         reason = f", because {kind} is a disk of several machines" if kind else ""
         say(f"{rank} ({rank.source}), --write {write}{reason}")
-    part = _Part(request, rank, run, write, EarlierRows.find(config, path))
+    part = _Part(request, rank, write, run)
     with torch_threads_kept():
         if config.device != "cpu":
             use_local_gpu(rank.local_index)
-        meta = _agree(part)
-        following = (_write_direct if write == "direct" else _write_shard)(part, meta)
+        _agree(part)
+        following = (_write_direct if write == "direct" else _write_shard)(part)
     if following is not None:
-        return _rank_report(part, following)
+        return _rank_report(request, rank, run, following)
     report = extract_report(path, request.dataset, run)
     report["num_ranks"] = rank.size
     cost = cost_record(config, report, None)
@@ -200,35 +175,44 @@ def _extract_as(
     return report
 
 
-def _agree(part: _Part) -> CacheMeta:
+def _index(config: ExtractConfig, own: OwnNetwork | None) -> Request:
+    """Look up images and weights: one rank downloads and hashes, the others find that done."""
+    place = config.cache_dir / "index"
+    with contextlib.ExitStack() as first:
+        try:
+            first.enter_context(sole_writer(place))
+        except HeldError:
+            with waiting_writer(place):
+                pass
+        return Request.of(config, None, own)
+
+
+def _agree(part: _Part) -> None:
     """Choose the engine that every rank uses, and check that this rank has the same settings.
 
     Raises:
         CacheError: Another rank, named, has other settings, named.
     """
-    request, rank, config = part.request, part.rank, part.request.config
-    assert part.earlier is not None
+    request, path = part.request, part.request.path
     network = request.load_network()
-    num_images = part.earlier.num_missing(request.dataset) * request.meta.views.num // rank.size
-    plan = Plan.read(request.path)
-    resumed = plan.meta.engine if plan else part.earlier.engine
-    meta = choose_engine_for(part.run, request, network, num_images, resumed)
-    by = f"{rank} (process {os.getpid()} on {socket.gethostname()})"
-    mine = Plan(meta, part.num_rows, part.write, by)
-    plan = mine.agree(request.path)
-    if plan.meta.engine != meta.engine and config.engine == "auto":  # both chose at once
-        meta = choose_engine_for(part.run, request, network, num_images, plan.meta.engine)
-        mine = dataclasses.replace(mine, meta=meta)
-    plan.check_same(request.path, mine)
-    return meta
+    num = part.earlier.num_missing(request.dataset) * request.meta.views.num // part.rank.size
+
+    def choose(resumed: str | None) -> None:
+        meta = choose_engine_for(part.run, request, network, num, resumed)
+        part.plan = dataclasses.replace(part.plan, meta=meta)
+
+    begun = Plan.read(path)
+    choose(begun.meta.engine if begun else part.earlier.engine)
+    plan = part.plan.agree(path)
+    if plan.meta.engine != part.plan.meta.engine and request.config.engine == "auto":
+        choose(plan.meta.engine)  # both chose at once
+    plan.check_same(path, part.plan)
 
 
-def _write_direct(part: _Part, meta: CacheMeta) -> str | None:
+def _write_direct(part: _Part) -> str | None:
     """Compute blocks of the one file; returns what others have to do, None if it is finished."""
-    path, run = part.request.path, part.run
-    assert part.earlier is not None
-    helps = part.rank.source != "--shard"
-    writer = join_writers(*part.contents(meta), part.share, helps=helps)
+    path, run, splits = part.request.path, part.run, part.request.dataset.splits
+    writer = join_writers(part.job, helps=part.rank.source != "--shard")
     if writer is None:
         return "the cache is finished"
     with writer:
@@ -236,7 +220,8 @@ def _write_direct(part: _Part, meta: CacheMeta) -> str | None:
             begin_cost(part_path(path), part.earlier.seconds, time.perf_counter() - run.start)
         with _bar(part, writer.num_written) as bar:
             for others in writer.turns():
-                _compute(part, writer, bar, functools.partial(writer.take, others=others), {})
+                for name, split in splits.items():
+                    compute_blocks(run, writer, split, writer.take(name, others=others), bar)
         part.seconds = spent_on(part_path(path))
         with run.timer("finish"):
             finished = writer.leave()
@@ -249,53 +234,22 @@ def _write_direct(part: _Part, meta: CacheMeta) -> str | None:
     return "another rank finishes the cache"
 
 
-def _write_shard(part: _Part, meta: CacheMeta) -> str | None:
+def _write_shard(part: _Part) -> str | None:
     """Compute this rank's shard, as `_write_direct` does its blocks; the last rank merges."""
-    path, contents = part.request.path, part.contents(meta)
-    job = join(path, str(part.rank))  # keeps out runs that are no ranks
-    job.share()
-    writer = open_shard(*contents, part.share)
+    job, run = part.job, part.run
+    lock = join_shards(job)
+    if lock is None:
+        return MERGING
+    writer = open_shard(job)
     if writer is not None:
-        with writer, _bar(part, lambda: num_in_shards(path)) as bar:
-            first = {
-                name: b.start * BLOCK_ROWS for name, b in part.share.blocks(part.num_rows).items()
-            }
-            _compute(part, writer, bar, writer.pending, first)
-            with part.run.timer("finish"):
+        with writer, _bar(part, lambda: num_in_shards(job.path)) as bar:
+            for name in writer.layout.splits:
+                split = part.request.dataset.splits[name]
+                compute_blocks(run, writer, split, writer.pending(name), bar)
+            with run.timer("finish"):
                 writer.finish()
-    with part.run.timer("finish"):
-        return merge_if_last(job, *contents, part.share)
-
-
-def _compute(
-    part: _Part,
-    writer: CacheWriter,
-    bar: Any,
-    take: Callable[[str], Iterable[range]],
-    first: Mapping[str, int],
-) -> None:
-    """Compute the blocks that `take` gives of each split, and count them.
-
-    `first` says which row of a split is the writer's first; 0 for others.
-    """
-
-    def counted(blocks: Iterable[range]) -> Iterator[range]:
-        for rows in blocks:
-            part.num_blocks += 1
-            yield rows
-
-    for split in part.request.dataset.splits.values():
-        if split.name not in writer.layout.splits:
-            continue
-        start = time.perf_counter()
-        blocks = counted(take(split.name))
-        num = compute_blocks(part.run, writer, split, blocks, bar, first.get(split.name, 0))
-        part.num_images += num
-        done = part.run.splits.setdefault(
-            split.name, SplitProgress(num_samples=len(split), num_resumed=len(split))
-        )
-        done.num_resumed -= num
-        done.seconds += time.perf_counter() - start
+    with run.timer("finish"):
+        return merge_if_last(job, lock)
 
 
 @contextlib.contextmanager
@@ -305,7 +259,7 @@ def _bar(part: _Part, count: Callable[[], int]) -> Iterator[Any]:
         with progress(None, disable=True) as bar:
             yield bar
     else:
-        with progress(sum(part.num_rows.values()), "all ranks", initial=count()) as bar:
+        with progress(sum(part.plan.num_rows.values()), "all ranks", initial=count()) as bar:
             yield _CommonBar(bar, count)
 
 
@@ -322,19 +276,13 @@ class _CommonBar:
             self._bar.update(self._count() - self._bar.n)
 
 
-def _rank_report(part: _Part, following: str) -> RankReport:
+def _rank_report(request: Request, rank: Rank, run: ExtractionRun, following: str) -> RankReport:
     return {
         "command": "extract-features",
-        "cache": str(part.request.path),
-        "finished": part.request.path.exists(),
-        "rank": part.rank.index,
-        "num_ranks": part.rank.size,
-        "launcher": part.rank.source,
-        "write": part.write,
-        "num_images": part.num_images,
-        "num_blocks": part.num_blocks,
+        "cache": str(request.path),
+        "rank": rank.index,
+        "num_ranks": rank.size,
+        "num_images": sum(s.num_samples - s.num_resumed for s in run.splits.values()),
         "next": following,
-        "stage_seconds": dict(part.run.timer.seconds),
-        "seconds_total": time.perf_counter() - part.run.start,
-        "environment": environment(),
+        "seconds_total": time.perf_counter() - run.start,
     }

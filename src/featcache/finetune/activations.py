@@ -14,9 +14,9 @@ from featcache.cache import FeatureCache, cost_of
 from featcache.config import ExtractConfig, FinetuneConfig, JsonObject
 from featcache.config.settings import carried_over
 from featcache.data import ImageDataset, ImageSplit
+from featcache.display import say
 from featcache.extract import extract
 from featcache.finetune.samples import Activations, check_any
-from featcache.runtime import say
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from featcache.display import progress
 from featcache.errors import FeatcacheError
 from featcache.finetune.samples import Batch, Placement, Samples
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, rate_factor
 from featcache.random_order import epoch_order, flip_mask
 from featcache.results.metrics import top1
 from featcache.results.targets import mean_average_precision
-from featcache.runtime import StageTimer, progress
+from featcache.runtime import StageTimer
 
 if TYPE_CHECKING:
     import torch

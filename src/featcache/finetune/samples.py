@@ -28,9 +28,9 @@ from featcache.data import (
     normalize,
 )
 from featcache.data.sampling import held_out_rows
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.results.metrics import checked_weights
-from featcache.runtime import say
 
 if TYPE_CHECKING:
     import torch

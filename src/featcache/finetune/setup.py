@@ -12,6 +12,7 @@ from featcache.backbone import build_classifier, identify
 from featcache.cache import check_unlocked
 from featcache.config import BackboneInfo, FinetuneConfig, JsonObject, Preprocessing
 from featcache.data import ImageDataset, load_dataset
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.finetune.activations import StageCache
@@ -23,7 +24,7 @@ from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve
 from featcache.heads import LinearHead
 from featcache.results import report_marks
 from featcache.results.metrics import checked_weights
-from featcache.runtime import num_cores, numeric_versions, pick_device, say
+from featcache.runtime import num_cores, numeric_versions, pick_device
 from featcache.tensor_files import MARKS as MODEL_MARKS
 from featcache.tensor_files import TensorFile, read_tensor_file
 

@@ -18,6 +18,7 @@ from featcache.backbone import file_sha256
 from featcache.cache import sole_writer
 from featcache.config import FinetuneConfig, JsonObject, config_json
 from featcache.data import ImageDataset
+from featcache.display import say
 from featcache.errors import FeatcacheError, UserError
 from featcache.files import check_writable, remove_temporaries
 from featcache.finetune.checkpoint import (
@@ -39,7 +40,7 @@ from featcache.results.metrics import without_leaks
 from featcache.results.runs import evaluate
 from featcache.results.tables import leak_lines, score_lines
 from featcache.results.targets import TargetPredictions, multilabel_scores
-from featcache.runtime import environment, freed_memory_kept, say
+from featcache.runtime import environment, freed_memory_kept
 from featcache.tensor_files import LABEL_THRESHOLD, ModelCard, write_model
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from featcache.heads.linear import (
     softmax,
     unit_rows,
 )
-from featcache.heads.selection import Choice, Selection
-from featcache.heads.solvers.base import NotConverged, Settings, Solver
+from featcache.heads.selection import Choice, Selection, held_out_logits
+from featcache.heads.solvers.base import NotConverged, Solver
 from featcache.heads.training_data import Rows
 from featcache.results.ranking import rank
 
@@ -61,24 +61,18 @@ def out_of_fold(
 ) -> OutOfFold | None:
     """Logits and distances of held-out rows; None where no row was held out.
 
-    Logits of the choice are taken where it kept them. Otherwise the settings are fitted again; of
-    streamed rows, to the sample that is in memory.
-
     Args:
         solver: That of the final head.
         choice: Its settings.
         selection: What is held out; of more than 20,000 rows, a sample counts.
         seed: Of the sample, and of the rows that distances are taken to.
     """
+    try:
+        parts = held_out_logits(solver, choice, selection)
+    except NotConverged:
+        return None
     found, most = [], MAX_HELD // max(len(selection.pairs), 1)
-    for number, (rows, held) in enumerate(selection.pairs):
-        if choice.logits is not None:
-            logits = choice.logits[number]
-        else:
-            try:
-                logits = _fitted_logits(solver, choice.settings, rows.sample, held)
-            except NotConverged:
-                return None
+    for (rows, held), logits in zip(selection.pairs, parts, strict=True):
         # A val split may have classes that train lacks.
         index = some_rows(np.flatnonzero(np.isin(held.y, rows.sample.y)), most, seed)
         distance = nearest_distance(widen(bank_of(rows.sample, seed)), held.plain[index])
@@ -119,12 +113,6 @@ def fit_known(
     confidence = decision.probabilities(held.logits).max(axis=1)
     index = some_rows(np.arange(len(confidence)), MAX_RANKED, seed)
     return KnownRows.ranking(bank_of(rows, seed), confidence[index], held.distance[index])
-
-
-def _fitted_logits(solver: Solver, settings: Settings, rows: Rows, held: Rows) -> Floats:
-    prepared = solver.prepare(rows, [settings])
-    logits = prepared.predict(settings, held).logits
-    return prepared.fit(settings).head.decision_function(held.plain) if logits is None else logits
 
 
 def fit_decision(

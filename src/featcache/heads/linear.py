@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from featcache.config import JsonObject, Task
 from featcache.config.checks import check_range, record_from_json
+from featcache.display import Facts
 from featcache.errors import UserError, listed
 from featcache.heads.features import (
     Doubles,
@@ -22,7 +23,6 @@ from featcache.heads.features import (
     row_blocks,
     widen,
 )
-from featcache.runtime import Facts
 
 if TYPE_CHECKING:
     from torch import nn

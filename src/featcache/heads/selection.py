@@ -13,15 +13,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, TrainHeadConfig
+from featcache.display import progress
 from featcache.groups import assign_parts, kept_together
 from featcache.heads.features import Floats, Ints
 from featcache.heads.solvers.base import (
@@ -38,7 +38,6 @@ from featcache.heads.training_data import (
     check_classes,
     load_rows,
 )
-from featcache.runtime import progress
 
 # Logits of a held-out part are kept up to this many values.
 MAX_KEPT = 1 << 22
@@ -58,6 +57,7 @@ class Choice:
             them is then equally favored by chance.
         table: Every candidate with its scores, in the order tried.
         logits: The winner's of each held-out part [M, C], where they were kept.
+        prepared: The first pair's rows, ready to make them, where they were not.
     """
 
     settings: Settings
@@ -67,6 +67,7 @@ class Choice:
     best_score: float | None = None
     table: list[JsonObject] = field(default_factory=list)
     logits: list[Floats] | None = None
+    prepared: Prepared | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,13 +208,33 @@ def choose(solver: Solver, selection: Selection) -> Choice:
     if not selection.pairs:
         return Choice(settings=solver.default(), chosen_on=selection.name)
     (fit_rows, held), *others = selection.pairs
-    grid = evaluate_grid(partial(solver.prepare, fit_rows), series, held, solver.patience)
+    ready = solver.prepare(fit_rows, [settings for candidates in series for settings in candidates])
+    grid = evaluate_grid(ready, series, held, solver.patience)
     tried = [settings for settings, _ in grid]
     for rows, scored in others:
         prepared = solver.prepare(rows, tried)
         for settings, scores in grid:
             scores.add(scored, prepared.predict(settings, scored))
-    return best_candidate(grid, selection.name)
+    choice = best_candidate(grid, selection.name)
+    return choice if choice.logits is not None else dataclasses.replace(choice, prepared=ready)
+
+
+def held_out_logits(solver: Solver, choice: Choice, selection: Selection) -> list[Floats]:
+    """Logits of each held-out part [M, C], of heads with the settings chosen.
+
+    Raises:
+        NotConverged: They were not kept, and the solver does not converge.
+    """
+    if choice.logits is not None:
+        return choice.logits
+    found, settings, ready = [], choice.settings, choice.prepared
+    for rows, held in selection.pairs:
+        prepared, ready = ready or solver.prepare(rows.sample, [settings]), None
+        logits = prepared.predict(settings, held).logits
+        if logits is None:
+            logits = prepared.fit(settings).head.decision_function(held.plain)
+        found.append(logits)
+    return found
 
 
 @dataclass
@@ -281,7 +302,7 @@ Grid = list[tuple[Settings, HeldOutScores]]
 
 
 def evaluate_grid(
-    prepare: Callable[[list[Settings]], Prepared],
+    prepared: Prepared,
     series: list[list[Settings]],
     held: Rows,
     patience: int | None,
@@ -291,7 +312,7 @@ def evaluate_grid(
     A candidate gains if it scores more than all before it, or as much with less loss.
 
     Args:
-        prepare: Makes the rows to be fitted ready for some candidates.
+        prepared: The rows to be fitted, ready for all candidates.
         series: The candidates.
         held: The rows that score them.
         patience: See `Solver.patience`.
@@ -305,7 +326,6 @@ def evaluate_grid(
     grid: Grid = []
     bar = progress(sum(map(len, series)), "choosing settings", unit=" tried", late=True)
     for candidates in series:
-        prepared = prepare(candidates)
         best, worse = (-1.0, 0.0), 0
         for settings in candidates:
             scores = HeldOutScores()
@@ -317,7 +337,7 @@ def evaluate_grid(
                 break  # the rest of the series is regularized even less, which is harder
             grid.append((settings, scores))
             for _, other in grid[:-1]:
-                if other.score < scores.score - scores.standard_error:
+                if other.logits and other.score < scores.score - scores.standard_error:
                     other.logits = None  # it will not win
             bar.update()
             reached = (scores.score, -scores.mean_loss)

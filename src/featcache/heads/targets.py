@@ -17,13 +17,14 @@ import numpy as np
 
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, StageColumns, Task, TrainHeadConfig
+from featcache.display import progress, say
 from featcache.errors import UserError
 from featcache.heads.columns import on_columns
 from featcache.heads.features import Doubles, Floats
-from featcache.heads.linear import ABSENT_BIAS, Decision, LinearHead
+from featcache.heads.linear import ABSENT_BIAS, Decision, LinearHead, sigmoid
 from featcache.heads.scoring import TestSplit, open_test
-from featcache.heads.selection import Choice, InMemoryData, choose, load_data
-from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Solver, threads_for
+from featcache.heads.selection import Choice, InMemoryData, choose, held_out_logits, load_data
+from featcache.heads.solvers.base import FittedHead, Solver, threads_for
 from featcache.heads.solvers.logistic import LogisticSolver
 from featcache.heads.solvers.ridge import ValueRidgeSolver
 from featcache.heads.training_data import Rows
@@ -35,7 +36,7 @@ from featcache.results.targets import (
     multilabel_scores,
     regression_scores,
 )
-from featcache.runtime import StageTimer, progress, say
+from featcache.runtime import StageTimer
 
 # With fewer held-out rows that have a label, its threshold stays at one half.
 MIN_POSITIVE = 5
@@ -135,23 +136,17 @@ def check_target_settings(config: TrainHeadConfig, task: Task) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Fit:
-    """One output, fitted to all of train; and what its settings predict of the held-out rows."""
+    """One output, fitted to all of train; and held-out rows with their logits of these settings."""
 
     fitted: FittedHead[LinearHead]
     choice: Choice
-    held: list[tuple[Rows, HeldOutPredictions]]
+    held: list[tuple[Rows, Floats]]
 
     def probabilities(self) -> tuple[Doubles, Doubles]:
         """Classes 0 and 1 of the held-out rows [M], and their probability of class 1 [M]."""
         classes = [rows.y.astype(np.float64) for rows, _ in self.held]
-        truth = np.concatenate(classes or [_NO_ROWS])
-        own = np.exp(-self.losses())  # the loss is a cross-entropy
-        return truth, np.where(truth == 1, own, 1 - own)
-
-    def losses(self) -> Doubles:
-        """Of the held-out rows [M]."""
-        losses = [found.losses for _, found in self.held if found.losses is not None]
-        return np.concatenate(losses or [_NO_ROWS]).astype(np.float64)
+        own = [sigmoid(z[:, 1] - z[:, 0]).astype(np.float64) for _, z in self.held]
+        return np.concatenate(classes or [_NO_ROWS]), np.concatenate(own or [_NO_ROWS])
 
 
 def _fit(
@@ -161,10 +156,8 @@ def _fit(
     if stages is not None:
         solver = on_columns(solver, config, stages)
     choice = choose(solver, selection)
-    held = [
-        (rows, solver.prepare(fitted_rows, [choice.settings]).predict(choice.settings, rows))
-        for fitted_rows, rows in selection.pairs
-    ]
+    logits = held_out_logits(solver, choice, selection)
+    held = [(rows, part) for (_, rows), part in zip(selection.pairs, logits, strict=True)]
     fitted = solver.prepare(selection.train, [choice.settings]).fit(choice.settings)
     assert isinstance(fitted.head, LinearHead)
     return _Fit(fitted=fitted, choice=choice, held=held)  # type: ignore[arg-type]
@@ -294,11 +287,12 @@ def _run_value(
 
 
 def _held_out_r2(fit: _Fit) -> float | None:
-    values = np.concatenate(
-        [rows.values for rows, _ in fit.held if rows.values is not None] or [_NO_ROWS]
-    )
-    spread = float(values.var()) * len(values) if len(values) else 0.0
-    return 1 - float(fit.losses().sum() / spread) if spread else None
+    pairs = [(rows.values, z[:, 0]) for rows, z in fit.held if rows.values is not None]
+    if not pairs:
+        return None
+    values, predicted = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    spread = float(((values - values.mean()) ** 2).sum())
+    return 1 - float(((predicted - values) ** 2).sum() / spread) if spread else None
 
 
 def outputs_on(test: TestSplit, head: LinearHead) -> Doubles:

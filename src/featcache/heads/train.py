@@ -11,6 +11,7 @@ from pathlib import Path
 
 from featcache.cache import FeatureCache
 from featcache.config import JsonObject, StageColumns, TrainHeadConfig, config_json
+from featcache.display import say
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.groups import draw_shots
@@ -30,7 +31,7 @@ from featcache.heads.summary import ShotScore, shots_summary
 from featcache.heads.targets import target_head
 from featcache.heads.training_data import extraction_of, open_cache
 from featcache.results import RunReport, metrics, report_marks
-from featcache.runtime import StageTimer, environment, say
+from featcache.runtime import StageTimer, environment
 
 # What sets the strength of each solver's regularization; for knn, its number of neighbors.
 STRENGTH_FLAGS = {"logistic": "C", "ridge": "alpha", "knn": "k"}

@@ -182,8 +182,17 @@ def target_names(runs: Sequence[Run]) -> list[str]:
 
 
 def unique_names(names: Sequence[str], reports: Sequence[RunReport | None]) -> list[str]:
-    """Tell runs of one name apart by the settings that differ, else by number."""
+    """Say how many images each run saw, if that differs; tell runs of one name apart.
+
+    They are told apart by the settings that differ, else by number.
+    """
+    sizes = [report.more.get("num_train") if report else None for report in reports]
     found = list(names)
+    if len({size for size in sizes if size is not None}) > 1:
+        found = [
+            name if size is None else f"{name}, {_label('num_train', size)}"
+            for name, size in zip(names, sizes, strict=True)
+        ]
     for labels in (_differing_settings, _numbers):
         for name in [name for name, count in Counter(found).items() if count > 1]:
             places = [place for place, other in enumerate(found) if other == name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -152,9 +152,13 @@ def _drawn(
     if len(rows) > MAX_POINTS:
         rows = np.sort(np.random.default_rng(SEED).choice(rows, MAX_POINTS, replace=False))
     places = _fitted(_coordinates(cache, split, rows, config))
-    markers, kinds = _markers(cache, split, rows)
-    texts, wrong = _texts(cache, split, rows, report)
-    pictures = dict(_pictures(images, [split.ids[row] for row in rows], wrong))
+    names = split.ids
+    ids = [names[row] for row in rows]
+    targets = None if split.targets is None else split.targets[rows]
+    truths = label_texts(cache.class_names, split.y[rows], targets)
+    markers, kinds = _markers(truths, cache.class_names)
+    wrong = _wrong(ids, report)
+    pictures = dict(_pictures(images, ids, wrong))
     return FeatureMap(
         head=head,
         cache=cache.path.name,
@@ -165,14 +169,15 @@ def _drawn(
         markers=markers,
         points=[
             Point(
-                x=round(float(places[at, 0]), 1),
-                y=round(float(places[at, 1]), 1),
+                x=round(float(x), 1),
+                y=round(float(y), 1),
                 marker=kinds[at],
                 wrong=at in wrong,
-                text=texts[at],
+                text=f"{ids[at]}: {truths[at]}"
+                + (f", predicted as {wrong[at]}" if at in wrong else ""),
                 jpeg=pictures.get(at),
             )
-            for at in range(len(rows))
+            for at, (x, y) in enumerate(places)
         ],
     )
 
@@ -181,15 +186,14 @@ def _coordinates(
     cache: FeatureCache, split: FeatureSplit, rows: NDArray[np.int64], config: ReportConfig
 ) -> NDArray[np.float64]:
     """Two coordinates of each row, computed once for each cache."""
-    memo = Memo(config.cache_dir, "maps")
-    key = f"{config.map} {split.name} {len(rows)} {SEED}"
-    known = np.array(memo.get(key, (*cache.digest,)) or (), np.float64)
+    memo, key = Memo(config.cache_dir, "maps"), f"{cache.digest.hex()} {config.map} {len(rows)}"
+    known = np.array(memo.get(key, ()) or (), np.float64)
     if known.shape == (len(rows), 2) and np.isfinite(known).all():
         return known
     stages = cache.meta.backbone.stages
     columns = stages.group("last") if stages and "last" in stages.names else slice(None)
     found = _projected(split.take(rows)[:, columns].astype(np.float32), config.map == "tsne")
-    memo.put(key, (*cache.digest,), np.round(found, 4).tolist())
+    memo.put(key, (), np.round(found, 4).tolist())
     memo.save()
     return found
 
@@ -205,9 +209,11 @@ def _projected(features: NDArray[np.float32], by_neighbors: bool) -> NDArray[np.
     flat = PCA(most, random_state=SEED).fit_transform(features)
     if by_neighbors and len(features) > 3:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
 
         near = min(30.0, (len(features) - 1) / 3)
-        flat = TSNE(perplexity=near, random_state=SEED).fit_transform(flat)
+        with threadpool_limits(1):  # the same sums on any machine; threads gain little
+            flat = TSNE(perplexity=near, random_state=SEED).fit_transform(flat)
     found[:, : flat.shape[1]] = flat[:, :2]
     return found
 
@@ -221,54 +227,39 @@ def _fitted(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((points - low - size / 2) * scale * (1, -1) + middle)
 
 
-def _markers(
-    cache: FeatureCache, split: FeatureSplit, rows: NDArray[np.int64]
-) -> tuple[list[Marker], list[int]]:
-    """The markers, and which one each row has; numbers and several labels have that of others."""
-    targets = None if split.targets is None else split.targets[rows]
-    labels = [-1] * len(rows)
-    if targets is None:
-        labels = split.y[rows].tolist()
-    elif targets.ndim > 1:
-        labels = [int(row.argmax()) if row.sum() == 1 else -1 for row in targets]
-    counts = Counter(label for label in labels if label >= 0)
-    shown = sorted(label for label, _ in counts.most_common(MAX_CLASSES))
+def _markers(truths: Sequence[str], class_names: Sequence[str]) -> tuple[list[Marker], list[int]]:
+    """The markers, and which one each row has: numbers and several labels have that of others."""
+    number = {name: label for label, name in enumerate(class_names)}
+    counts = Counter(truth for truth in truths if truth in number)
+    shown = sorted((name for name, _ in counts.most_common(MAX_CLASSES)), key=number.__getitem__)
     markers = []
-    for place, label in enumerate(shown):
+    for place, name in enumerate(shown):
         color, turn = place % len(STYLES), place // len(STYLES)
         _, shape, _ = STYLES[(color + 3 * turn) % len(STYLES)]
-        markers.append(Marker(cache.class_names[label], outline_of(shape, 7), f"var(--s{color})"))
-    place_of = {label: place for place, label in enumerate(shown)}
-    kinds = [place_of.get(label, len(shown)) for label in labels]
+        markers.append(Marker(name, outline_of(shape, 7), f"var(--s{color})"))
+    place_of = {name: place for place, name in enumerate(shown)}
+    kinds = [place_of.get(truth, len(shown)) for truth in truths]
     if len(shown) in kinds:
-        several = targets is not None and targets.ndim > 1
-        name = "none or several labels, or rare ones" if several else "other classes"
-        name = "images" if targets is not None and targets.ndim == 1 else name
+        name = "other images" if shown else "images"
         markers.append(Marker(name, outline_of("o", 5), "var(--soft)"))
     return markers, kinds
 
 
-def _texts(
-    cache: FeatureCache, split: FeatureSplit, rows: NDArray[np.int64], report: RunReport
-) -> tuple[list[str], set[int]]:
-    """What each point stands for, and which points the head predicts wrongly."""
-    targets = None if split.targets is None else split.targets[rows]
-    truths = label_texts(cache.class_names, split.y[rows], targets)
-    test, ids = report.test, split.ids
-    row_of = {} if test is None else {name: i for i, name in enumerate(test.ids)}
-    texts, wrong = [], set()
-    for at, (row, truth) in enumerate(zip(rows, truths, strict=True)):
-        i, text = row_of.get(ids[row]), f"{ids[row]}: {truth}"
-        if test is not None and i is not None and test.predicted[i] != test.labels[i]:
-            assert report.class_names is not None
-            text += f", predicted as {report.class_names[test.predicted[i]]}"
-            wrong.add(at)
-        texts.append(text)
-    return texts, wrong
+def _wrong(ids: Sequence[str], report: RunReport) -> dict[int, str]:
+    """Places of images that the head predicts wrongly, and what it predicts."""
+    test, names = report.test, report.class_names or []
+    if test is None:
+        return {}
+    given = {
+        sample: names[guess]
+        for sample, truth, guess in zip(test.ids, test.labels, test.predicted, strict=True)
+        if guess != truth
+    }
+    return {at: given[sample] for at, sample in enumerate(ids) if sample in given}
 
 
 def _pictures(
-    images: ImageSplit | None, ids: Sequence[str], wrong: set[int]
+    images: ImageSplit | None, ids: Sequence[str], wrong: Collection[int]
 ) -> Iterator[tuple[int, str]]:
     """Small JPEGs in base64 of some points: wrong ones first, then others at random."""
     if images is None:

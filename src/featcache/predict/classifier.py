@@ -20,6 +20,7 @@ from featcache.backbone import OwnNetwork
 from featcache.config import JsonObject, PredictConfig, Preprocessing, Views
 from featcache.config.settings import python_errors
 from featcache.data import BadImage, ImageSplit
+from featcache.display import Facts, say
 from featcache.engine import EngineSettings
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError, listed
@@ -27,7 +28,7 @@ from featcache.heads import KnnHead
 from featcache.heads.linear import KnownRows
 from featcache.predict.load import LoadedClassifier, load_classifier
 from featcache.predict.pictures import Picture, split_of
-from featcache.runtime import Facts, StageTimer, pick_device, say, torch_threads_kept
+from featcache.runtime import StageTimer, pick_device, torch_threads_kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -179,7 +180,7 @@ class Classifier(Facts):
         """
         split = split_of(pictures)
         with contextlib.closing(self.predictions(split, topk=topk, reject=reject)) as stream:
-            return [_readable(split, index, found) for index, found in stream]
+            return [readable(split, index, found) for index, found in stream]
 
     def predict_proba(self, pictures: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """Probabilities [N, C] of images; `predict` describes `pictures`.
@@ -349,7 +350,7 @@ class Classifier(Facts):
         return features.astype(np.float16).astype(np.float32) if half else features
 
 
-def _readable(split: ImageSplit, index: int, found: T | BadImage) -> T:
+def readable(split: ImageSplit, index: int, found: T | BadImage) -> T:
     """What was found of an image.
 
     Raises:
@@ -371,7 +372,7 @@ def _filled(
     rows = np.zeros((len(split), width), np.float32)
     with contextlib.closing(stream):
         for index, row in stream:
-            rows[index] = _readable(split, index, row)
+            rows[index] = readable(split, index, row)
     return rows
 
 

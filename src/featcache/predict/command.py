@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from featcache.config import JsonObject, PredictConfig, config_json
 from featcache.data import BadImage
+from featcache.display import bar_hidden, progress, say
 from featcache.errors import UserError
 from featcache.files import check_outputs
 from featcache.predict.classifier import Classifier
@@ -30,7 +31,7 @@ from featcache.predict.writers import (
     prediction_json,
     prediction_writer,
 )
-from featcache.runtime import StageTimer, bar_hidden, environment, progress, say
+from featcache.runtime import StageTimer, environment
 
 if TYPE_CHECKING:
     from featcache.engine import EngineInfo

@@ -140,8 +140,6 @@ class FeatureExtractor(FeaturesOut, TransformerMixin, BaseEstimator):  # type: i
                 raise UserError("preprocessing is for a module of your own: leave it out")
         else:
             own = OwnNetwork.of(backbone, preprocessing)
-            if settings["weights"] == "imagenet":  # the default: a module has its own
-                del settings["weights"]
         none = ImageDataset("pictures", "pictures", {"pictures": split_of([])}, [CLASS])
         with python_errors(ExtractConfig):
             return Request.of(ExtractConfig(dataset="pictures", **settings), none, own)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 
 from featcache.cache import RowSource, SplitRows, begun_with, open_writer, waiting_writer
 from featcache.cache.storage import CacheFile
-from featcache.config import CacheMeta
+from featcache.config import CacheMeta, Views
 from featcache.data import ImageSplit
+from featcache.display import progress, say
+from featcache.engine.inference import computed_rows
 from featcache.errors import CacheError
-from featcache.extract.blocks import ExtractionRun, fill_split
 from featcache.extract.request import differences
-from featcache.runtime import say
+from featcache.predict.classifier import readable
+from featcache.runtime import StageTimer
 
 if TYPE_CHECKING:
     from featcache.engine import Engine
@@ -100,5 +103,13 @@ class FeatureStore:
         rows = SplitRows(split.name, names, split.labels, split.content)
         begun = begun_with(path) == meta  # by a killed run: resumed
         with open_writer(path, meta, [CLASS], [rows], force=not begun) as writer:
-            fill_split(ExtractionRun(engine=engine), writer, split)
+            blocks, prep = writer.pending(split.name), meta.backbone.preprocessing
+            places = chain.from_iterable(blocks)
+            stream = computed_rows(engine, split, places, prep, Views(), StageTimer())
+            with progress(sum(map(len, blocks)), "pictures") as bar, contextlib.closing(stream):
+                for block in blocks:
+                    features = [readable(split, *next(stream)) for _ in block]
+                    good = np.zeros(len(block), np.uint8)
+                    writer.write_block(split.name, block, np.stack(features, axis=1), good)
+                    bar.update(len(block))
             writer.finish()

@@ -33,6 +33,7 @@ from featcache.tensor_files import (
     MODEL_FORMAT,
     TensorFile,
     model_card,
+    not_finite,
     read_tensor_file,
 )
 
@@ -265,12 +266,12 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
             f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
             f"{len(card.class_names)} classes: write it again with finetune"
         ) from error
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{path} is a damaged model, {name} has values that are not finite: write it "
-                "again with finetune"
-            )
+    bad = not_finite(network.state_dict())
+    if bad is not None:
+        raise UserError(
+            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
+            "finetune"
+        )
     return LoadedClassifier(
         path=path,
         kind="model",

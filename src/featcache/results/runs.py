@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike
 
 from featcache.config import JsonObject
 from featcache.config.checks import record_from_json
+from featcache.display import Facts
 from featcache.errors import UserError
 from featcache.files import read_regular, write_json
 from featcache.results import metrics
 from featcache.results.reliability import CalibrationReport, reliability
 from featcache.results.scores import Interval, Scores, score_predictions
 from featcache.results.targets import MultilabelScores, RegressionScores, TargetPredictions
-from featcache.runtime import Facts
 
 MAX_BYTES = 256 << 20
 """Of a report file: predictions of millions of images."""

@@ -135,7 +135,10 @@ def multilabel_scores(
     of_present = average_precision_score(truth[:, some], probabilities[:, some], average=None)
     precisions = np.full(len(names), np.nan)
     precisions[some] = of_present
-    columns = precision_recall_fscore_support(truth, predicted, average=None, zero_division=0.0)
+    # scikit-learn takes one column for two classes, so a label that no image has goes beside it.
+    has, given = (np.pad(table, ((0, 0), (0, 1))) for table in (truth, predicted))
+    found = precision_recall_fscore_support(has, given, average=None, zero_division=0.0)
+    columns = [column[:-1] for column in found]
     per_label = {
         name: LabelScores(
             support=int(support),
@@ -155,7 +158,7 @@ def multilabel_scores(
             average_precision_score(truth[:, some], probabilities[:, some], average="micro")
         ),
         macro_f1=float(np.mean(columns[2])),
-        micro_f1=float(f1_score(truth, predicted, average="micro", zero_division=0.0)),
+        micro_f1=float(f1_score(has, given, average="micro", zero_division=0.0)),
         exact_match=float((truth == predicted).all(axis=1).mean()),
         per_label=per_label,
     )

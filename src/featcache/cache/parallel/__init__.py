@@ -1,11 +1,12 @@
 """One cache written by several processes: in place on one machine, or as shards to be merged."""
 
-from featcache.cache.lock import join
 from featcache.cache.parallel.claims import ClaimedWriter, join_writers
 from featcache.cache.parallel.mounts import shared_disk
 from featcache.cache.parallel.plan import Plan, Write
 from featcache.cache.parallel.shards import (
+    MERGING,
     copy_shards,
+    join_shards,
     merge_if_last,
     merge_shards,
     num_in_shards,
@@ -13,15 +14,17 @@ from featcache.cache.parallel.shards import (
     remove_shards,
     unfinished_shards,
 )
-from featcache.cache.parallel.shares import Share
+from featcache.cache.parallel.shares import Job, Share
 
 __all__ = [
+    "MERGING",
     "ClaimedWriter",
+    "Job",
     "Plan",
     "Share",
     "Write",
     "copy_shards",
-    "join",
+    "join_shards",
     "join_writers",
     "merge_if_last",
     "merge_shards",

@@ -21,34 +21,21 @@ from featcache.cache.create import CacheSpec, check_contents, create_part
 from featcache.cache.fileio import read_at, reading, sync, write_at
 from featcache.cache.lock import Lock, join, pause
 from featcache.cache.parallel.shards import remove_shards
-from featcache.cache.parallel.shares import Share
-from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range, num_blocks
+from featcache.cache.parallel.shares import Job, Share
+from featcache.cache.schema import BLOCK_ROWS, block_range, num_blocks
 from featcache.cache.writer import CacheWriter, part_path
-from featcache.config import CacheMeta
+from featcache.display import say
 from featcache.errors import StorageError, listed
 from featcache.files import storage_errors
-from featcache.runtime import say
 
 LEASE_S = 120.0
 
 
-def join_writers(
-    path: Path,
-    meta: CacheMeta,
-    class_names: Sequence[str],
-    splits: Sequence[SplitRows],
-    share: Share,
-    *,
-    helps: bool,
-) -> ClaimedWriter | None:
+def join_writers(job: Job, *, helps: bool) -> ClaimedWriter | None:
     """Begin NAME.h5.part or join the ranks that are writing it.
 
     Args:
-        path: The finished cache's path, NAME.h5.
-        meta: What the rows are made with.
-        class_names: C names; labels index them.
-        splits: Every row of every split.
-        share: The blocks that this rank computes first.
+        job: The cache, and the blocks that this rank computes first.
         helps: Whether it then computes blocks of others, dead ones included.
 
     Returns:
@@ -58,9 +45,10 @@ def join_writers(
         CacheError: The unfinished file is of a different cache, or damaged.
         StorageError: A run that is no rank is writing it, or the file system refused.
     """
-    spec, part = check_contents(meta, class_names, splits), part_path(path)
+    path, part = job.path, part_path(job.path)
+    spec = check_contents(job.meta, job.class_names, job.splits)
     while True:
-        lock = join(path, f"rank {share.index} of {share.size}")
+        lock = join(path, job.rank)
         try:
             if path.exists():
                 remove_shards(path)
@@ -69,7 +57,7 @@ def join_writers(
             if not lock.shared and not os.path.lexists(part):
                 create_part(part, spec)
             if os.path.lexists(part):
-                return ClaimedWriter(path, spec, lock, share, helps=helps)
+                return ClaimedWriter(path, spec, lock, job.share, helps=helps)
         except BaseException:
             lock.release()
             raise

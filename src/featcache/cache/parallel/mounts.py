@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 # Their clients cache pages: two that write different bytes of one page undo each other's work.
@@ -28,15 +29,9 @@ def shared_disk(folder: Path, mounts: Path = MOUNTS) -> str | None:
             fields = line.split(" ")
             if len(fields) < 3:
                 continue
-            point = Path(_unescaped(fields[1]))
+            point = Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), fields[1]))
             # Of two mounts at one point the later one is seen.
             if place.is_relative_to(point) and len(point.parts) >= len(best[0].parts):
                 best = point, fields[2]
     kind = best[1]
     return kind if kind in _SHARED or kind.startswith("fuse.") else None
-
-
-def _unescaped(text: str) -> str:
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, character)
-    return text

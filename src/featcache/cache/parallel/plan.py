@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from featcache.cache.reuse import describe_differences
+from featcache.cache.schema import MAX_ROWS, is_split_name
 from featcache.config import CacheMeta
 from featcache.config.checks import record_from_json
 from featcache.errors import CacheError
@@ -37,6 +38,11 @@ class Plan:
     num_rows: dict[str, int]
     write: Write
     by: str
+
+    def __post_init__(self) -> None:
+        for split, rows in self.num_rows.items():
+            if not is_split_name(split) or not 1 <= rows <= MAX_ROWS:
+                raise ValueError(f"split {split!r:.50} of {rows} rows")
 
     @property
     def digest(self) -> str:

@@ -18,39 +18,47 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache.lock import HeldError, Lock
+from featcache.cache.lock import JOIN_S, HeldError, Lock, join
 from featcache.cache.parallel.plan import Plan, plan_path
-from featcache.cache.parallel.shares import WHOLE, Share, rows_of, shard_path, shards_of
+from featcache.cache.parallel.shares import WHOLE, Job, Share, rows_of, shard_path, shards_of
 from featcache.cache.reuse import describe_differences
 from featcache.cache.schema import BLOCK_ROWS, SplitRows, block_range
 from featcache.cache.storage import CacheFile
 from featcache.cache.writer import CacheWriter, open_writer, part_path
 from featcache.config import CacheMeta
+from featcache.display import progress
 from featcache.errors import CacheError, listed
 from featcache.files import storage_errors
-from featcache.runtime import progress
 
 COPY_SYNC_BLOCKS = 4096
 """A block that a power cut undoes is still in its shard."""
+MERGING = "another rank merges"
 
 
-def open_shard(
-    path: Path,
-    meta: CacheMeta,
-    class_names: Sequence[str],
-    splits: Sequence[SplitRows],
-    share: Share,
-) -> CacheWriter | None:
+def join_shards(job: Job) -> Lock | None:
+    """Share the lock of the cache with the other ranks, so that other runs are kept out.
+
+    Returns:
+        None if there is nothing to do: this rank's shard is finished, and another rank merges.
+
+    Raises:
+        StorageError: A run that is no rank is writing the cache, or the file system refused.
+    """
+    is_done = shard_path(job.path, job.share).exists()
+    try:
+        lock = join(job.path, job.rank, 0.0 if is_done else JOIN_S)
+    except HeldError as error:
+        if is_done and error.by_rank:
+            return None
+        raise
+    lock.share()
+    return lock
+
+
+def open_shard(job: Job) -> CacheWriter | None:
     """Begin a rank's shard file of the cache NAME.h5, or resume it.
 
     Blocks that an earlier run wrote, to a shard of another size or to NAME.h5.part, are copied.
-
-    Args:
-        path: The finished cache's path.
-        meta: What the rows are made with.
-        class_names: C names; labels index them.
-        splits: Every row of every split of the whole cache.
-        share: Which blocks the shard holds.
 
     Returns:
         None if there is nothing to write: the shard or the cache is finished, or it has no blocks.
@@ -59,19 +67,18 @@ def open_shard(
         CacheError: Another file of this job was made with different settings; it is named.
         StorageError: Another run is writing this shard, or the file system refused.
     """
-    num_rows = {split.name: len(split.ids) for split in splits}
-    blocks = share.blocks(num_rows)
-    shard = shard_path(path, share)
+    path, blocks, shard = job.path, job.share.blocks(job.num_rows), shard_path(job.path, job.share)
     if not blocks or path.exists():
         return None
     if shard.exists():
-        _check_same(CacheFile(shard), meta)
+        _check_same(CacheFile(shard), job.meta)
         return None
-    writer = open_writer(shard, meta, class_names, rows_of(splits, blocks))
+    writer = open_writer(shard, job.meta, job.class_names, rows_of(job.splits, blocks))
+    writer.first_rows = {split: place.start * BLOCK_ROWS for split, place in blocks.items()}
     earlier = {WHOLE: part_path(path)} if part_path(path).exists() else {}
-    others = {s: file for s, file in shards_of(path).items() if s.size != share.size}
+    others = {s: file for s, file in shards_of(path).items() if s.size != job.share.size}
     try:
-        _copy_all(writer, blocks, {**earlier, **others}, num_rows)
+        _copy_all(writer, blocks, {**earlier, **others}, job.num_rows)
     except BaseException:
         writer.close()
         raise
@@ -111,31 +118,22 @@ def merge_shards(path: Path) -> None:
     files = [CacheFile(file) for share, file in shards.items() if share.size == size]
     for file in files:
         _check_same(file, plan.meta)
-    splits = [
-        _joined([file.rows(split) for file in files if split in file.layout.splits])
-        for split in plan.num_rows
-    ]
+    found = {
+        split: [f.rows(split) for f in files if split in f.layout.splits] for split in plan.num_rows
+    }
+    if {split: sum(len(p.ids) for p in parts) for split, parts in found.items()} != plan.num_rows:
+        raise CacheError(f"{plan_path(path)} states other numbers of rows than the shards have")
+    splits = [_joined(parts) for parts in found.values()]
     with open_writer(path, plan.meta, files[0].class_names, splits) as writer:
         _finish(writer, size)
 
 
-def merge_if_last(
-    job: Lock,
-    path: Path,
-    meta: CacheMeta,
-    class_names: Sequence[str],
-    splits: Sequence[SplitRows],
-    share: Share,
-) -> str | None:
-    """Merge the shards if no other rank of the job is at work and all shards are finished.
+def merge_if_last(job: Job, lock: Lock) -> str | None:
+    """Merge the shards if no other rank is at work and all shards are finished.
 
     Args:
-        job: The lock that the ranks share; it is released.
-        path: The cache's path; this and the others are as for `open_shard`.
-        meta: Likewise.
-        class_names: Likewise.
-        splits: Likewise.
-        share: Likewise.
+        job: The cache, and the rank's part of it.
+        lock: What the ranks share; it is released.
 
     Returns:
         None if the cache was finished here, else what has to happen.
@@ -144,25 +142,23 @@ def merge_if_last(
         CacheError: Another shard was made with different settings, or is damaged.
         StorageError: The file system refused.
     """
-    is_last = job.alone()
-    job.release()
+    path, is_last = job.path, lock.alone()
+    missing = unfinished_shards(path, job.share.size, job.num_rows)
+    if is_last and not missing and not path.exists():
+        with open_writer(path, job.meta, job.class_names, job.splits, lock=lock) as writer:
+            _finish(writer, job.share.size)
+        return None
+    lock.release()
     if path.exists():
         remove_shards(path)
         return "the cache is finished"
-    num_rows = {split.name: len(split.ids) for split in splits}
-    if missing := unfinished_shards(path, share.size, num_rows):
-        command = f"featcache merge {path}"
-        names = listed([str(each.index) for each in missing], 5)
-        return f"unfinished shards: {names}; the last of their ranks merges, or type {command}"
-    try:
-        writer = open_writer(path, meta, class_names, splits) if is_last else None
-    except HeldError:  # by a rank that came just now
-        writer = None
-    if writer is None:
-        return "the last rank merges"
-    with writer:
-        _finish(writer, share.size)
-    return None
+    if not missing:
+        return MERGING
+    names = listed([str(each.index) for each in missing], 5)
+    return (
+        f"unfinished shards: {names}; the last of their ranks merges, or type featcache merge "
+        f"{path}"
+    )
 
 
 def _finish(writer: CacheWriter, size: int) -> None:

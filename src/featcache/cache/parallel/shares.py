@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.cache.schema import BLOCK_ROWS, SplitRows, num_blocks
+from featcache.config import CacheMeta
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -40,6 +41,35 @@ class Share:
 WHOLE = Share(0, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A rank's part of writing the cache NAME.h5.
+
+    Attributes:
+        path: The finished cache's path.
+        meta: What the rows are made with.
+        class_names: C names; labels index them.
+        splits: Every row of every split of the whole cache.
+        share: The rank's blocks.
+    """
+
+    path: Path
+    meta: CacheMeta
+    class_names: Sequence[str]
+    splits: Sequence[SplitRows]
+    share: Share
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each split of the whole cache."""
+        return {split.name: len(split.ids) for split in self.splits}
+
+    @property
+    def rank(self) -> str:
+        """For messages."""
+        return f"rank {self.share.index} of {self.share.size}"
+
+
 def rows_of(splits: Sequence[SplitRows], blocks: Mapping[str, range]) -> list[SplitRows]:
     """The rows of some blocks."""
     return [
@@ -68,6 +98,10 @@ def shards_of(path: Path) -> dict[Share, Path]:
         match = name.fullmatch(file.name)
         share = Share(int(match[1]), int(match[2])) if match else None
         # Not an unfinished one beside a finished one.
-        if share and (file == (shard := shard_path(path, share)) or not shard.exists()):
+        if (
+            share
+            and share.index < share.size
+            and (file == (shard := shard_path(path, share)) or not shard.exists())
+        ):
             found[share] = file
     return dict(sorted(found.items()))

@@ -1,6 +1,5 @@
-"""Tar shards: labeled images in WebDataset's layout, read where they lie, without unpacking."""
+"""Tar shards: labeled images in WebDataset's layout, read where they lie, without unpacking.
 
-from featcache.data.shards.dataset import load_shards
-from featcache.data.shards.places import is_remote, names_shards, shards_in
-
-__all__ = ["is_remote", "load_shards", "names_shards", "shards_in"]
+`dataset.load_shards` is imported when there are shards, since tarfile and its decompressors take as
+long to import as listing a small folder.
+"""

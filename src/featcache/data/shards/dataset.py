@@ -20,9 +20,10 @@ from featcache.data.sampling import split_off_test
 from featcache.data.shards.places import Shard, find_shards, read_range
 from featcache.data.shards.samples import ShardIndex, index_of, lines, memo_key, why_unusable
 from featcache.data.sources import RecordedSource
+from featcache.display import progress
 from featcache.errors import UserError, listed
 from featcache.file_hashes import Memo
-from featcache.runtime import num_cores, progress
+from featcache.runtime import num_cores
 
 
 def load_shards(config: DataConfig, memo: Memo) -> ImageDataset:

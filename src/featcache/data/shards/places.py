@@ -9,21 +9,25 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from featcache.data.listing import SPLIT_NAMES, is_clutter
-from featcache.data.shards.members import Stream
+from featcache.data.listing import SPLIT_NAMES, is_clutter, is_image_file
+from featcache.display import say
 from featcache.errors import FeatcacheError, StorageError, UserError, shown
 from featcache.file_hashes import is_settled, stamp_of
 from featcache.files import open_regular
-from featcache.runtime import say
+
+if TYPE_CHECKING:
+    from featcache.data.shards.members import Stream
 
 T = TypeVar("T")
 MAX_SHARDS = 100_000
 RETRY_S = 1.0
-_SUFFIX = re.compile(r"\.(tar|tgz|tar\.\w{1,4})$", re.IGNORECASE)
+_SUFFIX = re.compile(r"\.(tar|tgz|tar\.\w{1,4})(\Z|[?#])", re.IGNORECASE)
 # What comes before a brace, and the brace: two numbers or several words. At the end, the rest.
 _BRACES = re.compile(r"(.*?)(?:\{(\d{1,9})\.\.(\d{1,9})\}|\{([^{}]*,[^{}]*)\}|\Z)")
+_BESIDE = re.compile(r"^.*::|[?#].*")
+"""What a URL has before and after the path."""
 # What a server says of every version of a file.
 _NO_VERSION = {"name", "size", "type", "mimetype", "url", "partial", "islink"}
 
@@ -56,7 +60,7 @@ def shards_in(folder: str) -> list[str]:
     """The shards of a folder that has nothing else: *.tar, or train/*.tar and test/*.tar.
 
     Returns:
-        Paths; empty where there are other folders, so that it may be one of class folders.
+        Paths; empty where there are images or other folders, as in a tree of class folders.
     """
     found: list[str] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -70,6 +74,8 @@ def shards_in(folder: str) -> list[str]:
                 found += below
             elif entry.name.lower().endswith(".tar"):
                 found.append(entry.path)
+            elif is_image_file(entry.name):
+                return []
     return found
 
 
@@ -90,8 +96,9 @@ def find_shards(text: str) -> list[Shard]:
     places = sorted(place if is_remote(place) else os.path.abspath(place) for place in places)
     if not places or len(set(places)) < len(places):
         raise UserError(f"{text} names {'a shard twice' if places else 'no shard'}: correct it")
-    folder = os.path.commonpath([os.path.dirname(place.rpartition("::")[2]) for place in places])
-    names = [os.path.relpath(place.rpartition("::")[2], folder) for place in places]
+    paths = ["/" + (_BESIDE.sub("", p) if is_remote(p) else p) for p in places]
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    names = [os.path.relpath(path, folder) for path in paths]
     return [Shard(place, name, _split_of(name)) for place, name in zip(places, names, strict=True)]
 
 

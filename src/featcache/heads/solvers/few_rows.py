@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from featcache.display import progress
 from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.solvers.lbfgs import (
     MAX_ITERATIONS,
@@ -30,7 +31,6 @@ from featcache.heads.solvers.lbfgs import (
     gap_left,
 )
 from featcache.heads.solvers.softmax_loss import prediction_errors
-from featcache.runtime import progress
 
 # Rows per class, on average, up to which a handful of them has most of a class's curvature.
 MAX_ROWS_PER_CLASS = 5

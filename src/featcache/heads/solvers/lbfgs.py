@@ -23,10 +23,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from featcache.display import progress
 from featcache.heads.features import Doubles, Floats, Singles
 from featcache.heads.solvers.base import threads_for
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
-from featcache.runtime import progress
 
 MEMORY = 30
 MAX_ITERATIONS = 3000
@@ -319,11 +319,12 @@ def gap_left(values: list[float], decrement: float) -> float:
 
     Returns:
         Half the decrement, or, if more, what further steps would gain if gains kept shrinking as
-        the last two did.
+        they did from the two steps before the last two to the last two.
     """
-    if len(values) < 3:
+    two = 2 if len(values) > 4 else 1
+    if len(values) <= 2 * two:
         return decrement / 2
-    before, last = values[-3] - values[-2], values[-2] - values[-1]
+    before, last = values[-1 - 2 * two] - values[-1 - two], values[-1 - two] - values[-1]
     to_come = last * last / max(before - last, 0.01 * last) if last > 0 else 0.0
     return max(decrement / 2, to_come)
 

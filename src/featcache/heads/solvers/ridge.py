@@ -30,7 +30,7 @@ from featcache.heads.solvers.base import (
     standardize_choices,
 )
 from featcache.heads.solvers.moments import Moments
-from featcache.heads.training_data import Rows, TrainRows
+from featcache.heads.training_data import SMALL, Rows, TrainRows
 
 # Rows on which the probabilities are calibrated.
 CALIBRATION_ROWS = 4096
@@ -92,9 +92,9 @@ class RidgeProblem:
             alpha: Of the fit.
         """
         scaled = (X - self.mean) / (1.0 if self.deviation is None else self.deviation)
-        projected = scaled @ self.basis
-        lam = alpha / self.total
-        return np.asarray((1 + (projected**2 / (self.values + lam)).sum(axis=1)) / self.total)
+        lengths = self.basis / np.sqrt(self.values + alpha / self.total)
+        projected = scaled.astype(X.dtype) @ lengths.astype(X.dtype)
+        return np.asarray((1 + np.einsum("nr,nr->n", projected, projected)) / self.total)
 
 
 def ridge_from_moments(sums: Moments, class_names: list[str], *, standardize: bool) -> RidgeProblem:
@@ -224,11 +224,11 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
         rows: Some or all of the fitted rows.
         alpha: Of the fit.
     """
-    step = max(1, -(-rows.num_rows // CALIBRATION_ROWS))
-    X, y = rows.plain[::step].astype(np.float64), rows.y[::step]
-    own = rows.weights[::step]
-    onehot = np.zeros((len(y), rows.num_classes))
-    onehot[np.arange(len(y)), y] = 1.0
+    step = -(-rows.num_rows // CALIBRATION_ROWS)
+    exact = np.float64 if rows.num_values <= SMALL else np.float32
+    X: Floats = rows.plain[::step].astype(exact)
+    y, own = rows.y[::step], rows.weights[::step]
+    onehot = np.eye(rows.num_classes)[y]
     present = problem.present
     kept = 1 - np.minimum(problem.leverage(X, alpha) * own, 0.999)
     scores = onehot - (onehot - (X @ head.weight.T + head.bias)) / kept[:, None]
@@ -308,7 +308,7 @@ class PreparedRidge:
         self._rows, self._candidates = rows, candidates
         self._moments: Moments | None = None
         self._problems: dict[bool, RidgeProblem] = {}
-        self._predicted: tuple[Rows, bool, list[HeldOutPredictions]] | None = None
+        self._predicted: dict[bool, tuple[Rows, list[HeldOutPredictions]]] = {}
 
     def fit(self, settings: Settings) -> FittedHead[LinearHead]:
         """The head for one alpha, its probabilities calibrated."""
@@ -325,9 +325,9 @@ class PreparedRidge:
         """Classes and squared errors; the first call for some rows finds those of all alphas."""
         scaled = bool(settings["standardize"])
         alike = [c for c in self._candidates if c["standardize"] is scaled]
-        if self._predicted is None or self._predicted[:2] != (held, scaled):
-            self._predicted = (held, scaled, self._predict_all(alike, scaled, held))
-        return self._predicted[2][alike.index(settings)]
+        if scaled not in self._predicted or self._predicted[scaled][0] is not held:
+            self._predicted[scaled] = held, self._predict_all(alike, scaled, held)
+        return self._predicted[scaled][1][alike.index(settings)]
 
     def _predict_all(
         self, candidates: Sequence[Settings], scaled: bool, held: Rows
@@ -384,8 +384,8 @@ class PreparedValueRidge:
         """Squared errors; every row counts as its only class."""
         assert held.values is not None
         head = self._fit(settings).head
-        errors = head.decision_function(held.plain)[:, 0] - held.values
-        return HeldOutPredictions(held.y, errors**2)
+        logits = head.decision_function(held.plain)
+        return HeldOutPredictions(held.y, (logits[:, 0] - held.values) ** 2, logits)
 
     def _fit(self, settings: Settings) -> FittedHead[LinearHead]:
         scaled = bool(settings["standardize"])
