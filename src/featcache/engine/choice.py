@@ -24,7 +24,11 @@ from featcache.engine.base import (
 )
 from featcache.engine.gpu import gpu_engine
 from featcache.engine.int8 import int8_engine
-from featcache.engine.torch_cpu import reference_features, torch_implementation
+from featcache.engine.torch_cpu import (
+    reference_features,
+    torch_implementation,
+    winograd_implementation,
+)
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import num_cores, pick_device
 
@@ -130,6 +134,8 @@ def _cpu_engine(work: Workload, resumed: str | None) -> Engine:
     if seconds < autotune.LONG_JOB_S:
         defaults = {"batch_size": work.batch_size, "threads": work.threads}
         return _engine(work, autotune.Candidate(implementation=implementations[0], **defaults), {})
+    if asked != "openvino":
+        implementations += filter(None, [winograd_implementation(work)])
     if asked == "auto" and openvino_cpu.is_installed("openvino"):
         try:
             implementations.append(openvino_cpu.openvino_implementation(work)[0])
