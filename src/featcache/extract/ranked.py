@@ -213,7 +213,7 @@ def _agree(part: _Part) -> None:
     begun = Plan.read(path)
     choose(begun.meta.engine if begun else part.earlier.engine)
     plan = part.plan.agree(path)
-    if plan.meta.engine != part.plan.meta.engine and request.config.engine == "auto":
+    if plan.meta.engine != part.plan.meta.engine:
         choose(plan.meta.engine)  # both chose at once
     plan.check_same(path, part.plan)
 
