@@ -129,6 +129,18 @@ def test_a_rank_with_other_weights_is_refused_by_name(path, whole, write):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("write", WRITES)
+def test_an_unfinished_file_of_other_settings_is_refused_before_a_plan_is_made(path, write):
+    open_writer(path, make_meta(dim=rank_runs.DIM, weights="imagenet"), CLASSES, SPLITS).close()
+    with pytest.raises(CacheError) as caught:
+        work(write, path, Share(0, 2))
+    assert str(caught.value) == (
+        f"{path}.part was begun with different settings: backbone.weights: cached 'imagenet', "
+        "requested 'random'; run the earlier command to finish it, or remove it"
+    )
+    assert names(path) == {"x.h5.part", "x.h5.lock"}
+
+
 def test_a_rank_that_hangs_costs_a_lease_and_no_row(path, whole, monkeypatch, capfd):
     monkeypatch.setattr(claims, "LEASE_S", 0.4)
     calls = []
