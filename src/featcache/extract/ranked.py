@@ -169,8 +169,6 @@ def _extract_as(
         say(f"{rank} ({rank.source}), --write {write}{reason}")
     part = _Part(request, rank, write, run)
     with torch_threads_kept():
-        if config.device != "cpu":
-            use_local_gpu(rank.local_index)
         _agree(part)
         following = (_write_direct if write == "direct" else _write_shard)(part)
     if rank.index == 0:
@@ -203,6 +201,8 @@ def _agree(part: _Part) -> None:
         CacheError: Another rank, named, has other settings, named.
     """
     request, path = part.request, part.request.path
+    if request.config.device != "cpu":
+        use_local_gpu(part.rank.local_index)
     network = request.load_network()
     num = part.earlier.num_missing(request.dataset) * request.meta.views.num // part.rank.size
 
