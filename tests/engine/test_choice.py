@@ -199,15 +199,16 @@ def test_auto_measures_what_is_installed(installed: bool, monkeypatch: pytest.Mo
     assert (engine.batch_size, engine.threads, engine.timings) == (7, 1, {"made up": 1.0})
 
 
-@pytest.mark.parametrize("resumed", ["torch", "openvino-2026.3"])
+@pytest.mark.parametrize("resumed", ["torch", "torch-winograd", "openvino-2026.3"])
 def test_auto_keeps_the_engine_that_made_the_rows_there(
     resumed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entrants = long_job(monkeypatch, installed=True)
     network = load_backbone(BUNDLED, 0)
     engine = en.choose_engine(settings(), network, PREP, num_images=9999, resumed=resumed)
-    assert entrants == (["torch", "winograd"] if resumed == "torch" else ["openvino"])
-    assert engine.recorded in ("torch", "openvino-1.0")
+    kept = {"torch": "torch", "torch-winograd": "winograd", "openvino-2026.3": "openvino"}
+    assert entrants == [kept[resumed]]
+    assert engine.recorded in (resumed, "openvino-1.0")
 
 
 def test_an_engine_that_fails_is_left_out_and_named(

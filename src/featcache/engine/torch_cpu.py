@@ -67,6 +67,10 @@ def torch_implementation(work: Workload) -> Implementation:
     return Implementation(name="torch", forward=plain, max_error=None, recorded="torch")
 
 
+WINOGRAD = "torch-winograd"
+"""What a cache records: its rows differ in the last bits from those of direct convolutions."""
+
+
 def winograd_implementation(work: Workload) -> Implementation | None:
     """The fused network with Winograd's 3x3 convolutions; None where it has none or is off."""
     try:
@@ -77,5 +81,5 @@ def winograd_implementation(work: Workload) -> Implementation | None:
         error = relative_error(forward(work.sample), work.reference)
     except Exception:  # what cannot be fused, `torch_implementation` has told of
         return None
-    found = Implementation(name="winograd", forward=forward, max_error=error, recorded="torch")
+    found = Implementation(name="winograd", forward=forward, max_error=error, recorded=WINOGRAD)
     return found if error <= TOLERANCE else None
