@@ -36,9 +36,13 @@ _INPUT = torch.tensor(
         [0, 4, 0, -5, 0, 1],
     ]
 )
-_KERNEL = torch.tensor(
-    [[6.0, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
-)  # / 24
+_KERNEL = (
+    torch.tensor(
+        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]],
+        dtype=torch.float64,
+    )
+    / 24
+)
 _OUTPUT = torch.tensor(
     [[1.0, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 )
@@ -51,13 +55,10 @@ class WinogradConv(FusedConv):
     def __init__(self, direct: FusedConv) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(direct.__dict__)
-        kernel = torch.einsum(
-            "ai,oijc,bj->abco",
-            _KERNEL / 24,
-            direct.weight.permute(0, 2, 3, 1).double(),
-            _KERNEL / 24,
-        )
-        self.kernel = kernel.reshape(PLACES**2, *kernel.shape[2:]).float().contiguous()
+        num_out, num_in = direct.weight.shape[:2]
+        by_place = direct.weight.permute(2, 3, 1, 0).reshape(9, num_in * num_out).double()
+        kernel = torch.kron(_KERNEL, _KERNEL) @ by_place
+        self.kernel = kernel.float().view(PLACES**2, num_in, num_out)
         self.to_places = torch.kron(_INPUT, _INPUT)
         self.to_outputs = torch.kron(_OUTPUT, _OUTPUT)
 
