@@ -109,7 +109,7 @@ def _notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
     loop = Path(__file__).with_name("notebook_loop.py")
     # As in a notebook: only featcache's own commands let OpenMP's waiting threads sleep.
     usual = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    report, wall = _timed([str(loop), str(folder), str(weights), str(EPOCHS)], usual)
+    report, wall = timed([str(loop), str(folder), str(weights), str(EPOCHS)], usual)
     return {"wall_s": wall, **report}
 
 
@@ -121,10 +121,10 @@ def _featcache(config: BenchConfig, folder: Path, variant: Variant) -> dict[str,
     chosen = f"--device cpu --engine {engine} --precision {variant.precision}"
     places = ["--weights", config.weights, "--cache-dir", str(place)]
     extract = ["-m", "featcache", "extract-features", str(folder), *places]
-    extraction, extract_wall = _timed([*extract, *flags.split(), *chosen.split()])
+    extraction, extract_wall = timed([*extract, *flags.split(), *chosen.split()])
     train = ["-m", "featcache", "train-head", extraction["cache"], "--json"]
     adam = f"--solver adam --epochs {EPOCHS} --lr 1e-3"
-    head, train_wall = _timed([*train, *adam.split()])
+    head, train_wall = timed([*train, *adam.split()])
     return {
         "wall_s": extract_wall + train_wall,
         "extract_wall_s": extract_wall,
@@ -136,7 +136,7 @@ def _featcache(config: BenchConfig, folder: Path, variant: Variant) -> dict[str,
     }
 
 
-def _timed(words: list[str], env: dict[str, str] | None = None) -> tuple[dict[str, Any], float]:
+def timed(words: list[str], env: dict[str, str] | None = None) -> tuple[dict[str, Any], float]:
     """Run a Python program that prints one JSON object; returns it and the wall seconds."""
     start = time.perf_counter()
     command = [sys.executable, *words]

@@ -1,10 +1,10 @@
-"""The course notebook's feature extraction as it is usually written, to be measured against.
+"""The course notebook's loop as it is usually written, to be measured against.
 
-    python scripts/notebook_loop.py FOLDER WEIGHTS.safetensors EPOCHS
+    python scripts/notebook_loop.py FOLDER WEIGHTS.safetensors EPOCHS [PX] [head|all|all-bn-eval]
 
-Plain torch and torchvision, nothing of featcache: a DataLoader over images in class folders, the
-frozen ResNet18 in the loop, Adam on the new last layer, accuracy on test after every epoch. Prints
-one JSON object.
+Plain torch and torchvision, nothing of featcache: a DataLoader over images in class folders,
+ResNet18, accuracy on test after every epoch. Adam trains the new last layer of the frozen network,
+or all of it, with or without BatchNorm in eval mode. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, models, transforms
 
 
-def main(folder: str, weights: str, num_epochs: int) -> None:
-    """Train the head and print what the notebook prints."""
+def main(folder: str, weights: str, num_epochs: int, side: int = 224, trains: str = "head") -> None:
+    """Train and print what the notebook prints."""
     start = time.perf_counter()
     torch.manual_seed(42)
     usual = [
         transforms.ToTensor(),
         transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ]
-    resize = transforms.Resize((224, 224))
+    resize = transforms.Resize((side, side))
     mirrored = transforms.Compose([resize, transforms.RandomHorizontalFlip(), *usual])
     train = datasets.ImageFolder(f"{folder}/train", mirrored)
     test = datasets.ImageFolder(f"{folder}/test", transforms.Compose([resize, *usual]))
@@ -39,15 +39,19 @@ def main(folder: str, weights: str, num_epochs: int) -> None:
     state = {k: v.float() for k, v in load_file(weights).items() if not k.startswith("fc.")}
     model.load_state_dict(state, strict=False)
     for parameter in model.parameters():
-        parameter.requires_grad = False
+        parameter.requires_grad = trains != "head"
     model.fc = nn.Linear(model.fc.in_features, len(train.classes))
-    optimizer = torch.optim.Adam(model.fc.parameters(), lr=1e-3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
     loss_function = nn.CrossEntropyLoss()
 
     epochs = []
     for epoch in range(num_epochs):
         epoch_start = time.perf_counter()
         model.train()
+        for module in model.modules():
+            if trains == "all-bn-eval" and isinstance(module, nn.BatchNorm2d):
+                module.eval()
         for images, labels in train_batches:
             optimizer.zero_grad()
             loss = loss_function(model(images), labels)
@@ -64,4 +68,5 @@ def main(folder: str, weights: str, num_epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    _, folder, weights, epochs, *more = sys.argv
+    main(folder, weights, int(epochs), *map(int, more[:1]), *more[1:])

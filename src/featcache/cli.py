@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from featcache.display import say
+from featcache.display import muted, say
 from featcache.errors import FeatcacheError, UserError, one_of
 from featcache.runtime import cpu_quota, interrupts_first, num_cores
 from featcache.streams import drop_unwritten, open_closed_streams, write_stdout
@@ -208,9 +208,9 @@ def _work(
     with command_line():
         config = parse(prog, config_class, argv)
         report = worker(config)
-    for line in summary(report) if summary else []:
+    for line in summary(report) if summary and not muted() else []:
         say(line)
-    if getattr(config, "json", False):
+    if getattr(config, "json", False) and not muted():
         write_stdout(json.dumps(report) + "\n")
     return int(report.get("exit_code", 0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self
@@ -22,7 +23,20 @@ def in_notebook() -> bool:
 
 def bar_hidden() -> bool | None:
     """Tqdm's `disable`: False shows the bar in notebooks; None lets tqdm look for a terminal."""
-    return False if in_notebook() else None
+    return True if muted() else False if in_notebook() else None
+
+
+def mute(on: bool) -> None:
+    """Stop, or start again, showing lines and bars: of several processes, one shows them."""
+    (_MUTED.set if on else _MUTED.clear)()
+
+
+def muted() -> bool:
+    """Whether another process shows lines, bars and reports."""
+    return _MUTED.is_set()
+
+
+_MUTED = threading.Event()
 
 
 def say(text: str) -> None:
@@ -30,7 +44,7 @@ def say(text: str) -> None:
 
     A closed or full stderr loses the line and does not stop the work.
     """
-    if sys.stderr is not None:  # print would fall back to stdout
+    if sys.stderr is not None and not muted():  # print would fall back to stdout
         with contextlib.suppress(OSError):
             print(visible(text), file=sys.stderr, flush=True)  # noqa: T201
 

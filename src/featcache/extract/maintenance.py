@@ -206,11 +206,13 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     with torch_threads_kept():
         settings = EngineSettings(
             backbone=meta.backbone.backbone,
-            engine="torch" if meta.engine == "torch" else "openvino",
+            engine="torch" if meta.engine.startswith("torch") else "openvino",
             precision=meta.precision,
         )
         prep, train = meta.backbone.preprocessing, dataset.splits.get("train")
-        engine = choose_engine(settings, network, prep, num_images=0, train=train)
+        engine = choose_engine(
+            settings, network, prep, num_images=0, train=train, resumed=meta.engine
+        )
         if engine.recorded != meta.engine:
             raise CacheError(
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "

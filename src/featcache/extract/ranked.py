@@ -165,8 +165,6 @@ def _extract_as(
     check_skipped(config, part_path(path), "--force")
     part = _Part(request, rank, _how_to_write(config, path, rank), run)
     with torch_threads_kept():
-        if config.device != "cpu":
-            use_local_gpu(rank.local_index)
         _agree(part)
         following = (_write_direct if part.plan.write == "direct" else _write_shard)(part)
     if rank.index == 0:
@@ -209,6 +207,8 @@ def _agree(part: _Part) -> None:
         CacheError: Another rank, named, has other settings, named.
     """
     request, path = part.request, part.request.path
+    if request.config.device != "cpu":
+        use_local_gpu(part.rank.local_index)
     network = request.load_network()
     num = part.earlier.num_missing(request.dataset) * request.meta.views.num // part.rank.size
 
@@ -219,7 +219,7 @@ def _agree(part: _Part) -> None:
     begun = Plan.read(path)
     choose(begun.meta.engine if begun else part.earlier.engine)
     plan = part.plan.agree(path)
-    if plan.meta.engine != part.plan.meta.engine and request.config.engine == "auto":
+    if plan.meta.engine != part.plan.meta.engine:
         choose(plan.meta.engine)  # both chose at once
     plan.check_same(path, part.plan)
 

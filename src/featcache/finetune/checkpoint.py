@@ -129,12 +129,13 @@ def check_same_run(output: Path, decisive: JsonObject) -> None:
     Raises:
         UserError: Naming the settings that differ.
     """
-    ours = flatten(json.loads(json.dumps({**decisive, "key": run_key(decisive)})))
+    one = {"num_processes": 1}  # said only of several
+    ours = flatten(json.loads(json.dumps({**one, **decisive, "key": run_key(decisive)})))
     for path, theirs in (
         (output, _settings_of_report(output) if output.is_file() else {}),
         (checkpoint_path(output), _settings_of_checkpoint(checkpoint_path(output))),
     ):
-        there = flatten(theirs)
+        there = flatten({**one, **theirs} if theirs else {})
         differ = [name for name in ours if name in there and there[name] != ours[name]]
         if differ:
             said = ", ".join(

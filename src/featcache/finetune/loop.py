@@ -8,13 +8,14 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featcache.display import progress
 from featcache.errors import FeatcacheError
+from featcache.finetune.parallel import shares
 from featcache.finetune.samples import Batch, Placement, Samples
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, rate_factor
 from featcache.random_order import epoch_order, flip_mask
@@ -75,7 +76,8 @@ def train_epoch(
     recipe, timer = trainable.recipe, StageTimer()
     start = time.perf_counter()
     trainable.train_mode()
-    torch.manual_seed(_dropout_seed(recipe.seed, epoch))
+    team = placement.team
+    torch.manual_seed(_dropout_seed(recipe.seed, epoch, team.rank.index))
     steps_per_epoch = num_steps(len(samples), trainable)
     step, total_loss, seen = epoch * steps_per_epoch, 0.0, 0
     with (
@@ -87,19 +89,19 @@ def train_epoch(
                 batch = next(batches, None)
             if batch is None:
                 break
-            raw, _, rows = batch
+            (raw, _, rows), share, num_rows = batch
             factor = rate_factor(recipe, step, recipe.epochs * steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             inputs = samples.inputs(raw, placement)
-            loss = _step(trainable, optimizer, placement, inputs, samples, rows)
+            loss = _step(trainable, optimizer, placement, inputs, samples, rows, share)
             if not math.isfinite(loss):
-                raise FeatcacheError(
-                    _not_finite(recipe, epoch, step - epoch * steps_per_epoch, loss)
-                )
-            step, seen, total_loss = step + 1, seen + len(rows), total_loss + loss * len(rows)
-            bar.update(len(rows))
+                told = _not_finite(recipe, epoch, step - epoch * steps_per_epoch, loss)
+                raise team.told(FeatcacheError(told))
+            step, seen, total_loss = step + 1, seen + num_rows, total_loss + loss * num_rows
+            bar.update(num_rows)
             bar.set_postfix_str(f"loss {total_loss / seen:.3f}", refresh=False)
+    team.follow(trainable.model.buffers())
     return total_loss / max(seen, 1), time.perf_counter() - start, timer.seconds["wait"]
 
 
@@ -117,17 +119,21 @@ def _step(
     inputs: torch.Tensor,
     samples: Samples,
     rows: NDArray[np.int64],
+    share: float,
 ) -> float:
-    """One update with some rows of the samples, unless the loss is not finite; returns the loss."""
+    """One update, unless the loss is not finite; returns the loss of the whole team's batch.
+
+    `rows` are this process's of the batch; their mean loss counts `share`.
+    """
     import torch
 
     with placement.autocast():
-        logits = trainable.network(inputs)
+        logits = trainable.training_network(inputs)
     each = _losses(logits.float(), samples, rows)
     if samples.weights is not None:
         each = each * torch.from_numpy(samples.weights[rows]).to(placement.device)
-    loss = each.mean()
-    value = float(loss.detach())
+    loss = each.mean() * share
+    value = float(placement.team.total(loss.detach().clone())) / placement.team.rank.size
     if math.isfinite(value):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -157,21 +163,29 @@ def _not_finite(recipe: TrainingRecipe, epoch: int, step: int, loss: float) -> s
     )
 
 
-def _dropout_seed(seed: int, epoch: int) -> int:
-    digest = hashlib.sha256(f"dropout {seed} {epoch}".encode()).digest()
+def _dropout_seed(seed: int, epoch: int, rank: int) -> int:
+    text = f"dropout {seed} {epoch}" + (f" {rank}" if rank else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
 def _train_batches(
     trainable: TrainableModel, samples: Samples, placement: Placement, epoch: int
-) -> Generator[Batch, None, None]:
-    """The epoch's batches; where BatchNorm needs it, a last batch of one joins the one before."""
+) -> Generator[tuple[Batch, float, int], None, None]:
+    """This process's part of the epoch's batches, what it counts, and rows of the whole batches.
+
+    Where BatchNorm needs it, a last batch of one joins the one before.
+    """
     recipe = trainable.recipe
     order = epoch_order(len(samples), recipe.seed, epoch)
     flips = flip_mask(len(samples), recipe.seed, epoch)[order] if recipe.flip else None
-    batches = samples.batches(order, recipe.batch_size, placement, flips)
-    merge = trainable.uses_batch_statistics() and recipe.batch_size > 1
-    yield from _with_lone_merged(batches) if merge else batches
+    least = 2 if trainable.uses_batch_statistics() and recipe.batch_size > 1 else 1
+    part = shares(len(samples), recipe.batch_size, placement.team.rank, least)
+    if flips is not None:
+        flips = flips[part.places]
+    batches = samples.batches(order[part.places], part.batch_size, placement, flips)
+    whole = _with_lone_merged(batches) if least > 1 else batches
+    yield from zip(whole, part.factors, part.num_rows, strict=True)
 
 
 def _with_lone_merged(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -198,21 +212,22 @@ def score(trainable: TrainableModel, samples: Samples, placement: Placement) -> 
     targets = samples.split.targets
     trainable.model.eval()
     num = len(samples)
-    found: list[NDArray[np.float32]] = []
-    total_loss = 0.0
+    probabilities: NDArray[Any] = np.zeros((num, trainable.num_classes), np.float32)
+    total_loss = np.zeros(1)
     with torch.inference_mode(), progress(num, f"score {samples.split.name}", leave=False) as bar:
         for raw, _, rows in samples.all_batches(placement):
             with placement.autocast():
                 logits = trainable.network(samples.inputs(raw, placement))
             logits = logits.float().cpu()
             total_loss += float(_losses(logits, samples, rows).sum())
-            found.append((logits.softmax(1) if targets is None else logits.sigmoid()).numpy())
+            probabilities[rows] = logits.softmax(1) if targets is None else logits.sigmoid()
             bar.update(len(rows))
-    probabilities = np.concatenate(found)
+    probabilities = placement.team.gathered(probabilities)
+    loss = float(placement.team.gathered(total_loss)[0]) / num
     if targets is None:
         metric = top1(samples.split.labels, probabilities.argmax(axis=1))
     else:
         columns = zip(targets.T, probabilities.T, strict=True)
         metric = mean_average_precision(list(columns)) or 0.0
     seconds = time.perf_counter() - start
-    return Scores(probabilities, total_loss / num, targets is not None, metric, seconds)
+    return Scores(probabilities, loss, targets is not None, metric, seconds)

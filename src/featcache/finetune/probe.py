@@ -54,7 +54,7 @@ def frozen_features(trainable: TrainableModel, samples: Samples, placement: Plac
 
     caught: list[torch.Tensor] = []
     handle = trainable.head.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    features = np.empty((len(samples), trainable.head_width()), np.float32)
+    features = np.zeros((len(samples), trainable.head_width()), np.float32)
     trainable.model.eval()
     try:
         with torch.inference_mode():
@@ -63,7 +63,7 @@ def frozen_features(trainable: TrainableModel, samples: Samples, placement: Plac
                 features[rows] = caught.pop().float().cpu().numpy()
     finally:
         handle.remove()
-    return features
+    return placement.team.gathered(features)
 
 
 def fit_probe(

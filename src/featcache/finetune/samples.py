@@ -30,6 +30,7 @@ from featcache.data import (
 from featcache.data.sampling import held_out_rows
 from featcache.display import say
 from featcache.errors import UserError
+from featcache.finetune.parallel import ALONE, Team
 from featcache.results.metrics import checked_weights
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Placement:
     amp: bool
     channels_last: bool
     workers: int
+    team: Team = ALONE
 
     def describe(self) -> JsonObject:
         """For reports: device by name, precision, memory layout, threads."""
@@ -66,6 +68,7 @@ class Placement:
             "amp": self.amp,
             "channels_last": self.channels_last,
             "num_threads": torch.get_num_threads(),
+            **({} if self.team.rank.alone else {"num_processes": self.team.rank.size}),
         }
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -99,8 +102,10 @@ class Samples(ABC):
         return np.asarray(given / given.mean(), np.float32) if np.ptp(given) else None
 
     def all_batches(self, placement: Placement) -> Iterator[Batch]:
-        """Every sample in order, in batches for a pass without training."""
-        return self.batches(np.arange(len(self)), EVAL_BATCH_SIZE, placement)
+        """This process's part of the samples in order, for a pass without training."""
+        rank = placement.team.rank
+        part = np.array_split(np.arange(len(self)), rank.size)[rank.index]
+        return self.batches(part, EVAL_BATCH_SIZE, placement)
 
     @abstractmethod
     def subset(self, rows: Int64, name: str) -> Self:
@@ -208,7 +213,7 @@ class Activations(Samples):
 
 
 def read_images(
-    split: ImageSplit, prep: Preprocessing, config: FinetuneConfig, workers: int
+    split: ImageSplit, prep: Preprocessing, config: FinetuneConfig, placement: Placement
 ) -> Images:
     """Decode a split once, or, where it takes too much memory, check it as `on_error` asks.
 
@@ -226,7 +231,8 @@ def read_images(
         say(f"skipped {split.ids[index]}: {image}")
         bad.append(index)
 
-    decoded = decode_split(split, prep, workers=workers, limit_bytes=DECODED_BYTES, on_bad=on_bad)
+    workers, limit = placement.workers, DECODED_BYTES // placement.team.rank.local_size
+    decoded = decode_split(split, prep, workers=workers, limit_bytes=limit, on_bad=on_bad)
     if decoded is None and config.on_error == "skip":
         # Which rows are usable must be known before the first epoch draws their order.
         for index, image in iterate_pixels(split, range(len(split)), prep, workers=workers):

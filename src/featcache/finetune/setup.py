@@ -18,6 +18,7 @@ from featcache.files import check_outputs
 from featcache.finetune.activations import StageCache
 from featcache.finetune.checkpoint import MARKS as CHECKPOINT_MARKS
 from featcache.finetune.checkpoint import checkpoint_path, run_key
+from featcache.finetune.parallel import ALONE, Team
 from featcache.finetune.probe import head_to_start_from
 from featcache.finetune.samples import Placement, Samples, hold_out, read_images
 from featcache.finetune.trainable import TrainableModel, TrainingRecipe, resolve_recipe
@@ -63,7 +64,10 @@ class FinetuneRun:
 
 
 def prepare(
-    config: FinetuneConfig, dataset: ImageDataset | None = None, activations: Path | None = None
+    config: FinetuneConfig,
+    dataset: ImageDataset | None = None,
+    activations: Path | None = None,
+    team: Team = ALONE,
 ) -> FinetuneRun:
     """Load data and network and check that they fit, before any long work.
 
@@ -71,24 +75,25 @@ def prepare(
         config: The command's settings.
         dataset: What to train and score on; what the settings name unless given.
         activations: For `from_stage`, a cache of these images and perhaps others.
+        team: The processes that train together.
 
     Raises:
         UserError: Wrong input, or an unreadable image under `on_error="fail"`.
     """
     recipe = resolve_recipe(config)
-    head_file = _check_given(config)
+    head_file = _check_given(config, team)
     info = identify(config, config.seed, config.cache_dir)
     dataset = dataset or _noted(load_dataset(config))
     if (weights := dataset.splits["train"].weights) is not None:
         checked_weights(weights, "train")
     names = dataset.class_names
     init_head = head_to_start_from(head_file, info, names) if head_file else None
-    placement = choose_placement(config)
+    placement = choose_placement(config, team)
     trainable = _trainable(config, recipe, info, len(names))
     _place(trainable, placement)
     stage_cache = _stage_cache(config, recipe, dataset, activations)
     start = time.perf_counter()
-    samples = _read_splits(dataset, info.preprocessing, config, placement.workers, stage_cache)
+    samples = _read_splits(dataset, info.preprocessing, config, placement, stage_cache)
     read_seconds = time.perf_counter() - start
     train, held, chosen_on = samples["train"], None, "nothing: no setting was chosen by a score"
     if recipe.patience:
@@ -112,8 +117,7 @@ def prepare(
         num_skipped={n: len(dataset.splits[n]) - len(split) for n, split in samples.items()},
         read_seconds=read_seconds,
         decisive=decisive,
-        output=config.output
-        or config.cache_dir / _file_name(recipe, info, dataset, run_key(decisive)),
+        output=config.output or config.cache_dir / _file_name(recipe, info, dataset, decisive),
     )
 
 
@@ -131,12 +135,13 @@ def _trainable(
     return trainable
 
 
-def _check_given(config: FinetuneConfig) -> TensorFile | None:
+def _check_given(config: FinetuneConfig, team: Team) -> TensorFile | None:
     """Check the files that the settings name; returns that of the head to start from, if any."""
     if config.output is not None:
         if config.output.suffix != ".safetensors":
             raise UserError(f"--output {config.output}: a model's name ends in .safetensors")
-        check_unlocked(config.output)
+        if team.leads:  # to look, it locks
+            check_unlocked(config.output)
         check_files(config, config.output)
     return read_tensor_file(config.init_head) if config.init_head else None
 
@@ -166,7 +171,7 @@ def check_files(config: FinetuneConfig, output: Path) -> None:
     check_outputs(outputs, [config.weights, config.dataset, config.init_head or ""])
 
 
-def choose_placement(config: FinetuneConfig) -> Placement:
+def choose_placement(config: FinetuneConfig, team: Team = ALONE) -> Placement:
     """Where and how to compute.
 
     The layout is fixed rather than timed on the spot, so that two runs with one seed, or a run and
@@ -177,9 +182,11 @@ def choose_placement(config: FinetuneConfig) -> Placement:
     device = pick_device(config.device)
     # The frozen network has to give the features that a cache would hold: float32.
     amp = device == "cuda" and not config.freeze_backbone and torch.cuda.is_bf16_supported()
-    workers = num_cores() if config.workers is None else config.workers
-    channels_last = device in ("cpu", "cuda")
-    return Placement(device=device, amp=amp, channels_last=channels_last, workers=workers)
+    workers = config.workers
+    if workers is None:
+        workers = max(1, num_cores() // team.rank.local_size)
+    layout = device in ("cpu", "cuda")
+    return Placement(device=device, amp=amp, channels_last=layout, workers=workers, team=team)
 
 
 def _place(trainable: TrainableModel, placement: Placement) -> None:
@@ -228,7 +235,7 @@ def _read_splits(
     dataset: ImageDataset,
     prep: Preprocessing,
     config: FinetuneConfig,
-    workers: int,
+    placement: Placement,
     stage_cache: StageCache | None,
 ) -> dict[str, Samples]:
     wanted = ["train", "test"]
@@ -236,7 +243,7 @@ def _read_splits(
         wanted.append("val")
     if stage_cache is not None:
         return {name: stage_cache.samples(dataset.splits[name]) for name in wanted}
-    return {name: read_images(dataset.splits[name], prep, config, workers) for name in wanted}
+    return {name: read_images(dataset.splits[name], prep, config, placement) for name in wanted}
 
 
 def _check_batches(trainable: TrainableModel, num_train: int) -> None:
@@ -272,10 +279,15 @@ def _decisive(
         "init_head": head_file.sha256 if head_file else None,
         "device": placement.device,
         "versions": numeric_versions(info.backbone),
+        **({} if placement.team.rank.alone else {"num_processes": placement.team.rank.size}),
     }
 
 
-def _file_name(recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, key: str) -> str:
+def _file_name(
+    recipe: TrainingRecipe, info: BackboneInfo, dataset: ImageDataset, decisive: JsonObject
+) -> str:
+    """The model's name, the same for any number of processes."""
+    key = run_key({name: value for name, value in decisive.items() if name != "num_processes"})
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
     return f"{dataset.name}-{info.file_name}-{what}-{key[:8]}.safetensors"

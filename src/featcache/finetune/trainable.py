@@ -146,6 +146,7 @@ class TrainableModel:
 
     Attributes:
         network: What a batch goes through: the model, or its tail, which takes a stage's inputs.
+        training_network: The same, as it is called to train.
 
     Raises:
         UserError: `recipe.unfreeze` or `recipe.from_stage` names no module of this network.
@@ -160,6 +161,7 @@ class TrainableModel:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
         use_products(model)
+        self.training_network = self.network
 
     def _trained_prefixes(self) -> tuple[str, ...] | None:
         """Dotted names whose modules train; None trains all."""
@@ -258,6 +260,11 @@ class TrainableModel:
             return torch.optim.SGD(groups, momentum=MOMENTUM, fused=fused)
         kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
         return kind(groups, fused=fused)
+
+    @property
+    def num_classes(self) -> int:
+        """Number C of logits."""
+        return len(self.head.weight)
 
     def head_width(self) -> int:
         """Width D of the features that enter the head."""

@@ -7,6 +7,7 @@ the report says which.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ from featcache.finetune.checkpoint import (
     save_checkpoint,
 )
 from featcache.finetune.loop import Scores, score, train_epoch
+from featcache.finetune.parallel import ALONE, joined
 from featcache.finetune.probe import fit_probe, set_head
 from featcache.finetune.setup import FinetuneRun, check_files, prepare
 from featcache.groups import is_copy
@@ -87,21 +89,27 @@ def finetune_report(
     start = time.perf_counter()
     try:
         with (
+            contextlib.ExitStack() as stack,
             freed_memory_kept(),
             # Same seed, same weights, on GPUs too.
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
         ):
-            run = prepare(config, dataset, activations)
-            run.checkpoint_s = checkpoint_s
-            check_files(config, run.output)
-            with sole_writer(run.output):
+            # Runs on a dataset in memory (compare) are those of one process.
+            team = stack.enter_context(joined(config)) if dataset is None else ALONE
+            with team.together():
+                run = prepare(config, dataset, activations, team)
+                run.checkpoint_s = checkpoint_s
+                check_files(config, run.output)
+            with team.together():  # all have found the output unlocked
+                if team.leads:
+                    stack.enter_context(sole_writer(run.output))
                 if config.resume and not replace:
                     check_same_run(run.output, run.decisive)
-                for path in (run.output, checkpoint_path(run.output)):
-                    remove_temporaries(path)
-                if run.stage_cache is not None:  # what it cost is added at the end
-                    start += run.stage_cache.wall_s
-                return _finished(run) or _execute(run, start)
+                report = _finished(run)
+            if run.stage_cache is not None:  # what it cost is added at the end
+                start += run.stage_cache.wall_s
+            team.agree(int(report is not None), "finished runs")
+            return report or _execute(run, start)
     except torch.OutOfMemoryError as error:
         raise FeatcacheError(
             f"the memory of the GPU is too small for --batch-size {config.batch_size}: use a "
@@ -111,28 +119,35 @@ def finetune_report(
 
 def _execute(run: FinetuneRun, start: float) -> RunReport:
     """Train from the beginning or from the checkpoint, score, write model and report."""
-    state = run.trainable.model.state_dict().values()
-    check_writable(run.output, sum(tensor.nbytes for tensor in state))
+    team = run.placement.team
+    if team.leads:
+        state = run.trainable.model.state_dict().values()
+        check_writable(run.output, sum(tensor.nbytes for tensor in state))
+        for path in (run.output, checkpoint_path(run.output)):
+            remove_temporaries(path)
     optimizer = run.trainable.make_optimizer()
     frozen = run.trainable.frozen_sha256()
     checkpoint = checkpoint_path(run.output)
     progress = None
     if run.config.resume:
         progress = load_checkpoint(checkpoint, run_key(run.decisive), run.trainable, optimizer)
-    num_resumed = len(progress.epochs) if progress else 0
+    num_resumed = team.agree(len(progress.epochs) if progress else 0, "checkpoints")
     if progress is None:
         progress = Progress()
         _initialise_head(run)
     else:
         say(f"resuming after epoch {num_resumed} of {run.recipe.epochs} from {checkpoint}")
     start -= progress.seconds
+    run.trainable.training_network = team.data_parallel(run.trainable.network)
     scores = _train(run, optimizer, progress, start)
     assert run.trainable.frozen_sha256() == frozen, "a frozen part of the network changed"
     report = _report(run, progress, scores, num_resumed)
-    _write_model(run, report)
     key = run_key(run.decisive)
-    written = {"hit": False, "key": key, "model_sha256": file_sha256(run.output), "run": key[:16]}
-    report = dataclasses.replace(report, more=report.more | written)
+    report.more.update(hit=False, key=key, run=key[:16])
+    if not team.leads:
+        return report
+    _write_model(run, report)
+    report.more["model_sha256"] = file_sha256(run.output)
     seconds = time.perf_counter() - start + (run.stage_cache.cost_s if run.stage_cache else 0.0)
     report = dataclasses.replace(report, seconds_total=seconds)
     report.save(run.output.with_suffix(".json"))
@@ -195,7 +210,8 @@ def _train(
         if "test_loss" in record or run.config.verbose:
             say(epoch_line(record, recipe.epochs))
         elapsed = time.perf_counter() - start
-        if epoch + 1 < recipe.epochs and elapsed - progress.seconds >= run.checkpoint_s:
+        due = run.placement.team.leads and epoch + 1 < recipe.epochs
+        if due and elapsed - progress.seconds >= run.checkpoint_s:
             progress.seconds = elapsed
             save_checkpoint(
                 checkpoint_path(run.output), run.decisive, progress, trainable, optimizer
