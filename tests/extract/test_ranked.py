@@ -193,6 +193,15 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
     assert verify(tmp_path / "x.h5").ok
 
 
+def test_on_a_network_disk_ranks_write_shards(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("featcache.extract.ranked.shared_disk", lambda folder: "nfs4")
+    extract_part(settings(folder, tmp_path, shard="0/2"))
+    said = capsys.readouterr().err
+    reason = "because nfs4 is a disk of several machines"
+    assert f"rank 0 of 2 (--shard), --write shards, {reason}\n" in said
+    assert (tmp_path / "x.h5.shard-00000-of-00002").exists()
+
+
 def test_one_shard_of_a_file_in_place_leaves_the_rest(folder, tmp_path):
     report = extract_part(settings(folder, tmp_path, write="direct", shard="2/3"))
     assert (report["num_images"], report["next"]) == (

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypedDict, final
 
 from featcache.backbone import OwnNetwork
@@ -162,15 +163,10 @@ def _extract_as(
     path = request.path
     check_outputs({path: MARKS, part_path(path): MARKS}, [config.weights, config.dataset])
     check_skipped(config, part_path(path), "--force")
-    kind = shared_disk(path.parent) if config.write == "auto" else None
-    write: Write = "shards" if kind or config.write == "shards" else "direct"
-    if rank.index == 0:
-        reason = f", because {kind} is a disk of several machines" if kind else ""
-        say(f"{rank} ({rank.source}), --write {write}{reason}")
-    part = _Part(request, rank, write, run)
+    part = _Part(request, rank, _how_to_write(config, path, rank), run)
     with torch_threads_kept():
         _agree(part)
-        following = (_write_direct if write == "direct" else _write_shard)(part)
+        following = (_write_direct if part.plan.write == "direct" else _write_shard)(part)
     if rank.index == 0:
         warn_if_decoding_is_slow(run)
     if following is not None:
@@ -180,6 +176,16 @@ def _extract_as(
     cost = cost_record(config, report, None)
     finish_cost(path, part_path(path), {**cost, "seconds_total": part.seconds})
     return report
+
+
+def _how_to_write(config: ExtractConfig, path: Path, rank: Rank) -> Write:
+    """In place or as shards, as asked for or as the disk requires; rank 0 says which."""
+    kind = shared_disk(path.parent) if config.write == "auto" else None
+    write: Write = "shards" if kind or config.write == "shards" else "direct"
+    if rank.index == 0:
+        reason = f", because {kind} is a disk of several machines" if kind else ""
+        say(f"{rank} ({rank.source}), --write {write}{reason}")
+    return write
 
 
 def _index(config: ExtractConfig, own: OwnNetwork | None) -> Request:

@@ -118,12 +118,7 @@ def merge_shards(path: Path) -> None:
     files = [CacheFile(file) for share, file in shards.items() if share.size == size]
     for file in files:
         _check_same(file, plan.meta)
-    found = {
-        split: [f.rows(split) for f in files if split in f.layout.splits] for split in plan.num_rows
-    }
-    if {split: sum(len(p.ids) for p in parts) for split, parts in found.items()} != plan.num_rows:
-        raise CacheError(f"{plan_path(path)} states other numbers of rows than the shards have")
-    splits = [_joined(parts) for parts in found.values()]
+    splits = [_joined(files, split, num, path) for split, num in plan.num_rows.items()]
     with open_writer(path, plan.meta, files[0].class_names, splits) as writer:
         _finish(writer, size)
 
@@ -224,8 +219,11 @@ def _refuse_missing(path: Path, missing: Sequence[Share]) -> None:
         )
 
 
-def _joined(parts: Sequence[SplitRows]) -> SplitRows:
+def _joined(files: Sequence[CacheFile], split: str, num_rows: int, path: Path) -> SplitRows:
     """The rows of one split, from all shards that have some, in order."""
+    parts = [file.rows(split) for file in files if split in file.layout.splits]
+    if sum(len(part.ids) for part in parts) != num_rows:
+        raise CacheError(f"{plan_path(path)} states other numbers of rows than the shards have")
     columns: dict[str, Any] = {}
     for field in dataclasses.fields(SplitRows):
         values = [getattr(part, field.name) for part in parts]
