@@ -80,14 +80,14 @@ def bounds(folder: Path) -> dict[str, Measure]:
 
 
 def check_bound(rows: list[dict[str, Any]], names: Mapping[str, Any]) -> None:
-    """Refuse a bound that a float32 network exceeds.
+    """Refuse a bound that a direct float32 network exceeds.
 
     Raises:
         FeatcacheError: One does, by more than noise.
     """
     for row in rows:
         share = row["share_of_bound"]
-        if row["name"] not in names and row["float32"] and share > 1 + NOISE:
+        if row["name"] not in names and row["is_direct"] and share > 1 + NOISE:
             raise FeatcacheError(
                 f"{row['name']} reached {share:.2f} of the bound, more than noise ({NOISE:.0%}): "
                 "the bound is wrong, or the machine was busier when it was measured; run this again"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -237,24 +238,33 @@ def _in_child(step: Callable[[], float]) -> dict[str, float]:
 def overhead(config: ScaleConfig) -> dict[str, Any]:
     """Both ways in turns."""
     images = small_images(config.folder / f"small-{config.num_images}", config.num_images)
-    seconds: dict[str, list[float]] = {"one process": [], "two ranks": []}
-    _extract(config, images, [{}], workers=2)  # hashes of the files are remembered from here on
+    ranks = [{"RANK": str(i), "WORLD_SIZE": "2", "LOCAL_RANK": str(i)} for i in range(2)]
+    ways = {"one process": ([{}], 2), "two ranks": (ranks, 1)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    _extract(config, images, [{}], 2)  # hashes of the files are remembered from here on
     for _ in range(config.rounds):
-        seconds["one process"].append(_extract(config, images, [{}], workers=2))
-        ranks = [{"RANK": str(i), "WORLD_SIZE": "2", "LOCAL_RANK": str(i)} for i in range(2)]
-        seconds["two ranks"].append(_extract(config, images, ranks, workers=1))
-        say(", ".join(f"{name} {found[-1]:.1f} s" for name, found in seconds.items()))
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    ratio = medians["two ranks"] / medians["one process"]
-    lines = [f"{name}: {medians[name]:.1f} s" for name in medians]
-    lines.append(f"two ranks take {ratio:.3f} of one process's time, {config.num_images} images")
-    return {"command": "bench-scale-overhead", "seconds": seconds, "ratio": ratio, "summary": lines}
+        for name, (processes, workers) in ways.items():
+            found[name].append(_extract(config, images, processes, workers))
+        say(", ".join(f"{name} {runs[-1][0]:.1f} s" for name, runs in found.items()))
+    wall = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
+    cpu = {name: statistics.median(seconds for _, seconds in runs) for name, runs in found.items()}
+    ratio = wall["two ranks"] / wall["one process"]
+    return {
+        "command": "bench-scale-overhead",
+        "seconds": {name: [seconds for seconds, _ in runs] for name, runs in found.items()},
+        "processor_seconds": cpu,
+        "ratio": ratio,
+        "summary": [
+            *(f"{name:11} {wall[name]:6.1f} s, processor {cpu[name]:6.1f} s" for name in ways),
+            f"two ranks take {ratio:.3f} of one process's time for {config.num_images:,} images",
+        ],
+    }
 
 
 def _extract(
-    config: ScaleConfig, images: Path, ranks: list[dict[str, str]], *, workers: int
-) -> float:
-    """Seconds until all ranks have ended; the cache is removed before."""
+    config: ScaleConfig, images: Path, ranks: list[dict[str, str]], workers: int
+) -> tuple[float, float]:
+    """Seconds until all ranks have ended, and their processor seconds; a new cache each time."""
     path = config.folder / "overhead.h5"
     for left in (path, part_path(path)):
         left.unlink(missing_ok=True)
@@ -262,11 +272,20 @@ def _extract(
     words += ["--engine", "torch", "--image-px", str(config.image_px), "--workers", str(workers)]
     words += ["--output", str(path), "--cache-dir", str(config.folder), "--device", "cpu"]
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD"))}
-    start = time.perf_counter()
-    running = [subprocess.Popen([sys.executable, *words], env=plain | more) for more in ranks]  # noqa: S603
-    if any(process.wait() for process in running):
+    before, start = _processor_s(), time.perf_counter()
+    running = [
+        subprocess.Popen([sys.executable, *words], env=plain | more, stderr=subprocess.DEVNULL)  # noqa: S603
+        for more in ranks
+    ]
+    if sum(process.wait() != 0 for process in running):  # waits for all
         raise FeatcacheError("extract-features failed")
-    return time.perf_counter() - start
+    return time.perf_counter() - start, _processor_s() - before
+
+
+def _processor_s() -> float:
+    """Processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:

@@ -57,6 +57,7 @@ LATE = {
     "tail.py",
     "gpu.py",
     "torch_cpu.py",
+    "winograd.py",
     "estimator.py",
     "graph.py",
     "small_maps.py",

@@ -17,8 +17,8 @@ import pytest
 import rank_runs
 from cache_helpers import CLASSES, flip_bit, make_meta
 from conftest import TESTS
-from featcache.cache import fileio, open_writer, part_path, verify, writer
-from featcache.cache.lock import Lock
+from featcache.cache import fileio, lock, open_writer, part_path, verify, writer
+from featcache.cache.lock import HeldError, Lock, join
 from featcache.cache.parallel import (
     MERGING,
     ClaimedWriter,
@@ -40,6 +40,7 @@ from featcache.errors import CacheError, StorageError
 from rank_runs import META, ROWS, SPLITS, fork, start, wait, work
 
 PAGE = 4096
+values = rank_runs.values
 WRITES = ("direct", "shards")
 
 
@@ -128,18 +129,36 @@ def test_a_rank_with_other_weights_is_refused_by_name(path, whole, write):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("write", WRITES)
+def test_an_unfinished_file_of_other_settings_is_refused_before_a_plan_is_made(path, write):
+    open_writer(path, make_meta(dim=rank_runs.DIM, weights="imagenet"), CLASSES, SPLITS).close()
+    with pytest.raises(CacheError) as caught:
+        work(write, path, Share(0, 2))
+    assert str(caught.value) == (
+        f"{path}.part was begun with different settings: backbone.weights: cached 'imagenet', "
+        "requested 'random'; run the earlier command to finish it, or remove it"
+    )
+    assert names(path) == {"x.h5.part", "x.h5.lock"}
+
+
 def test_a_rank_that_hangs_costs_a_lease_and_no_row(path, whole, monkeypatch, capfd):
     monkeypatch.setattr(claims, "LEASE_S", 0.4)
-    monkeypatch.setattr(rank_runs, "BLOCK_S", 0.02)
-    hung = fork(lambda: work("direct", path, Share(1, 3)))
-    while not part_path(path).exists():
-        time.sleep(0.005)
-    time.sleep(0.1)
-    os.kill(hung, signal.SIGSTOP)
+    calls = []
+
+    def stop_at_the_third(split: str, rows: range) -> np.ndarray:
+        calls.append(rows)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return values(split, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rank_runs, "values", stop_at_the_third)
+        hung = fork(lambda: work("direct", path, Share(1, 3)))
+    assert os.WIFSTOPPED(os.waitpid(hung, os.WUNTRACED)[1])
     others = [fork(lambda i=i: work("direct", path, Share(i, 3))) for i in (0, 2)]
     assert wait(others) == [1, 1]
     said = capfd.readouterr().err
-    assert ": nothing written for 0 s, computed here too" in said
+    assert "block train/8: nothing written for 0 s, computed here too" in said
     assert "every block is written, but another rank has not ended for 0 s: end it, then" in said
     assert verify(part_path(path)).problems == [
         "unfinished: 20 of 20 blocks are written; rerun the same extract-features command to resume"
@@ -209,6 +228,24 @@ def test_a_shard_alone_leaves_the_rest_to_others(path, whole):
         open_writer(path, META, CLASSES, SPLITS)
     assert wait(start("direct", path, 1)) == [0]
     assert path.read_bytes() == whole
+
+
+def test_a_run_that_is_no_rank_keeps_ranks_out(path, monkeypatch):
+    monkeypatch.setattr(lock, "UNKNOWN_S", 0.1)
+
+    def hold() -> None:
+        with open_writer(path, META, CLASSES, SPLITS):
+            time.sleep(60)
+
+    plain = fork(hold)
+    while not part_path(path).exists():
+        time.sleep(0.01)
+    for write in WRITES:
+        with pytest.raises(HeldError, match=rf"being written by process {plain} on "):
+            work(write, path, Share(1, 2))
+        plan.plan_path(path).unlink()
+    os.kill(plain, signal.SIGKILL)
+    wait([plain])
 
 
 def join_alone(path: Path) -> ClaimedWriter:
@@ -283,9 +320,6 @@ def test_another_number_of_ranks_keeps_what_is_there(path, whole, monkeypatch):
     assert path.read_bytes() == whole
 
 
-values = rank_runs.values
-
-
 def test_one_process_takes_what_ranks_left(path, whole):
     begin_job(path, Share(0, 2))
     with open_writer(path, META, CLASSES, SPLITS) as one:
@@ -314,6 +348,8 @@ def test_a_rank_that_comes_during_the_merge_has_nothing_to_do(path):
     while not place.exists() or not place.read_bytes():
         time.sleep(0.01)
     assert work("shards", path, Share(1, 2)) == MERGING
+    with pytest.raises(HeldError, match=r"being written by process \d+ \(rank 0 of 2\) on "):
+        join(path, "rank 0 of 3", 0.2)
     os.kill(merger, signal.SIGKILL)
     wait([merger])
     assert work("shards", path, Share(1, 2)) is None

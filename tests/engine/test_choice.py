@@ -194,20 +194,21 @@ def long_job(monkeypatch: pytest.MonkeyPatch, *, installed: bool) -> list[str]:
 def test_auto_measures_what_is_installed(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     entrants = long_job(monkeypatch, installed=installed)
     engine = en.choose_engine(settings(), load_backbone(BUNDLED, 0), PREP, num_images=9999)
-    assert entrants == ["torch", "openvino"] if installed else ["torch"]
+    assert entrants == ["torch", "winograd", *(["openvino"] if installed else [])]
     assert engine.name == entrants[-1]
     assert (engine.batch_size, engine.threads, engine.timings) == (7, 1, {"made up": 1.0})
 
 
-@pytest.mark.parametrize("resumed", ["torch", "openvino-2026.3"])
+@pytest.mark.parametrize("resumed", ["torch", "torch-winograd", "openvino-2026.3"])
 def test_auto_keeps_the_engine_that_made_the_rows_there(
     resumed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entrants = long_job(monkeypatch, installed=True)
     network = load_backbone(BUNDLED, 0)
     engine = en.choose_engine(settings(), network, PREP, num_images=9999, resumed=resumed)
-    assert entrants == [resumed.partition("-")[0]]
-    assert engine.recorded in ("torch", "openvino-1.0")
+    kept = {"torch": "torch", "torch-winograd": "winograd", "openvino-2026.3": "openvino"}
+    assert entrants == [kept[resumed]]
+    assert engine.recorded in (resumed, "openvino-1.0")
 
 
 def test_an_engine_that_fails_is_left_out_and_named(
@@ -220,7 +221,7 @@ def test_an_engine_that_fails_is_left_out_and_named(
 
     monkeypatch.setattr(openvino_cpu, "openvino_implementation", fail)
     en.choose_engine(settings(), load_backbone(BUNDLED, 0), PREP, num_images=9999)
-    assert entrants == ["torch"]
+    assert entrants == ["torch", "winograd"]
     assert "cannot run this network" in capsys.readouterr().err
 
 

@@ -99,8 +99,7 @@ def test_ranks_write_the_file_of_one_process(folder, tmp_path, monkeypatch, capf
     assert f"rank 0 of 3 (torchrun), --write {write}\n" in said
     found = reports(tmp_path)
     # The one that finished has the command's report, the others a rank's.
-    assert sorted("rank" in report for report in found) == [False, True, True]
-    whole = next(report for report in found if "rank" not in report)
+    (whole,) = [report for report in found if "num_ranks" in report and "rank" not in report]
     assert whole["num_ranks"] == 3
     computed = sum(s["num_samples"] - s["num_resumed"] for s in whole["splits"].values())
     assert computed + sum(r["num_images"] for r in found if "rank" in r) == 400
@@ -137,7 +136,7 @@ def test_a_rank_without_work_says_so(folder, tmp_path, capfd):
     assert ranks(settings(folder, tmp_path, write="shards"), 9) == [0] * 9
     found = reports(tmp_path)
     idle = [r for r in found if r.get("num_images") == 0]
-    assert {r["rank"] for r in idle} == {0, 4}  # 7 blocks in 9 shares
+    assert {4} <= {r["rank"] for r in idle} <= {0, 4}  # 7 blocks in 9 shares
     said = capfd.readouterr().err
     assert " of 9 has no work: no blocks were left for it; " in said
     assert verify(tmp_path / "x.h5").ok
@@ -181,7 +180,13 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
             extract_part(settings(folder, tmp_path, write="shards", shard="2/3"))
     done = merge(MergeConfig(cache=tmp_path / "x.h5"))
     assert (done["hit"], done["num_rows"]) == (False, {"train": 300, "test": 100})
+    left = tmp_path / "x.h5.shard-00000-of-00003"  # as if it had died before it removed that
+    left.write_bytes(b"")
     assert merge(MergeConfig(cache=tmp_path / "x.h5"))["hit"]
+    assert not left.exists()
+    left.write_bytes(b"")
+    assert extract_part(settings(folder, tmp_path, shard="0/3"))["hit"]
+    assert not left.exists()
     assert merge_lines({**done, "hit": True}) == [
         f"{tmp_path / 'x.h5'}: is finished already: 300 train, 100 test images"
     ]

@@ -43,9 +43,9 @@ def test_a_row_says_how_near_the_bound_is(script: ModuleType) -> None:
 
 def test_a_network_beyond_the_bound_fails(script: ModuleType) -> None:
     rows = [
-        {"name": "loop", "share_of_bound": 1.0, "float32": True},
-        {"name": "torch", "share_of_bound": 1.04, "float32": True},
-        {"name": "int8", "share_of_bound": 4.0, "float32": False},
+        {"name": "loop", "share_of_bound": 1.0, "is_direct": True},
+        {"name": "torch", "share_of_bound": 1.04, "is_direct": True},
+        {"name": "int8", "share_of_bound": 4.0, "is_direct": False},
     ]
     script.check_bound(rows, {"loop": 1.0})
     rows[1]["share_of_bound"] = 1.06

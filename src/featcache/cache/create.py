@@ -172,7 +172,7 @@ def _encode_texts(
     Raises:
         UserError: A text that is empty, too long, a duplicate, or not storable.
     """
-    encoded = []
+    width = 0
     for text in texts:
         try:
             data = text.encode()
@@ -183,11 +183,12 @@ def _encode_texts(
                 f"{what} {text!r:.80} cannot be stored: 1 to {schema.MAX_TEXT_BYTES} bytes without "
                 "NUL; rename it"
             )
-        encoded.append(data)
-    if unique and len(set(encoded)) < len(encoded):
+        width = max(width, len(data))
+    if unique and len(set(texts)) < len(texts):
         duplicate = Counter(texts).most_common(1)[0][0]
         raise UserError(f"{what} {duplicate!r} is a duplicate: names must differ")
-    return np.array(encoded, dtype=f"S{max(map(len, encoded))}")
+    # Not all at once as bytes, which of many millions of names would take the most memory of all.
+    return np.fromiter((text.encode() for text in texts), f"S{width}", len(texts))
 
 
 def create_part(part: Path, spec: CacheSpec) -> None:

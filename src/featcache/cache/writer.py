@@ -196,10 +196,12 @@ class CacheWriter:
         num = self.layout.num_rows(split)
         return sum(len(block_range(int(b), num)) for b in np.flatnonzero(self._done[split]))
 
-    def pending(self, split: str) -> list[range]:
-        """Row ranges of the blocks that are not written yet, in order."""
-        num = self.layout.num_rows(split)
-        return [block_range(int(b), num) for b in np.flatnonzero(~self._done[split])]
+    def pending(self, split: str, among: range | None = None) -> list[range]:
+        """Row ranges of the blocks, or of those `among` these, that are not written, in order."""
+        num, done = self.layout.num_rows(split), self._done[split]
+        blocks = among or range(len(done))
+        left = blocks.start + np.flatnonzero(~done[blocks.start : blocks.stop])
+        return [block_range(int(b), num) for b in left]
 
     def _find_reused(self, split: str, rows: range) -> npt.NDArray[np.int64]:
         return self._source.find(self.spec.arrays[f"{split}/content"][rows.start : rows.stop])

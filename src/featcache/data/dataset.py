@@ -228,8 +228,9 @@ class ImageDataset:
         for name in sorted(self.splits):
             split = self.splits[name]
             digest.update(json.dumps([name, len(split), split.weights is not None]).encode())
-            for sample_id in split.ids:
-                digest.update(f"{len(sample_id.encode())}:{sample_id}".encode())
+            sizes = (len(i) if i.isascii() else len(i.encode()) for i in split.ids)
+            ids = "".join(f"{size}:{i}" for size, i in zip(sizes, split.ids, strict=True))
+            digest.update(ids.encode())
             digest.update(split.labels.astype("<i8").tobytes())
             if split.weights is not None:
                 digest.update(split.weights.astype("<f4").tobytes())

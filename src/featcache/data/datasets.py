@@ -270,7 +270,7 @@ def _check_width(splits: dict[str, ImageSplit]) -> None:
         UserError: Naming the image.
     """
     for split in splits.values():
-        sizes = [len(os.fsencode(sample_id)) for sample_id in split.ids]
+        sizes = [len(i) if i.isascii() else len(os.fsencode(i)) for i in split.ids]
         width, total = max(sizes, default=0), sum(sizes)
         if len(sizes) * width > max(WIDE_BYTES, 4 * total):
             longest, padded = split.ids[sizes.index(width)], len(sizes) * width / 1e6

@@ -25,8 +25,8 @@ TIE_MARGIN = 0.03
 MAX_ROUNDS = 5
 # A job this long repays measuring and loading another engine, two or three seconds together.
 LONG_JOB_S = 60.0
-SELF_TEST_SHARE = 0.02
-SELF_TEST_S = 2.0
+SELF_TEST_SHARE = 0.03
+SELF_TEST_S = 4.0
 # For fewer images, even estimating how long the job takes is not worth a forward pass.
 SELF_TEST_IMAGES = 1000
 

@@ -89,7 +89,7 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """The network in torch or OpenVINO, checked to give the plain network's features.
+    """The network in one of its forms, checked to give the plain network's features.
 
     See `Engine` for the attributes.
     """
@@ -135,7 +135,7 @@ class Engine:
     """A way to run the network: from pixels [n, H, W, 3] uint8 to features [n, D] float32.
 
     Attributes:
-        name: torch or openvino.
+        name: torch, winograd (torch with Winograd's convolutions) or openvino.
         precision: float32, int8 or amp.
         device: cpu, cuda or mps.
         batch_size: Images per call.

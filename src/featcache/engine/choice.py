@@ -24,7 +24,12 @@ from featcache.engine.base import (
 )
 from featcache.engine.gpu import gpu_engine
 from featcache.engine.int8 import int8_engine
-from featcache.engine.torch_cpu import reference_features, torch_implementation
+from featcache.engine.torch_cpu import (
+    WINOGRAD,
+    reference_features,
+    torch_implementation,
+    winograd_implementation,
+)
 from featcache.errors import FeatcacheError, UserError
 from featcache.runtime import num_cores, pick_device
 
@@ -124,15 +129,25 @@ def _cpu_engine(work: Workload, resumed: str | None) -> Engine:
             "the cache was started with openvino and", "openvino", otherwise="give --force"
         )
         implementations.append(openvino_cpu.openvino_implementation(work)[0])
+    elif resumed == WINOGRAD:
+        found = winograd_implementation(work)
+        if found is None:
+            raise UserError(
+                "the cache was started with Winograd's convolutions, which give other features "
+                "here: go on where it was started, or give --force"
+            )
+        implementations.append(found)
     else:
         implementations.append(torch_implementation(work))
     seconds = autotune.expected_seconds(work, implementations[0])
     if seconds < autotune.LONG_JOB_S:
         defaults = {"batch_size": work.batch_size, "threads": work.threads}
         return _engine(work, autotune.Candidate(implementation=implementations[0], **defaults), {})
-    if asked == "auto" and openvino_cpu.is_installed("openvino"):
+    if asked == "auto":
+        implementations += filter(None, [winograd_implementation(work)])
         try:
-            implementations.append(openvino_cpu.openvino_implementation(work)[0])
+            if openvino_cpu.is_installed("openvino"):
+                implementations.append(openvino_cpu.openvino_implementation(work)[0])
         except FeatcacheError as problem:
             say(f"running the network in torch: {problem}")
     best, timings = autotune.tune(work, implementations, seconds)

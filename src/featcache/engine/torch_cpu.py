@@ -1,4 +1,4 @@
-"""The network in torch on a CPU: plain, and fused where that gives the same features."""
+"""The network in torch on a CPU: plain, fused, and with Winograd's convolutions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from featcache.engine.base import (
     relative_error,
 )
 from featcache.engine.fusion import fuse_for_cpu
+from featcache.engine.winograd import use_winograd
 from featcache.errors import UserError
 
 
@@ -64,3 +65,21 @@ def torch_implementation(work: Workload) -> Implementation:
     say(f"running the network unfused: {reason}")
     plain = torch_forward(work.network, work.prep)
     return Implementation(name="torch", forward=plain, max_error=None, recorded="torch")
+
+
+WINOGRAD = "torch-winograd"
+"""What a cache records: its rows differ in the last bits from those of direct convolutions."""
+
+
+def winograd_implementation(work: Workload) -> Implementation | None:
+    """The fused network with Winograd's 3x3 convolutions; None where it has none or is off."""
+    try:
+        fused = fuse_for_cpu(work.network)
+        if not use_winograd(fused):
+            return None
+        forward = torch_forward(fused, work.prep)
+        error = relative_error(forward(work.sample), work.reference)
+    except Exception:  # what cannot be fused, `torch_implementation` has told of
+        return None
+    found = Implementation(name="winograd", forward=forward, max_error=error, recorded=WINOGRAD)
+    return found if error <= TOLERANCE else None

@@ -18,7 +18,7 @@ from featcache.cache import (
     read_meta,
     verify,
 )
-from featcache.cache.parallel import merge_shards
+from featcache.cache.parallel import merge_shards, remove_shards
 from featcache.config import (
     OWN_MODULE,
     BackboneInfo,
@@ -120,7 +120,9 @@ def merge(config: MergeConfig) -> MergeReport:
     """
     start = time.perf_counter()
     check_outputs({config.cache: MARKS, part_path(config.cache): MARKS})
-    if not (hit := config.cache.exists()):
+    if hit := config.cache.exists():
+        remove_shards(config.cache)  # the last merge may have ended just before it did
+    else:
         merge_shards(config.cache)
     num_rows = {name: num for name, (num, _) in FeatureCache(config.cache).num_rows.items()}
     return {
@@ -204,11 +206,13 @@ def _repair(config: VerifyConfig, found: VerifyReport) -> int:
     with torch_threads_kept():
         settings = EngineSettings(
             backbone=meta.backbone.backbone,
-            engine="torch" if meta.engine == "torch" else "openvino",
+            engine="torch" if meta.engine.startswith("torch") else "openvino",
             precision=meta.precision,
         )
         prep, train = meta.backbone.preprocessing, dataset.splits.get("train")
-        engine = choose_engine(settings, network, prep, num_images=0, train=train)
+        engine = choose_engine(
+            settings, network, prep, num_images=0, train=train, resumed=meta.engine
+        )
         if engine.recorded != meta.engine:
             raise CacheError(
                 f"{config.cache} cannot be repaired here: its rows were made by {meta.engine}, "

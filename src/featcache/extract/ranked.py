@@ -42,7 +42,12 @@ from featcache.cache.parallel import (
 from featcache.config import ExtractConfig
 from featcache.display import progress, say
 from featcache.errors import FeatcacheError, UserError
-from featcache.extract.blocks import ExtractionRun, choose_engine_for, compute_blocks
+from featcache.extract.blocks import (
+    ExtractionRun,
+    choose_engine_for,
+    compute_blocks,
+    warn_if_decoding_is_slow,
+)
 from featcache.extract.extraction import (
     ExtractReport,
     cost_record,
@@ -56,7 +61,8 @@ from featcache.files import check_outputs
 from featcache.ranks import Rank, current_rank, without_srun
 from featcache.runtime import num_cores, torch_threads_kept, use_local_gpu
 
-PROGRESS_S = 1.0
+PROGRESS_S, PROGRESS_COST = 1.0, 100.0
+"""The bar is drawn anew after this long, and after this many times what that took."""
 
 
 @final
@@ -150,6 +156,7 @@ def _extract_as(
     if found := find_hit(request):
         check_skipped(config, found, "--update")
         if rank.index == 0:
+            remove_shards(found)  # a rank may have died just before it did
             return extract_report(found, request.dataset, run)
         return _rank_report(request._replace(path=found), rank, run, "the cache is finished")
     path = request.path
@@ -162,10 +169,10 @@ def _extract_as(
         say(f"{rank} ({rank.source}), --write {write}{reason}")
     part = _Part(request, rank, write, run)
     with torch_threads_kept():
-        if config.device != "cpu":
-            use_local_gpu(rank.local_index)
         _agree(part)
         following = (_write_direct if write == "direct" else _write_shard)(part)
+    if rank.index == 0:
+        warn_if_decoding_is_slow(run)
     if following is not None:
         return _rank_report(request, rank, run, following)
     report = extract_report(path, request.dataset, run)
@@ -194,6 +201,8 @@ def _agree(part: _Part) -> None:
         CacheError: Another rank, named, has other settings, named.
     """
     request, path = part.request, part.request.path
+    if request.config.device != "cpu":
+        use_local_gpu(part.rank.local_index)
     network = request.load_network()
     num = part.earlier.num_missing(request.dataset) * request.meta.views.num // part.rank.size
 
@@ -204,7 +213,7 @@ def _agree(part: _Part) -> None:
     begun = Plan.read(path)
     choose(begun.meta.engine if begun else part.earlier.engine)
     plan = part.plan.agree(path)
-    if plan.meta.engine != part.plan.meta.engine and request.config.engine == "auto":
+    if plan.meta.engine != part.plan.meta.engine:
         choose(plan.meta.engine)  # both chose at once
     plan.check_same(path, part.plan)
 
@@ -272,8 +281,9 @@ class _CommonBar:
 
     def update(self, _: int) -> None:
         if (now := time.monotonic()) >= self._next:
-            self._next = now + PROGRESS_S
             self._bar.update(self._count() - self._bar.n)
+            # Looking into many shards takes a while, which the network waits for.
+            self._next = now + max(PROGRESS_S, PROGRESS_COST * (time.monotonic() - now))
 
 
 def _rank_report(request: Request, rank: Rank, run: ExtractionRun, following: str) -> RankReport:

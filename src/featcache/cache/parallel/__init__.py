@@ -12,7 +12,6 @@ from featcache.cache.parallel.shards import (
     num_in_shards,
     open_shard,
     remove_shards,
-    unfinished_shards,
 )
 from featcache.cache.parallel.shares import Job, Share
 
@@ -32,5 +31,4 @@ __all__ = [
     "open_shard",
     "remove_shards",
     "shared_disk",
-    "unfinished_shards",
 ]

@@ -14,6 +14,8 @@ from typing import Literal, Self
 
 from featcache.cache.reuse import describe_differences
 from featcache.cache.schema import MAX_ROWS, is_split_name
+from featcache.cache.summary import begun_with
+from featcache.cache.writer import part_path
 from featcache.config import CacheMeta
 from featcache.config.checks import record_from_json
 from featcache.errors import CacheError
@@ -81,9 +83,15 @@ class Plan:
         """Make this the plan of the cache NAME.h5 unless another rank was first; returns its plan.
 
         Raises:
-            CacheError: The file there is damaged.
+            CacheError: The file there is damaged, or NAME.h5.part is of different settings.
             StorageError: The file system refused.
         """
+        begun = None if plan_path(path).exists() else begun_with(path)
+        if begun is not None and (unfit := begun.differences(self.meta)):
+            raise CacheError(
+                f"{part_path(path)} was begun with different settings: "
+                f"{describe_differences(unfit)}; run the earlier command to finish it, or remove it"
+            )
         if create_atomically(plan_path(path), self.to_json()):
             return self
         return Plan.read(path) or self.agree(path)  # a job that ends removes it

@@ -269,12 +269,13 @@ def _copy(
     there: Mapping[str, range],
     bar: Any,
 ) -> None:
-    common = {
+    both = {
         split: range(max(blocks.start, there[split].start), min(blocks.stop, there[split].stop))
         for split, blocks in here.items()
         if split in there
     }
-    if not any(common.values()):
+    common = {split: blocks for split, blocks in both.items() if blocks}
+    if not common:
         return
     _check_same(file, writer.spec.meta)
     for split, blocks in common.items():
@@ -287,9 +288,10 @@ def _copy(
             raise CacheError(f"{file.path} holds other rows of {split}: remove it")
         state, crc = file.array(f"{split}/state"), file.array(f"{split}/crc32")
         status, shift = file.array(f"{split}/row_status"), here[split].start - there[split].start
-        for rows in writer.pending(split):
+        first = here[split].start
+        for rows in writer.pending(split, range(blocks.start - first, blocks.stop - first)):
             block = rows.start // BLOCK_ROWS + shift
-            if not 0 <= block < len(state) or state[block] != 1:
+            if state[block] != 1:
                 continue
             if file.crc_of(split, block) == crc[block]:
                 at = block_range(block, len(status))

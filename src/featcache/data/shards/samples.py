@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import posixpath
@@ -171,6 +172,7 @@ class _Reading:
             sample.label, sample.rank = label, rank
 
 
+@functools.lru_cache(maxsize=2)  # asked twice of every member
 def _parts_of(name: str) -> tuple[str, str]:
     """A member's key, the name up to the first dot of its last part, and its ending in lower case.
 

@@ -7,10 +7,8 @@ L-BFGS builds on a first estimate of the inverse Hessian. The Hessian of L is a 
 G (x) M with G the mean of diag(p) - p p^T, [C, C], and M the features' second moment, [D, D]. In
 the eigenbases of both this is diagonal, so the inverse of G (x) M + lam costs four small products.
 With it, L-BFGS needs tens of passes where features are so correlated that plain L-BFGS needs
-hundreds. But where few rows per class are separable, most rows have no curvature left and the
-product of the means is a poor guide: there a multiple of the identity is the better estimate. The
-last step decides: the estimate that maps its change of gradient closer to the step itself is used.
-The precision of the result does not depend on it, only the speed does.
+hundreds. The last step and its change of gradient give its scale. The precision of the result does
+not depend on it, only the speed does.
 """
 
 from __future__ import annotations
@@ -32,12 +30,8 @@ MEMORY = 30
 MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
-# The first of them where an earlier solution left its class part.
-FIRST_REFRESH = 5
-# Steps at which the two estimates are compared.
-COMPARE = REFRESH | {1, 3}
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
-TOLERANCE = 1e-7
+TOLERANCE = 3e-8
 # Relative differences of the objective below this are rounding of the sum, not ascent.
 NOISE = 1e-9
 # Steps without gain after which the limit of precision is reached.
@@ -105,17 +99,18 @@ class _Preconditioner:
 
 
 class InverseHessian:
-    """The first estimate of the inverse Hessian: the preconditioner or the identity, scaled."""
+    """The first estimate of the inverse Hessian: the preconditioner, scaled.
 
-    def __init__(
-        self, spectrum: Spectrum, lam: float, *, plain: bool, classes: Spectrum | None = None
-    ) -> None:
-        self._spectrum, self._lam = spectrum, lam
-        self._precondition: _Preconditioner | None = None
-        self._scale = 1.0
-        self.plain = plain
+    Args:
+        spectrum: Of the features' second moment.
+        lam: Penalty.
+        classes: Of the class part, if an earlier solution left it.
+    """
+
+    def __init__(self, spectrum: Spectrum, lam: float, classes: Spectrum | None) -> None:
+        self._spectrum, self._lam, self._scale = spectrum, lam, 1.0
         self.classes = classes
-        if classes is not None and not plain:
+        if classes is not None:
             self._precondition = _Preconditioner(spectrum, lam, classes)
 
     def measure(self, curvature: Doubles) -> None:
@@ -125,28 +120,16 @@ class InverseHessian:
         self.classes = Spectrum(found.values.clip(min=found.values[-1] * 1e-3), found.vectors)
         self._precondition = _Preconditioner(self._spectrum, self._lam, self.classes)
 
-    def fit(self, last: Pair | None, *, compare: bool) -> None:
-        """Choose, if asked to, and scale by the last step and its change of gradient."""
-        if last is None:
-            return
-        step, change = last
-        turned = change
-        if self._precondition is not None and (compare or not self.plain):
+    def fit(self, last: Pair | None) -> None:
+        """Scale so that the last change of gradient is mapped to a step as long as the last."""
+        if last is not None:
+            step, change = last
             guess = self._precondition(change)
-            if compare:
-                self.plain = _cosine(step, guess) <= _cosine(step, change)
-            turned = change if self.plain else guess
-        self._scale = float(np.vdot(step, change)) / float(np.vdot(change, turned))
+            self._scale = float(np.vdot(step, change)) / float(np.vdot(change, guess))
 
     def __call__(self, gradient: Doubles) -> Doubles:
         """The estimate times a gradient [D + 1, C]."""
-        if self.plain or self._precondition is None:
-            return self._scale * gradient
         return self._scale * self._precondition(gradient)
-
-
-def _cosine(a: Floats, b: Floats) -> float:
-    return float(np.vdot(a, b)) / float(np.linalg.norm(a) * np.linalg.norm(b))
 
 
 @dataclass(frozen=True)
@@ -160,8 +143,7 @@ class Solution:
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learned of the loss's curvature; it holds for any penalty.
-        plain: Whether a multiple of the identity was the better estimate at the end.
-        classes: Of the class part of the preconditioner; None where it was not needed.
+        classes: Of the class part of the preconditioner.
     """
 
     point: Doubles
@@ -170,7 +152,6 @@ class Solution:
     num_passes: int
     converged: bool
     pairs: tuple[Pair, ...] = ()
-    plain: bool = False
     classes: Spectrum | None = None
 
 
@@ -270,13 +251,13 @@ def _descend(
 ) -> Solution:
     """Descend from a solution's point and pairs until the gap is small or no step gains."""
     point, memory = begin.point, Memory(lam, begin.pairs)
-    first = InverseHessian(spectrum, lam, plain=begin.plain, classes=begin.classes)
-    known = first.plain or first.classes is not None
+    first = InverseHessian(spectrum, lam, begin.classes)
+    known = begin.classes is not None
     curvature = np.empty((loss.num_classes, loss.num_classes))
     value, gradient = penalized(loss, lam, point, None if known else curvature)
     if not known:
         first.measure(curvature)
-    first.fit(memory.last(), compare=True)
+    first.fit(memory.last())
     best, stalled, values = Best(point, value, np.inf), 0, [value]
     steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
@@ -289,12 +270,8 @@ def _descend(
         near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
         if near or stalled == MAX_STALLED:
             break
-        early = known and iteration < FIRST_REFRESH
-        refresh = curvature if iteration in REFRESH and not (early or first.plain) else None
+        refresh = curvature if iteration in REFRESH else None
         found = line_search(loss, lam, (point, value, decrement), direction, refresh)
-        if found is None and decrement / 2 > TOLERANCE * abs(value) and not first.plain:
-            first, memory = InverseHessian(spectrum, lam, plain=True), Memory(lam, ())
-            continue  # the preconditioner misled the search
         if found is None:
             break  # any decrease left is below the features' precision
         new_point, new_value, new_gradient = found
@@ -303,11 +280,11 @@ def _descend(
         values.append(value)
         if refresh is not None:
             first.measure(refresh)
-        first.fit(memory.last(), compare=iteration in COMPARE)
+        first.fit(memory.last())
         steps.update()
     steps.close()
     solution = best.solution(memory.pairs(), max(tolerance, TOLERANCE))
-    return dataclasses.replace(solution, plain=first.plain, classes=first.classes)
+    return dataclasses.replace(solution, classes=first.classes)
 
 
 def gap_left(values: list[float], decrement: float) -> float:
