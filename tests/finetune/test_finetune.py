@@ -644,7 +644,7 @@ def test_mixed_precision_trains_and_scores(
     monkeypatch.setattr(
         preparation,
         "choose_placement",
-        lambda config: dataclasses.replace(choose(config), amp=True),
+        lambda *given: dataclasses.replace(choose(*given), amp=True),
     )
     config = settings(pets, tmp_path, backbone="resnet18", lr=1e-4)
     report = finetune(config)

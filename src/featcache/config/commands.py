@@ -205,7 +205,7 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
     recipe, a fifth with --from-stage."""
     batch_size: int = 32
-    """Images per step."""
+    """Images per step, of all processes together where torchrun starts several."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
     """The optimizer. By default adam with the notebook recipe, adamw with the good one."""
     weight_decay: Optional[float] = None

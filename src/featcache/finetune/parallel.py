@@ -52,9 +52,15 @@ class Team:
 
     def gathered(self, values: NDArray[Number]) -> NDArray[Number]:
         """An array of which each process filled a part and left zeros elsewhere, whole."""
+        if self.rank.alone:
+            return values
         import torch
+        import torch.distributed as dist
 
-        whole: NDArray[Number] = self.total(self.placed(torch.from_numpy(values))).cpu().numpy()
+        mine = torch.from_numpy(values)
+        if dist.get_backend() == "nccl":
+            mine = mine.cuda()
+        whole: NDArray[Number] = self.total(mine).cpu().numpy()
         return whole
 
     def each(self, number: int) -> list[int]:
@@ -75,13 +81,6 @@ class Team:
                 FeatcacheError(f"the processes see different {what} ({found}): give all one disk")
             )
         return number
-
-    def placed(self, values: torch.Tensor) -> torch.Tensor:
-        """Values where this team's collectives take them from."""
-        import torch.distributed as dist
-
-        nccl = not self.rank.alone and dist.get_backend() == "nccl"
-        return values.cuda() if nccl else values
 
     def told(self, error: FeatcacheError) -> BaseException:
         """An error that all processes know of: the first one says it, the others only end."""
@@ -148,10 +147,8 @@ def joined(config: FinetuneConfig) -> Iterator[Team]:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
             yield team
         except Exception as error:
-            lost = isinstance(error, RuntimeError) and any(
-                w in str(error).lower() for w in LOST_PEER
-            )
-            if lost:
+            text = str(error).lower() if isinstance(error, RuntimeError) else ""
+            if any(words in text for words in LOST_PEER):
                 raise team.told(ended) from error
             mute(False)  # what all processes know of ends this one by SystemExit
             raise
