@@ -11,17 +11,19 @@
 Speed is measured in turns with scikit-learn on the same rows in the same process, and the median
 of the rounds counts; scikit-learn-intelex takes its turns too if it is installed. Rows are made,
 not read: non-negative, correlated and overlapping, as the features of a ReLU network are;
---features FILE takes real ones (a cache, or .npz with X [N, D] and y [N]).
+--features FILE … takes real ones (a cache, or .npz with X [N, D] and y [N]).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,8 +51,9 @@ from featcache.runtime import environment
 from heads_stream import make_cache
 
 PATH_TOLERANCE = 1e-6
-# Two rows for each class, and scikit-learn's C.
-FEW_CLASSES = 1200
+# Classes and rows of each, how far rows are from their class's mean, and scikit-learn's C.
+FEW_CASES = ((300, 2), (600, 1), (1200, 2), (300, 5), (100, 5))
+FEW_NOISE = (1.0, 5.0)
 FEW_C = (1e-4, 1e-2, 1.0, 100.0, 1e4)
 PATH_C = tuple(float(c) for c in np.geomspace(1e-4, 1.0, 20))
 
@@ -69,9 +72,9 @@ class BenchConfig(OutputConfig):
     """scikit-learn's C."""
     rounds: int = 3
     """How often everything is measured; the median counts."""
-    features: Path | None = None
-    """Use these rows (the train split of a cache, or .npz with X [N, D] and y [N]) instead of made
-    ones."""
+    features: tuple[Path, ...] = ()
+    """Use these rows (train splits of caches, or .npz with X [N, D] and y [N]) instead of made
+    ones. Of caches with several layers, the last layer alone takes part too."""
     table: bool = False
     """Compare accuracy with plain LogisticRegression on real datasets instead."""
     folder: tuple[Path, ...] = ()
@@ -85,7 +88,7 @@ class BenchConfig(OutputConfig):
     wise_seeds: int = 3
     """Of --gains: fine-tuning runs for each dataset, to average weights with the frozen ones."""
     few: bool = False
-    """Measure two separable rows for each of 1,200 classes instead."""
+    """Measure few rows of many classes instead."""
     stream: bool = False
     """Fit a large made cache in bounded memory instead."""
     stream_rows: int = 5_000_000
@@ -118,11 +121,10 @@ def speed(config: BenchConfig) -> dict[str, Any]:
     if find_spec("sklearnex") is None:
         say("scikit-learn-intelex is not installed and takes no turns")
     rows: list[dict[str, Any]] = []
-    given = config.features is not None
-    for num_classes in config.num_classes[: 1 if given else None]:
-        X, y = load_rows(config, num_classes)
+    for name, X, y in load_rows(config):
+        say(name)
         for C in config.C:
-            rows.append(against_rivals(X, y, C, config.rounds))
+            rows.append({"features": name, **against_rivals(X, y, C, config.rounds)})
             say(logistic_line(rows[-1]))
         rows.append(path_cost(X, y, config.rounds))
         say(path_line(rows[-1]))
@@ -134,26 +136,38 @@ def speed(config: BenchConfig) -> dict[str, Any]:
 
 
 def few_rows(config: BenchConfig) -> dict[str, Any]:
-    """Single fits, and all strengths as choosing needs them, of two rows for each class."""
+    """Single fits, and all strengths as choosing needs them, as a Markdown table."""
+    rows: list[dict[str, Any]] = []
+    heads = [f"C = {C:g}" for C in FEW_C]
+    say(f"| classes × rows, noise | {' | '.join(heads)} | {len(C_GRID)} values of C |")
+    say("| --- |" + " ---: |" * (len(heads) + 1))
+    for (num_classes, per_class), noise in itertools.product(FEW_CASES, FEW_NOISE):
+        X, y = few_of_each(num_classes, per_class, noise, config.feature_dim)
+        cells = []
+        for C in FEW_C:
+            row = against_rivals(X, y, C, config.rounds)
+            rival = row["rivals"]["sklearn"]
+            rows.append({"noise": noise, **row})
+            cells.append(f"{1 / rival['speedup']:.2f} ({rival['objective_against']:+.0e})")
+        ours, theirs = in_turns(
+            [
+                functools.partial(fit_all, X, y, C_GRID, SELECTION_TOLERANCE),
+                functools.partial(sklearn_all, X, y, C_GRID),
+            ],
+            config.rounds,
+        )
+        rows.append({"name": "all C", "seconds": ours, "sklearn_seconds": theirs})
+        label = f"{num_classes:,} × {per_class}, {noise:g}"
+        say(f"| {label} | {' | '.join(cells)} | {ours / theirs:.2f} |")
+    return {"rows": rows, "summary": []}
+
+
+def few_of_each(num_classes: int, per_class: int, noise: float, dim: int) -> tuple[Any, Any]:
+    """Rows around random class means."""
     random = np.random.default_rng(0)
-    y = np.repeat(np.arange(FEW_CLASSES), 2)
-    means = random.normal(size=(FEW_CLASSES, config.feature_dim))[y]
-    X = (means + random.normal(size=means.shape)).astype(np.float32)
-    rows = []
-    for C in FEW_C:
-        rows.append(against_rivals(X, y, C, config.rounds))
-        say(logistic_line(rows[-1]))
-    ours, theirs = in_turns(
-        [lambda: fit_all(X, y, C_GRID, SELECTION_TOLERANCE), lambda: sklearn_all(X, y, C_GRID)],
-        config.rounds,
-    )
-    text = (
-        f"{len(C_GRID)} values of C with warm starts: {ours:.2f} s against scikit-learn's "
-        f"{theirs:.2f} s, {ours / theirs:.2f} times"
-    )
-    say(text)
-    rows.append({"name": "all C", "seconds": ours, "sklearn_seconds": theirs, "text": text})
-    return {"rows": rows, "num_classes": FEW_CLASSES, "summary": []}
+    y = np.repeat(np.arange(num_classes), per_class)
+    means = random.normal(size=(num_classes, dim))[y]
+    return (means + noise * random.normal(size=means.shape)).astype(np.float32), y
 
 
 def fit_all(X: Any, y: Any, grid: tuple[float, ...], tolerance: float) -> int:
@@ -170,18 +184,26 @@ def sklearn_all(X: Any, y: Any, grid: tuple[float, ...]) -> int:
     return sum(int(model.set_params(C=C).fit(X, y).n_iter_[0]) for C in grid)
 
 
-def load_rows(config: BenchConfig, num_classes: int) -> tuple[Any, Any]:
-    """Features [N, D] float32 and labels [N], given or made."""
-    if config.features is None:
-        return made_features(config.num_rows, config.feature_dim, num_classes)
-    if config.features.suffix == ".h5":
-        split = FeatureCache(config.features).split("train")
-        return np.asarray(split.X, np.float32), split.y
-    with np.load(config.features, allow_pickle=False) as file:
-        X, y = file["X"].astype(np.float32), file["y"].astype(np.int64)
-    if X.ndim != 2 or y.shape != X.shape[:1]:
-        raise UserError(f"{config.features}: X {X.shape} and y {y.shape}; wanted [N, D] and [N]")
-    return X, y
+def load_rows(config: BenchConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Names, features [N, D] float32 and labels [N], given or made."""
+    for num_classes in () if config.features else config.num_classes:
+        X, y = made_features(config.num_rows, config.feature_dim, num_classes)
+        yield f"made, {num_classes} classes", X, y
+    for path in config.features:
+        if path.suffix == ".h5":
+            cache = FeatureCache(path)
+            split, stages = cache.split("train"), cache.meta.backbone.stages
+            X, y = np.asarray(split.X, np.float32), split.y
+            if stages is not None:
+                last = np.ascontiguousarray(X[:, stages.group("last")])
+                yield f"{path.stem}, last layer", last, y
+            yield f"{path.stem}, all columns", X, y
+            continue
+        with np.load(path, allow_pickle=False) as file:
+            X, y = file["X"].astype(np.float32), file["y"].astype(np.int64)
+        if X.ndim != 2 or y.shape != X.shape[:1]:
+            raise UserError(f"{path}: X {X.shape} and y {y.shape}; wanted [N, D] and [N]")
+        yield path.stem, X, y
 
 
 def made_features(num_rows: int, dim: int, num_classes: int, seed: int = 0) -> tuple[Any, Any]:

@@ -218,6 +218,20 @@ def test_a_bars_title_moves_no_cursor() -> None:
         assert bar.desc == r"a\x1b[2J"
 
 
+def test_a_late_bar_appears_after_its_delay_and_counts_from_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.StringIO()
+    bar = progress(10, "fit", late=True, disable=False, file=shown, unit=" steps")
+    bar.update(3)
+    assert shown.getvalue() == ""
+    monkeypatch.setattr(runtime, "LATE_BAR_S", 0.0)
+    with bar:
+        bar.update(4)
+        assert "fit:  70%" in shown.getvalue()
+        assert "7/10" in shown.getvalue()
+
+
 def test_the_cpu_quota_of_every_group_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,17 +52,20 @@ def test_an_optional_rival_takes_its_turn_only_where_it_is_installed(bench, monk
 
 def test_a_caches_train_rows_can_be_measured(bench, tmp_path):
     cache = toy_cache(tmp_path / "toy.h5")
-    X, y = bench.load_rows(bench.BenchConfig(features=cache), 10)
+    ((_, X, y),) = bench.load_rows(bench.BenchConfig(features=(cache,)))
     assert X.shape == (240, 8)
     assert np.bincount(y).tolist() == [80, 80, 80]
 
 
 def test_few_rows_of_many_classes(bench, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "FEW_CLASSES", 30)
+    monkeypatch.setattr(bench, "FEW_CASES", ((30, 2),))
     assert bench.main(["--few", "--feature-dim", "16", "--rounds", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row.get("C") for row in rows] == [*bench.FEW_C, None]
-    assert all(row["num_rows"] == 60 for row in rows[:-1])
+    out, table = capsys.readouterr()
+    rows = json.loads(out)["rows"]
+    assert [row.get("C") for row in rows] == [*bench.FEW_C, None] * 2
+    assert {row["num_rows"] for row in rows if "C" in row} == {60}
+    lines = [line.count("|") for line in table.splitlines() if line.startswith("|")]
+    assert lines == [8] * 4
 
 
 def test_probabilities_are_measured_on_left_out_classes(bench, tmp_path, capsys, monkeypatch):

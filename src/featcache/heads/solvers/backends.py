@@ -11,7 +11,7 @@ import numpy as np
 from featcache.heads.features import Doubles
 from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import FittedHead
-from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, start_point
+from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, spectrum_of, start_point
 from featcache.heads.solvers.logistic import LogisticProblem
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class TorchPath:
         self._X = torch.as_tensor(features, device=device).double()
         self._y = torch.as_tensor(problem.y, device=device)
         self._share = torch.as_tensor(problem.share, device=device)
-        self._spectrum = problem.spectrum(standardize=standardize)
+        self._spectrum = spectrum_of((features.T @ features).astype(np.float64) / len(features))
         self._point = start_point(problem.loss(standardize=standardize))
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:

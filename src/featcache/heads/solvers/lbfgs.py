@@ -30,6 +30,8 @@ MEMORY = 30
 MAX_ITERATIONS = 3000
 # Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
 REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
+# Directions of wide features that the preconditioner tells apart: finding them takes their cube.
+MAX_DIRECTIONS = 768
 # The estimated distance to the optimum, relative to the objective, at which a solver stops.
 TOLERANCE = 3e-8
 # Relative differences of the objective below this are rounding of the sum, not ascent.
@@ -53,10 +55,17 @@ Step = TypeVar("Step", Doubles, Singles)
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Eigenvalues [D] and eigenvectors [D, D] of a matrix, such as the features' second moment."""
+    """Eigenvalues [R] and eigenvectors [D, R] of a matrix, such as the features' second moment.
+
+    Attributes:
+        values: [R].
+        vectors: [D, R].
+        rest: The eigenvalue of all other directions, if R is less than D.
+    """
 
     values: Doubles
     vectors: Doubles
+    rest: float = 0.0
 
 
 def spectrum_of(matrix: Doubles) -> Spectrum:
@@ -74,13 +83,23 @@ def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
     """Spectrum of X^T X / N from evenly spaced rows: a sample is enough to precondition.
 
     Args:
-        X: Centered features [N, D].
+        X: Centered features [N, D]; of more than `MAX_DIRECTIONS` or N columns, the directions of
+            as many rows are told apart, and all others have the eigenvalue that is left.
         max_rows: Rows to look at, at least four times the width.
     """
-    step = max(1, len(X) // max(max_rows, 4 * X.shape[1]))
-    sample = X[::step]
-    moment = (sample.T @ sample).astype(np.float64) / len(sample)
-    return spectrum_of(moment)
+    most = min(MAX_DIRECTIONS, len(X))
+    wide = X.shape[1] > most
+    step = max(1, len(X) // (most if wide else max(max_rows, 4 * X.shape[1])))
+    sample = X[::step][:most] if wide else X[::step]
+    if not wide:
+        return spectrum_of((sample.T @ sample).astype(np.float64) / len(sample))
+    found = spectrum_of((sample @ sample.T).astype(np.float64) / len(sample))
+    some = found.values > 1e-6 * found.values[-1]
+    values, rows = found.values[some], found.vectors[:, some]
+    vectors = (sample.T @ rows) / np.sqrt(values * len(sample))
+    square = float(np.einsum("nd,nd->", X, X, dtype=np.float64)) / len(X)
+    left = (square - float(values.sum())) / max(X.shape[1] - len(values), 1)
+    return Spectrum(values, vectors, max(left, 0.0))
 
 
 class _Preconditioner:
@@ -88,12 +107,15 @@ class _Preconditioner:
 
     def __init__(self, spectrum: Spectrum, lam: float, classes: Spectrum) -> None:
         self._vectors, self._classes = spectrum.vectors, classes.vectors
-        self._inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam)
+        self._rest = 1.0 / (spectrum.rest * classes.values + lam)
+        self._inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam) - self._rest
         self._inverse_bias = 1.0 / classes.values
 
     def __call__(self, gradient: Floats) -> Doubles:
         turned = gradient @ self._classes
-        turned[:-1] = self._vectors @ ((self._vectors.T @ turned[:-1]) * self._inverse)
+        known = self._vectors @ ((self._vectors.T @ turned[:-1]) * self._inverse)
+        turned[:-1] *= self._rest
+        turned[:-1] += known
         turned[-1] *= self._inverse_bias
         return np.asarray(turned @ self._classes.T)
 
