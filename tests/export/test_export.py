@@ -80,7 +80,7 @@ class TestOnnx:
         about = session.get_modelmeta().custom_metadata_map
         assert json.loads(about["class_names"]) == classifier.class_names == ["cat", "dog"]
         prep = json.loads(about["preprocessing"])
-        assert prep == json.loads(json.dumps(dataclasses.asdict(classifier.preprocessing)))
+        assert prep == json.loads(json.dumps(classifier.preprocessing.to_dict()))
         provenance = json.loads(about["provenance"])
         assert provenance["trained_on"] == classifier.provenance
         assert provenance["solver"] == "logistic"
