@@ -57,14 +57,11 @@ Step = TypeVar("Step", Doubles, Singles)
 class Spectrum:
     """Eigenvalues [R] and eigenvectors [D, R] of a matrix, such as the features' second moment.
 
-    Attributes:
-        values: [R].
-        vectors: [D, R].
-        rest: The eigenvalue of all other directions, if R is less than D.
+    Where R is less than D, all other directions have the eigenvalue `rest`.
     """
 
     values: Doubles
-    vectors: Doubles
+    vectors: Floats
     rest: float = 0.0
 
 
@@ -92,11 +89,12 @@ def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
     step = max(1, len(X) // (most if wide else max(max_rows, 4 * X.shape[1])))
     sample = X[::step][:most] if wide else X[::step]
     if not wide:
-        return spectrum_of((sample.T @ sample).astype(np.float64) / len(sample))
+        found = spectrum_of((sample.T @ sample).astype(np.float64) / len(sample))
+        return Spectrum(found.values, found.vectors.astype(np.float32))
     found = spectrum_of((sample @ sample.T).astype(np.float64) / len(sample))
     some = found.values > 1e-6 * found.values[-1]
     values, rows = found.values[some], found.vectors[:, some]
-    vectors = (sample.T @ rows) / np.sqrt(values * len(sample))
+    vectors = ((sample.T @ rows) / np.sqrt(values * len(sample))).astype(np.float32)
     square = float(np.einsum("nd,nd->", X, X, dtype=np.float64)) / len(X)
     left = (square - float(values.sum())) / max(X.shape[1] - len(values), 1)
     return Spectrum(values, vectors, max(left, 0.0))
@@ -106,14 +104,18 @@ class _Preconditioner:
     """Applies the inverse of G (x) M + lam to a gradient [D + 1, C]."""
 
     def __init__(self, spectrum: Spectrum, lam: float, classes: Spectrum) -> None:
-        self._vectors, self._classes = spectrum.vectors, classes.vectors
+        # Single precision is enough for a guess, and half as much to read.
+        self._vectors = spectrum.vectors.astype(np.float32, copy=False)
+        self._classes = classes.vectors
         self._rest = 1.0 / (spectrum.rest * classes.values + lam)
-        self._inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam) - self._rest
+        inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam)
+        self._inverse = (inverse - self._rest).astype(np.float32)
         self._inverse_bias = 1.0 / classes.values
 
     def __call__(self, gradient: Floats) -> Doubles:
         turned = gradient @ self._classes
-        known = self._vectors @ ((self._vectors.T @ turned[:-1]) * self._inverse)
+        weight = turned[:-1].astype(np.float32)
+        known = self._vectors @ ((self._vectors.T @ weight) * self._inverse)
         turned[:-1] *= self._rest
         turned[:-1] += known
         turned[-1] *= self._inverse_bias
