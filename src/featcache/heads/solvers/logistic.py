@@ -46,6 +46,8 @@ from featcache.heads.training_data import CACHED_ROWS, SMALL, Rows, TrainRows
 C_GRID = tuple(float(f"{c:.3g}") for c in np.logspace(-5, 2, 15))
 # How far from its minimum the objective may be while choosing, relative to itself.
 SELECTION_TOLERANCE = 1e-4
+# The same of streamed rows, where each further digit is another pass over the file.
+STREAMED_TOLERANCE = 1e-7
 
 
 class LogisticProblem:
@@ -288,6 +290,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
         near.spectrum(standardize=standardize),
         start.point,
         start,
+        tolerance=STREAMED_TOLERANCE,
     )
     return near.fitted(solution, standardize=standardize)
 
