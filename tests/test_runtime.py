@@ -225,7 +225,7 @@ def test_a_late_bar_appears_after_its_delay_and_counts_from_the_start(
     bar = progress(10, "fit", late=True, disable=False, file=shown, unit=" steps")
     bar.update(3)
     assert shown.getvalue() == ""
-    monkeypatch.setattr(runtime, "LATE_BAR_S", 0.0)
+    monkeypatch.setattr(display, "LATE_BAR_S", 0.0)
     with bar:
         bar.update(4)
         assert "fit:  70%" in shown.getvalue()
