@@ -338,7 +338,7 @@ def wise_ft(shared: dict[str, Any], part: Part, folder: Path) -> dict[str, Any]:
     begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     finetune_report(config, dataset)
     end = read_tensor_file(config.output).tensors()
-    sets = [read_images(held, run.info.preprocessing, config, run.placement.workers), run.test]
+    sets = [read_images(held, run.info.preprocessing, config, run.placement), run.test]
     right = {}
     for name, share in (("tuned", 1.0), ("halfway", 0.5)):
         start = time.process_time()

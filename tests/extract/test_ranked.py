@@ -178,6 +178,8 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
         patched.setattr("featcache.extract.ranked.merge_if_last", lambda job, lock: lock.release())
         with pytest.raises(CacheError, match="no cache"):
             extract_part(settings(folder, tmp_path, write="shards", shard="2/3"))
+    with pytest.raises(UserError, match=r"^/ is no cache's name: give the one that ends in \.h5"):
+        MergeConfig(cache=Path("/"))
     done = merge(MergeConfig(cache=tmp_path / "x.h5"))
     assert (done["hit"], done["num_rows"]) == (False, {"train": 300, "test": 100})
     left = tmp_path / "x.h5.shard-00000-of-00003"  # as if it had died before it removed that

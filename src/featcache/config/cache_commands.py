@@ -10,6 +10,9 @@ from featcache.config.options import ImagePathsConfig, OutputConfig
 from featcache.config.settings import settings
 from featcache.errors import UserError
 
+# --force replaces only files with these suffixes.
+CACHE_SUFFIXES = (".h5", ".hdf5")
+
 
 @settings
 class InfoConfig(OutputConfig):
@@ -56,3 +59,7 @@ class MergeConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.cache.suffix.lower() not in CACHE_SUFFIXES:
+            raise UserError(
+                f"{self.cache} is no cache's name: give the one that ends in .h5, without .shard-…"
+            )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal, Optional
 
+from featcache.config.cache_commands import CACHE_SUFFIXES
 from featcache.config.checks import check_positive, check_range, check_types
 from featcache.config.options import (
     BackboneConfig,
@@ -21,8 +22,6 @@ from featcache.ranks import parse_shard
 
 Solver = Literal["logistic", "ridge", "adam", "sgd", "knn", "auto"]
 Backend = Literal["auto", "numpy", "sklearn", "torch"]
-# --force replaces only files with these suffixes.
-CACHE_SUFFIXES = (".h5", ".hdf5")
 
 
 @settings
