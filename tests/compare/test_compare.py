@@ -24,6 +24,7 @@ from featcache.compare.extraction import Extraction, _remembered
 from featcache.compare.planned_runs import nested_rows, plan_runs
 from featcache.compare.training import finetune_config, shared_tail
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
+from featcache.data import load_dataset
 from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
 from featcache.heads import train_head
@@ -80,25 +81,26 @@ def test_by_default_the_tail_is_the_last_stage(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(pets, tmp_path, tail="auto")
+    dataset = load_dataset(config)
     frozen = Extraction(
         cache="", cache_digest="", seconds_per_image=1e-3, num_images=48, spent_seconds=0, how=""
     )
-    tail = shared_tail(config, frozen, tmp_path)
+    tail = shared_tail(config, dataset, frozen, tmp_path)
     assert tail is not None
     assert tail.stage == "stage4"
     assert FeatureCache(tail.activations.cache).meta.backbone.stage_input is not None
-    assert shared_tail(settings(pets, tmp_path), frozen, tmp_path) is None
+    assert shared_tail(settings(pets, tmp_path), dataset, frozen, tmp_path) is None
 
     slow = dataclasses.replace(frozen, seconds_per_image=1.6)  # 48 images twice: 2.6 minutes
-    assert shared_tail(config, slow, tmp_path) is None
+    assert shared_tail(config, dataset, slow, tmp_path) is None
     said = "leaving out the tail: caching the input of its stage would take 154 s of --budget 10"
     assert said in capsys.readouterr().err
     monkeypatch.setattr(training, "MAX_TAIL_BYTES", 1000)
-    assert shared_tail(config, frozen, tmp_path) is None
+    assert shared_tail(config, dataset, frozen, tmp_path) is None
     assert "GB; --tail stage4 does it all the same" in capsys.readouterr().err
 
     with pytest.raises(UserError, match="--tail: no stage 'stage9'"):
-        shared_tail(settings(pets, tmp_path, tail="stage9"), frozen, tmp_path)
+        shared_tail(settings(pets, tmp_path, tail="stage9"), dataset, frozen, tmp_path)
 
 
 @pytest.mark.slow

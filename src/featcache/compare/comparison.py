@@ -178,7 +178,7 @@ def prepare(
         caches=caches,
         extractions=extractions,
         shifted=ShiftedTest.cached(config, shifted, dataset, list(caches)) if shifted else None,
-        tail=shared_tail(config, next(iter(extractions.values())), output),
+        tail=shared_tail(config, dataset, next(iter(extractions.values())), output),
     )
 
 

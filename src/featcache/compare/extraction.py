@@ -30,7 +30,7 @@ MINUTE = 60.0
 SAMPLE_IMAGES = 256
 """Enough for a steady rate, few enough to take little time."""
 SECOND_SHARE = 0.25
-"""Part of the budget that features of a second network may take."""
+"""Part of the budget that each extraction beside the first may take."""
 SPEED_SETTINGS = ("device", "engine", "precision", "batch_size", "workers")
 """Settings that change the time of an extraction, not its features."""
 
@@ -77,11 +77,8 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
     found: dict[Network, Extraction] = {}
     for network, wanted in extract_configs(config).items():
         expected = max((e.seconds_per_image * e.num_images for e in found.values()), default=0.0)
-        if expected > SECOND_SHARE * config.budget * MINUTE:
-            say(
-                "leaving out adapted BatchNorm statistics: their features would take "
-                f"{seconds_text(expected)} of --budget {config.budget:g} minutes"
-            )
+        if too_long := over_budget(config, expected):
+            say(f"leaving out adapted BatchNorm statistics: their features would {too_long}")
             continue
         try:
             found[network] = shared_cache(wanted, output / record_name(network))
@@ -90,6 +87,13 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
                 raise
             say(f"leaving out adapted BatchNorm statistics: {error}")
     return found
+
+
+def over_budget(config: CompareConfig, seconds: float) -> str:
+    """How much of the budget an extraction beside the first would take; empty if it may."""
+    if seconds <= SECOND_SHARE * config.budget * MINUTE:
+        return ""
+    return f"take {seconds_text(seconds)} of --budget {config.budget:g} minutes"
 
 
 def record_name(network: Network | Literal["tail"]) -> str:

@@ -16,18 +16,12 @@ import numpy as np
 from featcache.cache import FeatureCache, lock_path
 from featcache.compare.alternatives import Network, train_best_head
 from featcache.compare.budget import FinishedRun, Pace, finetune_pace
-from featcache.compare.extraction import (
-    MINUTE,
-    SECOND_SHARE,
-    Extraction,
-    record_name,
-    shared_cache,
-)
+from featcache.compare.extraction import Extraction, over_budget, record_name, shared_cache
 from featcache.compare.planned_runs import Ints, PlannedRun, nested_rows
 from featcache.compare.shifted import ShiftedTest
 from featcache.config import (
+    CacheMeta,
     CompareConfig,
-    ExtractConfig,
     FinetuneConfig,
     TrainHeadConfig,
     config_json,
@@ -44,7 +38,6 @@ from featcache.heads import train_head_report
 from featcache.heads.train import provenance_of
 from featcache.results import RunReport
 from featcache.results.learning_curve import CurveMode
-from featcache.results.tables import seconds_text
 from featcache.runtime import numeric_versions
 
 CHECKPOINT_S = 60.0
@@ -228,11 +221,14 @@ def _train_head(setup: ComparisonSetup, planned: PlannedRun) -> tuple[RunReport,
     return report, setup.seconds_per_image * len(planned.rows) + fitting, fitting
 
 
-def shared_tail(config: CompareConfig, extraction: Extraction, output: Path) -> Tail | None:
+def shared_tail(
+    config: CompareConfig, dataset: ImageDataset, extraction: Extraction, output: Path
+) -> Tail | None:
     """Cache what the tail trains from, or find it; None without a tail.
 
     Args:
         config: The command's settings.
+        dataset: What they name.
         extraction: What the features of the frozen network cost.
         output: The comparison's folder.
 
@@ -249,7 +245,7 @@ def shared_tail(config: CompareConfig, extraction: Extraction, output: Path) -> 
         tuning = finetune_config(config, None, config.seed, stage)
         wanted = extraction_config(tuning, flip=resolve_recipe(tuning).flip)
         if config.tail == "auto":
-            _check_affordable(config, wanted, extraction)
+            _check_affordable(config, Request.of(wanted, dataset).meta, extraction)
         return Tail(stage=stage, activations=shared_cache(wanted, output / record_name("tail")))
     except UserError as error:
         said = str(error).replace("--from-stage", "--tail")
@@ -259,21 +255,17 @@ def shared_tail(config: CompareConfig, extraction: Extraction, output: Path) -> 
         return None
 
 
-def _check_affordable(config: CompareConfig, wanted: ExtractConfig, extraction: Extraction) -> None:
+def _check_affordable(config: CompareConfig, meta: CacheMeta, extraction: Extraction) -> None:
     """Refuse a stage's input that would take too much of the budget, or of the disk."""
-    meta = Request.of(wanted).meta
+    assert meta.backbone.stage_input is not None
     num_rows = meta.views.num * extraction.num_images
-    expected = extraction.seconds_per_image * num_rows
-    if expected > SECOND_SHARE * config.budget * MINUTE:
-        raise UserError(
-            f"caching the input of its stage would take {seconds_text(expected)} of --budget "
-            f"{config.budget:g} minutes"
-        )
+    if too_long := over_budget(config, extraction.seconds_per_image * num_rows):
+        raise UserError(f"caching the input of its stage would {too_long}")
     num_bytes = num_rows * meta.backbone.feature_dim * np.dtype(meta.dtype).itemsize
     if num_bytes > MAX_TAIL_BYTES:
         raise UserError(
             f"caching the input of its stage would take {num_bytes / 1e9:.1f} GB; "
-            f"--tail {wanted.from_stage} does it all the same"
+            f"--tail {meta.backbone.stage_input.stage} does it all the same"
         )
 
 
