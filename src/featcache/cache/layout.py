@@ -90,6 +90,10 @@ class Layout:
         """Rows of a split, skipped ones included."""
         return self.features(split).shape[1]
 
+    def all_num_rows(self) -> dict[str, int]:
+        """Rows of every split."""
+        return {split: self.num_rows(split) for split in self.splits}
+
     def columns(self, split: str) -> dict[str, Extent]:
         """Those of schema.COLUMNS that a split has."""
         names = {name: f"{split}/{name}" for name in schema.COLUMNS}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FEW = 5
-"""So many classes are named by the short description of a cache."""
+"""A cache's short description names at most this many classes."""
 
 
 class FeatureCache(Facts):

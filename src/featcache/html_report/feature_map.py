@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_POINTS = 2000
 MAX_PICTURES = 200
 MAX_CLASSES = 20
-"""So many classes have a marker and a color of their own, the most frequent ones."""
+"""The most frequent classes, at most this many, have a marker and a color of their own."""
 PICTURE_PX = 48
 SHOWN_PX = 96
 WIDTH, HEIGHT, MARGIN = 640, 460, 10

@@ -2,7 +2,7 @@
 
 A claim is a lock on a byte that stands for the block, so it ends with its process. If nothing is
 written for LEASE_S, a claim counts as that of a rank that hangs, and others compute its blocks too:
-the same rows, so it does no harm if the rank goes on after all.
+the same rows, so it does no harm if that rank resumes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ClaimedWriter(CacheWriter):
     ) -> None:
         super().__init__(path, spec, lock)
         self.is_first, self._helps, self._overdue = not lock.shared, helps, False
-        self._num_rows = {split: self.layout.num_rows(split) for split in self.layout.splits}
+        self._num_rows = self.layout.all_num_rows()
         self._own = share.blocks(self._num_rows)
         if self.is_first:
             self._clear_wrong_marks()

@@ -93,7 +93,7 @@ def copy_shards(writer: CacheWriter) -> None:
         StorageError: The file system refused.
     """
     if shards := shards_of(writer.path):
-        num_rows = {split: writer.layout.num_rows(split) for split in writer.layout.splits}
+        num_rows = writer.layout.all_num_rows()
         _copy_all(writer, WHOLE.blocks(num_rows), shards, num_rows)
 
 
@@ -160,8 +160,8 @@ def _finish(writer: CacheWriter, size: int) -> None:
     """Copy what `size` shards hold, finish the cache, and remove the shards."""
     copy_shards(writer)
     if any(writer.pending(split) for split in writer.layout.splits):
-        num_rows = {split: writer.layout.num_rows(split) for split in writer.layout.splits}
-        _refuse_missing(writer.path, unfinished_shards(writer.path, size, num_rows))
+        missing = unfinished_shards(writer.path, size, writer.layout.all_num_rows())
+        _refuse_missing(writer.path, missing)
     writer.finish()
     remove_shards(writer.path)
 
