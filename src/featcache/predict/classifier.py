@@ -297,6 +297,8 @@ class Classifier(Facts):
             UserError: Nothing does, or too few rows were held out for it.
         """
         path, head = self.trained.path, self.trained.head
+        if self.trained.decision.task != "multiclass":
+            raise UserError(f"--reject is for one class per image: leave it out for {path}")
         known = None if head is None else head.known
         if known is None:
             what = "is a fine-tuned model" if head is None else "kept no held-out rows"
