@@ -56,7 +56,7 @@ def test_rows_stay_aligned(split: ImageSplit, workers: int, prefetch: int | None
         seen.append(index)
         if index % 50 == 13:
             assert isinstance(pixels, BadImage)
-            wanted = ["empty file", "not a picture", "truncated"][index // 50 % 3]
+            wanted = ["empty file", "not an image", "truncated"][index // 50 % 3]
             assert pixels.reason == wanted
         else:
             assert number_in(pixels[0]) == index

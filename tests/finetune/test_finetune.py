@@ -564,7 +564,7 @@ class TestBadPictures:
     @pytest.fixture
     def damaged(self, pets: Path, tmp_path: Path) -> Path:
         root = shutil.copytree(pets, tmp_path / "damaged")
-        (root / "train" / "dog" / "03.png").write_bytes(b"not a picture")
+        (root / "train" / "dog" / "03.png").write_bytes(b"not an image")
         (root / "test" / "eel" / "02.png").write_bytes(b"")
         return root
 
@@ -587,7 +587,7 @@ class TestBadPictures:
 
     def test_all_bad_is_an_error(self, damaged: Path, tmp_path: Path) -> None:
         for path in (damaged / "test").rglob("*.png"):
-            path.write_bytes(b"not a picture")
+            path.write_bytes(b"not an image")
         with pytest.raises(UserError, match="not one image of split test"):
             finetune(settings(damaged, tmp_path, on_error="skip"))
 

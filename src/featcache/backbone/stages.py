@@ -97,8 +97,8 @@ class Pooling(nn.Module):
         mean = values.mean(space, keepdim=True)
         if self.how == "mean":
             return mean.flatten(1)
-        centred = values - mean
-        return (centred * centred).mean(space).sqrt()
+        centered = values - mean
+        return (centered * centered).mean(space).sqrt()
 
 
 class Tap:

@@ -135,7 +135,7 @@ def _load_split_tree(
     train = trees["train"]
     _check_train(train)
     for tree in trees.values():
-        _refuse_unlabelled(train, tree)
+        _refuse_unlabeled(train, tree)
         _check_tree(tree)
         _refuse_other_classes(train, tree)
     class_names = sorted(train.by_class)
@@ -232,7 +232,7 @@ def _check_train(tree: _Tree) -> None:
         )
 
 
-def _refuse_unlabelled(train: _Tree, tree: _Tree) -> None:
+def _refuse_unlabeled(train: _Tree, tree: _Tree) -> None:
     if tree.loose and not tree.by_class:
         raise UserError(
             f"{tree.top} has images ({len(tree.loose)}, such as {tree.loose[0]}) but no class "

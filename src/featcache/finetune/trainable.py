@@ -233,7 +233,7 @@ class TrainableModel:
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, with a `base_lr` per group for the schedule.
 
-        AdamW's decay spares biases and normalisation, which have one dimension; that of Adam and
+        AdamW's decay spares biases and normalization, which have one dimension; that of Adam and
         SGD takes everything, as torch does by default and train-head does.
         """
         import torch

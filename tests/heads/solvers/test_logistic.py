@@ -65,8 +65,8 @@ def test_standardised_fit_is_that_of_scaled_rows(path):
     theirs = LogisticRegression(C=0.1, tol=1e-9, max_iter=10_000).fit(Z.astype(float), y)
     ours = X @ fit.head.weight.T + fit.head.bias
     other = Z @ theirs.coef_.T + theirs.intercept_
-    centred = ours - ours.mean(axis=1, keepdims=True)
-    assert centred == pytest.approx(other - other.mean(axis=1, keepdims=True), abs=2e-3)
+    centered = ours - ours.mean(axis=1, keepdims=True)
+    assert centered == pytest.approx(other - other.mean(axis=1, keepdims=True), abs=2e-3)
     assert fit.head.mean == pytest.approx(X.mean(axis=0), rel=1e-5)
     assert fit.head.scale == pytest.approx(X.std(axis=0), rel=1e-5)
 
