@@ -22,7 +22,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_files_are_links_of_one_class_each(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "images.part" / "left").mkdir(parents=True)  # by an interrupted run
     script.link_files(tmp_path / "images", 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "kinds"]
     classes: dict[int, set[str]] = {}
     for path in (tmp_path / "images").rglob("*.png"):
         classes.setdefault(os.stat(path).st_ino, set()).add(str(path.parent))
