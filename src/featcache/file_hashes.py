@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -195,16 +196,23 @@ def _digest(stamp: Sequence[int]) -> str:
 def _encode(entries: _Entries) -> bytes:
     """The file's bytes; the oldest entries are dropped if they would not fit."""
     while True:
-        rest = iter(entries.items())
-        parts = (
-            dict(itertools.islice(rest, NUM_TOGETHER)) for _ in range(0, len(entries), NUM_TOGETHER)
-        )
-        texts = [json.dumps(part, separators=(",", ":"))[1:-1].encode() for part in parts]
-        body = b"{" + b",".join(texts) + b"}"
-        if len(body) <= MAX_BYTES or not entries:
-            header = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
-            return json.dumps(header).encode() + b"\n" + body + b"\n"
+        file, rest = io.BytesIO(), iter(entries.items())
+        start = file.write(_header(b"") + b"\n")
+        for at in range(0, len(entries), NUM_TOGETHER):
+            part = dict(itertools.islice(rest, NUM_TOGETHER))
+            file.write(b"," if at else b"{")
+            file.write(json.dumps(part, separators=(",", ":"))[1:-1].encode())
+        file.write(b"}" if entries else b"{}")
+        if file.tell() - start <= MAX_BYTES or not entries:
+            with file.getbuffer() as whole:
+                whole[: start - 1] = _header(whole[start:])
+            file.write(b"\n")
+            return file.getvalue()
         entries = dict(list(entries.items())[len(entries) // 2 + 1 :])
+
+
+def _header(body: bytes | memoryview) -> bytes:
+    return json.dumps({**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
 
 
 def _read(path: Path) -> _Entries:
@@ -213,8 +221,8 @@ def _read(path: Path) -> _Entries:
         data = read_regular(path, MAX_BYTES + 4096)
         end = data.index(b"\n")
         body = memoryview(data)[end + 1 : len(data) - data.endswith(b"\n")]  # large: not copied
-        wanted = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
-        entries = json.loads(str(body, "utf-8")) if json.loads(data[:end]) == wanted else {}
+        same = json.loads(data[:end]) == json.loads(_header(body))
+        entries = json.loads(str(body, "utf-8")) if same else {}
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(entries, dict):
