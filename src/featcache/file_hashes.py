@@ -28,13 +28,11 @@ from featcache.files import open_regular, read_regular, write_atomically
 MAX_BYTES = 2**30
 """Room for the hashes of about seven million files."""
 MAX_FILES = 64
-NUM_TOGETHER = 1000
-"""Files whose stamps are hashed at once, or entries written: faster than one by one."""
+NUM_TOGETHER = 1000  # stamps hashed, or entries written, at once: faster than singly
 SETTLE_S = 2.0
 """The coarsest clock of a file system: a younger file could change without a new timestamp."""
 
-# By key, the digest of the stamp, and the value.
-_Entries = dict[str, tuple[Any, Any]]
+_Entries = dict[str, tuple[Any, Any]]  # by key, the digest of the stamp, and the value
 _PREFIX = ".featcache-memo-"
 _FORMAT = {"format": "featcache-memo", "version": 1}
 
@@ -42,7 +40,7 @@ _FORMAT = {"format": "featcache-memo", "version": 1}
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """Values that change when the content does: size, times in ns, inode and device."""
     s = status
-    return (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev)
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev
 
 
 def is_settled(status: os.stat_result, now_s: float) -> bool:
@@ -155,9 +153,11 @@ def _stamp_of_all(files: Iterable[tuple[str, os.stat_result | None]]) -> tuple[i
     texts: list[str] = []
     for path, status in files:
         if status is None:
-            texts.append(f"{path}\0()\0")
+            texts.append(f"{path}\0()\0")  # a folder
         elif is_settled(status, now_s):
-            texts.append(_stamp_text(path, status))
+            s = status  # as text, which takes half the time that `stamp_of` would
+            stamp = f"{s.st_size}, {s.st_mtime_ns}, {s.st_ctime_ns}, {s.st_ino}, {s.st_dev}"
+            texts.append(f"{path}\0({stamp})\0")
             num_files += 1
         else:
             return None
@@ -166,11 +166,6 @@ def _stamp_of_all(files: Iterable[tuple[str, os.stat_result | None]]) -> tuple[i
             texts.clear()
     found.update("".join(texts).encode(errors="surrogateescape"))
     return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
-
-
-def _stamp_text(path: str, s: os.stat_result) -> str:
-    """A path and its `stamp_of` as text, in half the time that tuples take."""
-    return f"{path}\0({s.st_size}, {s.st_mtime_ns}, {s.st_ctime_ns}, {s.st_ino}, {s.st_dev})\0"
 
 
 def _files_below(

@@ -31,8 +31,7 @@ Float32 = NDArray[np.float32]
 
 MIN_HASH_CHUNK = 32
 MAX_HASH_TASKS = 1000
-NUM_TOGETHER = 10_000
-"""Names that go into a fingerprint at once: one by one takes longer, all together much memory."""
+NUM_TOGETHER = 10_000  # names in a fingerprint: singly takes longer, all at once much memory
 
 
 class ImageSplit:

@@ -272,7 +272,7 @@ def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: 
     sizes = [len(tree.by_class[c]) for c in classes]
     labels = np.repeat(np.array([number[c] for c in classes], np.int64), sizes)
     base = os.path.join(os.path.abspath(root), "")
-    return ImageSplit(name, ids, labels, FileSource(ids, memo, base, prefix=base))
+    return ImageSplit(name, ids, labels, FileSource(ids, memo, folder=base, prefix=base))
 
 
 def counted(ignored: Counter[str]) -> str:

@@ -177,15 +177,10 @@ class Copy(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """All M images that are copies of an earlier one.
+    """All M images that are copies of an earlier one, as in `Copy`, in arrays [M].
 
     Attributes:
-        ids: Names of all images, by split, in train, val, test order.
-        split: [M], the number of each copy's split in this order.
-        row: [M], its place in its split.
-        also_in: [M], the number of its original's split.
-        also_row: [M], the original's place there.
-        same_label: [M], bool.
+        ids: The names of all images of each split; `split` and `also_in` count these splits.
     """
 
     ids: dict[str, Sequence[str]]

@@ -163,12 +163,7 @@ class FileSource(RecordedSource):
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        memo: Memo | None,
-        folder: str | None = None,
-        *,
-        prefix: str = "",
+        self, paths: Sequence[str], memo: Memo | None, folder: str | None = None, prefix: str = ""
     ) -> None:
         super().__init__()
         self._paths = paths
