@@ -53,6 +53,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     found: dict[int, Steps] = {}
     for num in config.nums:
         place = config.folder.resolve() / f"files-{num}"
+        shutil.rmtree(place / "cache", ignore_errors=True)  # of a run that was interrupted
         try:
             if not (place / "images").exists():
                 say(f"linking {num:,} files")
@@ -80,7 +81,7 @@ def link_files(root: Path, num: int) -> None:
 
     kinds, draft = root.parent / "kinds", root.with_suffix(".part")
     for folder in (kinds, draft):
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+        shutil.rmtree(folder, ignore_errors=True)  # likewise
         folder.mkdir(parents=True)
     for kind in range(KINDS):
         noise = np.random.default_rng(kind).integers(0, 256, (SIDE_PX, SIDE_PX, 3), np.uint8)

@@ -214,6 +214,30 @@ def test_one_stamp_of_many_files_is_that_of_earlier_versions(tmp_path: Path, lat
     assert files_stamp(many) is None
 
 
+def test_a_change_of_any_of_many_files_is_seen(
+    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and last of those that are hashed together, and one that is left over."""
+    monkeypatch.setattr(memo_module, "NUM_TOGETHER", 4)
+    files = [tmp_path / f"{number}.png" for number in range(9)]
+    for file in files:
+        file.write_bytes(b"one")
+    seen = {files_stamp(map(str, files)), files_stamp(map(str, files[:-1]))}
+    for file in files:
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        file.write_bytes(b"two")
+        os.utime(file, ns=times)
+        seen.add(files_stamp(map(str, files)))
+    files[3].rename(tmp_path / "3b.png")
+    files[3] = tmp_path / "3b.png"
+    seen.add(files_stamp(map(str, files)))
+    files[5].write_bytes(b"longer")
+    seen.add(files_stamp(map(str, files)))
+    seen.add(files_stamp(map(str, [files[1], files[0], *files[2:]])))
+    assert None not in seen
+    assert len(seen) == 2 + 9 + 3
+
+
 def test_tree_stamp_sees_every_change(tmp_path: Path, later: None) -> None:
     top = tmp_path / "tree"
     (top / "sub").mkdir(parents=True)

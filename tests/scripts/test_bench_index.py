@@ -48,3 +48,15 @@ def test_a_small_run(script: ModuleType, tmp_path: Path) -> None:
     assert set(report["steps"]) == {"40", "80"}
     assert "hit check, whole command" in report["growth"]
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["bench-index.json"]
+
+
+@pytest.mark.slow
+def test_kept_files_serve_the_next_run(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = script.BenchConfig(nums=(40,), folder=tmp_path, keep=True)
+    script.bench(config)
+    assert sorted(path.name for path in (tmp_path / "files-40").iterdir()) == ["images", "kinds"]
+    monkeypatch.setattr(script, "link_files", lambda *_: pytest.fail("made again"))
+    (tmp_path / "files-40" / "cache").mkdir()  # of a run that was interrupted
+    assert set(script.bench(config)["steps"]) == {"40"}
