@@ -190,7 +190,7 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
     assert extract_part(settings(folder, tmp_path, shard="0/3"))["hit"]
     assert not left.exists()
     assert merge_lines({**done, "hit": True}) == [
-        f"{tmp_path / 'x.h5'}: is finished already: 300 train, 100 test images"
+        f"{tmp_path / 'x.h5'} is finished already: 300 train, 100 test images"
     ]
     assert verify(tmp_path / "x.h5").ok
 

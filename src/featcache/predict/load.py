@@ -241,10 +241,11 @@ def _trained_on_others(
     advice = "give the file that it was trained on as --weights FILE, or run train-head again"
     if config.weights == "random":
         what = f"the random weights that --seed {seed} draws here"
-        advice = "give extract-features' --seed"
+        same = info.weights == "random"
+        advice = "give extract-features' --seed" if same else "leave --weights out"
     return CacheError(
         f"{path} was trained on weights {info.weights} with sha256 {info.weights_sha256}, but "
-        f"{what} has {found}: {advice}"
+        f"that of {what} is {found}: {advice}"
     )
 
 
