@@ -28,13 +28,12 @@ from featcache.heads.solvers.base import (
     cross_entropy_predictions,
     standardize_choices,
 )
+from featcache.heads.solvers.curvature import ShiftedInverses
 from featcache.heads.solvers.few_rows import FewRows, are_few
 from featcache.heads.solvers.lbfgs import (
     TOLERANCE,
     Solution,
-    Spectrum,
     minimize,
-    second_moment_spectrum,
 )
 from featcache.heads.solvers.moments import Moments
 from featcache.heads.solvers.softmax_loss import Block, SoftmaxLoss, loss_in_memory
@@ -70,7 +69,7 @@ class LogisticProblem:
         self.mean, self.deviation = moments.mean(), moments.deviation()
         self._centered = _centered(features, self.mean)
         self._scaled: Floats | None = None
-        self._spectra: dict[bool, Spectrum] = {}
+        self._inverses: dict[bool, ShiftedInverses] = {}
 
     def features(self, *, standardize: bool) -> Floats:
         """Centered rows [N, D], of unit deviation if asked for."""
@@ -85,12 +84,11 @@ class LogisticProblem:
         features = self.features(standardize=standardize)
         return loss_in_memory(features, self.y, self.share, len(self.present))
 
-    def spectrum(self, *, standardize: bool) -> Spectrum:
-        """For the preconditioner; computed once."""
-        if standardize not in self._spectra:
-            features = self.features(standardize=standardize)
-            self._spectra[standardize] = second_moment_spectrum(features)
-        return self._spectra[standardize]
+    def inverses(self, *, standardize: bool) -> ShiftedInverses:
+        """For the estimate of the Hessian; kept, since many strengths share them."""
+        if standardize not in self._inverses:
+            self._inverses[standardize] = ShiftedInverses(self.features(standardize=standardize))
+        return self._inverses[standardize]
 
     def penalty(self, C: float, total: float | None = None) -> float:
         """The objective's lam for scikit-learn's C; `total` replaces the rows' own weight."""
@@ -142,7 +140,7 @@ class LogisticPath:
             self._few = FewRows(X, problem.y, problem.share, len(problem.present))
         else:
             self._loss = problem.loss(standardize=standardize)
-            self._spectrum = problem.spectrum(standardize=standardize)
+            self._inverses = problem.inverses(standardize=standardize)
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
         """Fit with scikit-learn's C; from small to large is fastest.
@@ -156,7 +154,7 @@ class LogisticPath:
             solution = self._few.minimize(lam, tolerance, start)
         else:
             before = self._before[-1][1] if self._before else None
-            solution = minimize(self._loss, lam, self._spectrum, start, before, tolerance=tolerance)
+            solution = minimize(self._loss, lam, self._inverses, start, before, tolerance=tolerance)
         self._before = [*self._before[-1:], (np.log(C), solution)]
         return self._problem.fitted(self.last(), standardize=self._standardize)
 
@@ -287,7 +285,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
     solution = minimize(
         streamed_loss(rows, near, standardize=standardize),
         near.penalty(C, moments.total),
-        near.spectrum(standardize=standardize),
+        near.inverses(standardize=standardize),
         start.point,
         start,
         tolerance=STREAMED_TOLERANCE,
