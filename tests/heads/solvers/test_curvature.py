@@ -51,7 +51,7 @@ def test_inverses_are_right_at_their_shifts_and_near_between(dim, num, monkeypat
 def test_the_estimate_inverts_a_hessian_that_is_a_product():
     X = rows(4000, 12)
     G = np.diag([0.3, 0.3, 0.3]) - 0.1
-    estimate = InverseHessian(ShiftedInverses(X[:96]), 0.05, None)
+    estimate = InverseHessian(ShiftedInverses(X[:96]), 0.05)
     estimate.measure(G)
     moment = (X[:96:4].T @ X[:96:4]).astype(np.float64) / 24
     hessian = np.kron(moment, G) + 0.05 * np.eye(36)

@@ -11,7 +11,6 @@ result does not depend on the estimate, only the speed does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,13 +32,6 @@ LEAST_SHIFT = 3e-6
 CLOSE = 0.15
 # Matrices up to this width are inverted as a whole.
 WHOLE = 96
-
-
-class Classes(NamedTuple):
-    """Eigenvalues [C] and eigenvectors [C, C] of G."""
-
-    values: Doubles
-    vectors: Doubles
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +92,7 @@ class ShiftedInverses:
         part = (1 / shifts - 1 / second) / (1 / first - 1 / second)
         part[abs(place - low) < CLOSE] = 1.0
         terms = []
-        for power in np.unique([low, low + 1]):
+        for power in sorted({*low, *(low + 1)}):
             own = np.where(low == power, part, 0.0) + np.where(low + 1 == power, 1 - part, 0.0)
             if own.any():
                 shift = max(self._anchor * RATIO**power, self._least)
@@ -153,32 +145,27 @@ def inverse_factor(matrix: Singles) -> Singles:
 
 
 class InverseHessian:
-    """The estimate for one penalty: inverse features for every direction of the classes.
+    """The estimate for one penalty, once `measure` was called.
 
     Args:
         features: Of the rows.
         lam: Penalty, above zero.
-        classes: Of the class part, if an earlier solution left it; else `measure` comes first.
     """
 
-    def __init__(self, features: ShiftedInverses, lam: float, classes: Classes | None) -> None:
+    def __init__(self, features: ShiftedInverses, lam: float) -> None:
         self._features, self._lam = features, lam
-        self.classes = classes
-        if classes is not None:
-            self._inverses = features.sums(lam / classes.values)
 
     def measure(self, curvature: Doubles) -> None:
         """Take the class part, [C, C]."""
-        values, vectors = np.linalg.eigh(curvature)
+        values, self._vectors = np.linalg.eigh(curvature)
         # The all-ones direction has no curvature and no gradient: any value will do.
         values[0] = values[1]
-        self.classes = Classes(values.clip(min=values[-1] * 1e-3), vectors)
-        self._inverses = self._features.sums(self._lam / self.classes.values)
+        self._values = values.clip(min=values[-1] * 1e-3)
+        self._inverses = self._features.sums(self._lam / self._values)
 
     def __call__(self, gradients: Floats) -> Doubles:
         """The estimate times gradients [K, D + 1, C], one by one."""
-        assert self.classes is not None
-        values, vectors = self.classes
-        turned = np.ascontiguousarray((gradients @ vectors).transpose(1, 0, 2)) / values
+        turned = np.ascontiguousarray((gradients @ self._vectors).transpose(1, 0, 2))
+        turned /= self._values
         turned[:-1] = self._inverses(turned[:-1].astype(np.float32))
-        return np.ascontiguousarray(turned.transpose(1, 0, 2)) @ vectors.T
+        return np.asarray(np.ascontiguousarray(turned.transpose(1, 0, 2)) @ self._vectors.T)

@@ -14,7 +14,6 @@ no further product with the rows.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -81,34 +80,20 @@ class Place:
 class FewRows:
     """The loss over few rows.
 
-    Rows of many more features than there are rows are turned to need no more columns than rows.
-    Points are [R + 1, C], R the number of columns.
-
     Args:
-        X: Centered features [N, D].
+        X: Centered features [N, R].
         y: Class indices [N].
         share: Weights [N] that sum to one.
         num_classes: Number C of classes, each with rows.
     """
 
     def __init__(self, X: Floats, y: Ints, share: Doubles, num_classes: int) -> None:
-        self._basis: Floats | None = None
-        if 2 * len(X) <= X.shape[1]:
-            self._basis, triangle = np.linalg.qr(X.T.astype(np.float64))
-            X = triangle.T
         ones = np.ones((len(X), 1), np.float32)
         self._rows: Singles = np.hstack([X.astype(np.float32), ones])
         self._y, self._share = y, share.astype(np.float32)
         self._weighted = self._rows * self._share[:, None]
         self._class_share = np.bincount(y, share, num_classes)
         self._blocks = ClassBlocks(self._rows, y, self._share)
-
-    def turned_back(self, solution: Solution) -> Solution:
-        """The solution for the features as they were."""
-        if self._basis is None:
-            return solution
-        point = np.vstack([self._basis @ solution.point[:-1], solution.point[-1:]])
-        return dataclasses.replace(solution, point=point)
 
     def minimize(self, lam: float, tolerance: float, start: Doubles | None = None) -> Solution:
         """Find the minimum; see `lbfgs.minimize`.

@@ -17,7 +17,7 @@ import numpy as np
 
 from featcache.display import progress
 from featcache.heads.features import Doubles, Floats
-from featcache.heads.solvers.curvature import Classes, InverseHessian, ShiftedInverses
+from featcache.heads.solvers.curvature import InverseHessian, ShiftedInverses
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 
 MEMORY = 20
@@ -59,7 +59,6 @@ class Solution:
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learned of the loss's curvature; it holds for any penalty.
-        classes: The class part of the estimate.
     """
 
     point: Doubles
@@ -68,7 +67,6 @@ class Solution:
     num_passes: int
     converged: bool
     pairs: Pairs | None = None
-    classes: Classes | None = None
 
 
 class Memory:
@@ -224,12 +222,10 @@ def _descend(
     max_iterations: int,
 ) -> Solution:
     """Descend from a solution's point and pairs until the gap is small or no step gains."""
-    point, known = begin.point, begin.classes is not None
-    estimate = InverseHessian(features, lam, begin.classes)
+    point, estimate = begin.point, InverseHessian(features, lam)
     curvature = np.empty((loss.num_classes, loss.num_classes))
-    value, gradient = penalized(loss, lam, point, None if known else curvature)
-    if not known:
-        estimate.measure(curvature)
+    value, gradient = penalized(loss, lam, point, curvature)
+    estimate.measure(curvature)
     dtype = np.float64 if loss.exact else np.float32
     memory = Memory(estimate, lam, gradient, begin.pairs, dtype)
     best, stalled, values = Best(point, value, np.inf), 0, [value]
@@ -239,8 +235,8 @@ def _descend(
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        # The class part is of the start: where it was measured there, the first step may change it.
-        trusted = iteration >= (1 if known else 2) or decrement == 0
+        # The class part is of the start, and the first steps may change it.
+        trusted = iteration >= (2 if begin.pairs is None else 1) or decrement == 0
         near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
         if near or stalled == MAX_STALLED:
             break
@@ -257,8 +253,7 @@ def _descend(
             memory.refresh()
         steps.update()
     steps.close()
-    solution = best.solution(memory.pairs(), max(tolerance, TOLERANCE))
-    return dataclasses.replace(solution, classes=estimate.classes)
+    return best.solution(memory.pairs(), max(tolerance, TOLERANCE))
 
 
 def gap_left(values: list[float], decrement: float) -> float:

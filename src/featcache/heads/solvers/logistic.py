@@ -43,6 +43,8 @@ from featcache.heads.training_data import CACHED_ROWS, SMALL, Rows, TrainRows
 # Candidates for C, half a decade apart. Few rows of few clean features want strong regularization,
 # many correlated features want little.
 C_GRID = tuple(float(f"{c:.3g}") for c in np.logspace(-5, 2, 15))
+# Rows of so many times as many features are turned to have as many columns as there are rows.
+WIDE = 4
 # How far from its minimum the objective may be while choosing, relative to itself.
 SELECTION_TOLERANCE = 1e-4
 # The same of streamed rows, where each further digit is another pass over the file.
@@ -69,7 +71,6 @@ class LogisticProblem:
         self.mean, self.deviation = moments.mean(), moments.deviation()
         self._centered = _centered(features, self.mean)
         self._scaled: Floats | None = None
-        self._inverses: dict[bool, ShiftedInverses] = {}
 
     def features(self, *, standardize: bool) -> Floats:
         """Centered rows [N, D], of unit deviation if asked for."""
@@ -83,12 +84,6 @@ class LogisticProblem:
         """The loss over these rows and the classes that have any."""
         features = self.features(standardize=standardize)
         return loss_in_memory(features, self.y, self.share, len(self.present))
-
-    def inverses(self, *, standardize: bool) -> ShiftedInverses:
-        """For the estimate of the Hessian; kept, since many strengths share them."""
-        if standardize not in self._inverses:
-            self._inverses[standardize] = ShiftedInverses(self.features(standardize=standardize))
-        return self._inverses[standardize]
 
     def penalty(self, C: float, total: float | None = None) -> float:
         """The objective's lam for scikit-learn's C; `total` replaces the rows' own weight."""
@@ -135,12 +130,17 @@ class LogisticPath:
         self._problem, self._standardize = problem, standardize
         self._before: list[tuple[float, Solution]] = []
         self._few: FewRows | None = None
+        self._basis: Doubles | None = None
         X = problem.features(standardize=standardize)
+        if WIDE * len(X) <= X.shape[1]:
+            # Weights are sums of rows, so as many columns as rows are enough.
+            self._basis, triangle = np.linalg.qr(X.T.astype(np.float64))
+            X = np.ascontiguousarray(triangle.T, X.dtype)
+        rows = X, problem.y, problem.share, len(problem.present)
         if are_few(len(X), X.shape[1], len(problem.present)):
-            self._few = FewRows(X, problem.y, problem.share, len(problem.present))
+            self._few = FewRows(*rows)
         else:
-            self._loss = problem.loss(standardize=standardize)
-            self._inverses = problem.inverses(standardize=standardize)
+            self._loss, self._inverses = loss_in_memory(*rows), ShiftedInverses(X)
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
         """Fit with scikit-learn's C; from small to large is fastest.
@@ -161,7 +161,10 @@ class LogisticPath:
     def last(self) -> Solution:
         """The last fit, of centered (and scaled) rows."""
         solution = self._before[-1][1]
-        return solution if self._few is None else self._few.turned_back(solution)
+        if self._basis is None:
+            return solution
+        point = np.vstack([self._basis @ solution.point[:-1], solution.point[-1:]])
+        return dataclasses.replace(solution, point=point, pairs=None)
 
     def _start(self, log_C: float) -> Doubles | None:
         if not self._before:
@@ -285,7 +288,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
     solution = minimize(
         streamed_loss(rows, near, standardize=standardize),
         near.penalty(C, moments.total),
-        near.inverses(standardize=standardize),
+        ShiftedInverses(near.features(standardize=standardize)),
         start.point,
         start,
         tolerance=STREAMED_TOLERANCE,
