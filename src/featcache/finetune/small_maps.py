@@ -1,9 +1,9 @@
-"""Convolutions over small maps as one matrix product, forward and backward, on a CPU.
+"""Convolutions over small maps as matrix products, forward and backward, on a CPU.
 
 The last stages of a network see maps of a few pixels where images are small. Weights are then the
-larger part of what a convolution reads, and oneDNN reorders them in every pass: measured with
-ResNet18 at 64 px and batches of 32, a training step of a convolution of `layer4` takes a third of
-the time this way, and one of `layer3` as long as before.
+larger part of what a convolution reads, oneDNN reorders them in every pass, and most of what it
+multiplies is padding: of a 3x3 kernel on a map of 2x2 pixels, each pixel meets four taps of nine.
+Here each tap is one product, over the pixels that it meets.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 MAX_ROWS_PER_CHANNEL = 2
-"""Pixels of a batch's output, per output channel, up to which the product is not slower."""
+"""Pixels of a batch's output, per output channel, up to which products are not slower."""
 
 
 class SmallMapConv(nn.Conv2d):
@@ -31,7 +32,7 @@ class SmallMapConv(nn.Conv2d):
         elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         if elsewhere or num_rows > MAX_ROWS_PER_CHANNEL * self.out_channels:
             return super().forward(x)
-        maps: Tensor = _Product.apply(x, self.weight, self.stride, self.padding, self.dilation)
+        maps: Tensor = _Products.apply(x, self.weight, self.stride, self.padding, self.dilation)
         return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
     def _output_size(self, x: Tensor) -> list[int]:
@@ -42,11 +43,19 @@ class SmallMapConv(nn.Conv2d):
         return [(n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, gap, pad, step in numbers]
 
 
-class _Product(Function):
-    """The convolution of maps [N, C, H, W], zero padding, as `patches @ weight`.
+class _Tap(NamedTuple):
+    """A place in the kernel, and the pixels that it joins: slices of [N, H', W'] and [N, H, W]."""
 
-    Everything is in channels-last memory: there a weight [C', C, k, l] is a matrix [C', k l C] as
-    it lies, and so is its gradient.
+    place: tuple[int, int]
+    outputs: tuple[slice, ...]
+    inputs: tuple[slice, ...]
+
+
+class _Products(Function):
+    """The convolution of maps [N, C, H, W], zero padding, as a product for each tap of the kernel.
+
+    Everything is in channels-last memory: there the weight of a tap [C', C] is a matrix as it lies,
+    and so is its gradient.
     """
 
     @staticmethod
@@ -58,51 +67,80 @@ class _Product(Function):
         padding: tuple[int, int],
         dilation: tuple[int, int],
     ) -> Tensor:
-        maps = x.permute(0, 2, 3, 1)
-        if any(padding):
-            maps = functional.pad(maps, (0, 0, padding[1], padding[1], padding[0], padding[0]))
-        maps = maps.contiguous()
-        windows = _windows(maps, weight.shape[2:], stride, dilation)
-        num, height, width = windows.shape[:3]
-        patches = windows.reshape(num * height * width, -1)
-        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
-        ctx.save_for_backward(patches, matrix)
-        ctx.geometry = maps.shape, weight.shape, stride, padding, dilation, windows.shape
-        return (patches @ matrix.t()).view(num, height, width, -1).permute(0, 3, 1, 2)
+        maps = x.permute(0, 2, 3, 1).contiguous()
+        size, taps = _taps(maps.shape[1:3], weight.shape[2:], stride, padding, dilation)
+        ctx.save_for_backward(maps, weight)
+        ctx.taps = taps
+        matrices = weight.permute(2, 3, 1, 0)
+        out = maps.new_zeros(len(maps), *size, len(weight))
+        for tap in taps:
+            _add_product(out[tap.outputs], _rows(maps[tap.inputs]), matrices[tap.place])
+        return out.permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        patches, matrix = ctx.saved_tensors
-        maps_shape, weight_shape, stride, (top, left), dilation, windows_shape = ctx.geometry
-        rows = grad.permute(0, 2, 3, 1).reshape(len(patches), -1)
-        num_out, channels, *kernel = weight_shape
-        x_grad = weight_grad = None
+        maps, weight = ctx.saved_tensors
+        out_grad = grad.permute(0, 2, 3, 1).contiguous()
+        x_grad = torch.zeros_like(maps) if ctx.needs_input_grad[0] else None
+        weight_grad = None
         if ctx.needs_input_grad[1]:
-            product = (rows.t() @ patches).view(num_out, *kernel, channels)
-            weight_grad = product.permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[0]:
-            parts = (rows @ matrix).view(windows_shape)
-            padded = parts.new_zeros(maps_shape)
-            # A pixel lies in several windows; of a place in the window, each pixel in only one.
-            windows = _windows(padded, kernel, stride, dilation)
-            for row, column in itertools.product(*map(range, kernel)):
-                windows[:, :, :, row, column] += parts[:, :, :, row, column]
-            height, width = maps_shape[1] - top, maps_shape[2] - left
-            x_grad = padded[:, top:height, left:width].permute(0, 3, 1, 2)
-        return x_grad, weight_grad, None, None, None
+            # A tap that meets no pixel has no product.
+            whole = len(ctx.taps) == math.prod(weight.shape[2:])
+            weight_grad = torch.empty_like(weight) if whole else torch.zeros_like(weight)
+        for tap in ctx.taps:
+            rows = _rows(out_grad[tap.outputs])
+            if x_grad is not None:
+                matrix = weight.permute(2, 3, 0, 1)[tap.place]
+                _add_product(x_grad[tap.inputs], rows, matrix)
+            if weight_grad is not None:
+                product = weight_grad.permute(2, 3, 0, 1)[tap.place]
+                torch.mm(rows.t(), _rows(maps[tap.inputs]), out=product)
+        return None if x_grad is None else x_grad.permute(0, 3, 1, 2), weight_grad, None, None, None
 
 
-def _windows(
-    maps: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """Views [N, H', W', k, l, C] of what the kernel sees of padded maps [N, H, W, C]."""
-    size = [
-        (n - gap * (k - 1) - 1) // step + 1
-        for n, k, step, gap in zip(maps.shape[1:3], kernel, stride, dilation, strict=True)
+@lru_cache(maxsize=256)
+def _taps(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[list[int], list[_Tap]]:
+    """The output's height and width, and the taps that meet pixels, not only padding."""
+    sizes: list[int] = []
+    met: list[list[tuple[int, slice, slice]]] = []
+    for n, k, step, pad, gap in zip(size, kernel, stride, padding, dilation, strict=True):
+        num = (n + 2 * pad - gap * (k - 1) - 1) // step + 1
+        sizes.append(num)
+        met.append([])
+        for tap in range(k):
+            shift = tap * gap - pad
+            first, end = max(0, -(shift // step)), min(num, (n - 1 - shift) // step + 1)
+            if first < end:
+                inputs = slice(first * step + shift, (end - 1) * step + shift + 1, step)
+                met[-1].append((tap, slice(first, end), inputs))
+    every = slice(None)
+    return sizes, [
+        _Tap((row, column), (every, *outputs), (every, *inputs))
+        for (row, column), outputs, inputs in (
+            zip(*pair, strict=True) for pair in itertools.product(*met)
+        )
     ]
-    n, h, w, c = maps.stride()
-    strides = (n, h * stride[0], w * stride[1], h * dilation[0], w * dilation[1], c)
-    return maps.as_strided((len(maps), *size, *kernel, maps.shape[3]), strides)
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """The pixels of maps [N, H, W, C] as a matrix [N H W, C], a copy where they lie apart."""
+    return maps.reshape(-1, maps.shape[3])
+
+
+def _add_product(maps: Tensor, rows: Tensor, matrix: Tensor) -> None:
+    """Add `rows @ matrix` to the pixels of maps [N, H, W, C]."""
+    steps = [(n, step) for n, step in zip(maps.shape[:3], maps.stride(), strict=False) if n > 1]
+    if all(step == n * inner for (_, step), (n, inner) in itertools.pairwise(steps)):
+        maps.view(-1, maps.shape[3]).addmm_(rows, matrix)
+    else:
+        maps += (rows @ matrix).view(maps.shape)
 
 
 def use_products(network: nn.Module) -> None:
