@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from featcache.finetune.small_maps import SmallMapConv, use_products
+from featcache.runtime import torch_threads_kept
 
 CASES = [
     (3, (2, 2), {"kernel_size": 3, "padding": 1}),
@@ -50,7 +51,7 @@ def test_it_is_the_convolution(
         x = x.to(memory_format=layout).requires_grad_()
         out = conv(x)
         graph = f"{out.grad_fn} {out.grad_fn.next_functions}"
-        assert ("_Products" in graph) == (conv is ours and side != LARGE[1])
+        assert ("_Product" in graph) == (conv is ours and side != LARGE[1])
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in conv.parameters())])
         # Fused kernels pair numbers by their place in memory, whatever the strides.
@@ -91,20 +92,29 @@ def test_only_what_is_asked_for_gets_a_gradient(trains: tuple[bool, bool]) -> No
             torch.testing.assert_close(found, expected)
 
 
-def test_the_same_again_to_the_bit_and_in_the_parameters_layout() -> None:
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_the_same_again_to_the_bit_and_in_the_parameters_layout(num_threads: int) -> None:
     torch.manual_seed(0)
-    conv = by_products(nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last))
-    x = torch.randn(32, 64, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    plain = nn.Conv2d(256, 384, 3, padding=1).to(memory_format=torch.channels_last)
+    conv = by_products(plain)
+    x = torch.randn(32, 256, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
     runs = []
-    for _ in range(2):
-        x.grad = conv.weight.grad = None
-        out = conv(x)
-        out.square().sum().backward()
-        runs.append((out, x.grad, conv.weight.grad))
-        assert out.is_contiguous(memory_format=torch.channels_last)
-        assert x.grad.stride() == x.stride()
-        assert conv.weight.grad.stride() == conv.weight.stride()
-    assert all(torch.equal(one, two) for one, two in zip(*runs, strict=True))
+    with torch_threads_kept():
+        torch.set_num_threads(num_threads)
+        for module in (plain, conv, conv):
+            x.grad = module.weight.grad = None
+            out = module(x)
+            out.square().sum().backward()
+            runs.append((out, x.grad, module.weight.grad))
+            assert out.is_contiguous(memory_format=torch.channels_last)
+            assert x.grad.stride() == x.stride()
+            assert module.weight.grad.stride() == module.weight.stride()
+            with torch.inference_mode():
+                assert module is plain or torch.equal(module(x), out)
+        assert torch.get_num_threads() == num_threads
+    for expected, one, two in zip(*runs, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_grouped_and_odd_convolutions_stay_as_they_are() -> None:

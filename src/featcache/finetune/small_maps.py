@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 MAX_ROWS_PER_CHANNEL = 2
 """Pixels of a batch's output, per output channel, up to which products are not slower."""
+MIN_PART = 128
+"""Channels of a thread's part: the products of fewer take no less time."""
 
 
 class SmallMapConv(nn.Conv2d):
@@ -32,7 +35,7 @@ class SmallMapConv(nn.Conv2d):
         elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         if elsewhere or num_rows > MAX_ROWS_PER_CHANNEL * self.out_channels:
             return super().forward(x)
-        maps: Tensor = _Products.apply(x, self.weight, self.stride, self.padding, self.dilation)
+        maps: Tensor = _Product.apply(x, self.weight, self.stride, self.padding, self.dilation)
         return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
     def _output_size(self, x: Tensor) -> list[int]:
@@ -51,7 +54,7 @@ class _Tap(NamedTuple):
     inputs: tuple[slice, ...]
 
 
-class _Products(Function):
+class _Product(Function):
     """The convolution of maps [N, C, H, W], zero padding, as a product for each tap of the kernel.
 
     Everything is in channels-last memory: there the weight of a tap [C', C] is a matrix as it lies,
@@ -71,10 +74,14 @@ class _Products(Function):
         size, taps = _taps(maps.shape[1:3], weight.shape[2:], stride, padding, dilation)
         ctx.save_for_backward(maps, weight)
         ctx.taps = taps
-        matrices = weight.permute(2, 3, 1, 0)
         out = maps.new_zeros(len(maps), *size, len(weight))
-        for tap in taps:
-            _add_product(out[tap.outputs], _rows(maps[tap.inputs]), matrices[tap.place])
+
+        def work(part: slice) -> None:
+            out_part, matrices = out[..., part], weight[part].permute(2, 3, 1, 0)
+            for tap in taps:
+                _add_product(out_part[tap.outputs], _rows(maps[tap.inputs]), matrices[tap.place])
+
+        _in_parts(len(weight), work)
         return out.permute(0, 3, 1, 2)
 
     @staticmethod
@@ -88,14 +95,18 @@ class _Products(Function):
             # A tap that meets no pixel has no product.
             whole = len(ctx.taps) == math.prod(weight.shape[2:])
             weight_grad = torch.empty_like(weight) if whole else torch.zeros_like(weight)
-        for tap in ctx.taps:
-            rows = _rows(out_grad[tap.outputs])
-            if x_grad is not None:
-                matrix = weight.permute(2, 3, 0, 1)[tap.place]
-                _add_product(x_grad[tap.inputs], rows, matrix)
-            if weight_grad is not None:
-                product = weight_grad.permute(2, 3, 0, 1)[tap.place]
-                torch.mm(rows.t(), _rows(maps[tap.inputs]), out=product)
+
+        def work(part: slice) -> None:
+            maps_part, matrices = maps[..., part], weight[:, part].permute(2, 3, 0, 1)
+            for tap in ctx.taps:
+                rows = _rows(out_grad[tap.outputs])
+                if x_grad is not None:
+                    _add_product(x_grad[..., part][tap.inputs], rows, matrices[tap.place])
+                if weight_grad is not None:
+                    product = weight_grad[:, part].permute(2, 3, 0, 1)[tap.place]
+                    torch.mm(rows.t(), _rows(maps_part[tap.inputs]), out=product)
+
+        _in_parts(weight.shape[1], work)
         return None if x_grad is None else x_grad.permute(0, 3, 1, 2), weight_grad, None, None, None
 
 
@@ -141,6 +152,27 @@ def _add_product(maps: Tensor, rows: Tensor, matrix: Tensor) -> None:
         maps.view(-1, maps.shape[3]).addmm_(rows, matrix)
     else:
         maps += (rows @ matrix).view(maps.shape)
+
+
+def _in_parts(num_channels: int, work: Callable[[slice], None]) -> None:
+    """Do work for a part of the channels on each thread.
+
+    Otherwise the threads would share each of many small products, and wait for each other after it:
+    that takes twice the processor time.
+    """
+    num_threads = torch.get_num_threads()
+    num_parts = min(num_threads, num_channels // MIN_PART)
+    if num_parts < 2:
+        work(slice(None))
+        return
+    ends = [num_channels * number // num_parts for number in range(num_parts + 1)]
+    modeless = torch.inference_mode()(work)  # a thread has modes of its own
+    list(_workers(num_parts, num_threads // num_parts).map(modeless, map(slice, ends, ends[1:])))
+
+
+@lru_cache(maxsize=1)
+def _workers(num: int, num_threads_each: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num, "products", torch.set_num_threads, (num_threads_each,))
 
 
 def use_products(network: nn.Module) -> None:
