@@ -21,9 +21,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 MAX_ROWS_PER_CHANNEL = 2
-"""Pixels of a batch's output, per output channel, up to which products are not slower."""
+"""Rows of a product, the mean over taps, per output channel, up to which products win."""
 MIN_PART = 128
-"""Channels of a thread's part: the products of fewer take no less time."""
+"""Least channels for a thread to take, so that its products cost more than their calls."""
 
 
 class SmallMapConv(nn.Conv2d):
@@ -31,19 +31,16 @@ class SmallMapConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, C', H', W']."""
-        num_rows = len(x) * math.prod(self._output_size(x))
-        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        if elsewhere or num_rows > MAX_ROWS_PER_CHANNEL * self.out_channels:
-            return super().forward(x)
-        maps: Tensor = _Product.apply(x, self.weight, self.stride, self.padding, self.dilation)
-        return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
-
-    def _output_size(self, x: Tensor) -> list[int]:
         assert not isinstance(self.padding, str)
-        numbers = zip(
-            x.shape[2:], self.kernel_size, self.dilation, self.padding, self.stride, strict=True
+        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+        geometry = _geometry(
+            x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
         )
-        return [(n + 2 * pad - gap * (k - 1) - 1) // step + 1 for n, k, gap, pad, step in numbers]
+        num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
+        if elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
+            return super().forward(x)
+        maps: Tensor = _Product.apply(x, self.weight, geometry)
+        return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
 
 class _Tap(NamedTuple):
@@ -54,6 +51,14 @@ class _Tap(NamedTuple):
     inputs: tuple[slice, ...]
 
 
+class _Geometry(NamedTuple):
+    """The output's height and width, the taps that meet pixels, and how many all of them meet."""
+
+    size: tuple[int, ...]
+    taps: list[_Tap]
+    num_pairs: int
+
+
 class _Product(Function):
     """The convolution of maps [N, C, H, W], zero padding, as a product for each tap of the kernel.
 
@@ -62,23 +67,15 @@ class _Product(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
         maps = x.permute(0, 2, 3, 1).contiguous()
-        size, taps = _taps(maps.shape[1:3], weight.shape[2:], stride, padding, dilation)
         ctx.save_for_backward(maps, weight)
-        ctx.taps = taps
-        out = maps.new_zeros(len(maps), *size, len(weight))
+        ctx.taps = geometry.taps
+        out = maps.new_zeros(len(maps), *geometry.size, len(weight))
 
         def work(part: slice) -> None:
             out_part, matrices = out[..., part], weight[part].permute(2, 3, 1, 0)
-            for tap in taps:
+            for tap in geometry.taps:
                 _add_product(out_part[tap.outputs], _rows(maps[tap.inputs]), matrices[tap.place])
 
         _in_parts(len(weight), work)
@@ -107,18 +104,17 @@ class _Product(Function):
                     torch.mm(rows.t(), _rows(maps_part[tap.inputs]), out=product)
 
         _in_parts(weight.shape[1], work)
-        return None if x_grad is None else x_grad.permute(0, 3, 1, 2), weight_grad, None, None, None
+        return None if x_grad is None else x_grad.permute(0, 3, 1, 2), weight_grad, None
 
 
 @lru_cache(maxsize=256)
-def _taps(
+def _geometry(
     size: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> tuple[list[int], list[_Tap]]:
-    """The output's height and width, and the taps that meet pixels, not only padding."""
+) -> _Geometry:
     sizes: list[int] = []
     met: list[list[tuple[int, slice, slice]]] = []
     for n, k, step, pad, gap in zip(size, kernel, stride, padding, dilation, strict=True):
@@ -131,13 +127,12 @@ def _taps(
             if first < end:
                 inputs = slice(first * step + shift, (end - 1) * step + shift + 1, step)
                 met[-1].append((tap, slice(first, end), inputs))
-    every = slice(None)
-    return sizes, [
-        _Tap((row, column), (every, *outputs), (every, *inputs))
-        for (row, column), outputs, inputs in (
-            zip(*pair, strict=True) for pair in itertools.product(*met)
-        )
-    ]
+    taps = []
+    for pair in itertools.product(*met):
+        (row, column), outputs, inputs = zip(*pair, strict=True)
+        taps.append(_Tap((row, column), (slice(None), *outputs), (slice(None), *inputs)))
+    num_pairs = math.prod(sum(s.stop - s.start for _, s, _ in axis) for axis in met)
+    return _Geometry(tuple(sizes), taps, num_pairs)
 
 
 def _rows(maps: Tensor) -> Tensor:
