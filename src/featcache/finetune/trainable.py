@@ -270,11 +270,12 @@ class TrainableModel:
         import torch
 
         groups: list[dict[str, Any]] = []
+        stored = _Stored()
         for is_head in (False, True):
             rate = self.recipe.lr if is_head else self.recipe.backbone_lr
             for decays in (True, False):
                 params = [
-                    p
+                    stored.of(p)
                     for name, p in self.model.named_parameters()
                     if p.requires_grad
                     and name.startswith(f"{self.head_name}.") == is_head
@@ -287,10 +288,14 @@ class TrainableModel:
                     )
         # One pass over memory instead of several: a tenth of a step's time on a CPU.
         fused = next(self.model.parameters()).device.type in ("cpu", "cuda")
+        optimizer: torch.optim.Optimizer
         if self.recipe.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=MOMENTUM, fused=fused)
-        kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
-        return kind(groups, fused=fused)
+            optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, fused=fused)
+        else:
+            kind = torch.optim.AdamW if self.recipe.optimizer == "adamw" else torch.optim.Adam
+            optimizer = kind(groups, fused=fused)
+        optimizer.register_step_pre_hook(lambda *_: stored.take_gradients())
+        return optimizer
 
     @property
     def num_classes(self) -> int:
@@ -300,3 +305,26 @@ class TrainableModel:
     def head_width(self) -> int:
         """Width D of the features that enter the head."""
         return int(self.head.weight.shape[1])
+
+
+class _Stored:
+    """Channels-last weights as an optimizer sees them: in the order in which their numbers lie.
+
+    Of a gradient in another order, torch's fused Adam makes a copy, which it does not even use.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The parameter [C', C, k, l], or its memory as a tensor [C', k, l, C]."""
+        if parameter.is_contiguous() or parameter.ndim != 4:
+            return parameter
+        self._pairs.append((parameter, parameter.detach().permute(0, 2, 3, 1)))
+        return self._pairs[-1][1]
+
+    def take_gradients(self) -> None:
+        """Move the parameters' gradients to what the optimizer sees."""
+        for parameter, seen in self._pairs:
+            if parameter.grad is not None:
+                seen.grad, parameter.grad = parameter.grad.permute(0, 2, 3, 1), None
