@@ -32,7 +32,7 @@ from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head
 from featcache.predict import Classifier
 from featcache.results import RunReport, benchmark_rows
-from featcache.tensor_files import model_card, read_tensor_file
+from featcache.tensor_files import model_card, read_tensor_file, write_model
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +295,17 @@ class TestAllStages:
         images = [pets / name for name in rows.ids]
         features = Classifier.load(config.output).features(images)
         assert np.allclose(np.asarray(rows.X, np.float32), features, rtol=2e-3, atol=1e-4)
+
+    def test_a_model_of_another_width_is_damaged(
+        self, wide: tuple[FinetuneConfig, dict], tmp_path: Path
+    ) -> None:
+        card, stated = model_card(read_tensor_file(wide[0].output)), tensors_of(wide[1])
+        assert card.stages is not None
+        fewer = card.stages.of_layers(["layer4", "last"])
+        path = tmp_path / "model.safetensors"
+        write_model(path, stated, dataclasses.replace(card, stages=fewer))
+        with pytest.raises(UserError, match="is a damaged model, its tensors are not those of a"):
+            Classifier.load(path)
 
     def test_interrupted_it_ends_the_same(
         self,

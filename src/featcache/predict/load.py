@@ -32,6 +32,7 @@ from featcache.tensor_files import (
     LABEL_THRESHOLD,
     MODEL_FORMAT,
     ModelCard,
+    State,
     TensorFile,
     model_card,
     not_finite,
@@ -250,33 +251,9 @@ def _trained_on_others(
 
 
 def _load_model(file: TensorFile) -> LoadedClassifier:
-    import torch
-
     path, card = file.path, model_card(file)
     _check_backbone(card.backbone, path)
-    config = BackboneConfig(
-        backbone=card.backbone,
-        weights="random",
-        image_px=card.preprocessing.image_px,
-        device="cpu",
-    )
-    network = build_classifier(config, len(card.class_names), 0)
-    if card.stages is not None:
-        wide = torch.nn.Linear(sum(card.stages.widths), len(card.class_names))
-        network.set_submodule(head_of(network)[0], wide)
-    try:
-        network.load_state_dict(file.tensors())
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
-            f"{len(card.class_names)} classes: write it again with finetune"
-        ) from error
-    bad = not_finite(network.state_dict())
-    if bad is not None:
-        raise UserError(
-            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
-            "finetune"
-        )
+    network = _model_network(file, card)
     head = _wide_head(network, card) if card.stages else None
     return LoadedClassifier(
         path=path,
@@ -292,6 +269,49 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
         provenance=card.provenance,
         task=card.task,
     )
+
+
+def _model_network(file: TensorFile, card: ModelCard) -> nn.Module:
+    """The whole classifier with the tensors of a model file."""
+    path, num_classes = file.path, len(card.class_names)
+    config = BackboneConfig(
+        backbone=card.backbone,
+        weights="random",
+        image_px=card.preprocessing.image_px,
+        device="cpu",
+    )
+    network, tensors = build_classifier(config, num_classes, 0), file.tensors()
+    try:
+        if card.stages is not None:
+            _widen(network, tensors, sum(card.stages.widths))
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
+            f"{num_classes} classes: write it again with finetune"
+        ) from error
+    bad = not_finite(network.state_dict())
+    if bad is not None:
+        raise UserError(
+            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
+            "finetune"
+        )
+    return network
+
+
+def _widen(network: nn.Module, tensors: State, num_columns: int) -> None:
+    """Give a network a head as wide as that in a file.
+
+    Raises:
+        RuntimeError: The file's head is not as wide as the file says.
+    """
+    import torch
+
+    name, _ = head_of(network)
+    weight = tensors.get(f"{name}.weight")
+    if weight is None or weight.ndim != 2 or weight.shape[1] != num_columns:
+        raise RuntimeError(f"{name} is not {num_columns} wide")
+    network.set_submodule(name, torch.nn.Linear(num_columns, len(weight)))
 
 
 def _wide_head(network: nn.Module, card: ModelCard) -> LinearHead:
