@@ -105,14 +105,14 @@ def test_by_default_the_tail_is_the_last_stage(
 
 @pytest.mark.slow
 def test_the_tail_is_a_third_way(pets: Path, tmp_path: Path) -> None:
-    config = settings(pets, tmp_path, tail="stage4")
+    config = settings(pets, tmp_path, tail="stage4", layers="stages")
     report = compare(config)
     runs = runs_of(config)
     assert sorted(runs) == [
         f"{mode}-{size}-draw0" for mode in ("cached", "finetune", "tail") for size in ("3", "all")
     ]
     tail, whole = runs["tail-all-draw0"], runs["finetune-all-draw0"]
-    assert tail.more["mode"] == "tail from stage4"
+    assert tail.more["mode"] == "tail from stage4, all stages"
     assert tail.test.ids == whole.test.ids
     assert tail.trainable_params < whole.trainable_params
     assert [run.more["num_train"] for run in (tail, runs["tail-3-draw0"])] == [30, 9]

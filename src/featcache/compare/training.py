@@ -281,7 +281,12 @@ def finetune_config(
         seed: Of training.
         stage: The stage from which the tail trains; None for all layers.
     """
-    values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
+    from featcache.backbone.tail import tail_layers
+
+    but = ("json", "verbose", "output", "seed", "layers")
+    values = carried_over(config, FinetuneConfig, but=but)
+    if stage is not None and config.layers != "last" and config.recipe == "good":
+        values["layers"] = tail_layers(config.backbone)
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
     tuning = FinetuneConfig(**values, seed=seed, score="end", from_stage=stage)

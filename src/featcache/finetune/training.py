@@ -339,7 +339,8 @@ def _tail_fields(run: FinetuneRun) -> JsonObject:
     if run.stage_cache is None:
         return {}
     return {
-        "mode": f"tail from {run.recipe.from_stage}",
+        "mode": f"tail from {run.recipe.from_stage}"
+        + (", all stages" if run.recipe.all_stages else ""),
         "activations": run.stage_cache.describe(),
     }
 
@@ -362,8 +363,9 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
         provenance={**report.provenance, "recipe": report.more["recipe"]},
         scores=scores,
         task=run.dataset.task,
+        stages=run.info.stages,
     )
-    write_model(run.output, run.trainable.model.state_dict(), card)
+    write_model(run.output, run.trainable.final_state(), card)
 
 
 def _main_score(report: JsonObject) -> tuple[str, float, tuple[float, float]]:
