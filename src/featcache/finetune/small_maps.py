@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from featcache.finetune import winograd
+
 MAX_ROWS_PER_CHANNEL = 2
 """Pixels of a batch's output, per output channel, up to which the product is not slower."""
 
@@ -29,9 +31,13 @@ class SmallMapConv(nn.Conv2d):
         """Maps [N, C, H, W] to [N, C', H', W']."""
         num_rows = len(x) * math.prod(self._output_size(x))
         elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        if elsewhere or num_rows > MAX_ROWS_PER_CHANNEL * self.out_channels:
+        maps: Tensor
+        if not elsewhere and winograd.suits(self, x):
+            maps = winograd.convolution(x, self.weight)
+        elif elsewhere or num_rows > MAX_ROWS_PER_CHANNEL * self.out_channels:
             return super().forward(x)
-        maps: Tensor = _Product.apply(x, self.weight, self.stride, self.padding, self.dilation)
+        else:
+            maps = _Product.apply(x, self.weight, self.stride, self.padding, self.dilation)
         return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
     def _output_size(self, x: Tensor) -> list[int]:
