@@ -23,6 +23,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any machine that runs these tests passes for one on which the method is used."""
+    monkeypatch.setattr(winograd, "_products_are_fast", lambda: True)
+
+
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -114,6 +120,21 @@ def uses_it(conv: nn.Conv2d, *size: int) -> bool:
 def test_where_it_is_used(options: dict, size: tuple[int, int, int], used: bool) -> None:
     conv = nn.Conv2d(128, 128, 3, **options).to(memory_format=CHANNELS_LAST)
     assert uses_it(conv, *size) == used
+
+
+def test_other_makers_processors_convolve_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    conv = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+    for name, mkl, used in (
+        ("Intel(R) Xeon(R) Processor", True, True),
+        ("Intel(R) Xeon(R) Processor", False, False),
+        ("AMD EPYC 9654 96-Core Processor", True, False),
+    ):
+        winograd._products_are_fast.cache_clear()
+        monkeypatch.setattr(winograd, "processor_name", lambda name=name: name)
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda mkl=mkl: mkl)
+        assert uses_it(conv, 2, 16, 16) == used
+    winograd._products_are_fast.cache_clear()
 
 
 def test_few_channels_and_half_precision_go_to_torch() -> None:

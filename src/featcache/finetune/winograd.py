@@ -36,6 +36,7 @@ from featcache.engine.winograd import (
     to_places,
     windows,
 )
+from featcache.runtime import processor_name
 
 MIN_TILES = 32
 """Of a batch: with fewer, transforming the kernels costs more than the products save."""
@@ -48,7 +49,19 @@ def suits(conv: nn.Conv2d, x: Tensor) -> bool:
     plain = conv.stride == conv.padding == conv.dilation == (1, 1) and conv.kernel_size == (3, 3)
     wide = min(conv.in_channels, conv.out_channels) >= MIN_CHANNELS
     enough = len(x) * math.prod(num_tiles(*x.shape[2:])) >= MIN_TILES
-    return plain and wide and enough and fills_tiles(*x.shape[2:]) and x.dtype == torch.float32
+    fits = wide and enough and fills_tiles(*x.shape[2:]) and x.dtype == torch.float32
+    return plain and fits and _products_are_fast()
+
+
+@functools.cache
+def _products_are_fast() -> bool:
+    """Whether torch multiplies matrices as fast as it convolves.
+
+    MKL, its library for that, takes several times as long on other makers' processors. A rule and
+    no measurement: two runs on one machine have to agree to the bit.
+    """
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return has_mkl and "Intel" in processor_name()
 
 
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
