@@ -127,14 +127,15 @@ def environment() -> dict[str, str | int]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "num_cores": num_cores(),
         "featcache": __version__,
         **{name: version_of(name) for name in libraries},
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -248,6 +248,8 @@ def smooth_classifier(*args: object) -> torch.nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.ReLU):
             model.set_submodule(name, torch.nn.SiLU())
+        elif isinstance(module, torch.nn.MaxPool2d):
+            model.set_submodule(name, torch.nn.AvgPool2d(3, stride=2, padding=1))
     return model
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from featcache.finetune import winograd
+
 MAX_ROWS_PER_CHANNEL = 2
 """Rows of a product, the mean over taps, per output channel, up to which products win."""
 MIN_PART = 128
@@ -32,14 +34,18 @@ class SmallMapConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, C', H', W']."""
         assert not isinstance(self.padding, str)
+        maps: Tensor
         elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        geometry = _geometry(
-            x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
-        )
-        num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
-        if elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
-            return super().forward(x)
-        maps: Tensor = _Product.apply(x, self.weight, geometry)
+        if not elsewhere and winograd.suits(self, x):
+            maps = winograd.convolution(x, self.weight)
+        else:
+            geometry = _geometry(
+                x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
+            )
+            num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
+            if elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
+                return super().forward(x)
+            maps = _Product.apply(x, self.weight, geometry)
         return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
 
