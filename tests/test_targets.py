@@ -124,7 +124,7 @@ def test_predict_gives_numbers(folder, caches, tmp_path, capsys):
     picture = str(folder / "03.png")
     classifier = Classifier.load(report["head"], weights="random")
     (found,) = classifier.predict(picture)
-    with pytest.raises(UserError, match="reject is for one class per image: leave it out for"):
+    with pytest.raises(UserError, match=r"^reject is for one class per image: leave it out for"):
         classifier.predict(picture, reject=0.1)
     cache = FeatureCache(caches["target"]["cache"])
     expected = classifier.trained.head.predict(cache.split("test").X[:1])

@@ -275,7 +275,8 @@ class Classifier(Facts):
         Raises:
             UserError: The classifier cannot tell unknown images.
         """
-        known = None if reject is None else self.known_rows(reject)
+        with python_errors(PredictConfig):
+            known = None if reject is None else self.known_rows(reject)
         for index, row in self._classified(split, timer or StageTimer()):
             if isinstance(row, BadImage):
                 yield index, row
