@@ -19,8 +19,8 @@ from featcache.heads.features import Doubles, Floats, Singles
 # Directions of the features that are told apart, by as many rows: an inverse takes the cube. Those
 # of less variance than the shift matter little, so strong regularization needs few.
 NUM_DIRECTIONS, PER_DIRECTION = (128, 512), 2.0
-# With as many directions as columns, one row of so many is enough.
-EVERY = 2
+# With as many directions as columns, so many rows per column are enough.
+ROWS_PER_COLUMN = 16
 # Rows that the features' variance is estimated from.
 VARIANCE_ROWS = 256
 # Between two inverses whose shifts differ by this factor, others are interpolated.
@@ -108,7 +108,7 @@ class ShiftedInverses:
         if num <= self._num_directions:
             return
         whole = num == dim
-        step = num_rows // (max(dim, num_rows // EVERY) if whole else num)
+        step = max(1, num_rows // (ROWS_PER_COLUMN * dim if whole else num))
         rows: Singles = self._X[::step].astype(np.float32, copy=False)
         rows = rows if whole else rows[:num]
         self._rows, self._num_directions = None if whole else rows, num
