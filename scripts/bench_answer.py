@@ -2,7 +2,8 @@
 
 For each dataset: heads on the last layer, on all stages, on a network with adapted BatchNorm
 statistics, and on both; of the two on all stages (which may use the last layer alone), the one that
-held-out train rows prefer; the tail of the network trained from cached activations; and full
+held-out train rows prefer; the tail of the network trained from cached activations, with a head on
+the last layer and, on the network that the best cached head has, with one on all stages; and full
 fine-tuning with the notebook's settings at two rates and with the good recipe, for eight epochs as
 the tail. The test split scores each once.
 
@@ -37,6 +38,7 @@ from featcache.results.metrics import mcnemar
 Kind = Literal["cached", "tail", "notebook", "good"]
 LAST = "head, last layer"
 STAGES, ADAPTED = "head, all stages", "head, all stages, adapted BatchNorm"
+WIDE_TAIL = "tail from layer4, all stages"
 # By kind of training and name: the settings of extract-features, or of finetune.
 MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "cached": {
@@ -48,6 +50,7 @@ MODES: dict[Kind, dict[str, dict[str, Any]]] = {
     "tail": {
         "tail from layer4": {"from_stage": "layer4"},
         "tail from layer3": {"from_stage": "layer3"},
+        WIDE_TAIL: {"from_stage": "layer4", "layers": "stages"},
     },
     "notebook": {
         "fine-tune, notebook's recipe, lr 1e-3": {},
@@ -108,10 +111,19 @@ def run_dataset(name: str, config: AnswerConfig) -> dict[str, Any]:
             finished = folder / f"{stem}.row.json"
             if not finished.exists() and kind in config.kinds:
                 run = run_cached if kind == "cached" else run_tuned
-                write_json(finished, {"kind": kind, "mode": mode} | run(shared | changes, stem))
+                on = {"weights": best_network(rows, folder)} if mode == WIDE_TAIL else {}
+                row = run(shared | changes | on, stem)
+                write_json(finished, {"kind": kind, "mode": mode} | row)
             if finished.exists():
                 rows.append(scored(json.loads(finished.read_text())))
     return {"dataset": name, **judged(rows)}
+
+
+def best_network(rows: list[dict[str, Any]], folder: Path) -> str:
+    """The weights of the best cached head; adapted ones are a file beside its cache."""
+    info = RunReport.load(Path(best_cached(rows)["report"])).provenance["backbone"]
+    adapted = folder / info["weights"]
+    return str(adapted) if adapted.is_file() else str(info["weights"])
 
 
 def dataset_settings(name: str, seed: int) -> dict[str, Any]:
@@ -173,16 +185,11 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     The best cached head has the better held-out accuracy of the two on all stages, and costs what
     both cost. The best fine-tune has the best test accuracy, which favors fine-tuning.
     """
-    choices = [row for row in rows if row["mode"] in (STAGES, ADAPTED)]
-    best = max(choices, key=lambda row: row["held_out_top1"])
-    spent = {name: sum(row[name] for row in choices) for name in ("seconds", "cpu_seconds")}
-    best = best | spent | {"mode": BEST, "chosen": best["mode"]}
-    report = RunReport.load(Path(best["report"]))
+    best = best_cached(rows)
     after = sum(row["kind"] == "cached" for row in rows)
     rows = [*rows[:after], best, *rows[after:]]
     for row in rows:
-        same = row["report"] == best["report"]
-        row["p_value"] = None if same else paired(RunReport.load(Path(row["report"])), report)
+        row["p_value"] = paired(row, best)
     tuned = [row for row in rows if row["kind"] in FULL]
     if not tuned:
         return {"rows": rows}
@@ -192,11 +199,23 @@ def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         row["closed"] = (row["test_top1"] - base) / gap if gap > 0 else None
         row["cost_share"] = row["cpu_seconds"] / full["cpu_seconds"]
+        row["p_value_full"] = paired(row, full)
     return {"rows": rows, "best_tuned": full["mode"], "gap": gap}
 
 
-def paired(one: RunReport, other: RunReport) -> float:
-    """The paired test of two runs on the same test images."""
+def best_cached(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the best cached head; see `judged`."""
+    choices = [row for row in rows if row["mode"] in (STAGES, ADAPTED)]
+    best = max(choices, key=lambda row: row["held_out_top1"])
+    spent = {name: sum(row[name] for row in choices) for name in ("seconds", "cpu_seconds")}
+    return best | spent | {"mode": BEST, "chosen": best["mode"]}
+
+
+def paired(row: dict[str, Any], against: dict[str, Any]) -> float | None:
+    """The paired test of two rows on the same test images; None for a row and itself."""
+    if row["report"] == against["report"]:
+        return None
+    one, other = (RunReport.load(Path(each["report"])) for each in (row, against))
     assert one.test is not None
     assert other.test is not None
     right = dict(zip(other.test.ids, other.test.correct(), strict=True))
@@ -208,18 +227,22 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"**{Path(result['dataset']).name}** ({num_images(result['rows'][0])})",
         "",
-        "| mode | held-out | test top-1 | gap closed | seconds | processor s | p |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| mode | held-out | test top-1 | gap closed | seconds | processor s "
+        "| p, best head | p, best fine-tune |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
         low, high = row["test_interval"]
-        held, closed, p = (row.get(name) for name in ("held_out_top1", "closed", "p_value"))
+        held, closed = row.get("held_out_top1"), row.get("closed")
+        p_values = (row.get(name) for name in ("p_value", "p_value_full"))
         mode = row["mode"] + (f" ({row['chosen'].partition(', ')[2]})" if "chosen" in row else "")
         lines.append(
             f"| {mode} | {'' if held is None else f'{held:.3f}'} "
             f"| {row['test_top1']:.3f} [{low:.3f}, {high:.3f}] "
             f"| {'' if closed is None else f'{closed:.0%}'} | {row['seconds']:.0f} "
-            f"| {row['cpu_seconds']:.0f} | {'' if p is None else f'{p:.2g}'} |"
+            f"| {row['cpu_seconds']:.0f} "
+            + " ".join(f"| {'' if p is None else f'{p:.2g}'}" for p in p_values)
+            + " |"
         )
     return "\n".join([*lines, *verdict(result)])
 

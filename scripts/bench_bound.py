@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SIDE = 2048
 NOISE = 0.05
 """How far above the bound a float32 rate may be: both are the best of several rounds, and a
-neighbour on the machine may have been busier in those of the bound."""
+neighbor on the machine may have been busier in those of the bound."""
 LOOP = """
 #if defined(__AVX512F__)
 #define WIDTH 16

@@ -9,7 +9,7 @@
     python scripts/bench_extract.py --choices           # what it chooses against fixed choices
     python scripts/bench_extract.py --backbones         # other networks against a plain loop
 
-The roofline measures, in turns so that a neighbour on the machine disturbs all alike: what bounds
+The roofline measures, in turns so that a neighbor on the machine disturbs all alike: what bounds
 a direct float32 convolution on every core (bench_bound.py); the bare network as a notebook runs it;
 the bare network in each form that extraction can run; and extract-features end to end from images
 in memory and from JPEG photographs that the script makes, resized by Pillow as featcache 0.1 did,

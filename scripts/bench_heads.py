@@ -36,14 +36,16 @@ import heads_probabilities
 import heads_quality
 import heads_stream
 from featcache import FeatureCache, cli
-from featcache.config import OutputConfig
+from featcache.config import OutputConfig, TrainHeadConfig
 from featcache.display import say
 from featcache.errors import UserError
+from featcache.heads.selection import InMemoryData, choose
 from featcache.heads.solvers.logistic import (
     C_GRID,
     SELECTION_TOLERANCE,
     LogisticPath,
     LogisticProblem,
+    LogisticSolver,
 )
 from featcache.heads.solvers.ridge import alpha_grid, ridge_from_moments
 from featcache.heads.training_data import Rows
@@ -51,6 +53,10 @@ from featcache.runtime import environment
 from heads_stream import make_cache
 
 PATH_TOLERANCE = 1e-6
+# Tolerances to give a rival until its objective is at most this much higher than ours, relative.
+RIVAL_TOLERANCES, AS_LOW = (1e-4, 1e-5, 1e-6, 1e-7), 1e-5
+# Of at most so many rows, choosing is timed too: rivals take their time.
+MOST_CHOSEN = 10_000
 # Classes and rows of each, how far rows are from their class's mean, and scikit-learn's C.
 FEW_CASES = ((300, 2), (600, 1), (1200, 2), (300, 5), (100, 5))
 FEW_NOISE = (1.0, 5.0)
@@ -70,6 +76,8 @@ class BenchConfig(OutputConfig):
     """Numbers of classes to measure."""
     C: tuple[float, ...] = (0.01, 1.0)
     """scikit-learn's C."""
+    as_low: bool = False
+    """Also time rivals at the first tolerance that ends as low as ours does."""
     rounds: int = 3
     """How often everything is measured; the median counts."""
     features: tuple[Path, ...] = ()
@@ -124,8 +132,12 @@ def speed(config: BenchConfig) -> dict[str, Any]:
     for name, X, y in load_rows(config):
         say(name)
         for C in config.C:
-            rows.append({"features": name, **against_rivals(X, y, C, config.rounds)})
+            row = against_rivals(X, y, C, config.rounds, as_low=config.as_low)
+            rows.append({"features": name, **row})
             say(logistic_line(rows[-1]))
+        if len(y) <= MOST_CHOSEN:
+            rows.append(choice_cost(X, y, config.rounds))
+            say(choice_line(rows[-1]))
         rows.append(path_cost(X, y, config.rounds))
         say(path_line(rows[-1]))
         rows.append(ridge_cost(X, y, config.rounds))
@@ -226,26 +238,46 @@ def rows_of(X: Any, y: Any) -> Rows:
     return Rows(views=X[None], y=y, weights=np.ones(len(y)), class_names=names)
 
 
-def against_rivals(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
-    """One fit: ours, scikit-learn's at its default tolerance, and intelex's if installed."""
+def rivals() -> dict[str, Any]:
+    """The estimators that are installed, by name."""
     from sklearn.linear_model import LogisticRegression
+
+    found = {"sklearn": LogisticRegression}
+    if find_spec("sklearnex") is not None:
+        from sklearnex.linear_model import LogisticRegression as Intelex
+
+        found["intelex"] = Intelex
+    return found
+
+
+def against_rivals(
+    X: Any, y: Any, C: float, rounds: int, *, as_low: bool = False
+) -> dict[str, Any]:
+    """One fit: ours, and each rival's at its default tolerance.
+
+    With `as_low` also at the first tolerance whose objective is as low as ours, if that is another.
+    """
 
     def ours() -> tuple[Any, Any, int]:
         fitted = LogisticPath(LogisticProblem(rows_of(X, y)), standardize=False).fit(C)
         return fitted.head.weight, fitted.head.bias, fitted.num_passes
 
-    def theirs(kind: Any) -> Callable[[], tuple[Any, Any, int]]:
-        def task() -> tuple[Any, Any, int]:
-            model = kind(C=C, max_iter=20_000).fit(X, y)
-            return model.coef_, model.intercept_, int(model.n_iter_[0])
+    def theirs(kind: Any, tol: float) -> tuple[Any, Any, int]:
+        model = kind(C=C, max_iter=20_000, tol=tol).fit(X, y)
+        return model.coef_, model.intercept_, int(model.n_iter_[0])
 
-        return task
+    def value(found: tuple[Any, Any, int]) -> float:
+        return objective(found[0], found[1], X, y, C)
 
-    tasks = {"featcache": ours, "sklearn": theirs(LogisticRegression)}
-    if find_spec("sklearnex") is not None:
-        from sklearnex.linear_model import LogisticRegression as Intelex
-
-        tasks["intelex"] = theirs(Intelex)
+    tasks: dict[str, Callable[[], tuple[Any, Any, int]]] = {"featcache": ours}
+    goal = value(ours()) * (1 + AS_LOW)
+    for name, kind in rivals().items():
+        tasks[name] = functools.partial(theirs, kind, RIVAL_TOLERANCES[0])
+        for tol in RIVAL_TOLERANCES if as_low else ():
+            if value(theirs(kind, tol)) <= goal:
+                if tol < RIVAL_TOLERANCES[0]:
+                    tasks[f"{name} to {tol:g}"] = functools.partial(theirs, kind, tol)
+                break
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     result = {}
     for _ in range(rounds):
@@ -253,7 +285,7 @@ def against_rivals(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             result[name] = task()
             seconds[name].append(time.perf_counter() - start)
-    values = {n: objective(w, b, X, y, C) for n, (w, b, _) in result.items()}
+    values = {name: value(found) for name, found in result.items()}
     median = {name: statistics.median(times) for name, times in seconds.items()}
     weight, bias, passes = result["featcache"]
     return {
@@ -269,6 +301,48 @@ def against_rivals(X: Any, y: Any, C: float, rounds: int) -> dict[str, Any]:
             for name in tasks if name != "featcache"
         },
     }  # fmt: skip
+
+
+def choice_cost(X: Any, y: Any, rounds: int) -> dict[str, Any]:
+    """Choosing C on a held-out fifth as `train-head` does, and rivals' fits of the same values.
+
+    Rivals fit the same rows and score the same held-out ones; scikit-learn starts each fit where
+    the one before ended.
+    """
+    content = np.zeros((len(y), 32), np.uint8)
+    content[:, :8] = np.arange(len(y))[:, None].view(np.uint8)
+    data = InMemoryData(train=rows_of(X, y), content=content)
+    selection = data.selection(TrainHeadConfig(cache=Path()))
+    fit, held = selection.pairs[0]
+    solver = LogisticSolver(standardize="off")
+    tried = [row["C"] for row in choose(solver, selection).table]
+
+    def theirs(kind: Any, options: dict[str, bool]) -> int:
+        model = kind(max_iter=20_000, **options)
+        fits = (model.set_params(C=C).fit(fit.plain, fit.y) for C in tried)
+        return len([each.score(held.plain, held.y) for each in fits])
+
+    tasks: dict[str, Callable[[], int]] = {
+        "featcache": lambda: len(choose(solver, selection).table)
+    }
+    for name, kind in rivals().items():
+        options = {"warm_start": True} if name == "sklearn" else {}
+        tasks[name] = functools.partial(theirs, kind, options)
+    seconds = dict(zip(tasks, in_turns(list(tasks.values()), rounds), strict=True))
+    return {
+        "name": "choosing C", "num_classes": int(y.max()) + 1, "num_tried": len(tried),
+        "seconds": seconds.pop("featcache"), "rival_seconds": seconds,
+    }  # fmt: skip
+
+
+def choice_line(row: dict[str, Any]) -> str:
+    """The comparison of choosing in words."""
+    theirs = [
+        f"{name} {seconds:.2f} s ({seconds / row['seconds']:.1f} times)"
+        for name, seconds in row["rival_seconds"].items()
+    ]
+    ours = f"choosing among {row['num_tried']} values of C: {row['seconds']:.3f} s"
+    return "; ".join([ours, *theirs])
 
 
 def objective(weight: Any, bias: Any, X: Any, y: Any, C: float) -> float:
@@ -371,10 +445,10 @@ def logistic_line(row: dict[str, Any]) -> str:
     """One comparison in words."""
     ours = (
         f"logistic, {row['num_rows']:,} rows, {row['num_classes']} classes, C = {row['C']:g}: "
-        f"{row['seconds']:.2f} s, {row['passes']} passes, train accuracy {row['train_top1']:.3f}"
+        f"{row['seconds']:.3f} s, {row['passes']} passes, train accuracy {row['train_top1']:.3f}"
     )
     theirs = [
-        f"{name} {rival['seconds']:.2f} s ({rival['speedup']:.2f} times), {rival['iterations']} "
+        f"{name} {rival['seconds']:.3f} s ({rival['speedup']:.2f} times), {rival['iterations']} "
         f"iterations, our objective {rival['objective_against']:+.1e} relative"
         for name, rival in row["rivals"].items()
     ]

@@ -43,7 +43,9 @@ class BenchConfig(OutputConfig):
     nums: tuple[int, ...] = (100_000, 200_000)
     """Numbers of files, ascending."""
     folder: Path = Path("many-files")
-    """Where files, caches and bench-index.json go. Files are removed afterwards."""
+    """Where files, caches and bench-index.json go. Files and caches are removed afterwards."""
+    keep: bool = False
+    """Keep the files, so that the next run with this flag need not make them."""
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -51,15 +53,17 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     found: dict[int, Steps] = {}
     for num in config.nums:
         place = config.folder.resolve() / f"files-{num}"
+        shutil.rmtree(place / "cache", ignore_errors=True)  # of a run that was interrupted
         try:
-            say(f"linking {num:,} files")
-            link_files(place / "images", num)
-            time.sleep(SETTLE_S + 0.5)  # or hashes of files that changed just now are not kept
+            if not (place / "images").exists():
+                say(f"linking {num:,} files")
+                link_files(place / "images", num)
+                time.sleep(SETTLE_S + 0.5)  # or hashes of files that changed just now are not kept
             with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
                 found[num] = pool.submit(first_run, place).result()
             found[num]["hit check, whole command"] = _hit_check(place)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place / "cache" if config.keep else place, ignore_errors=True)
     report = {
         "command": "bench-index",
         "steps": {str(num): steps for num, steps in found.items()},
@@ -75,17 +79,20 @@ def link_files(root: Path, num: int) -> None:
     """`num` files in class folders of train and test, a tenth of them for testing."""
     from PIL import Image
 
-    kinds = root.parent / "kinds"
-    kinds.mkdir(parents=True)
+    kinds, draft = root.parent / "kinds", root.with_suffix(".part")
+    for folder in (kinds, draft):
+        shutil.rmtree(folder, ignore_errors=True)  # likewise
+        folder.mkdir(parents=True)
     for kind in range(KINDS):
         noise = np.random.default_rng(kind).integers(0, 256, (SIDE_PX, SIDE_PX, 3), np.uint8)
         Image.fromarray(noise).save(kinds / f"{kind}.png")
     for i in range(num):
         split = "test" if i % 10 == 9 else "train"
-        path = root / split / f"class{i // 10 % CLASSES:03d}" / f"{i:08d}.png"
+        folder = f"{draft}/{split}/class{i // 10 % CLASSES:03d}"
         if i < 10 * CLASSES:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(kinds / f"{i % KINDS}.png", path)
+            os.makedirs(folder, exist_ok=True)
+        os.link(f"{kinds}/{i % KINDS}.png", f"{folder}/{i:08d}.png")
+    draft.rename(root)
 
 
 def _config(place: Path) -> ExtractConfig:

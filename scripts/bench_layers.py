@@ -2,7 +2,7 @@
 
 Batches of the size that extraction uses go through the network in torch's fused form on one
 thread, one layer after the other, in turns with what bounds them (bench_bound.py). Seconds are the
-thread's processor time, so that a busy neighbour matters little; medians count.
+thread's processor time, so that a busy neighbor matters little; medians count.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def compare_with_notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
         for variant in variants():
             ours[variant.name].append(_featcache(config, folder, variant))
             say(f"{variant.name} {ours[variant.name][-1]['wall_s']:.1f} s")
-    speedups, lines = summarise(loops, ours)
+    speedups, lines = summarize(loops, ours)
     return {
         "command": "bench-notebook",
         "notebook": loops,
@@ -75,7 +75,7 @@ def compare_with_notebook(config: BenchConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def summarise(
+def summarize(
     loops: list[dict[str, Any]], ours: dict[str, list[dict[str, Any]]]
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """How many times as fast each variant is, by medians; and lines that say so."""

@@ -31,6 +31,8 @@ class BenchConfig(OutputConfig):
     """As in finetune."""
     from_stage: str = "layer4"
     """As in finetune, for networks whose stages are modules of their own, as a ResNet's are."""
+    image_px: int | None = None
+    """As in finetune."""
     num_train: int | None = None
     """Use only this many train images, as in finetune."""
     rounds: int = 3
@@ -44,7 +46,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from featcache.finetune.loop import train_epoch
     from featcache.finetune.setup import prepare
 
-    names = ("dataset", "weights", "num_train", "cache_dir", "from_stage")
+    names = ("dataset", "weights", "image_px", "num_train", "cache_dir", "from_stage")
     tail = FinetuneConfig(**{name: getattr(config, name) for name in names}, recipe="good")
     whole = dataclasses.replace(tail, from_stage=None)
     stages = ["layer1", "layer2", "layer3", "layer4"]

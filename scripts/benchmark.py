@@ -202,13 +202,21 @@ Settings = TrainHeadConfig | FinetuneConfig | Alternatives
 
 def plan_modes(config: BenchmarkConfig) -> list[tuple[str, Approach, Settings]]:
     """Every mode by name, kind and settings, in the order in which they run."""
+    from featcache.backbone.tail import tail_layers
+
     tune = config.finetune_config
     tunes: list[tuple[str, Approach, Settings]] = [
         (f"full fine-tune (lr {lr:g})", "finetune", tune(f"finetune-{lr:g}", lr=lr))
         for lr in (config.lr, config.lr / 10)
     ]
     good = tune("finetune-good", recipe="good", epochs=None, lr=None)
-    tail = tune("finetune-tail", from_stage=config.last_stage, epochs=None, lr=None)
+    tail = tune(
+        "finetune-tail",
+        from_stage=config.last_stage,
+        layers=tail_layers(config.backbone),
+        epochs=None,
+        lr=None,
+    )
     return [
         (LOOP, "loop", tune("head-in-loop", freeze_backbone=True)),
         (CACHED, "cached", config.notebook_head()),

@@ -67,9 +67,23 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD_LINES = [
-    (["extract-features"], "Missing"),
-    (["extract-features", "digits", "--wieghts", "bundled"], "--weights"),
-    (["extract-features", "digits", "--num-train", "many"], "--num-train"),
+    (["extract-features"], "extract-features: no DATASET is given; type"),
+    (
+        ["extract-features", "digits", "--wieghts", "bundled"],
+        "no flag '--wieghts'; did you mean --weights, ",
+    ),
+    (["extract-features", "digits", "extra"], "Unrecognized options: extra; type"),
+    (["extract-features", "digits", "--num-train", "many"], "--num-train: 'many' is not a whole"),
+    (["train-head", "gone.h5", "--epochs", "1.5"], "--epochs: '1.5' is not a whole number; type"),
+    (["train-head", "gone.h5", "--holdout", "x"], "--holdout: 'x' is not a number; type"),
+    (
+        ["train-head", "gone.h5", "--solver", "knnn"],
+        "--solver: no choice 'knnn'; did you mean knn?",
+    ),
+    (["train-head", "gone.h5", "--k", "1.5"], "--k: '1.5' is not a whole number; type"),
+    (["finetune", "digits", "--resume"], "did you mean --no-resume, "),
+    (["train-head", "gone.h5", "--solver"], "--solver needs a value; type"),
+    (["compare", "digits", "--sizes", "5;all"], "for example 5,20,50,all"),
     (["extract-features", "digits", "--num-train", "0"], "at least 1"),
     (["extract-features", "digits", "--num-train", "-5"], "at least 1"),
     (["extract-features", "digits", "--resize", "stretch"], "squash"),
@@ -265,9 +279,8 @@ def test_a_mistyped_line_is_plain_text_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert cli.main(["info", "x.h5", "--jsn"]) == 2
     assert capsys.readouterr().err == (
-        "featcache info: Unrecognized options: --jsn Perhaps you meant: "
-        "--json Print exactly one JSON object on stdout; messages for people stay on stderr. "
-        "(default: False); type featcache info --help for every flag\n"
+        "featcache info: no flag '--jsn'; did you mean --json?; known: --json, --verbose; "
+        "type featcache info --help for every flag\n"
     )
 
 

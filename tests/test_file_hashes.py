@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from featcache import file_hashes as memo_module
-from featcache.file_hashes import Memo, is_settled, stamp_of, tree_stamp
+from featcache.file_hashes import Memo, files_stamp, is_settled, stamp_of, tree_stamp
 
 
 @pytest.fixture
@@ -186,6 +186,56 @@ def test_a_wrong_value_in_the_memo_is_a_miss(tmp_path: Path, later: None) -> Non
     for value in (None, 5, "zz", "A" * 64, ["0" * 64]):
         memo.put(os.path.abspath(file), stamp_of(file.stat()), value)
         assert memo.file_sha256(file) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_entries_are_written_as_earlier_versions_did(tmp_path: Path) -> None:
+    """Each reads the other's memos."""
+    memo = Memo(tmp_path)
+    entries = {f"é {n}": [memo_module._digest((n,)), {"n": n}] for n in range(2001)}
+    for n in range(2001):
+        memo.put(f"é {n}", (n,), {"n": n})
+    memo.save()
+    body = json.dumps(entries, separators=(",", ":")).encode()
+    head = json.dumps({**memo_module._FORMAT, "sha256": hashlib.sha256(body).hexdigest()})
+    assert memo.path.read_bytes() == head.encode() + b"\n" + body + b"\n"
+
+
+def test_one_stamp_of_many_files_is_that_of_earlier_versions(tmp_path: Path, later: None) -> None:
+    """Or hashes that they remembered together would be looked up one by one."""
+    paths = [str(tmp_path / f"{n:04d}é.png") for n in range(3)]
+    for path in paths:
+        Path(path).write_bytes(b"x")
+    many = [paths[n % 3] for n in range(2001)]
+    wanted = hashlib.sha256()
+    for path in many:
+        wanted.update(f"{path}\0{stamp_of(os.stat(path))}\0".encode())
+    assert files_stamp(many) == (2001, int.from_bytes(wanted.digest()[:16], "big"))
+    os.unlink(paths[2])
+    assert files_stamp(many) is None
+
+
+def test_a_change_of_any_of_many_files_is_seen(
+    tmp_path: Path, later: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First and last of those that are hashed together, and one that is left over."""
+    monkeypatch.setattr(memo_module, "NUM_TOGETHER", 4)
+    files = [tmp_path / f"{number}.png" for number in range(9)]
+    for file in files:
+        file.write_bytes(b"one")
+    seen = {files_stamp(map(str, files)), files_stamp(map(str, files[:-1]))}
+    for file in files:
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        file.write_bytes(b"two")
+        os.utime(file, ns=times)
+        seen.add(files_stamp(map(str, files)))
+    files[3].rename(tmp_path / "3b.png")
+    files[3] = tmp_path / "3b.png"
+    seen.add(files_stamp(map(str, files)))
+    files[5].write_bytes(b"longer")
+    seen.add(files_stamp(map(str, files)))
+    seen.add(files_stamp(map(str, [files[1], files[0], *files[2:]])))
+    assert None not in seen
+    assert len(seen) == 2 + 9 + 3
 
 
 def test_tree_stamp_sees_every_change(tmp_path: Path, later: None) -> None:

@@ -30,6 +30,24 @@ def test_equal_rows_share_a_number_and_unreadable_ones_do_not() -> None:
     assert numbers[1] < numbers[0]  # by digest, so that draws do not depend on the order of rows
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), max_size=40),
+    st.lists(st.integers(0, 31), min_size=3, max_size=3),
+)
+def test_numbers_are_in_the_order_of_all_bytes(kinds: list[int], places: list[int]) -> None:
+    """Whether digests differ in their first bytes, in later ones, or only in the last."""
+    digest_of = [bytes([7] * 32)]
+    for place in places:
+        digest = bytearray(digest_of[0])
+        digest[place] += 1 + len(digest_of)
+        digest_of.append(bytes(digest))
+    rows = [digest_of[kind] for kind in kinds]
+    numbers = same_content(np.frombuffer(b"".join(rows), np.uint8).reshape(-1, 32))
+    places_of = {digest: place for place, digest in enumerate(sorted(set(rows)))}
+    assert numbers.tolist() == [places_of[row] for row in rows]
+
+
 def test_an_image_in_two_groups_makes_them_one() -> None:
     #                         ann      bob      cid      dan
     content = digests([1, 2, 3, 2, 4, 5, 6, 7])
@@ -93,6 +111,28 @@ def test_taking_stops_near_the_shares_and_leaves_a_row_of_each_class() -> None:
     assert take_units(range(3, 8), units, y, [1, 1]).tolist() == [3, 5]
     assert take_units(range(8), np.zeros(8, int), y, [4, 4]).tolist() == []
     assert hold_out_units(np.arange(8), units, y, 0.25).tolist() == [3, 5]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), min_size=1, max_size=30), st.data()
+)
+def test_every_unit_that_brings_classes_closer_is_taken(
+    rows: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    """As by asking about each unit in turn, however early no class wants more."""
+    units, labels = np.array(rows).T
+    shares = data.draw(st.lists(st.integers(0, 12), min_size=3, max_size=3))
+    order = data.draw(st.permutations(range(len(rows))))
+    taken: list[int] = []
+    for unit in dict.fromkeys(units[order].tolist()):
+        mine = np.flatnonzero(units == unit)
+        left = np.array(shares) - np.bincount(labels[np.array(taken, int)], minlength=3)
+        more = np.bincount(labels[mine], minlength=3)
+        stay = np.bincount(np.delete(labels, np.array(taken, int)), minlength=3) - more
+        if (abs(left) - abs(left - more)).sum() > 0 and (stay[more > 0] > 0).all():
+            taken += mine.tolist()
+    assert take_units(order, units, labels, shares).tolist() == sorted(taken)
 
 
 def test_first_rows_come_from_few_groups() -> None:

@@ -85,7 +85,7 @@ def test_the_same_again_is_a_hit_and_other_labels_are_not(folder, caches):
     other.mkdir()
     changed = "00.png,,train" if first != "00.png,,train" else "00.png,red,train"
     (other / "labels.csv").write_text("\n".join([header, changed, *rest]))
-    with pytest.raises(UserError, match=r"1 relabelled \(train:00\.png\)"):
+    with pytest.raises(UserError, match=r"1 relabeled \(train:00\.png\)"):
         extract(
             ExtractConfig(
                 dataset=str(other / "labels.csv"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -146,23 +148,40 @@ def parse(prog: str, config_class: type[Config], argv: Sequence[str] | None) -> 
         if not stop.code:
             write_stdout(text.getvalue())
             raise
-        raise UserError(_one_line(message.getvalue(), prog)) from None
+        if isinstance(stop.__context__, UserError):  # from one of our own checks: complete
+            raise stop.__context__ from None
+        raise UserError(_one_line(message.getvalue(), prog, config_class)) from None
 
 
-def _one_line(boxed: str, prog: str) -> str:
-    """Shorten tyro's message to its first part and the flags it suggests."""
+def _one_line(boxed: str, prog: str, config_class: type) -> str:
+    """Shorten tyro's message to what was wrong, and the flag or value that may have been meant."""
     rows = [row.strip() for row in boxed.splitlines()]
     text: list[str] = []
     for row in rows[1:]:  # the first row is a title
-        if row.startswith(("For full helptext", "Argument helptext")):
+        if row.startswith(("For full helptext", "Argument helptext", "Perhaps you meant")):
             break
         if row.strip("-"):  # not a horizontal line
             text.append(row)
     # For a value of the wrong type, tyro lists every type that it tried.
-    sentence = " ".join(text).split(" Got errors:")[0].rstrip(".")
-    if sentence.startswith("Error parsing ") and "Config: " in sentence:
-        return sentence.split("Config: ", 1)[1]  # from one of our own checks: complete
-    return f"{sentence}; type {prog} --help for every flag"
+    sentence = " ".join(text).split(" Got errors:")[0]
+    if found := re.match(r"Unrecognized options: (-[^,]*)", sentence):
+        options = (
+            f for f in dataclasses.fields(config_class) if f.default is not f.default_factory
+        )
+        names = ((f"no-{f.name}" if f.default is True else f.name) for f in options)
+        flags = (f"--{name.replace('_', '-')}" for name in names)
+        sentence = one_of(found[1], flags, "flag")
+    elif found := re.match(r"invalid choice '(.*)' for argument '(.*)'\. .* \((.*)\)", sentence):
+        choices = [word for word in re.findall("'(.*?)'", found[3]) if word != "None"]
+        sentence = f"{found[2]}: {one_of(found[1], choices, 'choice')}"
+    elif found := re.match(r"(?i)Error parsing (--\S+): .*?\b(int|float)\b.*?'(.*)'", sentence):
+        wanted = "a whole number" if found[2].lower() == "int" else "a number"
+        sentence = f"{found[1]}: {found[3]!r} is not {wanted}"
+    elif found := re.match(r"Missing from .*?: ([A-Z]+)", sentence):
+        sentence = f"no {found[1]} is given"
+    elif found := re.match(r"Missing value for argument '(.*?)'", sentence):
+        sentence = f"{found[1]} needs a value"
+    return f"{sentence.rstrip('.')}; type {prog} --help for every flag"
 
 
 def run(

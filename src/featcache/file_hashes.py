@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -26,17 +28,19 @@ from featcache.files import open_regular, read_regular, write_atomically
 MAX_BYTES = 2**30
 """Room for the hashes of about seven million files."""
 MAX_FILES = 64
+NUM_TOGETHER = 1000  # stamps hashed, or entries written, at once: faster than singly
 SETTLE_S = 2.0
 """The coarsest clock of a file system: a younger file could change without a new timestamp."""
 
+_Entries = dict[str, tuple[Any, Any]]  # by key, the digest of the stamp, and the value
 _PREFIX = ".featcache-memo-"
 _FORMAT = {"format": "featcache-memo", "version": 1}
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """Values that change when the content does: size, times in ns, inode and device."""
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    return (status.st_size, *times, status.st_ino, status.st_dev)
+    s = status
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev
 
 
 def is_settled(status: os.stat_result, now_s: float) -> bool:
@@ -45,7 +49,8 @@ def is_settled(status: os.stat_result, now_s: float) -> bool:
     A second write within one tick of the file system's clock does not change the stamp. So a file
     that changed just now, or in the future by its clock, must be read again next time.
     """
-    return max(status.st_mtime, status.st_ctime) < now_s - SETTLE_S
+    limit_s = now_s - SETTLE_S
+    return status.st_mtime < limit_s and status.st_ctime < limit_s
 
 
 class Memo:
@@ -60,8 +65,8 @@ class Memo:
         self._name = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
         self.path = Path(cache_dir) / f"{_PREFIX}{self._name}.json"
         self._lock = threading.Lock()
-        self._entries: dict[str, list[Any]] | None = None
-        self._new: dict[str, list[Any]] = {}
+        self._entries: _Entries | None = None
+        self._new: _Entries = {}
 
     def beside(self, name: str) -> Memo:
         """Another memo of the same thing, for facts that are read without these."""
@@ -80,7 +85,7 @@ class Memo:
     def put(self, key: str, stamp: Sequence[int], value: Any) -> None:
         """Remember `value`, which must be JSON, for `key` with this stamp."""
         with self._lock:
-            self._new[key] = [_digest(stamp), value]
+            self._new[key] = (_digest(stamp), value)
 
     def save(self) -> None:
         """Write new entries and free the memory of the others until the next `get`.
@@ -88,8 +93,8 @@ class Memo:
         If the folder cannot be written, nothing is saved.
         """
         with self._lock:
+            self._entries = None
             if not self._new:
-                self._entries = None
                 return
             # Read again: another process may have added entries since.
             entries = {key: e for key, e in _read(self.path).items() if key not in self._new}
@@ -134,7 +139,7 @@ def tree_stamp(paths: Iterable[Path]) -> tuple[int, ...] | None:
     return _stamp_of_all(found for top in tops for found in _files_below(top, ()))
 
 
-def files_stamp(paths: Sequence[str]) -> tuple[int, ...] | None:
+def files_stamp(paths: Iterable[str]) -> tuple[int, ...] | None:
     """One stamp for all of these files; None if one is missing or changed too recently."""
     with contextlib.suppress(OSError):
         return _stamp_of_all((path, os.stat(path)) for path in paths)
@@ -145,14 +150,21 @@ def _stamp_of_all(files: Iterable[tuple[str, os.stat_result | None]]) -> tuple[i
     now_s = time.time()
     found = hashlib.sha256()
     num_files = 0
+    texts: list[str] = []
     for path, status in files:
-        stamp: tuple[int, ...] = ()
-        if status is not None:
-            if not is_settled(status, now_s):
-                return None
-            stamp = stamp_of(status)
+        if status is None:
+            texts.append(f"{path}\0()\0")  # a folder
+        elif is_settled(status, now_s):
+            s = status  # as text, which takes half the time that `stamp_of` would
+            stamp = f"{s.st_size}, {s.st_mtime_ns}, {s.st_ctime_ns}, {s.st_ino}, {s.st_dev}"
+            texts.append(f"{path}\0({stamp})\0")
             num_files += 1
-        found.update(f"{path}\0{stamp}\0".encode(errors="surrogateescape"))
+        else:
+            return None
+        if len(texts) == NUM_TOGETHER:
+            found.update("".join(texts).encode(errors="surrogateescape"))
+            texts.clear()
+    found.update("".join(texts).encode(errors="surrogateescape"))
     return (num_files, int.from_bytes(found.digest()[:16], "big")) if num_files else None
 
 
@@ -176,28 +188,41 @@ def _digest(stamp: Sequence[int]) -> str:
     return hashlib.blake2b(repr(tuple(stamp)).encode(), digest_size=12).hexdigest()
 
 
-def _encode(entries: dict[str, list[Any]]) -> bytes:
+def _encode(entries: _Entries) -> bytes:
     """The file's bytes; the oldest entries are dropped if they would not fit."""
     while True:
-        body = json.dumps(entries, separators=(",", ":")).encode()
-        if len(body) <= MAX_BYTES or not entries:
-            header = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
-            return json.dumps(header).encode() + b"\n" + body + b"\n"
+        file, rest = io.BytesIO(), iter(entries.items())
+        start = file.write(_header(b"") + b"\n")
+        for at in range(0, len(entries), NUM_TOGETHER):
+            part = dict(itertools.islice(rest, NUM_TOGETHER))
+            file.write(b"," if at else b"{")
+            file.write(json.dumps(part, separators=(",", ":"))[1:-1].encode())
+        file.write(b"}" if entries else b"{}")
+        if file.tell() - start <= MAX_BYTES or not entries:
+            with file.getbuffer() as whole:
+                whole[: start - 1] = _header(whole[start:])
+            file.write(b"\n")
+            return file.getvalue()
         entries = dict(list(entries.items())[len(entries) // 2 + 1 :])
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
+def _header(body: bytes | memoryview) -> bytes:
+    return json.dumps({**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
+
+
+def _read(path: Path) -> _Entries:
     """The entries of a memo file; empty if it is missing, not a memo, damaged or too large."""
     try:
-        head, body = read_regular(path, MAX_BYTES + 4096).rstrip(b"\n").split(b"\n")
-        header = json.loads(head)
-        wanted = {**_FORMAT, "sha256": hashlib.sha256(body).hexdigest()}
-        entries = json.loads(body) if header == wanted else {}
+        data = read_regular(path, MAX_BYTES + 4096)
+        end = data.index(b"\n")
+        body = memoryview(data)[end + 1 : len(data) - data.endswith(b"\n")]  # large: not copied
+        same = json.loads(data[:end]) == json.loads(_header(body))
+        entries = json.loads(str(body, "utf-8")) if same else {}
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(entries, dict):
         return {}
-    return {k: e for k, e in entries.items() if isinstance(e, list) and len(e) == 2}
+    return {k: (e[0], e[1]) for k, e in entries.items() if isinstance(e, list) and len(e) == 2}
 
 
 def _remove_oldest(path: Path) -> None:

@@ -24,10 +24,19 @@ def same_content(content: NDArray[np.uint8]) -> Ints:
     Of two digests the larger has the larger number. An unreadable file is equal to no other.
     """
     keys = np.ascontiguousarray(content).view(f"S{content.shape[1]}").ravel()
-    _, numbers = np.unique(keys, return_inverse=True)
+    # Numbers are sorted ten times as fast as texts, and different digests rarely begin alike.
+    heads = np.ascontiguousarray(content[:, :8]).view(">u8").ravel().astype(np.uint64)
+    order = np.argsort(heads)
+    heads, ordered = heads[order], keys[order]
+    differs = ordered[1:] != ordered[:-1]
+    if (differs & (heads[1:] == heads[:-1])).any():
+        numbers = np.unique(keys, return_inverse=True)[1].astype(np.int64)
+    else:
+        numbers = np.empty(len(keys), np.int64)
+        numbers[order] = np.cumsum(np.r_[False, differs][: len(keys)])
     unreadable = np.flatnonzero(~content[:, :_NO_IMAGE].any(axis=1))
     numbers[unreadable] = len(content) + unreadable
-    return np.asarray(numbers, np.int64)
+    return numbers
 
 
 def is_copy(content: NDArray[np.uint8], others: Sequence[NDArray[np.uint8]]) -> NDArray[np.bool_]:
@@ -90,8 +99,11 @@ def take_units(order: Iterable[int], units: Ints, labels: Ints, shares: Sequence
         members.setdefault(unit, []).append(row)
     counts = Counter(label_of)
     missing = list(shares)
+    unfilled = {c for c, share in enumerate(shares) if share > 0.5}
     chosen: list[int] = []
     for first in order:
+        if not unfilled:  # no unit brings any class closer to its share
+            break
         rows = members.pop(unit_of[first], [])
         more = Counter([label_of[row] for row in rows])
         gain = sum(abs(missing[c]) - abs(missing[c] - n) for c, n in more.items())
@@ -100,6 +112,8 @@ def take_units(order: Iterable[int], units: Ints, labels: Ints, shares: Sequence
             for c, n in more.items():
                 missing[c] -= n
                 counts[c] -= n
+                if missing[c] <= 0.5:
+                    unfilled.discard(c)
     return np.array(sorted(chosen), dtype=np.int64)
 
 

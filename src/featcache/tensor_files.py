@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
-from featcache.config import JsonObject, Preprocessing, Task
+from featcache.config import JsonObject, Preprocessing, StageColumns, Task
+from featcache.config.checks import record_from_json
 from featcache.errors import StorageError, UserError, shown
 from featcache.files import open_regular, replacing, storage_errors
 
@@ -216,7 +217,8 @@ class ModelCard:
 
     `provenance` says which weights it started from and which data it saw; `scores` has the test
     accuracy and the number of test images. Where the `task` is several labels per image, those with
-    a probability of LABEL_THRESHOLD or more are predicted.
+    a probability of LABEL_THRESHOLD or more are predicted. `stages` are the columns that the head
+    takes, where that is not the last layer alone.
     """
 
     backbone: str
@@ -225,6 +227,7 @@ class ModelCard:
     provenance: JsonObject
     scores: JsonObject
     task: Task = "multiclass"
+    stages: StageColumns | None = None
 
 
 def write_safetensors(path: Path, tensors: State, metadata: dict[str, str]) -> None:
@@ -259,7 +262,11 @@ def write_model(path: Path, state: State, card: ModelCard) -> None:
         StorageError: The file system refused.
     """
     fields = dataclasses.asdict(card)
-    metadata = {name: json.dumps(value) for name, value in fields.items() if name != "backbone"}
+    metadata = {
+        name: json.dumps(value)
+        for name, value in fields.items()
+        if name != "backbone" and value is not None
+    }
     metadata |= {"format": MODEL_FORMAT, "version": str(VERSION), "backbone": card.backbone}
     write_safetensors(path, state, metadata)
 
@@ -289,6 +296,7 @@ def model_card(file: TensorFile) -> ModelCard:
             provenance=dict(json.loads(metadata["provenance"])),
             scores=dict(json.loads(metadata["scores"])),
             task=_task_of(metadata),
+            stages=_stages_of(metadata),
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         reason = f"{error}"[:200]
@@ -302,6 +310,11 @@ def _task_of(metadata: dict[str, str]) -> Task:
     if said not in tasks:
         raise UserError(f"task {said!r:.40}")
     return tasks[said]
+
+
+def _stages_of(metadata: dict[str, str]) -> StageColumns | None:
+    said = json.loads(metadata.get("stages", "null"))
+    return None if said is None else record_from_json(StageColumns, said)
 
 
 def _are_names(names: object) -> bool:

@@ -6,9 +6,18 @@ import pytest
 import torch
 
 import featcache.backbone as bb
-from featcache.backbone.stages import stage_names
-from featcache.backbone.tail import Front, last_stage, names_in_tail, stage_input, tail_of
-from featcache.config import BackboneInfo, Preprocessing, StageInput
+from featcache.backbone.stages import StageFeatures, stage_columns, stage_names
+from featcache.backbone.tail import (
+    Front,
+    StagesTail,
+    last_stage,
+    names_in_tail,
+    split_columns,
+    stage_input,
+    tail_layers,
+    tail_of,
+)
+from featcache.config import BackboneInfo, Pool, Preprocessing, StageColumns, StageInput
 from featcache.errors import UserError
 
 
@@ -68,6 +77,55 @@ def test_every_family_can_be_cut(name: str, side: int, trained: list[str]) -> No
     assert list(names_in_tail(network, tail)) == trained
     owned = {id(parameter) for parameter in network.parameters()}
     assert {id(parameter) for parameter in tail.parameters()} <= owned
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "number", "pool"),
+    [
+        ("resnet18", 64, -1, "avg+std"),
+        ("resnet18", 64, 2, "max"),
+        ("shufflenet_v2_x0_5", 64, -1, "avg+std"),
+        pytest.param("densenet121", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 64, -2, "gem", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_small", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("vgg11", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("convnext_tiny", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("swin_t", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("googlenet", 64, -1, "avg+std", marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 224, -1, "avg+std", marks=pytest.mark.slow),
+    ],
+)
+def test_with_all_stages_the_head_takes_what_a_cache_holds(
+    name: str, side: int, number: int, pool: Pool
+) -> None:
+    network = bb.build_network(name, seed=0).eval()
+    headless = bb.build_network(name, seed=0).eval()
+    bb.networks.remove_heads(headless)
+    stage = stage_names(network)[number]
+    columns = stage_columns(headless, side, pool)
+    early, late = split_columns(network, stage, columns)
+    assert columns.names == (*early.names, *late.names)
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    tail = StagesTail(network, stage, columns, side)
+    assert bb.head_of(network)[1] is tail.head
+    with torch.inference_mode():
+        features = StageFeatures(headless, columns.names)(images)
+        tail.head.mean.copy_(features.mean(0))
+        tail.head.scale.copy_(1 + features[0].abs())
+        logits = tail(Front(headless, stage, early)(images))
+        expected = torch.nn.functional.linear(features, **tail.head.folded())
+    # Reductions over the same numbers may be in another order.
+    assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_no_linear_layer_takes_the_last_layer_only() -> None:
+    assert (tail_layers("resnet18"), tail_layers("squeezenet1_1")) == ("stages", "last")
+    network = bb.build_network("squeezenet1_1", seed=0)
+    columns = StageColumns(pool="avg", names=("last",), widths=(512,))
+    with pytest.raises(
+        UserError, match=r"^--layers stages: the head of SqueezeNet is no linear layer; leave"
+    ):
+        StagesTail(network, stage_names(network)[-1], columns, 64)
 
 
 def test_optional_arguments_of_a_network_are_left_at_their_defaults() -> None:

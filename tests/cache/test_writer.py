@@ -139,7 +139,7 @@ def test_damaged_unfinished_file_is_refused_not_believed(path):
 
 def test_foreign_file_in_the_way_is_not_removed(path):
     part_path(path).write_text("my notes")
-    with pytest.raises(CacheError, match="not a featcache file"):
+    with pytest.raises(CacheError, match="is not a cache, or its end is missing"):
         begin(path)
     assert part_path(path).read_text() == "my notes"
 

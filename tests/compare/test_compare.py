@@ -24,7 +24,7 @@ from featcache.compare.extraction import Extraction, _remembered
 from featcache.compare.planned_runs import nested_rows, plan_runs
 from featcache.compare.training import finetune_config, shared_tail
 from featcache.config import CompareConfig, FinetuneConfig, ReportConfig, TrainHeadConfig
-from featcache.data import load_dataset
+from featcache.data import datasets, load_dataset
 from featcache.errors import StorageError, UserError
 from featcache.finetune import finetune
 from featcache.heads import train_head
@@ -37,7 +37,7 @@ def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pets")
     make_pets(root, train=10, test=6)
     for split in ("train", "test"):
-        (root / split / "dog" / "99.png").write_bytes(b"not a picture")
+        (root / split / "dog" / "99.png").write_bytes(b"not an image")
     return root
 
 
@@ -105,14 +105,14 @@ def test_by_default_the_tail_is_the_last_stage(
 
 @pytest.mark.slow
 def test_the_tail_is_a_third_way(pets: Path, tmp_path: Path) -> None:
-    config = settings(pets, tmp_path, tail="stage4")
+    config = settings(pets, tmp_path, tail="stage4", layers="stages")
     report = compare(config)
     runs = runs_of(config)
     assert sorted(runs) == [
         f"{mode}-{size}-draw0" for mode in ("cached", "finetune", "tail") for size in ("3", "all")
     ]
     tail, whole = runs["tail-all-draw0"], runs["finetune-all-draw0"]
-    assert tail.more["mode"] == "tail from stage4"
+    assert tail.more["mode"] == "tail from stage4, all stages"
     assert tail.test.ids == whole.test.ids
     assert tail.trainable_params < whole.trainable_params
     assert [run.more["num_train"] for run in (tail, runs["tail-3-draw0"])] == [30, 9]
@@ -318,10 +318,10 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
     config = dataclasses.replace(done[0], cache_dir=cache_dir)
     [path] = cache_dir.glob("*.h5.json")
     record = json.loads(path.read_text())
-    found = extraction.shared_caches(config, tmp_path)["frozen"]
+    found = extraction.shared_caches(config, load_dataset(config), tmp_path)["frozen"]
     assert found.how == "as recorded on this machine when the cache was made"
     assert found.seconds_per_image == record["seconds_total"] / 50
-    monkeypatch.setattr(extraction, "_time_sample", lambda config, cache: (10, 2.0))
+    monkeypatch.setattr(extraction, "_time_sample", lambda *_: (10, 2.0))
     for changes in (
         {"environment": {**record["environment"], "num_cores": -1}},
         {"config": {**record["config"], "workers": 7}},
@@ -330,7 +330,7 @@ def test_what_extraction_takes_is_read_from_the_record_beside_the_cache(
     ):
         (tmp_path / "extraction-frozen.json").unlink(missing_ok=True)
         path.write_text(json.dumps({**record, **changes}))
-        found = extraction.shared_caches(config, tmp_path)["frozen"]
+        found = extraction.shared_caches(config, load_dataset(config), tmp_path)["frozen"]
         assert found.seconds_per_image == 0.2
         assert found.how.startswith("measured on 10 images computed again, as no usable record")
 
@@ -616,11 +616,30 @@ def test_a_second_test_set_that_does_not_fit(pets: Path, tmp_path: Path) -> None
     )
 
 
+def test_the_images_are_looked_up_once(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = shutil.copytree(pets, tmp_path / "pets")
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    listed: list[object] = []
+    load_folder = datasets.load_folder
+    monkeypatch.setattr(
+        datasets, "load_folder", lambda *args: (listed.append(args), load_folder(*args))[1]
+    )
+    monkeypatch.setattr(comparison, "_compare", lambda setup, start: setup)
+    config = settings(root, tmp_path, batchnorm="auto", tail="stage4")
+    setup = compare(config)
+    assert list(setup.extractions) == ["frozen", "adapt"]
+    assert setup.tail is not None
+    assert len(listed) == 1
+    assert capsys.readouterr().err.count("ignored files of other kinds") == 1
+
+
 def test_a_second_network_that_takes_too_long_is_left_out(
     pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(pets, tmp_path, batchnorm="auto", budget=1e-6)
-    found = extraction.shared_caches(config, tmp_path)
+    found = extraction.shared_caches(config, load_dataset(config), tmp_path)
     assert list(found) == ["frozen"]
     assert "leaving out adapted BatchNorm statistics: their features would take" in (
         capsys.readouterr().err
@@ -631,7 +650,8 @@ def test_a_network_without_batchnorm_is_not_adapted(
     pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = settings(pets, tmp_path, batchnorm="auto", backbone="squeezenet1_1")
-    assert list(extraction.shared_caches(config, tmp_path)) == ["frozen"]
+    assert list(extraction.shared_caches(config, load_dataset(config), tmp_path)) == ["frozen"]
     assert "squeezenet1_1 has no BatchNorm layers" in capsys.readouterr().err
+    adapted = dataclasses.replace(config, batchnorm="adapt")
     with pytest.raises(UserError, match="squeezenet1_1 has no BatchNorm layers"):
-        extraction.shared_caches(dataclasses.replace(config, batchnorm="adapt"), tmp_path)
+        extraction.shared_caches(adapted, load_dataset(config), tmp_path)

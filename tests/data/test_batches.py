@@ -89,11 +89,11 @@ def test_bad_pictures_raise_or_are_left_out(
     batches = list(iterate_batches(source, order, 2, PREP, workers=1, on_bad=on_bad))
     assert [rows.tolist() for _, _, rows in batches] == [[5], [7]]
     assert [number_in(pixels[0]) for pixels, _, _ in batches] == [5, 7]
-    assert sorted(told) == [(row, "not a picture") for row in (3, 20, 21)]
+    assert sorted(told) == [(row, "not an image") for row in (3, 20, 21)]
 
 
 MESSAGE = (
-    r"^train/cat/003\.png in split train: not a picture; repair or remove it, or leave such "
+    r"^train/cat/003\.png in split train: not an image; repair or remove it, or leave such "
     r"images out with --on-error skip$"
 )
 

@@ -44,8 +44,8 @@ def test_digits_are_scikit_learns(load: Load) -> None:
             number = int(split.ids[row].removeprefix("digits/"))
             seen.append(number)
             assert split.labels[row] == bunch.target[number]
-            grey = np.asarray(split.load(row))[..., 1]
-            np.testing.assert_array_equal(grey, np.rint(bunch.images[number] * 255 / 16))
+            gray = np.asarray(split.load(row))[..., 1]
+            np.testing.assert_array_equal(gray, np.rint(bunch.images[number] * 255 / 16))
     assert len(set(seen)) == 6
     share = np.bincount(dataset.splits["test"].labels) / np.bincount(bunch.target)
     assert (abs(share - 0.2) < 0.006).all()
@@ -222,7 +222,7 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path, later: None, pets: Pa
     note()
     shutil.copy(cat / "000.png", cat / "100.png")
     note()
-    (cat / "100.png").rename(dog / "100.png")  # relabelled
+    (cat / "100.png").rename(dog / "100.png")  # relabeled
     note()
     (dog / "100.png").rename(dog / "101.png")
     note()

@@ -94,6 +94,31 @@ def test_nested_folders_hidden_files_and_other_files(tmp_path: Path, load: Load)
     )
 
 
+def test_ids_are_sorted_where_class_names_are_in_another_order(tmp_path: Path, load: Load) -> None:
+    """A space or a dash comes before the slash that ends a class's name."""
+    names = {"cat": 2, "cat b": 1, "cat-a": 1, "cat/more": 1, "cats": 1}
+    root = make_tree(tmp_path / "pets", names)
+    (root / "cat" / "more-000.png").write_bytes(encoded(picture(9)))
+    every = load(root, test_fraction=0.2)
+    assert every.class_names == ["cat", "cat b", "cat-a", "cats"]
+    found = {
+        sample_id: every.class_names[label]
+        for split in every.splits.values()
+        for sample_id, label in zip(split.ids, split.labels, strict=True)
+    }
+    assert sorted(found) == [
+        "cat b/000.png",
+        "cat-a/000.png",
+        "cat/000.png",
+        "cat/001.png",
+        "cat/more-000.png",
+        "cat/more/000.png",
+        "cats/000.png",
+    ]
+    assert all(sample_id.startswith(f"{name}/") for sample_id, name in found.items())
+    assert all(split.ids == sorted(split.ids) for split in every.splits.values())
+
+
 def test_links_are_followed(tmp_path: Path, load: Load) -> None:
     root = make_folder(tmp_path / "pets", train=1, test=1)
     elsewhere = make_tree(tmp_path / "elsewhere", {"eel": 2}, first=70)

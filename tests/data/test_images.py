@@ -228,8 +228,8 @@ def test_palette_without_transparency() -> None:
 def test_transparent_colour_of_rgb_and_grey() -> None:
     rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     assert pixels(encoded(rgb, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [4, 5, 6]]
-    grey = Image.fromarray(np.array([[7, 8]], np.uint8))
-    assert grey_of(encoded(grey, transparency=7)).tolist() == [[255, 8]]
+    gray = Image.fromarray(np.array([[7, 8]], np.uint8))
+    assert grey_of(encoded(gray, transparency=7)).tolist() == [[255, 8]]
 
 
 def test_cmyk_jpeg_with_adobes_inverted_inks() -> None:
@@ -344,7 +344,7 @@ def test_a_damaged_exif_block_leaves_the_picture_usable() -> None:
 def test_reasons_by_content() -> None:
     assert reason(b"") == "empty file"
     for junk in (b"x", b"hello, world" * 100, bytes(1000), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"P9\n"):
-        assert reason(junk) == "not a picture"
+        assert reason(junk) == "not an image"
     assert reason(encoded(Image.fromarray(colours(64)), "JPEG")[:-200]) == "truncated"
     assert reason(encoded(Image.fromarray(colours(64)), "PNG")[:-200]) == "truncated"
     assert reason(b"\xff\xd8\xff" + bytes(100)) in ("other", "truncated")

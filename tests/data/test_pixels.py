@@ -116,10 +116,41 @@ def test_memory_that_pillow_does_not_lend_is_copied(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Image.Image, "__arrow_c_array__", refuse)
         np.testing.assert_array_equal(to_pixels(image, how), wanted)
     monkeypatch.undo()
+
+
+def test_lent_memory_is_what_pillow_holds() -> None:
+    for size in ((1, 1), (1, 4000), (4000, 1), (313, 207), (2048, 2048)):  # the last fills a block
+        image = noise(*size)
+        lent = pixels_module._lent(image)
+        assert lent is not None
+        np.testing.assert_array_equal(lent[..., :3], np.asarray(image))
+    wanted = np.array(image)
+    del image  # the array keeps the memory
+    np.testing.assert_array_equal(lent[..., :3], wanted)
+    assert pixels_module._lent(noise(2048, 2049)) is None  # in two blocks
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "I;16", "F", "1"])
+def test_memory_of_another_layout_is_not_taken(mode: str) -> None:
+    lent = pixels_module._lent(Image.new(mode, (9, 5)))
+    assert lent is None or lent.shape == (5, 9, 4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("alignment", 64), ("block_size", 4096)])
+def test_pillows_allocator_may_be_set_otherwise(
+    name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pixels_module, "_torch_is_fast", lambda: True)
-    monkeypatch.setenv("PILLOW_ALIGNMENT", "64")
-    monkeypatch.setattr(pixels_module, "_pointer", None)
-    np.testing.assert_array_equal(to_pixels(image, how), wanted)
+    how = prep(32, "squash")
+    wanted = to_pixels(noise(301, 200), how)
+    before = getattr(Image.core, f"get_{name}")()
+    try:
+        getattr(Image.core, f"set_{name}")(value)
+        image = noise(301, 200)
+        assert pixels_module._lent(image) is None
+        np.testing.assert_array_equal(to_pixels(image, how), wanted)
+    finally:
+        getattr(Image.core, f"set_{name}")(before)
 
 
 @pytest.mark.parametrize("size", [(100, 185), (16, 300), (20, 2000)])

@@ -56,7 +56,7 @@ def test_rows_stay_aligned(split: ImageSplit, workers: int, prefetch: int | None
         seen.append(index)
         if index % 50 == 13:
             assert isinstance(pixels, BadImage)
-            wanted = ["empty file", "not a picture", "truncated"][index // 50 % 3]
+            wanted = ["empty file", "not an image", "truncated"][index // 50 % 3]
             assert pixels.reason == wanted
         else:
             assert number_in(pixels[0]) == index
@@ -294,6 +294,22 @@ def test_hashes_of_unchanged_files_are_looked_up_together(
     with pytest.raises(pytest.fail.Exception, match="one by one"):
         assert load(pets).fingerprint
     monkeypatch.undo()
+
+
+def test_parts_of_a_split_have_its_hashes(
+    pets: Path, monkeypatch: pytest.MonkeyPatch, load: Load
+) -> None:
+    """A part set aside for testing was hashed with the whole: no file is looked at again."""
+    every = load(pets / "train", test_fraction=0.25)
+    monkeypatch.setattr(sources.FileSource, "content", lambda *_: pytest.fail("one by one"))
+    for split in every.splits.values():
+        digests = [hashlib.sha256((pets / "train" / i).read_bytes()).digest() for i in split.ids]
+        assert split.content.tobytes() == b"".join(digests)
+        with pytest.raises(ValueError, match="read-only"):
+            split.content[0] = 0
+    unhashed = load(pets).splits["train"].subset(np.array([1]))
+    with pytest.raises(pytest.fail.Exception, match="one by one"):
+        assert unhashed.content
 
 
 def test_files_that_could_not_be_read_are_tried_again(

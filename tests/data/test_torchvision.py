@@ -33,7 +33,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 
 def make_fashion(root: Path) -> np.ndarray:
-    """20 train and 10 test pictures of 28 x 28, each of one grey, its number."""
+    """20 train and 10 test pictures of 28 x 28, each of one gray, its number."""
     for part, count in (("train", 20), ("t10k", 10)):
         images = np.arange(count, dtype=np.uint8)[:, None, None] * np.ones((28, 28), np.uint8)
         raw = root / "FashionMNIST" / "raw"

@@ -182,7 +182,7 @@ def change(copy: Path, what: str) -> None:
         first.rename(copy / "train" / "dog" / "moved.png")
 
 
-@pytest.mark.parametrize("what", ["changed", "added", "removed", "relabelled"])
+@pytest.mark.parametrize("what", ["changed", "added", "removed", "relabeled"])
 def test_stale_caches_are_refused_then_updated(
     folder: Path, tmp_path: Path, mean_colour: list[int], what: str
 ) -> None:
@@ -197,7 +197,7 @@ def test_stale_caches_are_refused_then_updated(
     assert "--update" in message
     del mean_colour[:]
     report = ex.extract(settings(copy, tmp_path, update=True))
-    assert sum(mean_colour) == {"changed": 1, "added": 1, "removed": 0, "relabelled": 0}[what]
+    assert sum(mean_colour) == {"changed": 1, "added": 1, "removed": 0, "relabeled": 0}[what]
     assert report["cache"] == path
     assert "of rows kept" in ex.summary_lines(report)[0]
     fresh = ex.extract(settings(copy, tmp_path / "fresh"))
@@ -380,7 +380,7 @@ def test_bad_pictures_stop_the_run_or_are_recorded(
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "pets")
     (copy / "train" / "cat" / "003.png").write_bytes(b"")
-    (copy / "test" / "dog" / "001.png").write_bytes(b"not a picture")
+    (copy / "test" / "dog" / "001.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"train/cat/003\.png.*--on-error skip"):
         ex.extract(settings(copy, tmp_path))
     report = ex.extract(settings(copy, tmp_path, on_error="skip"))
@@ -525,9 +525,9 @@ def test_copies_in_train_and_test_are_said_on_every_run(
 
 
 def test_odd_pictures_are_the_same_on_every_path(tmp_path: Path) -> None:
-    """A grey, an alpha and a rotated picture go through the whole chain."""
+    """A gray, an alpha and a rotated picture go through the whole chain."""
     root = make_folder(tmp_path / "odd", train=2, test=1)
-    Image.new("L", (40, 20), 200).save(root / "train" / "cat" / "grey.png")
+    Image.new("L", (40, 20), 200).save(root / "train" / "cat" / "gray.png")
     Image.new("RGBA", (20, 40), (255, 0, 0, 128)).save(root / "train" / "dog" / "alpha.png")
     report = ex.extract(settings(root, tmp_path))
     assert report["splits"]["train"]["num_samples"] == 6

@@ -154,7 +154,7 @@ def test_an_unreadable_image_is_named_with_rank_and_block(tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for write in ("direct", "shards"):
         config = settings(folder, tmp_path, write=write, output=tmp_path / f"{write}.h5")
-        said = r"^rank 1 of 2, block train/4: train/dog/140\.png in split train: not a picture"
+        said = r"^rank 1 of 2, block train/4: train/dog/140\.png in split train: not an image"
         with pytest.raises(UserError, match=said):
             extract_part(config)
     config = settings(folder, tmp_path, on_error="skip", write="shards")
@@ -190,7 +190,7 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
     assert extract_part(settings(folder, tmp_path, shard="0/3"))["hit"]
     assert not left.exists()
     assert merge_lines({**done, "hit": True}) == [
-        f"{tmp_path / 'x.h5'}: is finished already: 300 train, 100 test images"
+        f"{tmp_path / 'x.h5'} is finished already: 300 train, 100 test images"
     ]
     assert verify(tmp_path / "x.h5").ok
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -279,6 +280,34 @@ def plain_epoch(config: FinetuneConfig) -> tuple[torch.nn.Module, list[float]]:
         optimizer.step()
         losses.append(loss.item())
     return model, losses
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+    def test_it_updates_channels_last_weights_without_a_copy(self, name: str) -> None:
+        config = FinetuneConfig(dataset="digits", weights="random", optimizer=name, lr=0.01)
+        network = torch.nn.Sequential()
+        network.conv = torch.nn.Conv2d(4, 6, 3)
+        network.fc = torch.nn.Linear(6, 3)
+        network.to(memory_format=torch.channels_last)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[name]
+        plain = copy.deepcopy(network)
+        trainable = TrainableModel(network, resolve_recipe(config))
+        decay = {"weight_decay": 0.0} if name == "adamw" else {}
+        options = {"momentum": 0.9} if name == "sgd" else decay
+        ours, theirs = trainable.make_optimizer(), kind(plain.parameters(), lr=0.01, **options)
+        for _ in range(3):
+            for model, optimizer in ((network, ours), (plain, theirs)):
+                optimizer.zero_grad()
+                maps = model.conv(torch.arange(400.0).cos().view(1, 4, 10, 10))
+                model.fc(maps.mean((2, 3))).square().sum().backward()
+                with torch.profiler.profile() as profile:
+                    optimizer.step()
+                calls = {event.key for event in profile.key_averages()}
+                assert "aten::clone" not in calls or model is plain
+        for found, expected in zip(network.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            assert found.stride() == expected.stride()
 
 
 class TestSchedule:
@@ -566,7 +595,7 @@ class TestBadPictures:
     @pytest.fixture
     def damaged(self, pets: Path, tmp_path: Path) -> Path:
         root = shutil.copytree(pets, tmp_path / "damaged")
-        (root / "train" / "dog" / "03.png").write_bytes(b"not a picture")
+        (root / "train" / "dog" / "03.png").write_bytes(b"not an image")
         (root / "test" / "eel" / "02.png").write_bytes(b"")
         return root
 
@@ -589,7 +618,7 @@ class TestBadPictures:
 
     def test_all_bad_is_an_error(self, damaged: Path, tmp_path: Path) -> None:
         for path in (damaged / "test").rglob("*.png"):
-            path.write_bytes(b"not a picture")
+            path.write_bytes(b"not an image")
         with pytest.raises(UserError, match="not one image of split test"):
             finetune(settings(damaged, tmp_path, on_error="skip"))
 

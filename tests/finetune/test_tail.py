@@ -32,7 +32,7 @@ from featcache.finetune.trainable import resolve_recipe
 from featcache.heads import train_head
 from featcache.predict import Classifier
 from featcache.results import RunReport, benchmark_rows
-from featcache.tensor_files import model_card, read_tensor_file
+from featcache.tensor_files import model_card, read_tensor_file, write_model
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,131 @@ class TestCache:
             extract(extraction_config(config, flip=False))
 
 
+@pytest.fixture(scope="module")
+def wide(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneConfig, dict]:
+    """One run from layer4 with a head on all stages."""
+    where = tmp_path_factory.mktemp("wide")
+    config = settings(pets, where, from_stage="layer4", layers="stages", lr=None)
+    return config, finetune(config)
+
+
+class TestAllStages:
+    def test_report(self, wide: tuple[FinetuneConfig, dict]) -> None:
+        _, report = wide
+        assert report["mode"] == "tail from layer4, all stages"
+        assert report["trainable_params"] == 8_393_728 + 3 * 1921
+        assert report["activations"]["num_columns"] == 2 * (64 + 128 + 256)
+        assert report["recipe"]["all_stages"]
+        assert (report["recipe"]["lr"], report["recipe"]["backbone_lr"]) == (2e-4, 2e-4)
+        assert report["provenance"]["backbone"]["feature_dim"] == 1920
+
+    def test_rows_go_on_with_the_columns_of_the_stages_before(
+        self, wide: tuple[FinetuneConfig, dict]
+    ) -> None:
+        config, report = wide
+        cache = FeatureCache(report["activations"]["cache"])
+        rows = cache.split("train")
+        assert rows.dim == 256 * 2 * 2 + 896
+        other = extraction_config(config, flip=True)
+        stages = extract(dataclasses.replace(other, from_stage=None))
+        columns = FeatureCache(stages["cache"]).split("train")
+        early = columns.take(np.arange(33), np.ones(33, np.int64))[:, :896]
+        ours = rows.take(np.arange(33), np.ones(33, np.int64))[:, -896:]
+        assert np.allclose(ours.astype(float), early.astype(float), rtol=2e-3, atol=1e-4)
+        text = "\n".join(inspect_lines(inspect(InfoConfig(cache=cache.path))))
+        assert (
+            "rows       the input of layer4 (256 × 2 × 2, float16) and 896 columns of the stages "
+            "before of 2 views of every image, for finetune --from-stage"
+        ) in text
+
+    def test_repair(self, wide: tuple[FinetuneConfig, dict], tmp_path: Path) -> None:
+        config, report = wide
+        cache = Path(report["activations"]["cache"])
+        damaged = Path(shutil.copy(cache, tmp_path / "damaged.h5"))
+        extent = FeatureCache(cache).file.layout.extents["train/features"]
+        with damaged.open("r+b") as file:
+            file.seek(extent.offset + 10)
+            file.write(b"\x11\x22")
+        repair = VerifyConfig(cache=damaged, repair=True, dataset=config.dataset)
+        assert check(repair)["num_repaired"] == 33
+        assert damaged.read_bytes() == cache.read_bytes()
+
+    def test_the_model_predicts_what_was_scored(self, wide: tuple[FinetuneConfig, dict]) -> None:
+        config, _ = wide
+        saved = RunReport.load(config.output.with_suffix(".json"))
+        classifier = Classifier.load(config.output)
+        assert classifier.trained.describe() == f"fine-tuned resnet18, {SIDE} px squash"
+        images = [Path(config.dataset) / name for name in saved.test.ids]
+        found = classifier.predict(images)
+        names = [classifier.class_names[number] for number in saved.test.predicted]
+        assert [prediction.label for prediction in found] == names
+        confidence = [prediction.probability for prediction in found]
+        assert confidence == pytest.approx(saved.test.confidence, abs=5e-3)
+        assert classifier.features(images).shape == (12, 1920)
+
+    def test_the_model_serves_as_weights(
+        self, wide: tuple[FinetuneConfig, dict], pets: Path, tmp_path: Path
+    ) -> None:
+        config, _ = wide
+        names = {"dataset": str(pets), "weights": str(config.output), "cache_dir": tmp_path}
+        report = extract(ExtractConfig(**names, layers="stages", device="cpu"))
+        rows = FeatureCache(report["cache"]).split("test")
+        images = [pets / name for name in rows.ids]
+        features = Classifier.load(config.output).features(images)
+        assert np.allclose(np.asarray(rows.X, np.float32), features, rtol=2e-3, atol=1e-4)
+
+    def test_a_model_of_another_width_is_damaged(
+        self, wide: tuple[FinetuneConfig, dict], tmp_path: Path
+    ) -> None:
+        card, stated = model_card(read_tensor_file(wide[0].output)), tensors_of(wide[1])
+        assert card.stages is not None
+        fewer = card.stages.of_layers(["layer4", "last"])
+        path = tmp_path / "model.safetensors"
+        write_model(path, stated, dataclasses.replace(card, stages=fewer))
+        with pytest.raises(UserError, match="is a damaged model, its tensors are not those of a"):
+            Classifier.load(path)
+
+    def test_interrupted_it_ends_the_same(
+        self,
+        wide: tuple[FinetuneConfig, dict],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        config = dataclasses.replace(wide[0], output=tmp_path / "m.safetensors")
+        train_epoch = run_module.train_epoch
+
+        def stop_at_second(*args: object) -> object:
+            if args[-1] == 1:
+                raise KeyboardInterrupt
+            return train_epoch(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "train_epoch", stop_at_second)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(config)
+        report = finetune(config)
+        assert report["num_resumed_epochs"] == 1
+        ours, whole = tensors_of(report), tensors_of(wide[1])
+        assert ours.keys() == whole.keys()
+        assert all(torch.equal(ours[name], whole[name]) for name in whole)
+        assert finetune(wide[0])["hit"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"from_stage": None}, r"layers=.stages. needs from_stage and recipe=.good.:"),
+            ({"recipe": "notebook"}, r"layers=.stages. needs from_stage and recipe=.good.:"),
+            ({"init_head": Path("head.safetensors")}, "leave init_head out"),
+        ],
+    )
+    def test_what_it_needs(
+        self, pets: Path, tmp_path: Path, changes: dict[str, object], message: str
+    ) -> None:
+        values = {"from_stage": "layer4", "layers": "stages", **changes}
+        with pytest.raises(UserError, match=message):
+            settings(pets, tmp_path, **values)
+
+
 class TestRun:
     def test_report(self, tail: tuple[FinetuneConfig, dict], cache: Path) -> None:
         _, report = tail
@@ -360,5 +485,5 @@ class TestRun:
     def test_contradictions(self, other: dict) -> None:
         with pytest.raises(UserError, match=r"^from_stage says what trains: leave freeze_backbone"):
             FinetuneConfig(dataset="digits", from_stage="layer4", **other)
-        with pytest.raises(UserError, match=r"^from_stage caches activations, layers features"):
-            ExtractConfig(dataset="digits", from_stage="layer4", layers="stages")
+        with pytest.raises(UserError, match=r"^layers layer3: with from_stage, which caches"):
+            ExtractConfig(dataset="digits", from_stage="layer4", layers="layer3")

@@ -123,7 +123,7 @@ def test_fewer_samples_than_features(tmp_path, solver):
 
 
 def test_duplicates_do_not_choose_for_themselves(tmp_path):
-    """Labels are noise: nearest neighbours would score 1 on copies of fitted rows."""
+    """Labels are noise: nearest neighbors would score 1 on copies of fitted rows."""
     random = np.random.default_rng(0)
     X, y = random.normal(size=(100, 8)).astype(np.float32), random.integers(3, size=100)
     twice = (np.concatenate([X, X]), np.concatenate([y, y]))

@@ -288,8 +288,8 @@ class TestLibrary:
         assert all(len(one) == 1 and np.abs(one - row).max() < 1e-6 for one in rows)
         many = classifier.predict_proba(np.stack([array, array[:, ::-1]]))
         assert np.abs(many - classifier.predict_proba([array, array[:, ::-1]])).max() < 1e-6
-        grey = array[..., 0]
-        first, second = classifier.predict_proba([grey, grey[..., None]])
+        gray = array[..., 0]
+        first, second = classifier.predict_proba([gray, gray[..., None]])
         assert np.abs(first - second).max() < 1e-6
 
     @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ class TestLibrary:
             (np.zeros((3, 4, 5), np.uint8), r"an array uint8 \[3, 4, 5\]"),
             (io.StringIO("x"), "picture 0 is a str: give a path"),
             (7, "not an image but int: give a path"),
-            (b"no picture", "picture 0: not a picture"),
+            (b"no picture", "picture 0: not an image"),
         ],
     )
     def test_other_forms_are_refused(
@@ -453,16 +453,16 @@ class TestCommand:
         assert code == 1
         rows = [json.loads(line) for line in out.splitlines()]
         assert [Path(row["path"]).name for row in rows] == ["a.png", "c.png"]
-        assert f"skipped {tmp_path / 'b.png'}: not a picture" in err
+        assert f"skipped {tmp_path / 'b.png'}: not an image" in err
         assert f"skipped {tmp_path / 'gone.png'}: missing" in err
         assert "2 of 4 images classified, 2 unreadable and left out" in err
         code, out, err = run(capsys, *words, "--on-error", "fail")
         assert code == 2
-        assert "b.png: not a picture; repair or remove it" in err
+        assert "b.png: not an image; repair or remove it" in err
         assert "Traceback" not in err
         code, out, err = run(capsys, *words, "--json")
         report = json.loads(out)
-        assert [s["reason"] for s in report["skipped"]] == ["not a picture", "missing"]
+        assert [s["reason"] for s in report["skipped"]] == ["not an image", "missing"]
         assert (report["num_images"], report["num_skipped"], len(report["predictions"])) == (
             4,
             2,

@@ -79,6 +79,8 @@ def test_the_gap_closed_is_that_of_the_head_which_held_out_rows_chose(
     assert best["cpu_seconds"] == 10.0  # choosing takes both
     assert best["p_value"] is None
     assert lower["p_value"] == 1.0  # one image differs
+    assert best["p_value_full"] == pytest.approx(2 / 2**11)  # eleven, all one way
+    assert result["rows"][-1]["p_value_full"] is None
     lines = script.table({"dataset": "photos/pets", **result}).splitlines()
     assert lines[0] == "**pets** (1,400 train and 100 test images)"
     assert lines[-1] == (

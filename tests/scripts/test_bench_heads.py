@@ -33,7 +33,20 @@ def test_speed_rows_compare_with_scikit_learn(bench, tmp_path, capsys):
     rival = rows[0]["rivals"]["sklearn"]
     assert rival["objective_against"] < 1e-6
     assert rival["speedup"] > 0
-    assert [row["name"].split()[0] for row in rows] == ["logistic", "20", "50", "train-head"]
+    names = [row["name"].split()[0] for row in rows]
+    assert names == ["logistic", "choosing", "20", "50", "train-head"]
+    assert rows[1]["rival_seconds"].keys() >= {"sklearn"}
+    assert rows[1]["num_tried"] > 4
+
+
+def test_rivals_that_stop_early_are_given_a_tolerance_that_ends_as_low(bench, monkeypatch):
+    X, y = bench.made_features(400, 12, 3)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "RIVAL_TOLERANCES", (0.1, 1e-6))
+    found = bench.against_rivals(X, y, 1.0, 1, as_low=True)["rivals"]
+    assert found.keys() == {"sklearn", "sklearn to 1e-06"}
+    assert found["sklearn"]["objective_against"] < -1e-5
+    assert found["sklearn to 1e-06"]["objective_against"] >= -1e-5
 
 
 def test_an_optional_rival_takes_its_turn_only_where_it_is_installed(bench, monkeypatch, capsys):

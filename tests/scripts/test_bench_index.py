@@ -22,7 +22,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_files_are_links_of_one_class_each(script: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "images.part" / "left").mkdir(parents=True)  # by an interrupted run
     script.link_files(tmp_path / "images", 60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "kinds"]
     classes: dict[int, set[str]] = {}
     for path in (tmp_path / "images").rglob("*.png"):
         classes.setdefault(os.stat(path).st_ino, set()).add(str(path.parent))
@@ -46,3 +48,15 @@ def test_a_small_run(script: ModuleType, tmp_path: Path) -> None:
     assert set(report["steps"]) == {"40", "80"}
     assert "hit check, whole command" in report["growth"]
     assert [path.name for path in (tmp_path / "bench").iterdir()] == ["bench-index.json"]
+
+
+@pytest.mark.slow
+def test_kept_files_serve_the_next_run(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = script.BenchConfig(nums=(40,), folder=tmp_path, keep=True)
+    script.bench(config)
+    assert sorted(path.name for path in (tmp_path / "files-40").iterdir()) == ["images", "kinds"]
+    monkeypatch.setattr(script, "link_files", lambda *_: pytest.fail("made again"))
+    (tmp_path / "files-40" / "cache").mkdir()  # of a run that was interrupted
+    assert set(script.bench(config)["steps"]) == {"40"}

@@ -27,6 +27,7 @@ from featcache.config import AuditConfig, JsonObject, TrainHeadConfig, config_js
 from featcache.data import copies_lines, find_copies, find_shared_groups, shared_groups_lines
 from featcache.errors import UserError, listed
 from featcache.files import check_outputs, csv_line, write_atomically, write_json
+from featcache.heads.summary import settings_text
 from featcache.heads.train import of_features, provenance_of
 from featcache.heads.training_data import open_cache
 from featcache.results import metrics, report_marks
@@ -180,20 +181,20 @@ def _lines(report: JsonObject) -> list[str]:
     """What was found, in sentences."""
     sizes = {name: split["num_samples"] for name, split in report["splits"].items()}
     counts, labels = report["num_findings"], report["labels"]
-    settings = ", ".join(f"{name} {value}" for name, value in labels["settings"].items())
     accuracy = "" if labels["train_top1"] is None else f", accuracy {labels['train_top1']:.3f}"
     return [
         f"{', '.join(f'{num} {name}' for name, num in sizes.items())} images of "
         f"{len(report['classes'])} classes{_groups_text(report)}",
         f"labels that are probably wrong: {counts['wrong-label']} of {labels['num_checked']}, "
-        f"doubtful: {counts['doubtful-label']} more ({labels['solver']}, {settings}; "
+        f"doubtful: {counts['doubtful-label']} more ({labels['solver']}, "
+        f"{settings_text(labels['settings'])}; "
         f"{labels['folds']}-fold cross-validation{accuracy})",
         *copies_lines(report["identical_images"], sizes, divided=False),
         *shared_groups_lines(report["shared_groups"]),
-        f"near-duplicates: {counts['near-duplicate']} pairs within a split, "
+        f"pairs of near-duplicates: {counts['near-duplicate']} within a split, "
         f"{counts['near-duplicate-across-splits']} across splits (cosine from "
         f"{report['near_duplicates']['threshold']:.3f})",
-        f"outliers: {counts['outlier']} images far from every train image",
+        f"outliers, far from every train image: {counts['outlier']}",
         *_class_lines(report["classes"]),
     ]
 

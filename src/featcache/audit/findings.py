@@ -68,7 +68,7 @@ def _identical(rows: AllRows, copies: Copies) -> Iterator[Finding]:
     places = {
         (split, name): i for i, (split, name) in enumerate(zip(rows.split, rows.ids, strict=True))
     }
-    for copy in copies.found:
+    for copy in copies.pairs():
         kind: Kind = "identical"
         if copy.split != copy.also_in:
             kind = "identical-across-splits"

@@ -93,10 +93,14 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> Js
     dim = remove_heads(model)
     stages = None if config.stage_pool is None else _stages(config, own)
     cut = None if config.cached_stage is None else _stage_input(config, own)
-    width = sum(stages.widths) if stages else dim
+    if cut is not None and stages is not None:
+        from featcache.backbone.tail import split_columns
+
+        stages, _ = split_columns(_headless(config), cut.stage, stages)
+    width = sum(stages.widths) if stages else 0
     found = {
         "weights_sha256": sha256,
-        "feature_dim": math.prod(cut.shape) if cut else width,
+        "feature_dim": math.prod(cut.shape) + width if cut else width or dim,
         "preprocessing": dataclasses.asdict(own),
         "stages": dataclasses.asdict(stages) if stages else None,
         "stage_input": dataclasses.asdict(cut) if cut else None,

@@ -34,7 +34,7 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
         config: Which backbone and weights.
         seed: Draws `random` weights.
         info: What `identify` found: other weights are refused, and its layers are features too, or
-            the input of one is what the network gives.
+            the input of one is what the network gives, with the columns of those before.
 
     Returns:
         A module mapping float32 images [N, 3, H, W] to features [N, D]; no parameter needs
@@ -49,7 +49,7 @@ def load_backbone(config: BackboneConfig, seed: int, info: BackboneInfo | None =
         return frozen(network, info.stages if info else None)
     from featcache.backbone.tail import Front
 
-    return Front(frozen(network), info.stage_input.stage).eval()
+    return Front(frozen(network), info.stage_input.stage, info.stages).eval()
 
 
 def frozen(network: nn.Module, stages: StageColumns | None = None) -> nn.Module:

@@ -54,7 +54,7 @@ def build_network(name: str, *, seed: int | None, image_px: int | None = None) -
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # The auxiliary heads only serve training from scratch; the input transform belongs to
-        # the published weights, which expect 0.5/0.5 normalisation inside ImageNet's.
+        # the published weights, which expect 0.5/0.5 normalization inside ImageNet's.
         options = {"aux_logits": False, "init_weights": False, "transform_input": True}
     with drawn_by(seed):
         network: nn.Module = import_torchvision("models").get_model(name, weights=None, **options)

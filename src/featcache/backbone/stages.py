@@ -97,8 +97,17 @@ class Pooling(nn.Module):
         mean = values.mean(space, keepdim=True)
         if self.how == "mean":
             return mean.flatten(1)
-        centred = values - mean
-        return (centred * centred).mean(space).sqrt()
+        centered = values - mean
+        variance = (centered * centered).mean(space)
+        varies = variance > 0  # the root of zero has no gradient
+        return torch.where(varies, variance, 1.0).sqrt() * varies
+
+
+def pooling_of(network: nn.Module, group: str) -> Pooling:
+    """How a layer's output becomes a group of columns; "last" is rows already."""
+    prefix = getattr(network, "num_prefix_tokens", 1 if _has_class_token(network) else 0)
+    channels_last = getattr(network, "output_fmt", None) == "NHWC"
+    return Pooling(group.rpartition(".")[2], prefix, channels_last)
 
 
 class Tap:
@@ -131,13 +140,11 @@ class StageFeatures(nn.Module):
     def __init__(self, network: nn.Module, columns: tuple[str, ...]) -> None:
         super().__init__()
         self.network, self.columns = network, columns
-        prefix = getattr(network, "num_prefix_tokens", 1 if _has_class_token(network) else 0)
-        channels_last = getattr(network, "output_fmt", None) == "NHWC"
         taps: dict[str, dict[str, Pooling]] = {}
         for name in columns:
             if name != "last":
                 module, _, how = name.rpartition(".")
-                pool = Pooling(how, prefix, channels_last)
+                pool = pooling_of(network, name)
                 taps.setdefault(module or _final_tokens(network, how), {})[name] = pool
         self.pools = nn.ModuleList(pool for pools in taps.values() for pool in pools.values())
         for module, pools in taps.items():

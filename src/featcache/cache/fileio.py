@@ -14,6 +14,7 @@ from featcache.errors import CacheError, StorageError
 
 CHUNK_BYTES = 2**20
 RESUME = "rerun the same extract-features command to resume"
+_GIVE = "give a file written by extract-features"
 _USER_ERRORS = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG),
 }
@@ -34,7 +35,8 @@ def reading(path: Path) -> Iterator[None]:
         raise CacheError(f"no cache {path}: {_hint(path)}") from error
     except OSError as error:
         if error.errno in _USER_ERRORS:
-            raise CacheError(f"cannot read {path}: {error.strerror}") from error
+            advice = f"; {_GIVE}" if error.errno == errno.EISDIR else ""
+            raise CacheError(f"cannot read {path}: {error.strerror}{advice}") from error
         reason = error.strerror or error
         raise StorageError(f"cannot read {path}: {reason}; try again when it is back") from error
 
@@ -42,7 +44,7 @@ def reading(path: Path) -> Iterator[None]:
 def _hint(path: Path) -> str:
     if not path.name.endswith(".part") and path.with_name(path.name + ".part").exists():
         return f"its extraction is unfinished; {RESUME}"
-    return "give a file written by extract-features"
+    return _GIVE
 
 
 def read_at(fd: int, num_bytes: int, offset: int) -> bytes:

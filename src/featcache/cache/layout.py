@@ -144,8 +144,8 @@ def parse_record(record: bytes, file_bytes: int, path: Path) -> Layout:
     """
     if record[: len(MAGIC)] != MAGIC:
         raise CacheError(
-            f"{path} is not a featcache file, or its end is missing (no layout record in its last "
-            f"{schema.RECORD_BYTES} bytes): run extract-features again"
+            f"{path} is not a cache, or its end is missing (no layout record in its last "
+            f"{schema.RECORD_BYTES} bytes): give one that extract-features wrote, or run it again"
         )
     body, sha = record[: -schema.DIGEST_BYTES], record[-schema.DIGEST_BYTES :]
     if hashlib.sha256(body).digest() != sha:

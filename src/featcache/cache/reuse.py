@@ -94,12 +94,12 @@ class RowSource:
         """Rows [V, n, D] at the n > 0 places that `find` gave, in the file's dtype."""
         parts = np.searchsorted(self._starts, places, side="right") - 1
         rows = self._rows[places]
-        neighbours = (np.diff(parts) == 0) & (np.diff(rows) == 1)
-        runs = np.split(np.arange(len(places)), np.flatnonzero(~neighbours) + 1)
+        neighbors = (np.diff(parts) == 0) & (np.diff(rows) == 1)
+        runs = np.split(np.arange(len(places)), np.flatnonzero(~neighbors) + 1)
         return np.concatenate([self._read(int(parts[r[0]]), rows[r]) for r in runs], axis=1)
 
     def _read(self, part: int, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Neighbouring rows [V, n, D] of one split of one file."""
+        """Neighboring rows [V, n, D] of one split of one file."""
         file, split = self._parts[part]
         wanted = range(int(rows[0]), int(rows[-1]) + 1)
         return file.all_views(split, wanted)

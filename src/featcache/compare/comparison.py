@@ -86,6 +86,8 @@ def compare(config: CompareConfig) -> JsonObject:
             f"{config.dataset} has several labels or a number per image: compare is for one class; "
             "train-head and finetune report their scores"
         )
+    for note in dataset.notes:
+        say(note)
     shifted = shifted_images(config, dataset.class_names)
     output = config.output or config.cache_dir / _folder_name(config, dataset)
     with _claimed(config, output, dataset.name):
@@ -156,7 +158,7 @@ def prepare(
     Raises:
         UserError: Wrong input, or images that changed between two extractions.
     """
-    extractions = shared_caches(config, output)
+    extractions = shared_caches(config, dataset, output)
     caches = {
         network: open_cache(TrainHeadConfig(cache=Path(extraction.cache), solver=config.solver))
         for network, extraction in extractions.items()

@@ -15,7 +15,7 @@ from featcache.cache import FeatureCache, cost_of
 from featcache.compare.alternatives import Network
 from featcache.config import CompareConfig, ExtractConfig, config_json
 from featcache.config.settings import carried_over
-from featcache.data import BadImage, bad_image_error
+from featcache.data import BadImage, ImageDataset, bad_image_error
 from featcache.display import say
 from featcache.engine.inference import computed_rows
 from featcache.errors import UserError
@@ -64,7 +64,9 @@ def extract_configs(config: CompareConfig) -> dict[Network, ExtractConfig]:
     }
 
 
-def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extraction]:
+def shared_caches(
+    config: CompareConfig, dataset: ImageDataset, output: Path
+) -> dict[Network, Extraction]:
     """Extract every image once with each network, or find the caches, and what extraction takes.
 
     A second network is left out where its features would take too much of the budget, or where it
@@ -81,7 +83,7 @@ def shared_caches(config: CompareConfig, output: Path) -> dict[Network, Extracti
             say(f"leaving out adapted BatchNorm statistics: their features would {too_long}")
             continue
         try:
-            found[network] = shared_cache(wanted, output / record_name(network))
+            found[network] = shared_cache(wanted, dataset, output / record_name(network))
         except UserError as error:
             if not found:
                 raise
@@ -101,23 +103,25 @@ def record_name(network: Network | Literal["tail"]) -> str:
     return f"extraction-{network}.json"
 
 
-def shared_cache(wanted: ExtractConfig, record: Path) -> Extraction:
+def shared_cache(wanted: ExtractConfig, dataset: ImageDataset, record: Path) -> Extraction:
     """One cache, and what its extraction takes.
 
     The record beside the cache tells what it cost, if it is of this machine and these settings.
     Otherwise a sample is computed again and timed. The result is saved in the comparison's folder.
     """
-    report = extract(wanted)
+    report = extract(wanted, dataset)
     cache = FeatureCache(report["cache"])
     known = _remembered(record, cache.digest.hex())
     if known is not None:
         return dataclasses.replace(known, cache=report["cache"])
-    found = _measured(wanted, report, cache)
+    found = _measured(wanted, dataset, report, cache)
     write_json(record, dataclasses.asdict(found))
     return found
 
 
-def _measured(config: ExtractConfig, report: ExtractReport, cache: FeatureCache) -> Extraction:
+def _measured(
+    config: ExtractConfig, dataset: ImageDataset, report: ExtractReport, cache: FeatureCache
+) -> Extraction:
     """What an image took: by the record beside the cache, or by a sample computed again."""
     splits = report["splits"].values()
     num_images, resumed = (sum(s[k] for s in splits) for k in ("num_samples", "num_resumed"))
@@ -125,7 +129,7 @@ def _measured(config: ExtractConfig, report: ExtractReport, cache: FeatureCache)
     seconds = _recorded_seconds(config, report, cache)
     how = "measured on all images that this comparison extracted"
     if seconds is None:
-        done, seconds = _time_sample(config, cache)
+        done, seconds = _time_sample(config, dataset, cache)
         spent += seconds
         how = (
             f"measured on {done} images computed again, as no usable record tells the cache's time"
@@ -153,13 +157,15 @@ def _recorded_seconds(
     return cost.seconds if same else None
 
 
-def _time_sample(config: ExtractConfig, cache: FeatureCache) -> tuple[int, float]:
+def _time_sample(
+    config: ExtractConfig, dataset: ImageDataset, cache: FeatureCache
+) -> tuple[int, float]:
     """Compute features of some train images and discard them; their number, and seconds."""
     from featcache.engine import EngineSettings, choose_engine
 
     say(f"computing up to {SAMPLE_IMAGES} cached images again, to measure what extraction takes")
-    request, rows = Request.of(config), cache.split("train").rows[:SAMPLE_IMAGES]
-    split = request.dataset.splits["train"]
+    request, rows = Request.of(config, dataset), cache.split("train").rows[:SAMPLE_IMAGES]
+    split = dataset.splits["train"]
     split.subset(rows).record(cache.rows("train").content[rows])
     views, prep = cache.meta.views, cache.meta.backbone.preprocessing
     network = load_backbone(request.config, config.seed, cache.meta.backbone)

@@ -246,7 +246,8 @@ def shared_tail(
         wanted = extraction_config(tuning, flip=resolve_recipe(tuning).flip)
         if config.tail == "auto":
             _check_affordable(config, Request.of(wanted, dataset).meta, extraction)
-        return Tail(stage=stage, activations=shared_cache(wanted, output / record_name("tail")))
+        found = shared_cache(wanted, dataset, output / record_name("tail"))
+        return Tail(stage=stage, activations=found)
     except UserError as error:
         said = str(error).replace("--from-stage", "--tail")
         if config.tail != "auto":
@@ -280,7 +281,12 @@ def finetune_config(
         seed: Of training.
         stage: The stage from which the tail trains; None for all layers.
     """
-    values = carried_over(config, FinetuneConfig, but=("json", "verbose", "output", "seed"))
+    from featcache.backbone.tail import tail_layers
+
+    but = ("json", "verbose", "output", "seed", "layers")
+    values = carried_over(config, FinetuneConfig, but=but)
+    if stage is not None and config.layers != "last" and config.recipe == "good":
+        values["layers"] = tail_layers(config.backbone)
     # Random weights come from the seed: every run must start from the weights of the cache.
     seed = config.seed if config.weights == "random" else seed
     tuning = FinetuneConfig(**values, seed=seed, score="end", from_stage=stage)
@@ -335,7 +341,7 @@ def _tune(
 
 
 def _finetune_seconds(report: RunReport) -> float:
-    """Seconds from labelled images to a classifier, without reading and scoring the test split."""
+    """Seconds from labeled images to a classifier, without reading and scoring the test split."""
     scoring = sum(float(epoch.get("eval_seconds", 0.0)) for epoch in report.epochs)
     num_train, num_test = int(report.more["num_train"]), int(report.more["num_test"])
     reading = float(report.more["read_seconds"]) * num_test / (num_train + num_test)

@@ -37,6 +37,7 @@ from featcache.config.records import (
     Task,
     Views,
     flatten,
+    layer_of,
     weights_text,
 )
 from featcache.config.settings import config_json
@@ -76,5 +77,6 @@ __all__ = [
     "Views",
     "config_json",
     "flatten",
+    "layer_of",
     "weights_text",
 ]

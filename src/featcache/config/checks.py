@@ -24,6 +24,9 @@ from featcache.errors import UserError, one_of
 # Settings of type str that may be paths.
 NAMES_OR_PATHS = ("dataset", "inputs", "weights")
 
+# Control characters; Python reads bytes that are not UTF-8 as lone surrogates.
+_UNPRINTABLE = re.compile("[\\x00-\\x1f\\x7f\ud800-\udfff]").search
+
 MAX_PATTERN = 500
 """Characters of a regular expression."""
 
@@ -106,8 +109,7 @@ def record_from_json(kind: type[Record], value: object, *, ignore_unknown: bool 
 
 def is_printable(text: str) -> bool:
     """Whether text can be stored in a file and printed in a one-line message."""
-    # Python reads bytes that are not UTF-8 as lone surrogates.
-    return not re.search("[\\x00-\\x1f\\x7f\ud800-\udfff]", text)
+    return not _UNPRINTABLE(text)
 
 
 @functools.cache

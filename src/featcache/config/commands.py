@@ -73,8 +73,11 @@ class ExtractConfig(OutputConfig, FeatureConfig, DataConfig):
             raise UserError(f"--output {self.output}: a cache's name ends in .h5")
         if self.precision == "int8" and self.engine == "torch":
             raise UserError("--precision int8 needs --engine openvino (or leave --engine out)")
-        if self.from_stage is not None and self.stage_pool is not None:
-            raise UserError("--from-stage caches activations, --layers features: give one of them")
+        if self.from_stage is not None and self.layers not in ("last", "stages"):
+            raise UserError(
+                f"--layers {self.layers:.80}: with --from-stage, which caches activations, give "
+                "stages, or leave --layers out"
+            )
 
     @property
     def stored_dtype(self) -> Literal["float32", "float16"]:
@@ -197,12 +200,12 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     --from-stage. Other flags override the recipe."""
     epochs: Optional[int] = None
     """Passes over the train split. By default 3 with the notebook recipe, 5 with the good one, 8
-    with the good one and --from-stage."""
+    with the good one and --from-stage, 4 with --layers stages as well."""
     lr: Optional[float] = None
-    """Learning rate. By default 1e-3, or 1e-2 with --optimizer sgd."""
+    """Learning rate. By default 1e-3, 2e-4 with --layers stages, or 1e-2 with --optimizer sgd."""
     backbone_lr: Optional[float] = None
     """Learning rate of everything but the head. By default --lr, or a tenth of it with the good
-    recipe, a fifth with --from-stage."""
+    recipe, a fifth with --from-stage, --lr with --layers stages."""
     batch_size: int = 32
     """Images per step, of all processes together where torchrun starts several."""
     optimizer: Optional[Literal["adam", "adamw", "sgd"]] = None
@@ -219,6 +222,11 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
     from_stage: Optional[str] = None
     """Train only this stage and what follows it, for example layer4, from its cached input: the
     network before it runs once over every image and its mirror image instead of in every epoch."""
+    layers: Literal["last", "stages"] = "last"
+    """With --from-stage, what the head sees: the last layer, or all stages, as train-head does
+    with extract-features --layers stages; those before --from-stage stay as they are."""
+    pool: Pool = "avg+std"
+    """With --layers stages, how a stage's output becomes columns, as in extract-features."""
     dtype: Literal["float16", "float32"] = "float16"
     """The type that the cached input of --from-stage is stored as."""
     bn_eval: Optional[bool] = None
@@ -265,6 +273,25 @@ class FinetuneConfig(OutputConfig, BackboneConfig, DataConfig):
             raise UserError(
                 "--from-stage says what trains: leave --freeze-backbone and --unfreeze out"
             )
+        if self.layers == "stages" and (self.from_stage is None or self.recipe != "good"):
+            raise UserError(
+                "--layers stages needs --from-stage and --recipe good: give them, or for a head on "
+                "all stages of the frozen network extract-features --layers stages"
+            )
+        if self.layers == "stages" and self.init_head is not None:
+            raise UserError(
+                "--layers stages starts from a linear probe of all stages: leave --init-head out"
+            )
+
+    @property
+    def asked_layers(self) -> tuple[str, ...]:
+        """See `BackboneConfig.asked_layers`."""
+        return (self.layers,)
+
+    @property
+    def stage_pool(self) -> Pool | None:
+        """See `BackboneConfig.stage_pool`."""
+        return None if self.layers == "last" else self.pool
 
 
 @settings

@@ -181,7 +181,8 @@ class FeatureConfig(BackboneConfig):
     features are computed. The network is frozen from then on."""
     from_stage: Optional[str] = None
     """Cache the input of this stage (for example layer4) instead of features, for
-    finetune --from-stage, which otherwise does so itself."""
+    finetune --from-stage, which otherwise does so itself; with --layers stages, beside it the
+    columns of the stages before."""
 
     def __post_init__(self) -> None:
         BackboneConfig.__post_init__(self)

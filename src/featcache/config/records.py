@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -99,9 +99,17 @@ class StageColumns:
         if not self.names or not distinct or min(self.widths) < 1:
             raise UserError(f"columns {self.names!r:.80} of {self.widths!r:.80}")
 
+    def of_layers(self, layers: Container[str]) -> Self | None:
+        """The columns of some layers; None if there are none."""
+        groups = zip(self.names, self.widths, strict=True)
+        kept = {name: width for name, width in groups if layer_of(name) in layers}
+        if not kept:
+            return None
+        return dataclasses.replace(self, names=tuple(kept), widths=tuple(kept.values()))
+
     def layers(self) -> tuple[str, ...]:
         """The layers, each once, in order."""
-        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
+        return tuple(dict.fromkeys(map(layer_of, self.names)))
 
     def group(self, name: str) -> slice:
         """Where the columns of a group, or of all groups of a layer, lie.
@@ -109,16 +117,16 @@ class StageColumns:
         Raises:
             UserError: There are no such columns.
         """
-        places = [i for i, group in enumerate(self.names) if name in _names_of(group)]
+        places = [i for i, group in enumerate(self.names) if name in (group, layer_of(group))]
         if not places:
             raise UserError(one_of(name, {*self.names, *self.layers()}, "columns"))
         start, end = places[0], places[-1] + 1
         return slice(sum(self.widths[:start]), sum(self.widths[:end]))
 
 
-def _names_of(group: str) -> tuple[str, str]:
-    """What a group of columns is called, and the layer that it comes from."""
-    return group, group.rpartition(".")[0]
+def layer_of(group: str) -> str:
+    """The layer that a group of columns comes from: that of "layer1.mean" is "layer1"."""
+    return group.rpartition(".")[0] or group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +152,8 @@ class BackboneInfo:
 
     `weights_sha256` is that of the weights file; for `random` weights and for a module given in
     Python, of the tensors. `stages` is None where the features are the last layer's alone. With
-    `stage_input`, rows are activations for `finetune --from-stage`, not features. `weight_set` is
+    `stage_input`, rows are activations for `finetune --from-stage`, not features, and after them
+    the columns of `stages`, which come before that stage. `weight_set` is
     the library's name of published weights, such as IMAGENET1K_V2 or resnet18.a1_in1k; version
     0.1.0 did not record it.
     """
@@ -160,8 +169,13 @@ class BackboneInfo:
 
     def __post_init__(self) -> None:
         cut = self.stage_input
-        if cut is not None and math.prod(cut.shape) != self.feature_dim:
+        if cut is not None and math.prod(cut.shape) + self.num_columns != self.feature_dim:
             raise UserError(f"activations of shape {cut.shape} are not {self.feature_dim} numbers")
+
+    @property
+    def num_columns(self) -> int:
+        """How many columns the layers in `stages` give."""
+        return sum(self.stages.widths) if self.stages else 0
 
     @property
     def file_name(self) -> str:

@@ -31,6 +31,7 @@ Float32 = NDArray[np.float32]
 
 MIN_HASH_CHUNK = 32
 MAX_HASH_TASKS = 1000
+NUM_TOGETHER = 10_000  # names in a fingerprint: singly takes longer, all at once much memory
 
 
 class ImageSplit:
@@ -138,16 +139,20 @@ class ImageSplit:
 
     def subset(self, rows: Int64, *, name: str | None = None) -> ImageSplit:
         """A split of the given rows, in the given order, loading from the same source."""
-        return ImageSplit(
+        split = ImageSplit(
             name or self.name,
-            [self.ids[row] for row in rows],
+            [self.ids[row] for row in rows.tolist()],
             self.labels[rows],
             self._source,
             positions=self._positions[rows],
             weights=None if self.weights is None else self.weights[rows],
-            groups=None if self.groups is None else [self.groups[row] for row in rows],
+            groups=None if self.groups is None else [self.groups[row] for row in rows.tolist()],
             targets=None if self.targets is None else self.targets[rows],
         )
+        if self._content is not None:
+            split._content = self._content[rows]
+            split._content.setflags(write=False)
+        return split
 
     def grouped_by(self, pattern: str) -> ImageSplit:
         """The same samples in the groups that a regular expression finds in their ids.
@@ -228,9 +233,10 @@ class ImageDataset:
         for name in sorted(self.splits):
             split = self.splits[name]
             digest.update(json.dumps([name, len(split), split.weights is not None]).encode())
-            sizes = (len(i) if i.isascii() else len(i.encode()) for i in split.ids)
-            ids = "".join(f"{size}:{i}" for size, i in zip(sizes, split.ids, strict=True))
-            digest.update(ids.encode())
+            for start in range(0, len(split), NUM_TOGETHER):
+                ids = split.ids[start : start + NUM_TOGETHER]
+                sized = [f"{len(i) if i.isascii() else len(i.encode())}:{i}" for i in ids]
+                digest.update("".join(sized).encode())
             digest.update(split.labels.astype("<i8").tobytes())
             if split.weights is not None:
                 digest.update(split.weights.astype("<f4").tobytes())

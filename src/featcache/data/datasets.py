@@ -34,8 +34,8 @@ from featcache.data.sampling import (
     split_off_test,
     stratified_rows,
 )
-from featcache.data.shards.places import is_remote, names_shards, shards_in
 from featcache.data.sources import ArraySource
+from featcache.data.tar.places import is_remote, names_shards, shards_in
 from featcache.data.torchvision_sets import TORCHVISION_SETS, load_torchvision
 from featcache.errors import UserError, one_of
 from featcache.file_hashes import Memo
@@ -162,7 +162,7 @@ def _load_path(config: DataConfig, path: Path) -> ImageDataset:
     _refuse_manifest_flags(config)
     is_folder = mode is not None and stat.S_ISDIR(mode)
     if shards_in(config.dataset) if is_folder else names_shards(config.dataset):
-        from featcache.data.shards.dataset import load_shards
+        from featcache.data.tar.dataset import load_shards
 
         return load_shards(config, _memo(config, config.dataset))
     if is_folder:

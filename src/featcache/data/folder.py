@@ -135,7 +135,7 @@ def _load_split_tree(
     train = trees["train"]
     _check_train(train)
     for tree in trees.values():
-        _refuse_unlabelled(train, tree)
+        _refuse_unlabeled(train, tree)
         _check_tree(tree)
         _refuse_other_classes(train, tree)
     class_names = sorted(train.by_class)
@@ -232,7 +232,7 @@ def _check_train(tree: _Tree) -> None:
         )
 
 
-def _refuse_unlabelled(train: _Tree, tree: _Tree) -> None:
+def _refuse_unlabeled(train: _Tree, tree: _Tree) -> None:
     if tree.loose and not tree.by_class:
         raise UserError(
             f"{tree.top} has images ({len(tree.loose)}, such as {tree.loose[0]}) but no class "
@@ -267,11 +267,12 @@ def _refuse_other_classes(train: _Tree, other: _Tree) -> None:
 
 def _split_of(name: str, tree: _Tree, root: Path, class_names: list[str], memo: Memo) -> ImageSplit:
     number = {class_name: label for label, class_name in enumerate(class_names)}
-    samples = sorted((i, number[c]) for c, ids in tree.by_class.items() for i in ids)
-    ids = [sample_id for sample_id, _ in samples]
-    labels = np.array([label for _, label in samples], dtype=np.int64)
+    classes = sorted(tree.by_class, key=lambda c: f"{c}/")  # the ids are then sorted
+    ids = [sample_id for c in classes for sample_id in tree.by_class[c]]
+    sizes = [len(tree.by_class[c]) for c in classes]
+    labels = np.repeat(np.array([number[c] for c in classes], np.int64), sizes)
     base = os.path.join(os.path.abspath(root), "")
-    return ImageSplit(name, ids, labels, FileSource([base + i for i in ids], memo, base))
+    return ImageSplit(name, ids, labels, FileSource(ids, memo, folder=base, prefix=base))
 
 
 def counted(ignored: Counter[str]) -> str:

@@ -18,7 +18,7 @@ from featcache.runtime import num_cores
 REASONS: dict[int, str] = {
     1: "truncated",
     2: "empty file",
-    3: "not a picture",
+    3: "not an image",
     4: "too large",
     5: "unreadable",
     6: "missing",
@@ -26,7 +26,7 @@ REASONS: dict[int, str] = {
 }
 """Why an image could not be used, by the code that a cache stores; 0 is a good row."""
 
-TRUNCATED, EMPTY, NOT_A_PICTURE, TOO_LARGE, UNREADABLE, MISSING, OTHER = REASONS
+TRUNCATED, EMPTY, NOT_AN_IMAGE, TOO_LARGE, UNREADABLE, MISSING, OTHER = REASONS
 
 MAX_PIXELS = 2**27
 """Images with more pixels (134 million) are refused before they are decoded."""
@@ -171,7 +171,7 @@ def decoded(data: bytes, least_px: int | None = None) -> Iterator[Image.Image]:
 def _readable_format(data: bytes) -> str:
     found = format_of(data)
     if found is None:
-        raise BadImage(NOT_A_PICTURE if data else EMPTY)
+        raise BadImage(NOT_AN_IMAGE if data else EMPTY)
     if not found.is_readable():
         detail = f"{found.called}, which Pillow does not read here: {found.remedy()}"
         raise BadImage(OTHER, detail)
@@ -289,12 +289,12 @@ def _from_wide(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     inverted = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0  # white is zero
     transparent = image.info.get("transparency")
-    grey = np.empty(values.shape, dtype=np.uint8)
+    gray = np.empty(values.shape, dtype=np.uint8)
     rows = max(1, _MANY_PIXELS // 16 // values.shape[1])
     for top in range(0, len(values), rows):  # in strips, since float64 takes eight times the memory
-        strip, out = values[top : top + rows], grey[top : top + rows]
+        strip, out = values[top : top + rows], gray[top : top + rows]
         scaled = strip.astype(np.float64) * (255.0 / white)
         out[:] = np.rint(255.0 - scaled if inverted else scaled)
         if transparent is not None:
             out[strip == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(gray).convert("RGB")

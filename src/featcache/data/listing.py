@@ -254,6 +254,7 @@ class ImageRoot:
         if config.image_root is not None and not given.is_dir():
             raise UserError(f"--image-root {given} is not a folder that can be read; check it")
         self.path = os.path.realpath(given)
+        self._inside = os.path.join(self.path, "")
         self._file = file
         self._given = given
         self._name = "the manifest's folder" if config.image_root is None else "--image-root"
@@ -281,32 +282,38 @@ class ImageRoot:
                 raise UserError(
                     f"{where}: duplicate path {path}, first in line {earlier}; keep one"
                 )
+            is_plain = _is_plain_file(full)
             if not self._anywhere:
-                self._check_inside(where, path)
-            if self._must_exist:
+                self._check_inside(where, path, full, is_plain)
+            if self._must_exist and not is_plain:
                 _check_file(where, full, path)
 
-    def _check_inside(self, where: str, path: str) -> None:
+    def _check_inside(self, where: str, path: str, full: str, is_plain: bool) -> None:
         if posixpath.isabs(path) or os.path.isabs(path):
             raise UserError(
                 f"{where}: {path} is an absolute path; give it relative to {self._given}/, or "
                 "add --allow-outside"
             )
-        if not self._contains(path):
+        if not self._contains(full, is_plain):
             raise UserError(
                 f"{where}: {path} leaves {self._name}; paths must stay in {self._given}/: give the "
                 "images' folder with --image-root, or add --allow-outside"
             )
 
-    def _contains(self, path: str) -> bool:
-        """Whether `path`, with links resolved, is below this folder."""
-        head, tail = os.path.split(os.path.join(self.path, path))
+    def _contains(self, full: str, is_plain: bool) -> bool:
+        """Whether a path, with links resolved, is below this folder; a plain file is no link."""
+        head, tail = os.path.split(full)
         if head not in self._resolved:
-            self._resolved[head] = os.path.realpath(head)
-        full = os.path.join(self._resolved[head], tail)
-        if tail in ("", ".", "..") or os.path.islink(full):
-            full = os.path.realpath(full)
-        return full.startswith(os.path.join(self.path, ""))
+            self._resolved[head] = os.path.join(os.path.realpath(head), "")
+        resolved = self._resolved[head] + tail
+        return (resolved if is_plain else os.path.realpath(resolved)).startswith(self._inside)
+
+
+def _is_plain_file(path: str) -> bool:
+    """Whether there is a file of this name that is no link."""
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    return False
 
 
 def _check_file(where: str, full: str, path: str) -> None:

@@ -262,7 +262,7 @@ def _row(file: Path, line: int, header: list[str], fields: list[str]) -> _Row:
     if len(fields) != len(header):
         raise UserError(f"{where}: fields: {len(fields)}, but the header has {len(header)}")
     values = dict(zip(header, fields, strict=True))
-    if not all(is_printable(value) for name, value in values.items() if name != "path"):
+    if not is_printable("".join([value for name, value in values.items() if name != "path"])):
         raise UserError(f"{where}: a field has a line break or another control character")
     labels, target = _labels(where, values), 0.0
     if "target" in values:

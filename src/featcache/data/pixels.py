@@ -6,9 +6,7 @@ import contextlib
 import ctypes
 import functools
 import math
-import os
 import types
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +46,7 @@ def to_pixels(image: Image.Image, prep: Preprocessing) -> UInt8:
 
     Args:
         image: RGB.
-        prep: `squash` ignores the aspect ratio; `crop` cuts the centre after a resize of the
+        prep: `squash` ignores the aspect ratio; `crop` cuts the center after a resize of the
             shorter side.
 
     Returns:
@@ -109,14 +107,12 @@ def _shrunk(
 
     rows = max(1, _STRIP_BYTES // (4 * image.width))
     if image.height <= rows:
-        with _in_place(image) as memory:
-            small = resized(memory, *size)
+        small = resized(_as_tensor(image), *size)
     else:  # only the width, in strips, so that no second copy of a large image is made
         strips = []
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            with _in_place(strip) as memory:
-                strips.append(resized(memory, size[0], strip.height))
+            strips.append(resized(_as_tensor(strip), size[0], strip.height))
         small = resized(torch.cat(strips, dim=2), *size)
     left, top, right, bottom = box
     pixels = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
@@ -125,39 +121,65 @@ def _shrunk(
     return pixels
 
 
+class _Schema(ctypes.Structure):
+    """`struct ArrowSchema` of Arrow's C data interface, as far as it is read here."""
+
+
+class _Array(ctypes.Structure):
+    """`struct ArrowArray`, likewise."""
+
+
+_COUNTS = ("length", "null_count", "offset", "n_buffers", "n_children")
+_Schema._fields_ = [
+    *((name, ctypes.c_char_p) for name in ("format", "name", "metadata")),
+    *((name, ctypes.c_int64) for name in ("flags", "n_children")),
+    ("children", ctypes.POINTER(ctypes.POINTER(_Schema))),
+]
+_Array._fields_ = [
+    *((name, ctypes.c_int64) for name in _COUNTS),
+    ("buffers", ctypes.POINTER(ctypes.c_void_p)),
+    ("children", ctypes.POINTER(ctypes.POINTER(_Array))),
+]
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-# Where the pointers lie on the way to the pixels in Arrow's C data interface, a fixed layout: the
-# children of a `struct ArrowArray` (behind five int64 and its buffers), the first child, its
-# buffers, the second buffer.
-_TO_PIXELS = (48, 0, 40, 8)
 
 
-@contextlib.contextmanager
-def _in_place(image: Image.Image) -> Iterator[torch.Tensor]:
+def _as_tensor(image: Image.Image) -> torch.Tensor:
     """The pixels of an RGB image, without a copy where Pillow can lend its memory.
 
-    Yields:
-        uint8 [1, C, H, W] in channels-last memory, with C = 4 (the last is unused) or 3; not to be
-        used after the block.
+    Returns:
+        uint8 [1, C, H, W] in channels-last memory, with C = 4 (the last is unused) or 3.
     """
     import torch
 
-    lent = None
-    if "PILLOW_ALIGNMENT" not in os.environ:  # by which rows have gaps
-        with contextlib.suppress(AttributeError, ValueError):  # old Pillow, memory in pieces
-            _, lent = image.__arrow_c_array__()  # released with the capsule
-    if lent is None:
-        pixels = np.array(image)
-    else:
-        address = _pointer(lent, b"arrow_array")
-        for step in _TO_PIXELS:
-            address = ctypes.c_void_p.from_address(address + step).value
-        shape = (image.height, image.width, 4)
-        array = {"data": (address, False), "shape": shape, "typestr": "|u1", "version": 3}
-        pixels = np.asarray(types.SimpleNamespace(__array_interface__=array))
-    yield torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    pixels = _lent(image)
+    pixels = np.array(image) if pixels is None else pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _lent(image: Image.Image) -> UInt8 | None:
+    """Pillow's own memory, uint8 [H, W, 4], which lives as long as the array; None if not lent."""
+    shape = (image.height, image.width, 4)
+    with contextlib.suppress(AttributeError, ValueError):  # Pillow before 11.2; memory in pieces
+        if Image.core.get_alignment() != 1:  # type: ignore[attr-defined]
+            return None  # rows have gaps, of which Arrow's array says nothing
+        capsules = image.__arrow_c_array__()
+        schema = _Schema.from_address(_pointer(capsules[0], b"arrow_schema"))
+        array = _Array.from_address(_pointer(capsules[1], b"arrow_array"))
+        values = array.children[0].contents
+        kinds = (schema.format, schema.children[0].contents.format)
+        extent = (array.offset, values.offset, values.length)
+        if (kinds, extent) == ((b"+w:4", b"C"), (0, 0, math.prod(shape))):
+            owner = types.SimpleNamespace(capsules=capsules)  # the array keeps it
+            owner.__array_interface__ = {
+                "data": (values.buffers[1], False),
+                "shape": shape,
+                "typestr": "|u1",
+                "version": 3,
+            }
+            return np.asarray(owner)
+    return None
 
 
 def least_px(prep: Preprocessing, views: Views) -> int | None:

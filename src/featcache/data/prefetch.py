@@ -157,7 +157,7 @@ def run_ahead(
 ) -> Iterator[Result]:
     """Results of `task(item, stop)` in the order of items, computed up to `ahead` items early.
 
-    If the generator is closed or an exception is raised, tasks that have not begun are cancelled,
+    If the generator is closed or an exception is raised, tasks that have not begun are canceled,
     `stop` is set for those that have, and they are waited for.
 
     Args:

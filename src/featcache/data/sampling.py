@@ -105,22 +105,21 @@ def held_out_rows(split: ImageSplit, total: int, *, seed: int, purpose: str) -> 
     """
     counts = [int(n) for n in np.bincount(split.labels)]
     shares = [min(q, max(0, n - 1)) for q, n in zip(quotas(counts, total), counts, strict=True)]
-    ranks = _ranks(split.ids, f"{seed}\0{purpose}")
-    order = sorted(range(len(split)), key=ranks.__getitem__)
+    order = np.argsort(_ranks(split.ids, f"{seed}\0{purpose}"), kind="stable").tolist()
     return take_units(order, kept_together(split.content, split.groups), split.labels, shares)
 
 
 def _lowest_ranked(ids: Sequence[str], labels: Int64, shares: list[int], salt: str) -> Int64:
-    ranks = _ranks(ids, salt)
-    chosen: list[int] = []
-    for label, share in enumerate(shares):
-        rows = [int(row) for row in np.flatnonzero(labels == label)]
-        chosen += sorted(rows, key=lambda row: (ranks[row], row))[:share]
-    return np.array(sorted(chosen), dtype=np.int64)
+    order = np.argsort(_ranks(ids, salt), kind="stable")
+    in_order = labels[order]
+    chosen = [order[in_order == label][:share] for label, share in enumerate(shares)]
+    return np.sort(np.concatenate(chosen))
 
 
-def _ranks(ids: Sequence[str], salt: str) -> list[bytes]:
-    return [hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids]
+def _ranks(ids: Sequence[str], salt: str) -> NDArray[np.bytes_]:
+    """A hash of each name, [N], to sort by."""
+    hashes = (hashlib.sha256(f"{salt}\0{name}".encode()).digest()[:16] for name in ids)
+    return np.fromiter(hashes, "S16", len(ids))
 
 
 class PairsReport(TypedDict):
@@ -178,49 +177,70 @@ class Copy(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """All images that are copies of an earlier one."""
+    """All M images that are copies of an earlier one, as in `Copy`, in arrays [M].
 
-    found: list[Copy]
+    Attributes:
+        ids: The names of all images of each split; `split` and `also_in` count these splits.
+    """
+
+    ids: dict[str, Sequence[str]]
+    split: Int64
+    row: Int64
+    also_in: Int64
+    also_row: Int64
+    same_label: NDArray[np.bool_]
+
+    def pairs(self, rows: Int64 | slice = slice(None)) -> Iterator[Copy]:
+        """All copies, or some, one by one."""
+        splits = list(self.ids.items())
+        for split, row, also_in, also_row, same in zip(
+            *(array[rows].tolist() for array in self[1:]), strict=True
+        ):
+            (name, ids), (other, other_ids) = splits[split], splits[also_in]
+            yield Copy(name, row, ids[row], other, also_row, other_ids[also_row], same)
 
     def report(self) -> CopiesReport:
         """How many there are, across splits and with different labels, and a few of each."""
-        across: dict[tuple[str, str], list[Copy]] = {}
-        for copy in self.found:
-            if copy.split != copy.also_in:
-                across.setdefault((copy.split, copy.also_in), []).append(copy)
+        across = {
+            (split, other): np.flatnonzero((self.split == number) & (self.also_in == earlier))
+            for number, split in enumerate(self.ids)
+            for earlier, other in enumerate([*self.ids][:number])
+        }
         return {
-            "num_copies": len(self.found),
+            "num_copies": len(self.row),
             "across_splits": [
-                {"split": split, "also_in": other, **_counted(copies)}
-                for (split, other), copies in across.items()
+                {"split": split, "also_in": other, **self._counted(rows)}
+                for (split, other), rows in sorted(across.items(), key=lambda a: a[1][:1].tolist())
+                if len(rows)
             ],
-            "two_labels": _counted([copy for copy in self.found if not copy.same_label]),
+            "two_labels": self._counted(np.flatnonzero(~self.same_label)),
         }
 
-
-def _counted(copies: Sequence[Copy]) -> PairsReport:
-    examples = [(copy.id, copy.also_id) for copy in copies[:MAX_EXAMPLES]]
-    return {"num_images": len(copies), "examples": examples}
+    def _counted(self, rows: Int64) -> PairsReport:
+        examples = [(copy.id, copy.also_id) for copy in self.pairs(rows[:MAX_EXAMPLES])]
+        return {"num_images": len(rows), "examples": examples}
 
 
 def find_copies(splits: Mapping[str, LabeledRows]) -> Copies:
     """Look for identical images; each is paired with its first copy in train, val, test order."""
-    names = [name for name in SPLIT_ORDER if name in splits]
-    content = np.concatenate([splits[name].content for name in names])
-    labels = np.concatenate([splits[name].labels for name in names])
-    _, first, numbers = np.unique(same_content(content), return_index=True, return_inverse=True)
-    copies = np.flatnonzero(first[numbers] != np.arange(len(numbers)))
+    ids = {name: splits[name].ids for name in SPLIT_ORDER if name in splits}
+    numbers = same_content(np.concatenate([splits[name].content for name in ids]))
+    labels = np.concatenate([splits[name].labels for name in ids])
+    rows = np.arange(len(numbers))
+    first = np.full(numbers.max(initial=0) + 1, len(rows))
+    np.minimum.at(first, numbers, rows)
+    copies = np.flatnonzero(first[numbers] != rows)
     originals = first[numbers[copies]]
-    starts = np.cumsum([0, *(len(splits[name].ids) for name in names)])
-
-    def places(rows: Int64) -> Iterator[tuple[str, int, str]]:
-        parts = np.searchsorted(starts, rows, side="right") - 1
-        for part, row in zip(parts.tolist(), (rows - starts[parts]).tolist(), strict=True):
-            yield names[part], row, splits[names[part]].ids[row]
-
-    same_label = (labels[copies] == labels[originals]).tolist()
-    pairs = zip(places(copies), places(originals), same_label, strict=True)
-    return Copies(found=[Copy(*copy, *original, same) for copy, original, same in pairs])
+    starts = np.cumsum([0, *map(len, ids.values())])
+    split, also_in = (np.searchsorted(starts, r, side="right") - 1 for r in (copies, originals))
+    return Copies(
+        ids=ids,
+        split=split,
+        row=copies - starts[split],
+        also_in=also_in,
+        also_row=originals - starts[also_in],
+        same_label=labels[copies] == labels[originals],
+    )
 
 
 class SharedGroups(NamedTuple):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 from featcache.data.images import MISSING, BadImage, read_file
@@ -155,24 +156,28 @@ class FileSource(RecordedSource):
     """Images in files.
 
     Args:
-        paths: Absolute paths.
+        paths: Paths, absolute once they are appended to `prefix`.
         memo: Keeps the files' hashes between runs.
         folder: The dataset's folder; if it is gone, that is an error, not missing files.
+        prefix: What all paths begin with, kept once.
     """
 
-    def __init__(self, paths: Sequence[str], memo: Memo | None, folder: str | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str], memo: Memo | None, folder: str | None = None, prefix: str = ""
+    ) -> None:
         super().__init__()
         self._paths = paths
+        self._prefix = prefix
         self._memo = memo
         self._folder = folder
         self._split = ""
         self._stamp: tuple[int, ...] | None = None
 
     def _name(self, position: int) -> str:
-        return self._paths[position]
+        return self._prefix + self._paths[position]
 
     def _read(self, position: int) -> tuple[bytes, bytes]:
-        path, now_s = self._paths[position], time.time()
+        path, now_s = self._name(position), time.time()
         try:
             data, before = read_file(path)
         except BadImage as bad:
@@ -189,7 +194,7 @@ class FileSource(RecordedSource):
 
     def _digest(self, position: int) -> bytes:
         if self._memo is not None:
-            path = self._paths[position]
+            path = self._name(position)
             with contextlib.suppress(OSError):
                 known = self._memo.get(path, stamp_of(os.stat(path)))
                 if isinstance(known, str) and _SHA256(known):
@@ -206,7 +211,7 @@ class FileSource(RecordedSource):
 
     def _forget(self, position: int) -> None:
         if self._memo is not None:
-            for memo, key in ((self._memo, self._paths[position]), (self._all, self._split)):
+            for memo, key in ((self._memo, self._name(position)), (self._all, self._split)):
                 memo.put(key, (), None)
                 memo.save()
 
@@ -217,7 +222,7 @@ class FileSource(RecordedSource):
         """
         if self._memo is None or self._is_known:
             return None
-        self._split, self._stamp = name, files_stamp(self._paths)
+        self._split, self._stamp = name, files_stamp(map(self._prefix.__add__, self._paths))
         known = self._all.get(name, self._stamp) if self._stamp else None
         if not isinstance(known, str):
             return None
@@ -241,7 +246,7 @@ class FileSource(RecordedSource):
             return
         self._memo.save()
         hashes = bytes(self._hashes[: 32 * len(self._paths)])
-        are_read = all(hashes[at : at + 31] != bytes(31) for at in range(0, len(hashes), 32))
+        are_read = np.frombuffer(hashes, np.uint8).reshape(-1, 32)[:, :31].any(axis=1).all()
         if self._stamp is not None and self._is_known.count(1) == len(self._paths) and are_read:
             memo = self._all
             memo.put(self._split, self._stamp, base64.b64encode(hashes).decode())

@@ -108,7 +108,7 @@ class CosineStats(TypedDict):
 
 
 class Int8Check(TypedDict):
-    """How a quantised network was calibrated, and how it compares with float32."""
+    """How a quantized network was calibrated, and how it compares with float32."""
 
     num_calibrated: int
     num_checked: int
@@ -146,7 +146,7 @@ class Engine:
         max_error: Largest difference from the plain network, relative to its largest feature.
         recorded: What the cache records: name and whatever can change a row; `name` by default.
         start: Starts a batch without waiting for it; on a GPU only.
-        int8: How the quantised network was calibrated and checked.
+        int8: How the quantized network was calibrated and checked.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The network in 8-bit integers: calibrated on train images, checked on others before use.
 
 The images to calibrate on depend on the images' content alone, so that the same dataset gives the
-same quantised network again and an interrupted run can resume. The quantised network's hash is
+same quantized network again and an interrupted run can resume. The quantized network's hash is
 recorded with the rows; rows of two different networks are never mixed.
 """
 
@@ -43,7 +43,7 @@ MIN_COSINE = 0.99
 
 
 def int8_engine(work: Workload, train: ImageSplit | None) -> Engine:
-    """Quantise the network and compare it with float32 on images that it was not calibrated on.
+    """Quantize the network and compare it with float32 on images that it was not calibrated on.
 
     Raises:
         UserError: Not installed, too few train images, or too far from float32.
@@ -124,7 +124,7 @@ def pick_pixels(split: ImageSplit, prep: Preprocessing, workers: int) -> tuple[U
 
 
 def quantize(model: Any, pixels: UInt8) -> Any:
-    """Quantise an OpenVINO model after training.
+    """Quantize an OpenVINO model after training.
 
     Ranges are the smallest and largest activations seen, and biases stay as they are: NNCF's
     defaults (mean of the ranges, corrected biases) lower the median cosine similarity on
@@ -174,7 +174,7 @@ def cosine_stats(got: Float32, wanted: Float32) -> CosineStats:
 
 
 def refuse_if_far(cosine: CosineStats, num_checked: int) -> None:
-    """Refuse a quantised network whose features are too far from float32's.
+    """Refuse a quantized network whose features are too far from float32's.
 
     Raises:
         UserError: The median cosine similarity is too low.

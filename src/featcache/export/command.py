@@ -1,6 +1,6 @@
 """`featcache export`: a trained classifier as one graph that needs neither featcache nor its cache.
 
-The graph is normalisation, backbone and head (standardisation is folded into the head), from
+The graph is normalization, backbone and head (standardization is folded into the head), from
 images that are already resized and cropped to logits and probabilities. It computes in float32
 throughout, even where the head's train features were stored in half precision. The file is checked
 against torch before it gets its name.

@@ -1,4 +1,4 @@
-"""A whole classifier as one torch module: normalisation, backbone, head, probabilities."""
+"""A whole classifier as one torch module: normalization, backbone, head, probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ClassifierGraph(nn.Module):
     Args:
         trained: The classifier.
         takes_pixels: Whether the input is uint8 [N, H, W, 3]; otherwise it is float32
-            [N, 3, H, W], already normalised.
+            [N, 3, H, W], already normalized.
     """
 
     def __init__(self, trained: LoadedClassifier, takes_pixels: bool) -> None:
@@ -51,21 +51,21 @@ def head_layer(head: Head) -> nn.Module:
 
 
 class KnnLayer(nn.Module):
-    """The neighbours' votes of a `KnnHead`, as logarithms of their shares."""
+    """The neighbors' votes of a `KnnHead`, as logarithms of their shares."""
 
     def __init__(self, head: KnnHead) -> None:
         super().__init__()
         rows = np.asarray(head.rows, np.float32)
         self.cosine, self.k = head.metric == "cosine", min(head.k, len(rows))
-        centre = np.zeros_like(rows[0]) if self.cosine else rows.mean(0, dtype=np.float64)
+        center = np.zeros_like(rows[0]) if self.cosine else rows.mean(0, dtype=np.float64)
         weights = np.ones(len(rows)) if head.row_weights is None else head.row_weights
-        self.centre: Tensor
+        self.center: Tensor
         self.rows: Tensor
         self.squares: Tensor
         self.labels: Tensor
         self.weights: Tensor
         self.classes: Tensor
-        self.register_buffer("centre", torch.from_numpy(np.asarray(centre, np.float32)))
+        self.register_buffer("center", torch.from_numpy(np.asarray(center, np.float32)))
         self.register_buffer("rows", self._ready(torch.from_numpy(rows)))
         self.register_buffer("squares", self.rows.square().sum(1))
         self.register_buffer("labels", torch.from_numpy(np.array(head.labels)))
@@ -75,7 +75,7 @@ class KnnLayer(nn.Module):
     def _ready(self, features: Tensor) -> Tensor:
         """Of unit length (zeros stay zeros), or about the rows' mean."""
         if not self.cosine:
-            return features - self.centre
+            return features - self.center
         length = features.square().sum(1, keepdim=True).sqrt()
         return features / torch.where(length > 0, length, torch.ones_like(length))
 

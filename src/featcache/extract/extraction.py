@@ -174,8 +174,10 @@ def rows_text(meta: CacheMeta) -> str:
     cut = meta.backbone.stage_input
     assert cut is not None
     shape = " × ".join(map(str, cut.shape))
+    columns = meta.backbone.num_columns
+    beside = f" and {columns:,} columns of the stages before" if columns else ""
     views = "" if meta.views.num == 1 else f" of {meta.views.num} views"
-    return f"the input of {cut.stage} ({shape}, {meta.dtype}){views} of every image"
+    return f"the input of {cut.stage} ({shape}, {meta.dtype}){beside}{views} of every image"
 
 
 def _num_bytes(meta: CacheMeta, dataset: ImageDataset) -> int:

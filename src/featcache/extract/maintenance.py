@@ -137,8 +137,10 @@ def merge(config: MergeConfig) -> MergeReport:
 def merge_lines(report: MergeReport) -> list[str]:
     """The report for people."""
     rows = ", ".join(f"{num:,} {name}" for name, num in report["num_rows"].items())
-    done = "is finished already" if report["hit"] else f"merged in {report['seconds_total']:.1f} s"
-    return [f"{report['cache']}: {done}: {rows} images"]
+    done = (
+        " is finished already" if report["hit"] else f": merged in {report['seconds_total']:.1f} s"
+    )
+    return [f"{report['cache']}{done}: {rows} images"]
 
 
 def check(config: VerifyConfig) -> JsonObject:

@@ -146,7 +146,7 @@ def differences(cached: CacheMeta, wanted: CacheMeta) -> list[tuple[str, object,
 def _engine_fits(cached: str, wanted: str) -> bool:
     """Whether rows made by one engine are what was asked for.
 
-    `auto` accepts any. What a quantised network adds to its engine's name is known only once it is
+    `auto` accepts any. What a quantized network adds to its engine's name is known only once it is
     made, and any version fits an engine that is not installed.
     """
     return wanted in ("auto", cached) or cached.startswith((f"{wanted}+", f"{wanted}-"))
@@ -282,7 +282,7 @@ def _dataset_changes(cache: FeatureCache, dataset: ImageDataset) -> str:
     new = _samples(dataset.class_names, dataset.splits)
     changes = {"added": sorted(new.keys() - old.keys()), "removed": sorted(old.keys() - new.keys())}
     for key in sorted(old.keys() & new.keys()):
-        pairs = zip(("changed", "relabelled", "regrouped"), old[key], new[key], strict=True)
+        pairs = zip(("changed", "relabeled", "regrouped"), old[key], new[key], strict=True)
         what = next((name for name, before, now in pairs if before != now), None)
         if what is not None:
             changes.setdefault(what, []).append(key)

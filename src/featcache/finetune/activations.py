@@ -1,4 +1,7 @@
-"""`finetune --from-stage`: the input of a stage, computed once for every image and cached."""
+"""`finetune --from-stage`: the input of a stage, computed once for every image and cached.
+
+With `--layers stages` each row goes on with the columns of the stages before.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,10 @@ class StageCache:
         check_any(len(rows), split)
         usable = split.subset(rows) if len(rows) < len(split) else split
         places = np.array([place_of[name] for name in usable.ids], np.int64)
-        return Activations(usable, cached, places, cut.shape)
+        info = self.cache.meta.backbone
+        return Activations(
+            usable, cached, places, (info.feature_dim,) if info.stages else cut.shape
+        )
 
     def decisive(self) -> JsonObject:
         """What of it decides a run's outcome."""
@@ -99,6 +105,7 @@ class StageCache:
         assert meta.backbone.stage_input is not None
         return {
             **dataclasses.asdict(meta.backbone.stage_input),
+            "num_columns": meta.backbone.num_columns,
             "dtype": meta.dtype,
             "num_views": meta.views.num,
             "cache": str(self.cache.path),

@@ -26,8 +26,8 @@ from featcache.tensor_files import State, read_metadata, read_tensor_file, write
 if TYPE_CHECKING:
     import torch
 
-FORMAT = "featcache-checkpoint-1"
-MARKS = re.compile(FORMAT.encode())
+FORMAT = "featcache-checkpoint-2"
+MARKS = re.compile(rb"featcache-checkpoint-")
 
 
 @dataclass

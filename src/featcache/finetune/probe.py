@@ -34,18 +34,20 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """Values of C to choose from, on features scaled to unit variance overall."""
 CHOICE_SHARE = 0.2
 ABSENT_BIAS = -10.0
+LEAST_SCALE = 0.1
+"""Of a column's scale, in medians of all: what hardly varies would be blown up."""
 
 Float32 = NDArray[np.float32]
 
 
-def set_head(head: nn.Module, weight: Floats, bias: Floats) -> None:
-    """Copy weight [C, D] and bias [C] into the network's head."""
+def set_head(head: nn.Module, weight: Floats, bias: Floats, **buffers: Floats) -> None:
+    """Copy weight [C, D], bias [C] and buffers by name into the network's head."""
     import torch
 
+    tensors = head.state_dict(keep_vars=True)
     with torch.no_grad():
-        for name, values in (("weight", weight), ("bias", bias)):
-            parameter = head.get_parameter(name)
-            parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
+        for name, values in ({"weight": weight, "bias": bias} | buffers).items():
+            tensors[name].copy_(torch.from_numpy(values).reshape(tensors[name].shape))
 
 
 def frozen_features(trainable: TrainableModel, samples: Samples, placement: Placement) -> Float32:
@@ -84,10 +86,8 @@ def fit_probe(
         rows = stratified_rows(split.ids, split.labels, MAX_PROBE_ROWS, seed=seed, purpose="probe")
         samples = samples.subset(rows, "train")
     features = frozen_features(trainable, samples, placement)
-    # One scale for all: scaling each feature by itself would blow up those that hardly vary here
-    # but begin to once the backbone moves.
     mean = features.mean(0)
-    scale = max(float((features - mean).std()), 1e-6)
+    scale = _scale(trainable, features - mean)
     scaled = (features - mean) / scale
     weight = np.zeros((num_classes, len(mean)), np.float32)
     bias = np.full(num_classes, ABSENT_BIAS, np.float32)
@@ -102,10 +102,26 @@ def fit_probe(
                 probe = _fitted(scaled, column.astype(np.int64), strength)
                 weight[label] = probe.coef_[1] - probe.coef_[0]
                 bias[label] = probe.intercept_[1] - probe.intercept_[0]
-    # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
-    weight /= scale
-    set_head(trainable.head, weight, bias - weight @ mean)
+    if trainable.recipe.all_stages:
+        set_head(trainable.head, weight, bias, mean=mean, scale=scale)
+    else:
+        # Fold the scaling into the head: w · (x - m) / s + b = (w / s) · x + (b - (w / s) · m).
+        weight /= scale
+        set_head(trainable.head, weight, bias - weight @ mean)
     return {"C": strength, "num_images": len(samples)}
+
+
+def _scale(trainable: TrainableModel, centered: Float32) -> Float32:
+    """What to divide centered features [N, D] by, [D].
+
+    One scale for all of a last layer: scaling each feature by itself would blow up those that
+    hardly vary here but begin to once the backbone moves. Columns of several stages differ more in
+    scale than that.
+    """
+    each = centered.std(axis=0)
+    if trainable.recipe.all_stages:
+        return np.asarray(np.maximum(each, LEAST_SCALE * np.median(each) + 1e-6), np.float32)
+    return np.full_like(each, max(float(centered.std()), 1e-6))
 
 
 def _choose_strength(scaled: Float32, samples: Samples, seed: int) -> float:

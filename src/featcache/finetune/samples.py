@@ -178,7 +178,7 @@ class Activations(Samples):
     Attributes:
         cached: The cache's split; view 1 is that of the mirror images.
         places: Each sample's row in it, [N].
-        shape: Of one sample's activations.
+        shape: Of one sample's activations; with columns after them, of the row as it is.
     """
 
     cached: FeatureSplit
@@ -205,7 +205,7 @@ class Activations(Samples):
             yield self.cached.take(self.places[rows], views[part]), self.split.labels[rows], rows
 
     def inputs(self, raw: NDArray[Any], placement: Placement) -> torch.Tensor:
-        """Activations to the stage's input [n, *shape]; see `Samples.inputs`."""
+        """Activations to the tail's input [n, *shape]; see `Samples.inputs`."""
         import torch
 
         flat = torch.from_numpy(raw).to(placement.device)

@@ -130,9 +130,8 @@ def _trainable(
         UserError: The weights, the recipe or the size of images do not fit it.
     """
     network = build_classifier(config, num_classes, config.seed, info.weights_sha256)
-    trainable = TrainableModel(network, recipe)
-    check_input(trainable.model, info, config)
-    return trainable
+    check_input(network, info, config)
+    return TrainableModel(network, recipe, info)
 
 
 def _check_given(config: FinetuneConfig, team: Team) -> TensorFile | None:
@@ -290,4 +289,5 @@ def _file_name(
     key = run_key({name: value for name, value in decisive.items() if name != "num_processes"})
     what = "head" if recipe.freeze_backbone else "+".join(recipe.unfreeze) or "finetuned"
     what = f"tail-{recipe.from_stage}" if recipe.from_stage else what
+    what += "-stages" if recipe.all_stages else ""
     return f"{dataset.name}-{info.file_name}-{what}-{key[:8]}.safetensors"

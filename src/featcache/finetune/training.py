@@ -1,7 +1,7 @@
 """One fine-tuning run: epochs, scores, checkpoints, report.
 
 The test split is scored after every epoch because people want to watch it; nothing is chosen by
-it. What is chosen (the epoch to keep, the probe's regularisation) is chosen on held-out images, and
+it. What is chosen (the epoch to keep, the probe's regularization) is chosen on held-out images, and
 the report says which.
 """
 
@@ -134,7 +134,7 @@ def _execute(run: FinetuneRun, start: float) -> RunReport:
     num_resumed = team.agree(len(progress.epochs) if progress else 0, "checkpoints")
     if progress is None:
         progress = Progress()
-        _initialise_head(run)
+        _initialize_head(run)
     else:
         say(f"resuming after epoch {num_resumed} of {run.recipe.epochs} from {checkpoint}")
     start -= progress.seconds
@@ -174,7 +174,7 @@ def _finished(run: FinetuneRun) -> RunReport | None:
     return dataclasses.replace(report, more={**report.more, "hit": True})
 
 
-def _initialise_head(run: FinetuneRun) -> None:
+def _initialize_head(run: FinetuneRun) -> None:
     if run.init_head is not None:
         set_head(run.trainable.head, run.init_head.weight, run.init_head.bias)
     elif run.recipe.probe:
@@ -339,7 +339,8 @@ def _tail_fields(run: FinetuneRun) -> JsonObject:
     if run.stage_cache is None:
         return {}
     return {
-        "mode": f"tail from {run.recipe.from_stage}",
+        "mode": f"tail from {run.recipe.from_stage}"
+        + (", all stages" if run.recipe.all_stages else ""),
         "activations": run.stage_cache.describe(),
     }
 
@@ -362,8 +363,9 @@ def _write_model(run: FinetuneRun, report: RunReport) -> None:
         provenance={**report.provenance, "recipe": report.more["recipe"]},
         scores=scores,
         task=run.dataset.task,
+        stages=run.info.stages,
     )
-    write_model(run.output, run.trainable.model.state_dict(), card)
+    write_model(run.output, run.trainable.final_state(), card)
 
 
 def _main_score(report: JsonObject) -> tuple[str, float, tuple[float, float]]:

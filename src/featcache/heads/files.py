@@ -1,7 +1,7 @@
 """Head files: safetensors with JSON metadata; no pickle, and nothing believed unchecked.
 
 Format "featcache-head", version 1. Tensors: `weight` [C, D] and `bias` [C], with `mean` and `scale`
-[D] when features were standardised (already folded into weight and bias); or, for knn, `rows`
+[D] when features were standardized (already folded into weight and bias); or, for knn, `rows`
 [N, D] and `labels` [N]. Metadata: `format`, `version`, and `head`, a JSON object of the rest;
 without `decision`, which 0.1.0 did not write, nothing is calibrated. Where rows were held out,
 `known.rows` [m, D] and `known.confidence`, `known.distance` and `known.strangeness` [n] tell images

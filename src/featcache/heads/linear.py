@@ -243,40 +243,12 @@ def nearest_distance(bank: Singles, features: Floats) -> Singles:
     return found
 
 
-class HeadFacts(Facts):
-    """The facts that every head shows."""
-
-    if TYPE_CHECKING:
-        solver: str
-        class_names: list[str]
-        scores: JsonObject
-        provenance: JsonObject
-
-        @property
-        def feature_dim(self) -> int:  # noqa: D102
-            ...
-
-    def _facts(self) -> dict[str, object]:
-        scores = self.scores.items()
-        named = [f"{name} {value:.3f}" for name, value in scores if isinstance(value, float)]
-        return {
-            "solver": self.solver,
-            "classes": f"{len(self.class_names)} ({listed(self.class_names, 5)})",
-            "features": f"{self.feature_dim}-d, from {self.provenance.get('cache', 'memory')}",
-            "scores": ", ".join(named) or "none",
-        }
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class LinearHead(HeadFacts):
-    """Logits are `X @ weight.T + bias` of raw features; standardization is already folded in.
+class BaseHead(Facts):
+    """What every head has beside the arrays that it predicts with.
 
     Attributes:
-        weight: [C, D] float32 or float64.
-        bias: [C], like `weight`.
         class_names: C names; class c of every prediction is `class_names[c]`.
-        mean: Mean of the features that the solver saw, [D], when it standardized them.
-        scale: Their standard deviation, likewise. `weight` and `bias` need neither.
         solver: What fitted it.
         chosen: The settings it was fitted with, and how they were chosen.
         scores: What it scored, by name.
@@ -285,36 +257,18 @@ class LinearHead(HeadFacts):
         known: Tells images of other classes, if rows were held out.
     """
 
-    weight: Floats
-    bias: Floats
     class_names: list[str]
-    mean: Floats | None = None
-    scale: Floats | None = None
-    solver: str = "logistic"
+    solver: str
     chosen: JsonObject = field(default_factory=dict)
     scores: JsonObject = field(default_factory=dict)
     provenance: JsonObject = field(default_factory=dict)
     decision: Decision = PLAIN
     known: KnownRows | None = None
 
-    def __post_init__(self) -> None:
-        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
-            raise UserError(
-                f"a head needs weight [C, D] and bias [C], not {self.weight.shape} and "
-                f"{self.bias.shape}"
-            )
-        if len(self.class_names) != len(self.weight):
-            raise UserError(f"{len(self.class_names)} class names for {len(self.weight)} outputs")
-
     @property
     def feature_dim(self) -> int:
         """Width D of the features it takes."""
-        return int(self.weight.shape[1])
-
-    @property
-    def num_params(self) -> int:
-        """Trainable parameters: C * D + C."""
-        return int(self.weight.size + self.bias.size)
+        raise NotImplementedError
 
     def decision_function(self, X: ArrayLike) -> Floats:
         """Logits [N, C] of features [N, D].
@@ -322,12 +276,7 @@ class LinearHead(HeadFacts):
         Raises:
             UserError: The features have another width.
         """
-        features = checked_features(X, self.feature_dim)
-        dtype = np.result_type(self.weight.dtype, np.float32)
-        logits = np.empty((len(features), len(self.bias)), dtype)
-        for rows, block in row_blocks(features):
-            logits[rows] = block @ self.weight.T
-        return np.asarray(logits + self.bias)
+        raise NotImplementedError
 
     def predict_proba(self, X: ArrayLike) -> Floats:
         """Probabilities [N, C] of features [N, D]; of a number, the number [N, 1]."""
@@ -348,6 +297,64 @@ class LinearHead(HeadFacts):
 
         score = r2_score if self.decision.task == "regression" else accuracy_score
         return float(score(y, self.predict(X)))
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with other attributes."""
+        return dataclasses.replace(self, **fields)
+
+    def _facts(self) -> dict[str, object]:
+        scores = self.scores.items()
+        named = [f"{name} {value:.3f}" for name, value in scores if isinstance(value, float)]
+        return {
+            "solver": self.solver,
+            "classes": f"{len(self.class_names)} ({listed(self.class_names, 5)})",
+            "features": f"{self.feature_dim}-d, from {self.provenance.get('cache', 'memory')}",
+            "scores": ", ".join(named) or "none",
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LinearHead(BaseHead):
+    """Logits are `X @ weight.T + bias` of raw features; standardization is already folded in.
+
+    Attributes:
+        weight: [C, D] float32 or float64.
+        bias: [C], like `weight`.
+        mean: Mean of the features that the solver saw, [D], when it standardized them.
+        scale: Their standard deviation, likewise. `weight` and `bias` need neither.
+    """
+
+    weight: Floats
+    bias: Floats
+    mean: Floats | None = None
+    scale: Floats | None = None
+    solver: str = "logistic"
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2 or self.bias.shape != self.weight.shape[:1]:
+            raise UserError(
+                f"a head needs weight [C, D] and bias [C], not {self.weight.shape} and "
+                f"{self.bias.shape}"
+            )
+        if len(self.class_names) != len(self.weight):
+            raise UserError(f"{len(self.class_names)} class names for {len(self.weight)} outputs")
+
+    @property
+    def feature_dim(self) -> int:  # noqa: D102 - as for every head
+        return int(self.weight.shape[1])
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters: C * D + C."""
+        return int(self.weight.size + self.bias.size)
+
+    def decision_function(self, X: ArrayLike) -> Floats:  # noqa: D102
+        features = checked_features(X, self.feature_dim)
+        dtype = np.result_type(self.weight.dtype, np.float32)
+        logits = np.empty((len(features), len(self.bias)), dtype)
+        for rows, block in row_blocks(features):
+            logits[rows] = block @ self.weight.T
+        return np.asarray(logits + self.bias)
 
     def to_linear(self) -> nn.Linear:
         """The same head as an `nn.Linear`, bit for bit."""
@@ -379,10 +386,6 @@ class LinearHead(HeadFacts):
         if bias is None:
             bias = np.zeros(len(weight), weight.dtype)
         return cls(weight=weight, bias=bias, class_names=class_names, **fields)
-
-    def replace(self, **fields: Any) -> Self:
-        """A copy with other attributes."""
-        return dataclasses.replace(self, **fields)
 
     def to_float32(self) -> Self:
         """The head in the precision that is saved and scored."""

@@ -32,11 +32,11 @@ def summary_lines(report: JsonObject) -> list[str]:
     chosen = report["chosen"]
     for row in chosen.get("solvers", ()):
         lines.append(
-            f"{row['solver']:<8} {_settings(row)}: best held-out accuracy {row['score']:.3f}, "
+            f"{row['solver']:<8} {settings_text(row)}: best held-out accuracy {row['score']:.3f}, "
             f"{row['seconds']:.2f} s"
         )
     chosen_on = f"chosen on {report['chosen_on']}" if report["val_top1"] is not None else "as given"
-    lines.append(f"{report['solver']} ({report['backend']}): {_settings(chosen)}; {chosen_on}")
+    lines.append(f"{report['solver']} ({report['backend']}): {settings_text(chosen)}; {chosen_on}")
     if report["val_top1"] is not None:
         lines.append(f"held-out accuracy {report['val_top1']:.3f}")
     lines.append(
@@ -64,7 +64,7 @@ def target_lines(report: JsonObject) -> list[str]:
         what = "R squared"
         (low, high), (least, most) = scores["r2_interval"], scores["mae_interval"]
         lines = [
-            f"ridge: {_settings(report['chosen'])}; chosen on {report['chosen_on']}",
+            f"ridge: {settings_text(report['chosen'])}; chosen on {report['chosen_on']}",
             f"test R squared {scores['r2']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean "
             f"absolute error {scores['mae']:.4g} ({least:.4g} to {most:.4g}; always the median of "
             f"train: {scores['baseline_mae']:.4g}), on {report['scored_on']}",
@@ -125,7 +125,8 @@ def _threshold_lines(report: JsonObject) -> list[str]:
     return [f"{name} from a probability of {threshold['probability']:.3f}: {'; '.join(reached)}"]
 
 
-def _settings(values: JsonObject) -> str:
+def settings_text(values: JsonObject) -> str:
+    """What a head was fitted with, for people."""
     # "strength" is the name of C and alpha in reports of version 0.1.
     named = [
         "C",

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 from featcache.backbone import OwnNetwork, build_classifier, check_name, file_sha256
 from featcache.backbone.load import OtherWeightsError, frozen, verified_network
-from featcache.backbone.networks import remove_heads
+from featcache.backbone.networks import head_of, remove_heads
 from featcache.backbone.weights import is_file
 from featcache.config import (
     TIMM,
@@ -24,13 +24,15 @@ from featcache.config import (
     weights_text,
 )
 from featcache.errors import CacheError, UserError
-from featcache.heads import Decision, Head
+from featcache.heads import Decision, Head, LinearHead
 from featcache.heads.files import FORMAT as HEAD_FORMAT
 from featcache.heads.files import parse_head
 from featcache.heads.linear import PLAIN
 from featcache.tensor_files import (
     LABEL_THRESHOLD,
     MODEL_FORMAT,
+    ModelCard,
+    State,
     TensorFile,
     model_card,
     not_finite,
@@ -49,9 +51,10 @@ class LoadedClassifier:
 
     Attributes:
         path: The file.
-        kind: "head" (`network` gives features) or "model" (`network` gives logits).
-        network: Frozen, in eval mode, on the CPU: float32 images [N, 3, H, W] to [N, D] or [N, C].
-        head: What turns features into classes; None for a model.
+        kind: "head" or "model", as train-head and finetune write them.
+        network: Frozen, in eval mode, on the CPU: float32 images [N, 3, H, W] to features [N, D],
+            or without a head to logits [N, C].
+        head: What turns features into classes; None for a model without columns of all stages.
         class_names: C names.
         preprocessing: How an image becomes the network's input.
         backbone: The network's name.
@@ -80,16 +83,13 @@ class LoadedClassifier:
         """How logits become probabilities and a class."""
         if self.head is not None:
             return self.head.decision
-        if self.task == "multilabel":
-            thresholds = (LABEL_THRESHOLD,) * len(self.class_names)
-            return Decision(task=self.task, label_thresholds=thresholds)
-        return PLAIN
+        return _decision(self.task, len(self.class_names))
 
     def describe(self) -> str:
         """One phrase for people: what classifies."""
         prep = self.preprocessing
         fed = f"{prep.image_px} px {prep.resize}"
-        if self.head is None:
+        if self.head is None or self.kind == "model":
             return f"fine-tuned {self.backbone}, {fed}"
         weights = weights_text(self.provenance["backbone"])
         return f"{self.head.solver} head on {self.backbone} ({weights}), {fed}"
@@ -242,41 +242,24 @@ def _trained_on_others(
     advice = "give the file that it was trained on as --weights FILE, or run train-head again"
     if config.weights == "random":
         what = f"the random weights that --seed {seed} draws here"
-        advice = "give extract-features' --seed"
+        same = info.weights == "random"
+        advice = "give extract-features' --seed" if same else "leave --weights out"
     return CacheError(
         f"{path} was trained on weights {info.weights} with sha256 {info.weights_sha256}, but "
-        f"{what} has {found}: {advice}"
+        f"that of {what} is {found}: {advice}"
     )
 
 
 def _load_model(file: TensorFile) -> LoadedClassifier:
     path, card = file.path, model_card(file)
     _check_backbone(card.backbone, path)
-    config = BackboneConfig(
-        backbone=card.backbone,
-        weights="random",
-        image_px=card.preprocessing.image_px,
-        device="cpu",
-    )
-    network = build_classifier(config, len(card.class_names), 0)
-    try:
-        network.load_state_dict(file.tensors())
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
-            f"{len(card.class_names)} classes: write it again with finetune"
-        ) from error
-    bad = not_finite(network.state_dict())
-    if bad is not None:
-        raise UserError(
-            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
-            "finetune"
-        )
+    network = _model_network(file, card)
+    head = _wide_head(network, card) if card.stages else None
     return LoadedClassifier(
         path=path,
         kind="model",
-        network=network.requires_grad_(False).eval(),
-        head=None,
+        network=frozen(network, card.stages),
+        head=head,
         class_names=card.class_names,
         preprocessing=card.preprocessing,
         backbone=card.backbone,
@@ -286,6 +269,70 @@ def _load_model(file: TensorFile) -> LoadedClassifier:
         provenance=card.provenance,
         task=card.task,
     )
+
+
+def _model_network(file: TensorFile, card: ModelCard) -> nn.Module:
+    """The whole classifier with the tensors of a model file."""
+    path, num_classes = file.path, len(card.class_names)
+    config = BackboneConfig(
+        backbone=card.backbone,
+        weights="random",
+        image_px=card.preprocessing.image_px,
+        device="cpu",
+    )
+    network, tensors = build_classifier(config, num_classes, 0), file.tensors()
+    try:
+        if card.stages is not None:
+            _widen(network, tensors, sum(card.stages.widths))
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is a damaged model, its tensors are not those of a {card.backbone} with "
+            f"{num_classes} classes: write it again with finetune"
+        ) from error
+    bad = not_finite(network.state_dict())
+    if bad is not None:
+        raise UserError(
+            f"{path} is a damaged model, {bad} has values that are not finite: write it again with "
+            "finetune"
+        )
+    return network
+
+
+def _widen(network: nn.Module, tensors: State, num_columns: int) -> None:
+    """Give a network a head as wide as that in a file.
+
+    Raises:
+        RuntimeError: The file's head is not as wide as the file says.
+    """
+    import torch
+
+    name, _ = head_of(network)
+    weight = tensors.get(f"{name}.weight")
+    if weight is None or weight.ndim != 2 or weight.shape[1] != num_columns:
+        raise RuntimeError(f"{name} is not {num_columns} wide")
+    network.set_submodule(name, torch.nn.Linear(num_columns, len(weight)))
+
+
+def _wide_head(network: nn.Module, card: ModelCard) -> LinearHead:
+    """The head of a model whose head takes columns of all stages; it leaves the network."""
+    _, layer = head_of(network)
+    remove_heads(network)
+    return LinearHead.from_linear(
+        cast("nn.Linear", layer),
+        card.class_names,
+        solver="finetune",
+        scores=card.scores,
+        provenance=card.provenance,
+        decision=_decision(card.task, len(card.class_names)),
+    )
+
+
+def _decision(task: Task, num_classes: int) -> Decision:
+    """How a fine-tuned model's logits become probabilities and a class."""
+    if task == "multilabel":
+        return Decision(task=task, label_thresholds=(LABEL_THRESHOLD,) * num_classes)
+    return PLAIN
 
 
 class ClassifierOrigin(TypedDict):

@@ -49,7 +49,7 @@ class CurveRun:
         seed: Which draw of train images.
         labels: Classes of the test images, [N] int64.
         predicted: Predicted classes, [N] int64.
-        cost_seconds: What the classifier costs from labelled images on: reading, extraction of its
+        cost_seconds: What the classifier costs from labeled images on: reading, extraction of its
             train images where there is one, choosing and training; scoring is left out.
         trial_seconds: What another try costs; with a cache, all but the extraction.
         features: What a cached head learned from, in words, where it had a choice.

@@ -163,15 +163,15 @@ def wilson_interval(num_correct: int, num_samples: int, level: float = 0.95) -> 
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = num_correct / num_samples
     widening = z * z / num_samples
-    centre = (share + widening / 2) / (1 + widening)
+    center = (share + widening / 2) / (1 + widening)
     half = (
         z
         / (1 + widening)
         * math.sqrt(share * (1 - share) / num_samples + widening / (4 * num_samples))
     )
     # At the ends the formula gives 0 and 1 but for rounding.
-    low = 0.0 if num_correct == 0 else max(0.0, centre - half)
-    high = 1.0 if num_correct == num_samples else min(1.0, centre + half)
+    low = 0.0 if num_correct == 0 else max(0.0, center - half)
+    high = 1.0 if num_correct == num_samples else min(1.0, center + half)
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""Ridge and nearest neighbours."""
+"""Ridge and nearest neighbors."""
 
 import numpy as np
 import pytest

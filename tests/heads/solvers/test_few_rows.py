@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from cache_helpers import rows_cache
 from featcache.config import TrainHeadConfig
 from featcache.heads import load_head, train_head
-from featcache.heads.solvers.few_rows import FewRows, are_few
+from featcache.heads.solvers.few_rows import are_few
 from featcache.heads.solvers.logistic import C_GRID, LogisticPath, LogisticProblem
 from featcache.heads.training_data import Rows
 
@@ -54,23 +54,23 @@ def test_reaches_the_minimum_in_few_passes(strength, most_passes, standardize, w
     assert fit.objective <= best * (1 + 1e-6)
 
 
-def test_more_features_than_rows_need_no_more_columns_than_rows():
-    rows = rows_of(30, 200)
+@pytest.mark.parametrize("num_classes", [30, 5])  # by the solver of few rows, and by the usual one
+def test_more_features_than_rows_need_no_more_columns_than_rows(num_classes):
+    rows = rows_of(num_classes, 300)
     problem = LogisticProblem(rows)
-    few = FewRows(problem.features(standardize=False), problem.y, problem.share, 30)
-    solution = few.minimize(problem.penalty(1.0), 1e-9)
-    assert solution.point.shape == (61, 30)
-    head = problem.fitted(few.turned_back(solution), standardize=False).head
-    assert head.weight.shape == (30, 200)
-    assert solution.objective == pytest.approx(
-        their_objective(rows, 1.0, standardize=False), rel=1e-6
-    )
+    path = LogisticPath(problem, standardize=False)
+    fit = path.fit(1.0, 1e-9)
+    assert path._before[-1][1].point.shape == (2 * num_classes + 1, num_classes)
+    assert path.last().point.shape == (301, num_classes)
+    head = fit.head
+    assert fit.objective == pytest.approx(their_objective(rows, 1.0, standardize=False), rel=1e-6)
     # The head gives the logits that were fitted: turning back loses nothing.
     X = rows.plain.astype(float)
     logits = X @ head.weight.T + head.bias
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    loss = -log_p[np.arange(60), rows.y].mean() + np.vdot(head.weight, head.weight) / 120
-    assert loss == pytest.approx(solution.objective, rel=1e-6)
+    loss = -log_p[np.arange(rows.num_rows), rows.y].mean()
+    loss += np.vdot(head.weight, head.weight) / (2 * rows.num_rows)
+    assert loss == pytest.approx(fit.objective, rel=1e-6)
 
 
 def test_all_strengths_one_after_another_end_where_cold_fits_end():

@@ -15,7 +15,7 @@ from featcache.config import CacheMeta
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Share:
-    """Part number `index`, from 0, of `size` equal parts of a cache: neighbouring blocks."""
+    """Part number `index`, from 0, of `size` equal parts of a cache: neighboring blocks."""
 
     index: int
     size: int

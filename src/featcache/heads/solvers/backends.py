@@ -11,7 +11,7 @@ import numpy as np
 from featcache.heads.features import Doubles
 from featcache.heads.linear import LinearHead
 from featcache.heads.solvers.base import FittedHead
-from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, spectrum_of, start_point
+from featcache.heads.solvers.lbfgs import TOLERANCE, Solution, start_point
 from featcache.heads.solvers.logistic import LogisticProblem
 
 if TYPE_CHECKING:
@@ -76,13 +76,14 @@ class TorchPath:
         self._X = torch.as_tensor(features, device=device).double()
         self._y = torch.as_tensor(problem.y, device=device)
         self._share = torch.as_tensor(problem.share, device=device)
-        self._spectrum = spectrum_of((features.T @ features).astype(np.float64) / len(features))
+        second = (features.T @ features).astype(np.float64) / len(features)
+        self._values, self._vectors = np.linalg.eigh(second)
         self._point = start_point(problem.loss(standardize=standardize))
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
         """Fit with one C, starting where the previous one ended."""
         lam = self._problem.penalty(C)
-        values, vectors = self._spectrum.values, self._spectrum.vectors
+        values, vectors = self._values.clip(min=0), self._vectors
         # Each eigendirection in units of its curvature, so that correlated features do not slow
         # the search; a class's curvature is about its share of the rows.
         units = 1 / np.sqrt(values / self._point.shape[1] + lam)

@@ -14,8 +14,9 @@ no further product with the rows.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,8 @@ from featcache.display import progress
 from featcache.heads.features import Doubles, Floats, Ints, Singles
 from featcache.heads.solvers.lbfgs import (
     MAX_ITERATIONS,
-    NOISE,
+    ROUNDING,
     TOLERANCE,
-    Memory,
     Solution,
     gap_left,
 )
@@ -56,14 +56,18 @@ def are_few(num_rows: int, dim: int, num_classes: int) -> bool:
     return num_classes >= MIN_CLASSES and fits
 
 
+# A step, the gradient's change along it, and one over their product.
+Pair = tuple[Singles, Singles, float]
+
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """Where the search is.
 
     Attributes:
         point: Weight and, last, bias [R + 1, C].
-        logits: Of the rows [N, C].
-        error: Probabilities less one-hot labels [N, C].
+        logits: Of the rows [C, N].
+        error: Probabilities less one-hot labels [C, N].
         value: The objective.
     """
 
@@ -76,34 +80,20 @@ class Place:
 class FewRows:
     """The loss over few rows.
 
-    Rows of many more features than there are rows are turned to need no more columns than rows.
-    Points are [R + 1, C], R the number of columns.
-
     Args:
-        X: Centered features [N, D].
+        X: Centered features [N, R].
         y: Class indices [N].
         share: Weights [N] that sum to one.
         num_classes: Number C of classes, each with rows.
     """
 
     def __init__(self, X: Floats, y: Ints, share: Doubles, num_classes: int) -> None:
-        self._basis: Floats | None = None
-        if 2 * len(X) <= X.shape[1]:
-            self._basis, triangle = np.linalg.qr(X.T.astype(np.float64))
-            X = triangle.T
         ones = np.ones((len(X), 1), np.float32)
         self._rows: Singles = np.hstack([X.astype(np.float32), ones])
         self._y, self._share = y, share.astype(np.float32)
         self._weighted = self._rows * self._share[:, None]
         self._class_share = np.bincount(y, share, num_classes)
         self._blocks = ClassBlocks(self._rows, y, self._share)
-
-    def turned_back(self, solution: Solution) -> Solution:
-        """The solution for the features as they were."""
-        if self._basis is None:
-            return solution
-        point = np.vstack([self._basis @ solution.point[:-1], solution.point[-1:]])
-        return dataclasses.replace(solution, point=point)
 
     def minimize(self, lam: float, tolerance: float, start: Doubles | None = None) -> Solution:
         """Find the minimum; see `lbfgs.minimize`.
@@ -114,13 +104,17 @@ class FewRows:
             start: Where to begin; where rows that are alike would end unless given.
         """
         here = self._first(self._alike(lam) if start is None else start, lam)
-        gradient, values, memory = self._gradient(here, lam), [here.value], Memory(lam, (), STEPS)
+        gradient, values, memory = (
+            self._gradient(here, lam),
+            [here.value],
+            deque[Pair](maxlen=STEPS),
+        )
         steps = progress(None, "logistic", unit=" steps", late=True)
         for iteration in range(MAX_ITERATIONS):
             if iteration in CHOOSE:
                 self._blocks.choose(here.error)
             self._blocks.weigh(here.error, lam)
-            direction = memory.direction(gradient, self._blocks)
+            direction = quasi_newton(gradient, memory, self._blocks)
             decrement = float(np.vdot(gradient, direction))
             if gap_left(values, decrement) <= tolerance * here.value:
                 break
@@ -129,7 +123,9 @@ class FewRows:
                 break  # any decrease left is below the features' precision
             here, length = found
             before, gradient = gradient, self._gradient(here, lam)
-            memory.add(-length * direction, gradient - before)
+            step, change = -length * direction, gradient - before
+            if (product := float(np.vdot(step, change))) > 0:
+                memory.append((step, change, 1.0 / product))
             values.append(here.value)
             steps.update()
         steps.close()
@@ -165,15 +161,15 @@ class FewRows:
         return np.vstack([weight, bias - bias.mean()])
 
     def _first(self, point: Doubles, lam: float) -> Place:
-        logits = self._rows @ point.astype(np.float32)
+        logits = np.ascontiguousarray((self._rows @ point.astype(np.float32)).T)
         error, losses = prediction_errors(logits.copy(), self._y)
         value = float(self._share @ losses) + lam / 2 * _square(point[:-1])
         return Place(point, logits, error, value)
 
     def _gradient(self, here: Place, lam: float) -> Singles:
-        gradient = self._weighted.T @ here.error
+        gradient = np.ascontiguousarray((here.error @ self._weighted).T)
         gradient[:-1] += (lam * here.point[:-1]).astype(np.float32)
-        return np.asarray(gradient)
+        return gradient
 
     def _search(
         self, here: Place, direction: Singles, decrement: float, lam: float
@@ -182,18 +178,18 @@ class FewRows:
 
         The objective is convex, so lengths with negative slope are too short, the others too long.
         """
-        change = self._rows @ direction
+        change: Singles = np.ascontiguousarray((self._rows @ direction).T)
         step, weight = direction.astype(np.float64), here.point[:-1]
         along, square = lam * float(np.vdot(weight, step[:-1])), lam * _square(step[:-1])
         penalty, length = lam / 2 * _square(weight), 1.0
         short, long = (0.0, -decrement), (math.inf, math.inf)
         for _ in range(MAX_TRIES):
-            logits = here.logits - np.float32(length) * change
+            logits: Singles = here.logits - np.float32(length) * change
             error, losses = prediction_errors(logits.copy(), self._y)
             value = float(self._share @ losses) + penalty - length * along + length**2 / 2 * square
-            rows_slope = self._share @ np.einsum("nc,nc->n", error, change)
+            rows_slope = self._share @ np.einsum("cn,cn->n", error, change)
             slope = length * square - along - float(rows_slope)
-            if value <= here.value * (1 + NOISE) and abs(slope) <= FLAT * decrement:
+            if value <= here.value * (1 + ROUNDING) and abs(slope) <= FLAT * decrement:
                 return Place(here.point - length * step, logits, error, value), length
             if slope < 0:
                 short = (length, slope)
@@ -201,6 +197,19 @@ class FewRows:
                 long = (length, slope)
             length = _between(short, long, decrement)
         return None
+
+
+def quasi_newton(gradient: Singles, pairs: Sequence[Pair], first: ClassBlocks) -> Singles:
+    """L-BFGS's step from the inverse Hessian's first estimate, which changes with every step."""
+    rest, factors = gradient.copy(), []
+    for step, change, inverse in reversed(pairs):
+        factor = inverse * float(np.vdot(step, rest))
+        rest -= factor * change
+        factors.append(factor)
+    direction = first(rest)
+    for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
+        direction += step * (factor - inverse * float(np.vdot(change, direction)))
+    return direction
 
 
 def _between(short: tuple[float, float], long: tuple[float, float], decrement: float) -> float:
@@ -232,9 +241,9 @@ class ClassBlocks:
         self._mean_square = float(share @ lengths) / max(rows.shape[1] - 1, 1)
 
     def choose(self, error: Singles) -> None:
-        """Choose the rows that count most for each class, given the errors [N, C]."""
-        num_heavy = min(HEAVY_ROWS, len(error))
-        weight = np.abs(error.T, order="C")
+        """Choose the rows that count most for each class, given the errors [C, N]."""
+        num_heavy = min(HEAVY_ROWS, error.shape[1])
+        weight = np.abs(error)
         weight *= self._share
         self._heavy = np.argpartition(weight, -num_heavy, axis=1)[:, -num_heavy:]  # [C, K]
         self._rows = self._all[self._heavy]  # [C, K, R + 1]
@@ -242,13 +251,13 @@ class ClassBlocks:
         self._products = (features @ features.transpose(0, 2, 1)).astype(np.float64)
 
     def weigh(self, error: Singles, lam: float) -> None:
-        """Take the rows' weights from the errors [N, C] at another point."""
-        heavy, classes = self._heavy, np.arange(error.shape[1])
-        part = np.abs(error[heavy, classes[:, None]])
+        """Take the rows' weights from the errors [C, N] at another point."""
+        heavy, classes = self._heavy, np.arange(len(error))
+        part = np.abs(error[classes[:, None], heavy])
         own = (part * (1 - part) * self._share[heavy]).astype(np.float64)
-        wrong = -error[np.arange(len(error)), self._y] * self._share
+        wrong = -error[self._y, np.arange(len(self._y))] * self._share
         # Errors of other classes are positive: what all of them sum to.
-        total = self._share @ error + 2 * np.bincount(self._y, wrong, len(classes))
+        total = error @ self._share + 2 * np.bincount(self._y, wrong, len(classes))
         rest = (total - own.sum(axis=1)).clip(min=0.0)
         features, bias = 1 / (rest * self._mean_square + lam), 1 / (rest + 1e-2 * lam)
         inner = self._products * features[:, None, None] + bias[:, None, None]

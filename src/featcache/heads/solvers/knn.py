@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from featcache.config import JsonObject
 from featcache.errors import UserError
 from featcache.heads.features import Floats, checked_features, row_blocks
-from featcache.heads.linear import PLAIN, Decision, HeadFacts, KnownRows
+from featcache.heads.linear import BaseHead
 from featcache.heads.solvers.base import FittedHead, HeldOutPredictions, Metric, Settings
 from featcache.heads.training_data import Rows, TrainRows
 
@@ -29,7 +27,7 @@ K_GRID = (50, 20, 10, 5, 3, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class KnnHead(HeadFacts):
+class KnnHead(BaseHead):
     """Votes of the k nearest train rows; closer rows count more.
 
     cosine: rows are scaled to length one, a neighbor's vote is exp(similarity / 0.07).
@@ -38,30 +36,17 @@ class KnnHead(HeadFacts):
     Attributes:
         rows: Train features [N, D], float16, float32 or float64.
         labels: Their class indices [N] int64.
-        class_names: C names.
         k: Number of neighbors.
         metric: How nearness is measured.
         row_weights: What each row counts for, [N], unless all count alike.
-        solver: Always "knn".
-        chosen: The settings, and how they were chosen.
-        scores: What it scored, by name.
-        provenance: Which backbone, preprocessing and dataset the features came from.
-        decision: How logits become probabilities and a class.
-        known: Tells images of other classes, if rows were held out.
     """
 
     rows: Floats
     labels: NDArray[np.int64]
-    class_names: list[str]
     k: int = 10
     metric: Metric = "cosine"
     row_weights: Floats | None = None
     solver: str = "knn"
-    chosen: JsonObject = field(default_factory=dict)
-    scores: JsonObject = field(default_factory=dict)
-    provenance: JsonObject = field(default_factory=dict)
-    decision: Decision = PLAIN
-    known: KnownRows | None = None
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.labels.shape != (len(self.rows),) or not len(self.rows):
@@ -79,8 +64,7 @@ class KnnHead(HeadFacts):
             raise UserError(f"knn with k={self.k!r:.20} and metric {self.metric!r:.20}")
 
     @property
-    def feature_dim(self) -> int:
-        """Width D of the features it takes."""
+    def feature_dim(self) -> int:  # noqa: D102 - as for every head
         return int(self.rows.shape[1])
 
     @property
@@ -92,10 +76,6 @@ class KnnHead(HeadFacts):
         """Logits [N, C] of features [N, D]: logarithms of the shares of the votes."""
         return np.log(np.maximum(self.shares(X), SMALLEST_SHARE))
 
-    def predict_proba(self, X: ArrayLike) -> Floats:
-        """Probabilities [N, C] of features [N, D]: shares of the votes, calibrated."""
-        return self.decision.probabilities(self.decision_function(X))
-
     def shares(self, X: ArrayLike) -> Floats:
         """Share of the votes by class, [N, C], for features [N, D]."""
         features = checked_features(X, self.feature_dim)
@@ -103,20 +83,6 @@ class KnnHead(HeadFacts):
             vote(near, self, k=self.k) for near in nearest(self.rows, features, self.k, self.metric)
         ]
         return np.concatenate(found) if found else np.zeros((0, len(self.class_names)), np.float32)
-
-    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
-        """Class indices [N] of features [N, D]."""
-        return self.decision.predict(self.decision_function(X))
-
-    def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Top-1 accuracy on features [N, D] with class indices [N]."""
-        from featcache.results.metrics import top1
-
-        return top1(y, self.predict(X))
-
-    def replace(self, **fields: Any) -> Self:
-        """A copy with other attributes."""
-        return dataclasses.replace(self, **fields)
 
 
 @dataclass(frozen=True)

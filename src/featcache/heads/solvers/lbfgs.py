@@ -2,40 +2,34 @@
 
 Minimizes F(A) = L(W, b) + lam / 2 * |W|^2 over A = [W; b], the bias unpenalized.
 
-L-BFGS builds on a first estimate of the inverse Hessian. The Hessian of L is a mean of
-(diag(p) - p p^T) (x) x x^T. Replacing the mean of the product by the product of the means gives
-G (x) M with G the mean of diag(p) - p p^T, [C, C], and M the features' second moment, [D, D]. In
-the eigenbases of both this is diagonal, so the inverse of G (x) M + lam costs four small products.
-With it, L-BFGS needs tens of passes where features are so correlated that plain L-BFGS needs
-hundreds. The last step and its change of gradient give its scale. The precision of the result does
-not depend on it, only the speed does.
+L-BFGS builds on a first estimate of the inverse Hessian, that of `curvature`. With it, L-BFGS needs
+tens of passes where features are so correlated that plain L-BFGS needs hundreds. The last step and
+its change of gradient give its scale.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from featcache.display import progress
-from featcache.heads.features import Doubles, Floats, Singles
-from featcache.heads.solvers.base import threads_for
+from featcache.heads.features import Doubles, Floats
+from featcache.heads.solvers.curvature import InverseHessian, ShiftedInverses
 from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 
-MEMORY = 30
+MEMORY = 20
 MAX_ITERATIONS = 3000
-# Steps at which the class part G of the preconditioner is measured anew: it changes fast at first.
-REFRESH = frozenset({0, 2, 5, 10, 20, 40, 80})
-# Directions of wide features that the preconditioner tells apart: finding them takes their cube.
-MAX_DIRECTIONS = 768
-# The estimated distance to the optimum, relative to the objective, at which a solver stops.
-TOLERANCE = 3e-8
-# Relative differences of the objective below this are rounding of the sum, not ascent.
-NOISE = 1e-9
+# Steps at which the class part G of the estimate is measured anew, as long as steps still gain this
+# part of the objective: a new estimate takes as long as some passes over few rows.
+REFRESH, WORTH_REFRESH = frozenset({8, 40}), 1e-4
+# The estimated distance to the optimum, relative to the objective, at which a solver stops; of few
+# rows, which are in double precision, digits cost little.
+TOLERANCE, EXACTER = 1e-7, 0.01
+# Relative differences of the objective below this are rounding: of a sum, and of single precision.
+NOISE, ROUNDING = 1e-9, 1e-7
 # Steps without gain after which the limit of precision is reached.
 MAX_STALLED = 5
 
@@ -47,113 +41,11 @@ class Loss(Protocol):
         """As `SoftmaxLoss.evaluate`."""
 
 
-# A step, the gradient's change along it without the penalty's part, both [D + 1, C].
-Pair = tuple[Floats, Floats]
-# A gradient or a step [D + 1, C] in one precision or the other.
-Step = TypeVar("Step", Doubles, Singles)
+class Pairs(NamedTuple):
+    """Steps, and the gradient's changes along them without the penalty's part, [M, D + 1, C]."""
 
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues [R] and eigenvectors [D, R] of a matrix, such as the features' second moment.
-
-    Where R is less than D, all other directions have the eigenvalue `rest`.
-    """
-
-    values: Doubles
-    vectors: Floats
-    rest: float = 0.0
-
-
-def spectrum_of(matrix: Doubles) -> Spectrum:
-    """Spectrum of a symmetric matrix [D, D] without negative eigenvalues but for rounding.
-
-    A decomposition waits for all threads at each of its D steps: on a busy machine two threads took
-    25 times as long as one at a width of 512, and on an idle one they save milliseconds.
-    """
-    with threads_for(64 * matrix.size):
-        values, vectors = np.linalg.eigh(matrix)
-    return Spectrum(values.clip(min=0.0), vectors)
-
-
-def second_moment_spectrum(X: Floats, max_rows: int = 8192) -> Spectrum:
-    """Spectrum of X^T X / N from evenly spaced rows: a sample is enough to precondition.
-
-    Args:
-        X: Centered features [N, D]; of more than `MAX_DIRECTIONS` or N columns, the directions of
-            as many rows are told apart, and all others have the eigenvalue that is left.
-        max_rows: Rows to look at, at least four times the width.
-    """
-    most = min(MAX_DIRECTIONS, len(X))
-    wide = X.shape[1] > most
-    step = max(1, len(X) // (most if wide else max(max_rows, 4 * X.shape[1])))
-    sample = X[::step][:most] if wide else X[::step]
-    if not wide:
-        found = spectrum_of((sample.T @ sample).astype(np.float64) / len(sample))
-        return Spectrum(found.values, found.vectors.astype(np.float32))
-    found = spectrum_of((sample @ sample.T).astype(np.float64) / len(sample))
-    some = found.values > 1e-6 * found.values[-1]
-    values, rows = found.values[some], found.vectors[:, some]
-    vectors = ((sample.T @ rows) / np.sqrt(values * len(sample))).astype(np.float32)
-    square = float(np.einsum("nd,nd->", X, X, dtype=np.float64)) / len(X)
-    left = (square - float(values.sum())) / max(X.shape[1] - len(values), 1)
-    return Spectrum(values, vectors, max(left, 0.0))
-
-
-class _Preconditioner:
-    """Applies the inverse of G (x) M + lam to a gradient [D + 1, C]."""
-
-    def __init__(self, spectrum: Spectrum, lam: float, classes: Spectrum) -> None:
-        # Single precision is enough for a guess, and half as much to read.
-        self._vectors = spectrum.vectors.astype(np.float32, copy=False)
-        self._classes = classes.vectors
-        self._rest = 1.0 / (spectrum.rest * classes.values + lam)
-        inverse = 1.0 / (spectrum.values[:, None] * classes.values + lam)
-        self._inverse = (inverse - self._rest).astype(np.float32)
-        self._inverse_bias = 1.0 / classes.values
-
-    def __call__(self, gradient: Floats) -> Doubles:
-        turned = gradient @ self._classes
-        weight = turned[:-1].astype(np.float32)
-        known = self._vectors @ ((self._vectors.T @ weight) * self._inverse)
-        turned[:-1] *= self._rest
-        turned[:-1] += known
-        turned[-1] *= self._inverse_bias
-        return np.asarray(turned @ self._classes.T)
-
-
-class InverseHessian:
-    """The first estimate of the inverse Hessian: the preconditioner, scaled.
-
-    Args:
-        spectrum: Of the features' second moment.
-        lam: Penalty.
-        classes: Of the class part, if an earlier solution left it.
-    """
-
-    def __init__(self, spectrum: Spectrum, lam: float, classes: Spectrum | None) -> None:
-        self._spectrum, self._lam, self._scale = spectrum, lam, 1.0
-        self.classes = classes
-        if classes is not None:
-            self._precondition = _Preconditioner(spectrum, lam, classes)
-
-    def measure(self, curvature: Doubles) -> None:
-        """Take the class part of the preconditioner, [C, C]."""
-        found = spectrum_of(curvature)
-        # The all-ones direction has no curvature and no gradient: any finite value will do.
-        self.classes = Spectrum(found.values.clip(min=found.values[-1] * 1e-3), found.vectors)
-        self._precondition = _Preconditioner(self._spectrum, self._lam, self.classes)
-
-    def fit(self, last: Pair | None) -> None:
-        """Scale so that the last change of gradient is mapped to a step as long as the last."""
-        if last is not None:
-            step, change = last
-            guess = self._precondition(change)
-            self._scale = float(np.vdot(step, change)) / float(np.vdot(change, guess))
-
-    def __call__(self, gradient: Doubles) -> Doubles:
-        """The estimate times a gradient [D + 1, C]."""
-        return self._scale * self._precondition(gradient)
+    steps: Floats
+    changes: Floats
 
 
 @dataclass(frozen=True)
@@ -167,7 +59,6 @@ class Solution:
         num_passes: Passes over the rows.
         converged: Whether the gap is within the tolerance asked for, or within `TOLERANCE`.
         pairs: What was learned of the loss's curvature; it holds for any penalty.
-        classes: Of the class part of the preconditioner.
     """
 
     point: Doubles
@@ -175,61 +66,115 @@ class Solution:
     gap: float
     num_passes: int
     converged: bool
-    pairs: tuple[Pair, ...] = ()
-    classes: Spectrum | None = None
+    pairs: Pairs | None = None
 
 
 class Memory:
-    """The last steps and the gradient's changes along them, which give a step for a new gradient.
+    """The last steps and the gradient's changes along them, which give the next step.
 
-    The penalty's part of a change is lam times the step, known exactly; it is kept apart, so that
-    what was learned under one penalty is useful under the next.
+    In the compact form of Byrd, Nocedal and Schnabel 1994, "Representations of Quasi-Newton
+    Matrices": the steps S and the estimate times the changes, P Y, are the rows of one matrix,
+    which is read twice per step. Pairs are scaled so that each step times its change is one.
+
+    Args:
+        estimate: P.
+        lam: Penalty. Its part of a change is known exactly, so what was learned under one penalty
+            is useful under the next.
+        gradient: Where the search begins [D + 1, C].
+        pairs: What is known already.
+        dtype: What the pairs are kept in.
     """
 
-    def __init__(self, lam: float, pairs: tuple[Pair, ...], length: int = MEMORY) -> None:
-        self._lam = lam
-        self._pairs: deque[tuple[Floats, Floats, float]] = deque(maxlen=length)
-        for step, change in pairs:
-            whole = change.copy()
-            whole[:-1] += lam * step[:-1]
-            self.add(step, whole)
+    def __init__(
+        self,
+        estimate: InverseHessian,
+        lam: float,
+        gradient: Doubles,
+        pairs: Pairs | None,
+        dtype: type[np.floating[Any]],
+    ) -> None:
+        self._estimate, self._lam = estimate, lam
+        self._gradient = gradient
+        self._turned: Doubles = estimate(gradient[None])[0]
+        self._changes = np.empty((MEMORY, gradient.size), dtype)
+        self._rows = np.empty((MEMORY, 2, gradient.size), dtype)  # S and P Y
+        self._order: list[int] = []
+        self._step_change = np.zeros((MEMORY, MEMORY))
+        self._change_turned = np.zeros((MEMORY, MEMORY))
+        if pairs is not None and len(pairs.steps):
+            self._recall(pairs)
 
-    def add(self, step: Floats, change: Floats) -> None:
-        """Remember a step, if the gradient grew along it."""
+    def _recall(self, pairs: Pairs) -> None:
+        num, steps = len(pairs.steps), pairs.steps.reshape(len(pairs.steps), -1)
+        changes = pairs.changes.copy()
+        changes[:, :-1] += np.float32(self._lam) * pairs.steps[:, :-1]
+        changes = changes.reshape(num, -1)
+        scale = 1 / np.sqrt(np.einsum("mn,mn->m", steps, changes, dtype=np.float64))[:, None]
+        self._rows[:num, 0], self._changes[:num] = steps * scale, changes * scale
+        self._order = list(range(num))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Apply the estimate anew, after it changed."""
+        self._turned, num = self._estimate(self._gradient[None])[0], len(self._order)
+        if not num:
+            return
+        changes, rows = self._changes[:num], self._rows[:num]
+        shape = self._gradient.shape
+        rows[:, 1] = self._estimate(changes.reshape(num, *shape)).reshape(num, -1)
+        self._step_change[:num, :num] = rows[:, 0] @ changes.T
+        self._change_turned[:num, :num] = rows[:, 1] @ changes.T
+
+    def add(self, step: Doubles, gradient: Doubles) -> None:
+        """Go to the end of a step, and remember it if the gradient grew along it."""
+        change, turned = gradient - self._gradient, self._estimate(gradient[None])[0]
         product = float(np.vdot(step, change))
         if product > 0:
-            self._pairs.append((step, change, 1.0 / product))
+            scale, num = 1 / np.sqrt(product), len(self._order)
+            slot = num if num < MEMORY else self._order.pop(0)
+            self._order.append(slot)
+            self._rows[slot, 0] = scale * step.ravel()
+            self._rows[slot, 1] = scale * (turned - self._turned).ravel()
+            self._changes[slot] = scale * change.ravel()
+            num = len(self._order)
+            with_change = (self._rows[:num].reshape(2 * num, -1) @ self._changes[slot]).reshape(
+                -1, 2
+            )
+            self._step_change[:num, slot] = with_change[:, 0]
+            self._change_turned[:num, slot] = self._change_turned[slot, :num] = with_change[:, 1]
+        self._gradient, self._turned = gradient, turned
 
-    def last(self) -> Pair | None:
-        """The last step and the gradient's change along it."""
-        return self._pairs[-1][:2] if self._pairs else None
-
-    def pairs(self) -> tuple[Pair, ...]:
+    def pairs(self) -> Pairs:
         """The remembered pairs, without the penalty."""
-        pairs = []
-        for step, change, _ in self._pairs:
-            bare = change.copy()
-            bare[:-1] -= self._lam * step[:-1]
-            pairs.append((step, bare))
-        return tuple(pairs)
+        shape = (-1, *self._gradient.shape)
+        steps = self._rows[self._order, 0].reshape(shape)
+        changes = self._changes[self._order].reshape(shape)
+        changes[:, :-1] -= np.asarray(self._lam, steps.dtype) * steps[:, :-1]
+        return Pairs(steps, changes)
 
-    def direction(self, gradient: Step, first: Callable[[Step], Step]) -> Step:
+    def direction(self) -> Doubles:
         """The quasi-Newton step: the inverse Hessian's estimate times the gradient."""
-        rest, factors = gradient.copy(), []
-        for step, change, inverse in reversed(self._pairs):
-            factor = inverse * float(np.vdot(step, rest))
-            rest -= factor * change
-            factors.append(factor)
-        direction = first(rest)
-        for (step, change, inverse), factor in zip(self._pairs, reversed(factors), strict=True):
-            direction += step * (factor - inverse * float(np.vdot(change, direction)))
-        return direction
+        order = np.array(self._order, np.int64)
+        if not len(order):
+            return self._turned
+        rows = self._rows[: len(order)].reshape(2 * len(order), -1)
+        dots = (rows @ self._gradient.ravel().astype(rows.dtype)).reshape(-1, 2)[order]
+        later = np.triu(self._step_change[np.ix_(order, order)])
+        between = self._change_turned[np.ix_(order, order)]
+        scale = 1 / between[-1, -1]
+        first = np.linalg.solve(later, dots[:, 0])
+        second = np.linalg.solve(later.T, first - scale * (dots[:, 1] - between @ first))
+        parts = np.empty((len(order), 2), rows.dtype)
+        parts[order, 0], parts[order, 1] = second, -scale * first
+        step = scale * self._turned
+        step += (parts.ravel() @ rows).reshape(step.shape)
+        return np.asarray(step)
 
 
 def minimize(
     loss: SoftmaxLoss,
     lam: float,
-    spectrum: Spectrum,
+    features: ShiftedInverses,
     start: Doubles | None = None,
     before: Solution | None = None,
     *,
@@ -241,7 +186,7 @@ def minimize(
     Args:
         loss: The rows' loss.
         lam: Penalty, above zero.
-        spectrum: Of the rows' second moment, for speed alone.
+        features: Of the rows or of a sample, for speed alone.
         start: Where to begin, [D + 1, C]; the class frequencies unless given.
         before: An earlier solution for the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
@@ -253,14 +198,17 @@ def minimize(
     if before is not None:
         begin = dataclasses.replace(before, point=point)
     evaluations = loss.num_evaluations
-    end = _descend(loss, lam, spectrum, begin, tolerance, max_iterations)
+    tolerance *= EXACTER if loss.exact else 1.0
+    end = _descend(loss, lam, features, begin, tolerance, max_iterations)
     if not end.converged and not loss.exact:
         # Where the loss is nearly zero, float32 is too coarse: continue in float64. The last pairs
         # are rounding errors.
         loss.exact = True
         left = max_iterations - (loss.num_evaluations - evaluations)
-        begin = dataclasses.replace(end, pairs=end.pairs[:-MAX_STALLED])
-        end = _descend(loss, lam, spectrum, begin, tolerance, left)
+        assert end.pairs is not None
+        pairs = Pairs(*(part[:-MAX_STALLED] for part in end.pairs))
+        begin = dataclasses.replace(end, pairs=pairs)
+        end = _descend(loss, lam, features, begin, tolerance, left)
         loss.exact = False
     return dataclasses.replace(end, num_passes=loss.num_evaluations - evaluations)
 
@@ -268,47 +216,44 @@ def minimize(
 def _descend(
     loss: SoftmaxLoss,
     lam: float,
-    spectrum: Spectrum,
+    features: ShiftedInverses,
     begin: Solution,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
     """Descend from a solution's point and pairs until the gap is small or no step gains."""
-    point, memory = begin.point, Memory(lam, begin.pairs)
-    first = InverseHessian(spectrum, lam, begin.classes)
-    known = begin.classes is not None
+    point, estimate = begin.point, InverseHessian(features, lam)
     curvature = np.empty((loss.num_classes, loss.num_classes))
-    value, gradient = penalized(loss, lam, point, None if known else curvature)
-    if not known:
-        first.measure(curvature)
-    first.fit(memory.last())
+    value, gradient = penalized(loss, lam, point, curvature)
+    estimate.measure(curvature)
+    dtype = np.float64 if loss.exact else np.float32
+    memory = Memory(estimate, lam, gradient, begin.pairs, dtype)
     best, stalled, values = Best(point, value, np.inf), 0, [value]
     steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
-        direction = memory.direction(gradient, first)
+        direction = memory.direction()
         decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
-        # The class part is of the start: where it was measured there, the first step may change it.
-        trusted = iteration >= (1 if known else 2) or decrement == 0
+        # The class part is of the start, and the first steps may change it.
+        trusted = iteration >= (2 if begin.pairs is None else 1) or decrement == 0
         near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
         if near or stalled == MAX_STALLED:
             break
-        refresh = curvature if iteration in REFRESH else None
+        worth = iteration in REFRESH and decrement > WORTH_REFRESH * abs(value)
+        refresh = curvature if worth else None
         found = line_search(loss, lam, (point, value, decrement), direction, refresh)
         if found is None:
             break  # any decrease left is below the features' precision
-        new_point, new_value, new_gradient = found
-        memory.add(new_point - point, new_gradient - gradient)
-        point, value, gradient = new_point, new_value, new_gradient
+        step, (point, value, gradient) = found[0] - point, found
+        memory.add(step, gradient)
         values.append(value)
         if refresh is not None:
-            first.measure(refresh)
-        first.fit(memory.last())
+            estimate.measure(refresh)
+            memory.refresh()
         steps.update()
     steps.close()
-    solution = best.solution(memory.pairs(), max(tolerance, TOLERANCE))
-    return dataclasses.replace(solution, classes=first.classes)
+    return best.solution(memory.pairs(), max(tolerance, TOLERANCE))
 
 
 def gap_left(values: list[float], decrement: float) -> float:
@@ -346,7 +291,7 @@ class Best:
             return True
         return False
 
-    def solution(self, pairs: tuple[Pair, ...], tolerance: float) -> Solution:
+    def solution(self, pairs: Pairs, tolerance: float) -> Solution:
         """The best point as the end of a search."""
         gap = self.decrement / 2
         near = gap <= tolerance * abs(self.value)
@@ -388,7 +333,10 @@ def line_search(
     for _ in range(30):
         new_point = point - length * direction
         new_value, gradient = penalized(loss, lam, new_point, curvature)
-        if new_value <= value - 1e-4 * length * decrement + NOISE * abs(value):
+        lower = new_value <= value - 1e-4 * length * decrement
+        # As in Hager and Zhang 2005: where values differ by their rounding, slopes still tell.
+        alike = new_value <= value + ROUNDING * abs(value)
+        if lower or (alike and -float(np.vdot(gradient, direction)) <= 0.9 * decrement):
             return new_point, new_value, gradient
         bent = new_value - value + length * decrement
         jumped = not new_value < 2 * value

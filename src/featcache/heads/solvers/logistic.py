@@ -28,13 +28,12 @@ from featcache.heads.solvers.base import (
     cross_entropy_predictions,
     standardize_choices,
 )
+from featcache.heads.solvers.curvature import ShiftedInverses
 from featcache.heads.solvers.few_rows import FewRows, are_few
 from featcache.heads.solvers.lbfgs import (
     TOLERANCE,
     Solution,
-    Spectrum,
     minimize,
-    second_moment_spectrum,
 )
 from featcache.heads.solvers.moments import Moments
 from featcache.heads.solvers.softmax_loss import Block, SoftmaxLoss, loss_in_memory
@@ -44,6 +43,8 @@ from featcache.heads.training_data import CACHED_ROWS, SMALL, Rows, TrainRows
 # Candidates for C, half a decade apart. Few rows of few clean features want strong regularization,
 # many correlated features want little.
 C_GRID = tuple(float(f"{c:.3g}") for c in np.logspace(-5, 2, 15))
+# Rows of so many times as many features are turned to have as many columns as there are rows.
+WIDE = 4
 # How far from its minimum the objective may be while choosing, relative to itself.
 SELECTION_TOLERANCE = 1e-4
 # The same of streamed rows, where each further digit is another pass over the file.
@@ -70,7 +71,6 @@ class LogisticProblem:
         self.mean, self.deviation = moments.mean(), moments.deviation()
         self._centered = _centered(features, self.mean)
         self._scaled: Floats | None = None
-        self._spectra: dict[bool, Spectrum] = {}
 
     def features(self, *, standardize: bool) -> Floats:
         """Centered rows [N, D], of unit deviation if asked for."""
@@ -84,13 +84,6 @@ class LogisticProblem:
         """The loss over these rows and the classes that have any."""
         features = self.features(standardize=standardize)
         return loss_in_memory(features, self.y, self.share, len(self.present))
-
-    def spectrum(self, *, standardize: bool) -> Spectrum:
-        """For the preconditioner; computed once."""
-        if standardize not in self._spectra:
-            features = self.features(standardize=standardize)
-            self._spectra[standardize] = second_moment_spectrum(features)
-        return self._spectra[standardize]
 
     def penalty(self, C: float, total: float | None = None) -> float:
         """The objective's lam for scikit-learn's C; `total` replaces the rows' own weight."""
@@ -137,12 +130,17 @@ class LogisticPath:
         self._problem, self._standardize = problem, standardize
         self._before: list[tuple[float, Solution]] = []
         self._few: FewRows | None = None
+        self._basis: Doubles | None = None
         X = problem.features(standardize=standardize)
+        if WIDE * len(X) <= X.shape[1]:
+            # Weights are sums of rows, so as many columns as rows are enough.
+            self._basis, triangle = np.linalg.qr(X.T.astype(np.float64))
+            X = np.ascontiguousarray(triangle.T, X.dtype)
+        rows = X, problem.y, problem.share, len(problem.present)
         if are_few(len(X), X.shape[1], len(problem.present)):
-            self._few = FewRows(X, problem.y, problem.share, len(problem.present))
+            self._few = FewRows(*rows)
         else:
-            self._loss = problem.loss(standardize=standardize)
-            self._spectrum = problem.spectrum(standardize=standardize)
+            self._loss, self._inverses = loss_in_memory(*rows), ShiftedInverses(X)
 
     def fit(self, C: float, tolerance: float = TOLERANCE) -> FittedHead[LinearHead]:
         """Fit with scikit-learn's C; from small to large is fastest.
@@ -156,14 +154,17 @@ class LogisticPath:
             solution = self._few.minimize(lam, tolerance, start)
         else:
             before = self._before[-1][1] if self._before else None
-            solution = minimize(self._loss, lam, self._spectrum, start, before, tolerance=tolerance)
+            solution = minimize(self._loss, lam, self._inverses, start, before, tolerance=tolerance)
         self._before = [*self._before[-1:], (np.log(C), solution)]
         return self._problem.fitted(self.last(), standardize=self._standardize)
 
     def last(self) -> Solution:
         """The last fit, of centered (and scaled) rows."""
         solution = self._before[-1][1]
-        return solution if self._few is None else self._few.turned_back(solution)
+        if self._basis is None:
+            return solution
+        point = np.vstack([self._basis @ solution.point[:-1], solution.point[-1:]])
+        return dataclasses.replace(solution, point=point, pairs=None)
 
     def _start(self, log_C: float) -> Doubles | None:
         if not self._before:
@@ -287,7 +288,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
     solution = minimize(
         streamed_loss(rows, near, standardize=standardize),
         near.penalty(C, moments.total),
-        near.spectrum(standardize=standardize),
+        ShiftedInverses(near.features(standardize=standardize)),
         start.point,
         start,
         tolerance=STREAMED_TOLERANCE,

@@ -236,7 +236,7 @@ def calibration(problem: RidgeProblem, head: LinearHead, rows: Rows, alpha: floa
 
 
 def best_factor(scores: Doubles, y: np.ndarray, weights: Doubles) -> float:
-    """The positive factor on scores [n, C] that minimises their cross-entropy with labels [n]."""
+    """The positive factor on scores [n, C] that minimizes their cross-entropy with labels [n]."""
     centered = scores - scores.max(axis=1, keepdims=True)
     own = centered[np.arange(len(y)), y]
     low, high = np.log(1e-2), np.log(1e4)

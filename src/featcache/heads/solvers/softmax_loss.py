@@ -20,7 +20,7 @@ from featcache.heads.features import Doubles, Floats, Ints
 Block = tuple[Floats, Ints, Floats]
 
 # A block of rows stays in the processor's cache between its two matrix products.
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(kw_only=True)
@@ -57,42 +57,44 @@ class SoftmaxLoss:
             The loss, and its gradient [D + 1, C] with that of the bias last.
         """
         self.num_evaluations += 1
-        gradient = np.zeros((self.feature_dim + 1, self.num_classes))
+        num_classes = self.num_classes
+        gradient = np.zeros((num_classes, self.feature_dim + 1))
         if curvature is not None:
             curvature[:] = 0.0
         loss = 0.0
         for features, y, share in self.blocks():
             X = features.astype(np.float64) if self.exact else features
-            logits = X @ weight.astype(X.dtype, copy=False)
-            logits += bias.astype(X.dtype, copy=False)
+            logits = np.ascontiguousarray((X @ weight.astype(X.dtype, copy=False)).T)
+            logits += bias.astype(X.dtype, copy=False)[:, None]
             error, losses = prediction_errors(logits, y)
             loss += float(share.astype(np.float64) @ losses)
             if curvature is not None:
                 curvature += _class_curvature(error, y, share)
-            error *= share[:, None]
-            gradient[-1] += error.sum(axis=0, dtype=np.float64)
-            gradient[:-1] += X.T @ error
-        return loss, gradient
+            error *= share
+            gradient[:, -1] += error.sum(axis=1, dtype=np.float64)
+            gradient[:, :-1] += error @ X
+        return loss, np.ascontiguousarray(gradient.T)
 
 
 def prediction_errors(z: Floats, y: Ints) -> tuple[Floats, Floats]:
-    """Probabilities less one-hot labels [n, C], and cross-entropies [n].
+    """Probabilities less one-hot labels [C, n], and cross-entropies [n].
 
     Both are as precise, relative to their size, where a row is almost surely right: what the
-    other classes have left is summed, not subtracted from one.
+    other classes have left is summed, not subtracted from one. With rows last, numpy's sums over
+    the classes take a tenth of the time.
 
     Args:
-        z: Logits [n, C], which are overwritten.
+        z: Logits [C, n], which are overwritten.
         y: Class indices [n].
     """
-    z -= z.max(axis=1, keepdims=True)
-    place = np.arange(len(y)), y
+    z -= z.max(axis=0)
+    place = y, np.arange(len(y))
     own = z[place]
     np.exp(z, out=z)
     z[place] = 0
-    others = z.sum(axis=1)
+    others = z.sum(axis=0)
     total = others + np.exp(own)
-    z /= total[:, None]
+    z /= total
     z[place] = -others / total
     return z, np.where(own == 0, np.log1p(others), np.log(total) - own)
 
@@ -100,9 +102,9 @@ def prediction_errors(z: Floats, y: Ints) -> tuple[Floats, Floats]:
 def _class_curvature(error: Floats, y: Ints, share: Floats) -> Doubles:
     """The block's part of the mean of diag(p) - p p^T, [C, C]."""
     p = error.copy()
-    p[np.arange(len(y)), y] += 1
-    weighted = p * share[:, None]
-    return np.asarray(np.diag(weighted.sum(axis=0, dtype=np.float64)) - p.T @ weighted)
+    p[y, np.arange(len(y))] += 1
+    weighted = p * share
+    return np.asarray(np.diag(weighted.sum(axis=1, dtype=np.float64)) - p @ weighted.T)
 
 
 def loss_in_memory(X: Floats, y: Ints, share: Doubles, num_classes: int) -> SoftmaxLoss:

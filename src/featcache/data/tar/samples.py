@@ -21,9 +21,9 @@ from featcache.data.images import EMPTY, EXTENSIONS, MAX_FILE_BYTES, TOO_LARGE, 
 from featcache.data.index import pack, unpack
 from featcache.data.listing import MAX_NAME_BYTES, is_clutter, suffix_of
 from featcache.data.manifest import MAX_LABEL
-from featcache.data.shards.members import Member, Stream, members
-from featcache.data.shards.places import read_through, stamp_of_place
 from featcache.data.sources import no_content
+from featcache.data.tar.members import Member, Stream, members
+from featcache.data.tar.places import read_through, stamp_of_place
 from featcache.errors import UserError, shown
 from featcache.file_hashes import Memo
 

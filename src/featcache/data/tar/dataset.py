@@ -17,9 +17,9 @@ from featcache.data.folder import counted
 from featcache.data.index import unpack
 from featcache.data.listing import alike_text, look_alikes
 from featcache.data.sampling import split_off_test
-from featcache.data.shards.places import Shard, find_shards, read_range
-from featcache.data.shards.samples import ShardIndex, index_of, lines, memo_key, why_unusable
 from featcache.data.sources import RecordedSource
+from featcache.data.tar.places import Shard, find_shards, read_range
+from featcache.data.tar.samples import ShardIndex, index_of, lines, memo_key, why_unusable
 from featcache.display import progress
 from featcache.errors import UserError, listed
 from featcache.file_hashes import Memo

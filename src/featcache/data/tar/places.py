@@ -18,7 +18,7 @@ from featcache.file_hashes import is_settled, stamp_of
 from featcache.files import open_regular
 
 if TYPE_CHECKING:
-    from featcache.data.shards.members import Stream
+    from featcache.data.tar.members import Stream
 
 T = TypeVar("T")
 MAX_SHARDS = 100_000

@@ -18,9 +18,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_helpers import Load, Message, encoded, make_folder, make_tree, number_in, picture
 from featcache.data import BadImage
-from featcache.data.shards import places
-from featcache.data.shards.members import members
-from featcache.data.shards.places import expand, find_shards
+from featcache.data.tar import places
+from featcache.data.tar.members import members
+from featcache.data.tar.places import expand, find_shards
 from featcache.errors import StorageError, UserError
 
 Files = dict[str, bytes]
@@ -321,7 +321,7 @@ def test_an_index_is_remembered(
 def test_empty_and_large_images_are_bad(
     tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("featcache.data.shards.samples.MAX_FILE_BYTES", 2000)
+    monkeypatch.setattr("featcache.data.tar.samples.MAX_FILE_BYTES", 2000)
     big = {"big.png": bytes(3000), "big.cls": b"0", "no.png": b"", "no.cls": b"1"}
     dataset = load(pack(tmp_path / "a.tar", {**numbered(8), **big}), test_fraction=0.5)
     reasons = {}
