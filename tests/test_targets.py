@@ -122,11 +122,12 @@ def test_predict_gives_labels(folder, caches, tmp_path, capsys):
 def test_predict_gives_numbers(folder, caches, tmp_path, capsys):
     report = heads(caches, "target", output=tmp_path / "h.safetensors")
     picture = str(folder / "03.png")
-    (found,) = Classifier.load(report["head"], weights="random").predict(picture)
+    classifier = Classifier.load(report["head"], weights="random")
+    (found,) = classifier.predict(picture)
+    with pytest.raises(UserError, match=r"^reject is for one class per image: leave it out for"):
+        classifier.predict(picture, reject=0.1)
     cache = FeatureCache(caches["target"]["cache"])
-    expected = Classifier.load(report["head"], weights="random").trained.head.predict(
-        cache.split("test").X[:1]
-    )
+    expected = classifier.trained.head.predict(cache.split("test").X[:1])
     assert found.value == pytest.approx(float(expected[0]), rel=1e-4)
     assert cli.main(["predict", report["head"], picture, "--format", "csv"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "path,value"

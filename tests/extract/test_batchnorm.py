@@ -61,6 +61,14 @@ def adapted_network(config: ExtractConfig) -> torch.nn.Module:
     return load_backbone(BackboneConfig(weights=str(weights)), 0)
 
 
+def test_a_head_beside_the_cache_finds_its_weights(config: ExtractConfig, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere" / "x.h5"
+    cache = extract(dataclasses.replace(config, batchnorm="adapt", output=place))["cache"]
+    head = train_head(TrainHeadConfig(cache=Path(cache), solver="ridge"))["head"]
+    picture = next((tmp_path / "pets").rglob("*.png"))
+    assert len(Classifier.load(head).predict(picture)) == 1
+
+
 def test_statistics_are_those_of_the_train_images(config: ExtractConfig) -> None:
     config = dataclasses.replace(config, batchnorm="adapt")
     network = adapted_network(config)

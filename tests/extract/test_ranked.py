@@ -176,7 +176,7 @@ def test_a_shard_by_hand_and_the_merge(folder, tmp_path, capfd):
     # The last one is made, but something ends it before the merge.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("featcache.extract.ranked.merge_if_last", lambda job, lock: lock.release())
-        with pytest.raises(CacheError, match="no cache"):
+        with pytest.raises(CacheError, match=r"no cache .*: its shards are not merged yet; rerun "):
             extract_part(settings(folder, tmp_path, write="shards", shard="2/3"))
     with pytest.raises(UserError, match=r"^/ is no cache's name: give the one that ends in \.h5"):
         MergeConfig(cache=Path("/"))

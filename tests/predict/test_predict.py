@@ -819,7 +819,7 @@ class TestWeights:
 
     def test_bundled_weights_and_a_foreign_hash(self, cache: FeatureCache, tmp_path: Path) -> None:
         head = write_head(tmp_path / "h.safetensors", linear_head(cache), weights="bundled")
-        with pytest.raises(CacheError, match="but --weights bundled has"):
+        with pytest.raises(CacheError, match="but that of --weights bundled is"):
             load_classifier(head)
         from featcache.backbone import BUNDLED_FILE
 
@@ -891,6 +891,11 @@ class TestForeignFiles:
         file = make_model(tmp_path / "m.safetensors", class_names=["cat", "dog"])
         with pytest.raises(UserError, match="not those of a resnet18 with 2 classes"):
             load_classifier(file)
+
+    def test_a_model_takes_no_weights(self, tmp_path: Path) -> None:
+        file = make_model(tmp_path / "m.safetensors")
+        with pytest.raises(UserError, match=r"which has its own: leave --weights out$"):
+            load_classifier(file, weights="bundled")
 
 
 def test_the_library_gives_what_the_command_reports(root: Path, loaded: Classifier) -> None:

@@ -79,8 +79,8 @@ def test_the_advice_names_the_interval() -> None:
     head, tune = (ends[mode].interval for mode in ("cached", "finetune"))
     assert curve_advice(three_sizes())[-1] == (
         "If the curves go on as measured, four times the data gives the cached head about "
-        f"{ends['cached'].top1:.2f} with 8,000 images (80 % interval {head[0]:.2f} to "
-        f"{head[1]:.2f}) and fine-tuning about {ends['finetune'].top1:.2f} with 8,000 images (80 % "
+        f"{ends['cached'].top1:.2f} with 8,000 images (80% interval {head[0]:.2f} to "
+        f"{head[1]:.2f}) and fine-tuning about {ends['finetune'].top1:.2f} with 8,000 images (80% "
         f"interval {tune[0]:.2f} to {tune[1]:.2f})."
     )
 

@@ -136,7 +136,7 @@ def test_sentences_where_nothing_is_decided() -> None:
     )
     assert said[1] == (
         "These results do not show whether the curves cross: pick the cached head, which costs "
-        "114 s less; about 1,900 more test images would settle it with a probability of 80 %, if "
+        "114 s less; about 1,900 more test images would settle it with a probability of 80%, if "
         "the modes differ as much as here."
     )
 
@@ -145,14 +145,14 @@ def test_sentences_where_a_lead_is_lost_or_changes_twice() -> None:
     assert curve_advice(curve_points(LEVEL))[1] == (
         "The curves do not cross significantly within the data, but the cached head loses its lead "
         "with all 2,000 images: pick the cached head, which costs 114 s less; about 1,900 more "
-        "test images would settle it with a probability of 80 %, if the modes differ as much as "
+        "test images would settle it with a probability of 80%, if the modes differ as much as "
         "here."
     )
     ahead = [*pair("5", 50, 100, 200), *pair("all", 2000, 400, 402)]
     assert curve_advice(curve_points(ahead))[1] == (
         "The curves do not cross within the data: fine-tuning is ahead with all 2,000 images too, "
         "by 0.4 percentage points, but that may be chance: pick the cached head, which costs 114 s "
-        "less; about 1,900 more test images would settle it with a probability of 80 %, if the "
+        "less; about 1,900 more test images would settle it with a probability of 80%, if the "
         "modes differ as much as here."
     )
     assert curve_advice(curve_points(REPEATED))[1].startswith("The lead changes more than once")

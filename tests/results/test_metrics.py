@@ -127,7 +127,7 @@ def test_leaked_images_are_left_out_of_the_score() -> None:
         "test_interval": pytest.approx((0.0615, 0.7923), abs=1e-4),
     }
     assert leak_lines({"without_leaks": found}) == [
-        "without the 2 test images that are also in train: test accuracy 0.333 (95 % interval "
+        "without the 2 test images that are also in train: test accuracy 0.333 (95% interval "
         "0.061 to 0.792) on 3 images"
     ]
 

@@ -378,9 +378,9 @@ class TestAdvice:
         )
 
     def test_without_a_paired_test_the_intervals_decide(self):
-        assert "may be chance (the 95 % intervals overlap)" in advice(four_rows())[1]
+        assert "may be chance (the 95% intervals overlap)" in advice(four_rows())[1]
         assert (
-            "statistically significant (the 95 % intervals do not overlap)"
+            "statistically significant (the 95% intervals do not overlap)"
             in advice(four_rows(slow_tune=0.75))[1]
         )
 

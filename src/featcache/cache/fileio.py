@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,8 @@ def reading(path: Path) -> Iterator[None]:
 def _hint(path: Path) -> str:
     if not path.name.endswith(".part") and path.with_name(path.name + ".part").exists():
         return f"its extraction is unfinished; {RESUME}"
+    if any(path.parent.glob(f"{glob.escape(path.name)}.shard-*")):
+        return f"its shards are not merged yet; {RESUME}, or type featcache merge {path}"
     return _GIVE
 
 

@@ -344,9 +344,11 @@ def _named_failures(trained: LoadedClassifier) -> Iterator[None]:
 def summary_lines(report: ExportReport) -> list[str]:
     """The report for people."""
     taken = report["input"]
-    shape = ", ".join(map(str, taken["shape"]))
+    shape, num = ", ".join(map(str, taken["shape"])), len(report["class_names"])
+    many = {"multilabel": f"{num} labels", "regression": "a number"}
+    task = str(report["provenance"]["decision"].get("task"))
     return [
-        f"exported {report['classifier']}, {len(report['class_names'])} classes, "
+        f"exported {report['classifier']}, {many.get(task, f'{num} classes')}, "
         f"{report['file_bytes'] / 1e6:.1f} MB: {taken['name']} {taken['dtype']} [{shape}] to "
         f"{' and '.join(OUTPUT_NAMES)}",
         f"worst difference from torch {report['max_difference']:.1e} "

@@ -60,7 +60,9 @@ def with_adapted_batchnorm(config: ExtractConfig, dataset: ImageDataset) -> Extr
     record = json.dumps(decides, sort_keys=True)
     key = hashlib.sha256(record.encode()).hexdigest()
     stem = Path(info.weights).stem
-    path = config.cache_dir / f"{stem}-batchnorm-{key[:8]}.safetensors"
+    # Beside the cache, where its heads are written and look for it.
+    folder = config.cache_dir if config.output is None else config.output.parent
+    path = folder / f"{stem}-batchnorm-{key[:8]}.safetensors"
     if not (path.is_file() and read_metadata(path).get("batchnorm") == record):
         say(f"estimating BatchNorm statistics on {num_images} train images")
         network = load_backbone(plain, config.seed, info)

@@ -34,17 +34,17 @@ class SmallMapConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, C', H', W']."""
         assert not isinstance(self.padding, str)
-        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         maps: Tensor
-        geometry = _geometry(
-            x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
-        )
-        num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
+        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         if not elsewhere and winograd.suits(self, x):
             maps = winograd.convolution(x, self.weight)
-        elif elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
-            return super().forward(x)
         else:
+            geometry = _geometry(
+                x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
+            )
+            num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
+            if elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
+                return super().forward(x)
             maps = _Product.apply(x, self.weight, geometry)
         return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 

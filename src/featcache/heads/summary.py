@@ -40,7 +40,7 @@ def summary_lines(report: JsonObject) -> list[str]:
     if report["val_top1"] is not None:
         lines.append(f"held-out accuracy {report['val_top1']:.3f}")
     lines.append(
-        f"test accuracy {report['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+        f"test accuracy {report['test_top1']:.3f} (95% interval {low:.3f} to {high:.3f}), "
         f"balanced {report['balanced_top1']:.3f}, on {report['scored_on']}"
     )
     lines += leak_lines(report)
@@ -65,7 +65,7 @@ def target_lines(report: JsonObject) -> list[str]:
         (low, high), (least, most) = scores["r2_interval"], scores["mae_interval"]
         lines = [
             f"ridge: {settings_text(report['chosen'])}; chosen on {report['chosen_on']}",
-            f"test R squared {scores['r2']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean "
+            f"test R squared {scores['r2']:.3f} (95% interval {low:.3f} to {high:.3f}), mean "
             f"absolute error {scores['mae']:.4g} ({least:.4g} to {most:.4g}; always the median of "
             f"train: {scores['baseline_mae']:.4g}), on {report['scored_on']}",
         ]
@@ -75,7 +75,7 @@ def target_lines(report: JsonObject) -> list[str]:
         lines = [
             f"logistic, one per label; settings and thresholds chosen on {report['chosen_on']}",
             *(_label_line(name, label) for name, label in list(scores["per_label"].items())),
-            f"test mean average precision {scores['mean_average_precision']:.3f} (95 % interval "
+            f"test mean average precision {scores['mean_average_precision']:.3f} (95% interval "
             f"{low:.3f} to {high:.3f}), macro F1 {scores['macro_f1']:.3f}, all labels right in "
             f"{scores['exact_match']:.3f}, on {report['scored_on']}",
         ]

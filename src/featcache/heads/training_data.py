@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from featcache.heads.features import Doubles, Floats, Ints, Singles, all_finite,
 from featcache.heads.solvers.moments import Moments
 from featcache.random_order import epoch_order, epoch_views
 from featcache.results.metrics import checked_weights
-
-if TYPE_CHECKING:
-    pass
 
 # Rows checked or scored at a time.
 BLOCK_ROWS = 8192

@@ -275,7 +275,8 @@ class Classifier(Facts):
         Raises:
             UserError: The classifier cannot tell unknown images.
         """
-        known = None if reject is None else self.known_rows(reject)
+        with python_errors(PredictConfig):
+            known = None if reject is None else self.known_rows(reject)
         for index, row in self._classified(split, timer or StageTimer()):
             if isinstance(row, BadImage):
                 yield index, row
@@ -297,6 +298,8 @@ class Classifier(Facts):
             UserError: Nothing does, or too few rows were held out for it.
         """
         path, head = self.trained.path, self.trained.head
+        if self.trained.decision.task != "multiclass":
+            raise UserError(f"--reject is for one class per image: leave it out for {path}")
         known = None if head is None else head.known
         if known is None:
             what = "is a fine-tuned model" if head is None else "kept no held-out rows"

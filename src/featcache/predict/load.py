@@ -116,6 +116,11 @@ def load_classifier(
     file = read_tensor_file(path)
     kind = file.metadata.get("format")
     if kind == MODEL_FORMAT:
+        if weights is not None:
+            raise UserError(
+                f"--weights is for heads; {path} is a fine-tuned model, which has its own: leave "
+                "--weights out"
+            )
         return _load_model(file)
     if kind == HEAD_FORMAT:
         return _load_with_backbone(file, weights, seed, own)

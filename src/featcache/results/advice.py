@@ -29,7 +29,7 @@ def advice(rows: Sequence[Row], p_values: Mapping[str, float] | None = None) -> 
         rows: The comparison's lines.
         p_values: By a row's mode, the p value of a paired test of that mode against
             `best_of(rows, "cached")` on the same test images. A fine-tune without one is judged by
-            whether the 95 % intervals overlap.
+            whether the 95% intervals overlap.
 
     Returns:
         Three sentences; only the first when there is no fine-tune; none without a cached head.
@@ -93,7 +93,7 @@ class _Match:
     def evidence(self) -> str:
         """The evidence for or against the difference."""
         if self.p_value is None:
-            return f"the 95 % intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
+            return f"the 95% intervals {'do not overlap' if self.beyond_chance else 'overlap'}"
         text = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.2g}"
         kind = "fine-tunes" if self.ahead is self.tune else "heads"
         return f"{text}, corrected for {self.num_tried} {kind}" if self.num_tried > 1 else text

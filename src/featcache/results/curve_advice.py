@@ -270,7 +270,7 @@ def _to_decide(last: CurvePoint, num_tests: int) -> str:
         return "more test images or seeds could settle it"
     return (
         f"about {_rounded(needed - last.num_test)} more test images would settle it with a "
-        "probability of 80 %, if the modes differ as much as here"
+        "probability of 80%, if the modes differ as much as here"
     )
 
 
@@ -367,7 +367,7 @@ def _with_more_images(points: Sequence[CurvePoint]) -> str:
     """Where the extrapolated curves arrive."""
     ends = {found.mode: found for found in forecasts(points)}
     texts = [
-        f"{NAMES[mode]} about {end.top1:.2f} with {end.num_train:,} images (80 % interval "
+        f"{NAMES[mode]} about {end.top1:.2f} with {end.num_train:,} images (80% interval "
         f"{end.interval[0]:.2f} to {end.interval[1]:.2f})"
         for mode, end in ends.items()
     ]

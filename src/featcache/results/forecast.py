@@ -41,7 +41,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """The top-1 accuracy that a mode would have with `num_train` images, and its 80 % interval."""
+    """The top-1 accuracy that a mode would have with `num_train` images, and its 80% interval."""
 
     mode: CurveMode
     num_train: int

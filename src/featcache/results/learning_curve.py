@@ -138,7 +138,7 @@ def _shifted_correct(report: RunReport) -> NDArray[np.bool_] | None:
 class ModeScores:
     """One mode at one size, over its seeds.
 
-    `top1` is the mean of `top1_by_seed`; `interval` is its 95 % interval over test images, each
+    `top1` is the mean of `top1_by_seed`; `interval` is its 95% interval over test images, each
     counted once, so that seeds do not narrow it; `balanced_top1`, the mean recall over classes, and
     seconds are means over seeds too. Files of 0.1.0 have no `balanced_top1`. `features` counts the
     seeds by what their cached head learned from, and `held_out` has the mean held-out accuracies

@@ -186,7 +186,7 @@ def without_leaks(
         leaked: Which images train has too, [N].
 
     Returns:
-        Counts, accuracy and its 95 % interval (None where no image is left); None without leaks.
+        Counts, accuracy and its 95% interval (None where no image is left); None without leaks.
     """
     if not leaked.any():
         return None

@@ -83,7 +83,7 @@ class EpochRecord(TypedDict, total=False):
 class RunReport(Facts):
     """What one training run measured, under which settings, on which data.
 
-    `test_interval` is the 95 % interval of `test_top1`; fields of one command only are in `more`,
+    `test_interval` is the 95% interval of `test_top1`; fields of one command only are in `more`,
     as is the run's id under "run". Reports of 0.1.0 lack the run's id, `scores` and `calibration`.
     Where images have several labels or a number, `target_scores` and `targets` stand for
     `test_top1`, `test_interval`, `scores` and `test`, which are None.
@@ -205,7 +205,7 @@ class Evaluation:
 
     Attributes:
         top1: Accuracy.
-        interval: Its 95 % interval.
+        interval: Its 95% interval.
         scores: Beyond accuracy.
         calibration: Whether the probabilities can be believed.
         test: The predictions.

@@ -53,7 +53,7 @@ class ClassScores:
         auroc: Area under the ROC curve of its probability.
         average_precision: Mean precision over the thresholds on its probability, weighted by the
             gain in recall.
-        intervals: 95 % intervals by name of the score.
+        intervals: 95% intervals by name of the score.
     """
 
     support: int
@@ -102,7 +102,7 @@ class Scores:
         auroc: Mean AUROC of each class against the rest.
         average_precision: Mean average precision of each class against the rest.
         log_loss: Mean negative logarithm of the true class's probability.
-        intervals: 95 % intervals by name of the score.
+        intervals: 95% intervals by name of the score.
         intervals_from: How the intervals were made, in words.
         classes: By name.
         curves: Of two classes; None of more.
@@ -125,7 +125,7 @@ class Scores:
         _check_shares(shares, {n: ends for n, ends in self.intervals.items() if n != "log_loss"})
 
     def top1_interval(self, num_correct: int, num_rows: int) -> Interval:
-        """95 % interval of the accuracy: of the groups if there are any, else Wilson's."""
+        """95% interval of the accuracy: of the groups if there are any, else Wilson's."""
         return self.intervals.get("top1") or wilson_interval(num_correct, num_rows)
 
 

@@ -81,7 +81,7 @@ def times_text(ratio: float) -> str:
 def table_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table's body as text, one tuple per row in the order of `HEADER`.
 
-    Accuracy comes with its 95 % interval, and with the balanced accuracy where classes differ in
+    Accuracy comes with its 95% interval, and with the balanced accuracy where classes differ in
     size. The total has the extraction in it. Speed-up is the total time of the slowest mode divided
     by this mode's; there is none for a row whose extraction is not known. The last row is the
     baseline that any mode has to beat.
@@ -173,7 +173,7 @@ def with_interval(value: float, interval: tuple[float, float]) -> str:
 
 
 def score_text(name: str, value: float | None, scores: Scores) -> str:
-    """A score for people with its 95 % interval: "0.912 [0.901, 0.923]"."""
+    """A score for people with its 95% interval: "0.912 [0.901, 0.923]"."""
     if value is None:
         return "–"
     ends = scores.intervals.get(name)
@@ -222,7 +222,7 @@ def class_text(scores: Scores) -> str:
 def curve_cells(points: Sequence[CurvePoint]) -> list[tuple[str, ...]]:
     """The table's body as text, one tuple per size in the order of `curve_header`.
 
-    Accuracy is a mean over seeds with its 95 % interval over test images, difference in points
+    Accuracy is a mean over seeds with its 95% interval over test images, difference in points
     (hundredths), fine-tune less cached head. Where classes differ in size, the balanced accuracy
     stands beside it. The last row is the baseline that both modes have to beat.
     """
@@ -354,6 +354,6 @@ def leak_lines(report: JsonObject) -> list[str]:
     low, high = found["test_interval"]
     return [
         f"without the {found['num_leaked']} test images that are also in train: test accuracy "
-        f"{found['test_top1']:.3f} (95 % interval {low:.3f} to {high:.3f}) on "
+        f"{found['test_top1']:.3f} (95% interval {low:.3f} to {high:.3f}) on "
         f"{found['num_test']} images"
     ]

@@ -62,7 +62,7 @@ class MultilabelScores:
 
     Attributes:
         mean_average_precision: Mean over the labels that some test image has.
-        interval: Its 95 % interval, from resampled test images, or groups where there are any.
+        interval: Its 95% interval, from resampled test images, or groups where there are any.
         micro_average_precision: Of all pairs of image and label together.
         macro_f1: Mean over the labels.
         micro_f1: Of all pairs together.
@@ -86,7 +86,7 @@ class MultilabelScores:
 
 @dataclass(frozen=True, kw_only=True)
 class RegressionScores:
-    """Scores of a number per image, with 95 % intervals as of several labels.
+    """Scores of a number per image, with 95% intervals as of several labels.
 
     Attributes:
         r2: Share of the variance that is explained; below 0 is worse than always the mean.

@@ -205,3 +205,15 @@ def test_of_wide_features_the_minimum_is_the_same():
     theirs = LogisticRegression(C=0.01, tol=1e-7, max_iter=2000).fit(X.astype(float), y)
     best = objective(theirs.coef_, theirs.intercept_, X, y, 0.01)
     assert objective(fit.head.weight, fit.head.bias, X, y, 0.01) <= best * (1 + 1e-6)
+
+
+def test_what_was_learned_under_a_strong_penalty_does_not_mislead_under_a_weak_one():
+    X, y = blobs(300, dim=40)
+    X[:, 20:] = 1e-4 * np.random.default_rng(0).normal(size=(300, 20))  # hardly any curvature
+    rows = rows_of(X.astype(np.float32), y)
+    path = LogisticPath(LogisticProblem(rows), standardize=False)
+    for strength in (1e-5, 1e4, 1e-5, 1e4):
+        fit = path.fit(strength)
+        cold = LogisticPath(LogisticProblem(rows), standardize=False).fit(strength)
+        assert fit.converged
+        assert fit.objective == pytest.approx(cold.objective, rel=1e-6)

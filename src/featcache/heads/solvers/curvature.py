@@ -19,9 +19,8 @@ from featcache.heads.features import Doubles, Floats, Singles
 # Directions of the features that are told apart, by as many rows: an inverse takes the cube. Those
 # of less variance than the shift matter little, so strong regularization needs few.
 NUM_DIRECTIONS, PER_DIRECTION = (128, 512), 2.0
-# With as many directions as columns, the second moment is estimated from a part of the rows, within
-# these multiples of the width.
-PART_OF_ROWS, ROWS_PER_COLUMN = 0.25, (1, 8)
+# With as many directions as columns, one row of so many is enough.
+EVERY = 2
 # Rows that the features' variance is estimated from.
 VARIANCE_ROWS = 256
 # Between two inverses whose shifts differ by this factor, others are interpolated.
@@ -109,8 +108,7 @@ class ShiftedInverses:
         if num <= self._num_directions:
             return
         whole = num == dim
-        enough = np.clip(PART_OF_ROWS * num_rows, *(dim * n for n in ROWS_PER_COLUMN))
-        step = max(1, int(num_rows // (enough if whole else num)))
+        step = num_rows // (max(dim, num_rows // EVERY) if whole else num)
         rows: Singles = self._X[::step].astype(np.float32, copy=False)
         rows = rows if whole else rows[:num]
         self._rows, self._num_directions = None if whole else rows, num

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from featcache.heads.solvers.softmax_loss import SoftmaxLoss
 
 MEMORY = 20
 MAX_ITERATIONS = 3000
+# Under another penalty a scaled pair whose product is below this is mostly rounding.
+LEAST_PRODUCT = 1e-4
 # Steps at which the class part G of the estimate is measured anew, as long as steps still gain this
 # part of the objective: a new estimate takes as long as some passes over few rows.
 REFRESH, WORTH_REFRESH = frozenset({8, 40}), 1e-4
@@ -32,13 +34,6 @@ TOLERANCE, EXACTER = 1e-7, 0.01
 NOISE, ROUNDING = 1e-9, 1e-7
 # Steps without gain after which the limit of precision is reached.
 MAX_STALLED = 5
-
-
-class Loss(Protocol):
-    """A mean loss over rows."""
-
-    def evaluate(self, weight: Doubles, bias: Doubles, curvature: Doubles | None = None) -> Any:
-        """As `SoftmaxLoss.evaluate`."""
 
 
 class Pairs(NamedTuple):
@@ -101,16 +96,17 @@ class Memory:
         self._order: list[int] = []
         self._step_change = np.zeros((MEMORY, MEMORY))
         self._change_turned = np.zeros((MEMORY, MEMORY))
-        if pairs is not None and len(pairs.steps):
+        if pairs is not None:
             self._recall(pairs)
 
     def _recall(self, pairs: Pairs) -> None:
-        num, steps = len(pairs.steps), pairs.steps.reshape(len(pairs.steps), -1)
-        changes = pairs.changes.copy()
-        changes[:, :-1] += np.float32(self._lam) * pairs.steps[:, :-1]
-        changes = changes.reshape(num, -1)
-        scale = 1 / np.sqrt(np.einsum("mn,mn->m", steps, changes, dtype=np.float64))[:, None]
-        self._rows[:num, 0], self._changes[:num] = steps * scale, changes * scale
+        steps, changes = pairs.steps, pairs.changes.copy()
+        changes[:, :-1] += np.float32(self._lam) * steps[:, :-1]
+        products = np.einsum("mdc,mdc->m", steps, changes, dtype=np.float64)
+        kept = products > LEAST_PRODUCT
+        scale, num = 1 / np.sqrt(products[kept])[:, None], int(kept.sum())
+        self._rows[:num, 0] = steps[kept].reshape(num, self._gradient.size) * scale
+        self._changes[:num] = changes[kept].reshape(num, self._gradient.size) * scale
         self._order = list(range(num))
         self.refresh()
 
@@ -137,11 +133,9 @@ class Memory:
             self._rows[slot, 1] = scale * (turned - self._turned).ravel()
             self._changes[slot] = scale * change.ravel()
             num = len(self._order)
-            with_change = (self._rows[:num].reshape(2 * num, -1) @ self._changes[slot]).reshape(
-                -1, 2
-            )
-            self._step_change[:num, slot] = with_change[:, 0]
-            self._change_turned[:num, slot] = self._change_turned[slot, :num] = with_change[:, 1]
+            dots = (self._rows[:num].reshape(2 * num, -1) @ self._changes[slot]).reshape(-1, 2)
+            self._step_change[:num, slot] = dots[:, 0]
+            self._change_turned[:num, slot] = self._change_turned[slot, :num] = dots[:, 1]
         self._gradient, self._turned = gradient, turned
 
     def pairs(self) -> Pairs:
@@ -176,7 +170,7 @@ def minimize(
     lam: float,
     features: ShiftedInverses,
     start: Doubles | None = None,
-    before: Solution | None = None,
+    pairs: Pairs | None = None,
     *,
     tolerance: float = TOLERANCE,
     max_iterations: int = MAX_ITERATIONS,
@@ -188,18 +182,15 @@ def minimize(
         lam: Penalty, above zero.
         features: Of the rows or of a sample, for speed alone.
         start: Where to begin, [D + 1, C]; the class frequencies unless given.
-        before: An earlier solution for the same rows, for speed alone.
+        pairs: What an earlier solution learned of the same rows, for speed alone.
         tolerance: Stop when the gap, estimated as half the Newton decrement, is below this part
             of the objective.
         max_iterations: Give up after this many steps, with `converged` False.
     """
     point = start_point(loss) if start is None else start
-    begin = Solution(point, np.inf, np.inf, 0, False)
-    if before is not None:
-        begin = dataclasses.replace(before, point=point)
     evaluations = loss.num_evaluations
     tolerance *= EXACTER if loss.exact else 1.0
-    end = _descend(loss, lam, features, begin, tolerance, max_iterations)
+    end = _descend(loss, lam, features, (point, pairs), tolerance, max_iterations)
     if not end.converged and not loss.exact:
         # Where the loss is nearly zero, float32 is too coarse: continue in float64. The last pairs
         # are rounding errors.
@@ -207,8 +198,7 @@ def minimize(
         left = max_iterations - (loss.num_evaluations - evaluations)
         assert end.pairs is not None
         pairs = Pairs(*(part[:-MAX_STALLED] for part in end.pairs))
-        begin = dataclasses.replace(end, pairs=pairs)
-        end = _descend(loss, lam, features, begin, tolerance, left)
+        end = _descend(loss, lam, features, (end.point, pairs), tolerance, left)
         loss.exact = False
     return dataclasses.replace(end, num_passes=loss.num_evaluations - evaluations)
 
@@ -217,17 +207,17 @@ def _descend(
     loss: SoftmaxLoss,
     lam: float,
     features: ShiftedInverses,
-    begin: Solution,
+    begin: tuple[Doubles, Pairs | None],
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Descend from a solution's point and pairs until the gap is small or no step gains."""
-    point, estimate = begin.point, InverseHessian(features, lam)
+    """Descend from a point, with what is known, until the gap is small or no step gains."""
+    (point, pairs), estimate = begin, InverseHessian(features, lam)
     curvature = np.empty((loss.num_classes, loss.num_classes))
     value, gradient = penalized(loss, lam, point, curvature)
     estimate.measure(curvature)
     dtype = np.float64 if loss.exact else np.float32
-    memory = Memory(estimate, lam, gradient, begin.pairs, dtype)
+    memory = Memory(estimate, lam, gradient, pairs, dtype)
     best, stalled, values = Best(point, value, np.inf), 0, [value]
     steps = progress(None, "logistic", unit=" steps", late=True)
     for iteration in range(max_iterations):
@@ -236,7 +226,7 @@ def _descend(
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
         # The class part is of the start, and the first steps may change it.
-        trusted = iteration >= (2 if begin.pairs is None else 1) or decrement == 0
+        trusted = iteration >= (2 if pairs is None else 1) or decrement == 0
         near = trusted and gap_left(values, decrement) <= tolerance * abs(value)
         if near or stalled == MAX_STALLED:
             break
@@ -307,7 +297,7 @@ def start_point(loss: SoftmaxLoss) -> Doubles:
 
 
 def penalized(
-    loss: Loss, lam: float, point: Doubles, curvature: Doubles | None
+    loss: SoftmaxLoss, lam: float, point: Doubles, curvature: Doubles | None
 ) -> tuple[float, Doubles]:
     """F at a point, and its gradient [D + 1, C]; `curvature` as in `SoftmaxLoss.evaluate`."""
     weight = point[:-1]
@@ -317,7 +307,7 @@ def penalized(
 
 
 def line_search(
-    loss: Loss,
+    loss: SoftmaxLoss,
     lam: float,
     here: tuple[Doubles, float, float],
     direction: Doubles,

@@ -153,8 +153,8 @@ class LogisticPath:
         if self._few is not None:
             solution = self._few.minimize(lam, tolerance, start)
         else:
-            before = self._before[-1][1] if self._before else None
-            solution = minimize(self._loss, lam, self._inverses, start, before, tolerance=tolerance)
+            pairs = self._before[-1][1].pairs if self._before else None
+            solution = minimize(self._loss, lam, self._inverses, start, pairs, tolerance=tolerance)
         self._before = [*self._before[-1:], (np.log(C), solution)]
         return self._problem.fitted(self.last(), standardize=self._standardize)
 
@@ -290,7 +290,7 @@ def fit_streamed(rows: StreamedRows, C: float, *, standardize: bool) -> FittedHe
         near.penalty(C, moments.total),
         ShiftedInverses(near.features(standardize=standardize)),
         start.point,
-        start,
+        start.pairs,
         tolerance=STREAMED_TOLERANCE,
     )
     return near.fitted(solution, standardize=standardize)
