@@ -6,6 +6,7 @@ Also how to show something to people: `say` and `progress` while work runs, `Fac
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -18,9 +19,12 @@ import types
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featcache import __version__
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 NUMERIC_LIBRARIES = ("torch", "torchvision", "pillow")
 FEATURES_VERSION = "0.2"
@@ -158,6 +162,26 @@ def torch_threads_kept() -> Iterator[None]:
     finally:
         with _KEEPING:
             torch.set_num_threads(_kept.pop())
+
+
+@functools.lru_cache(maxsize=2)
+def computing_threads(num: int, num_cores_each: int) -> ThreadPoolExecutor:
+    """Threads for work in torch that is divided by hand, each with its own cores."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    usual = torch.get_num_threads()
+    pool, ready = ThreadPoolExecutor(num, "computing"), threading.Barrier(num)
+
+    def start(_: int) -> None:
+        torch.get_num_threads()  # else the thread's first operation would take the default again
+        torch.set_num_threads(num_cores_each)
+        ready.wait()
+
+    list(pool.map(start, range(num)))
+    torch.set_num_threads(usual)  # the default of all threads to come
+    return pool
 
 
 @contextlib.contextmanager

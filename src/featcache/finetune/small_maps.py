@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from featcache.finetune import winograd
+from featcache.runtime import computing_threads
 
 MAX_ROWS_PER_CHANNEL = 2
 """Rows of a product, the mean over taps, per output channel, up to which products win."""
@@ -168,12 +168,8 @@ def _in_parts(num_channels: int, work: Callable[[slice], None]) -> None:
         return
     ends = [num_channels * number // num_parts for number in range(num_parts + 1)]
     modeless = torch.inference_mode()(work)  # a thread has modes of its own
-    list(_workers(num_parts, num_threads // num_parts).map(modeless, map(slice, ends, ends[1:])))
-
-
-@lru_cache(maxsize=1)
-def _workers(num: int, num_threads_each: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num, "products", torch.set_num_threads, (num_threads_each,))
+    pool = computing_threads(num_parts, num_threads // num_parts)
+    list(pool.map(modeless, map(slice, ends, ends[1:])))
 
 
 def use_products(network: nn.Module) -> None:

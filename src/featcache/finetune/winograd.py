@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -36,7 +34,7 @@ from featcache.engine.winograd import (
     to_places,
     windows,
 )
-from featcache.runtime import processor_name
+from featcache.runtime import computing_threads, processor_name
 
 MIN_TILES = 32
 """Of a batch: with fewer, transforming the kernels costs more than the products save."""
@@ -171,19 +169,4 @@ def _by_chunks(compute: Callable[[Sequence[slice]], Any], maps: Tensor) -> list[
     if num_threads == 1:
         return [alone(chunks)]
     shares = [share for i in range(num_threads) if (share := chunks[i::num_threads])]
-    return list(_pool(num_threads).map(alone, shares))
-
-
-@functools.cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    """Threads that each compute with one core."""
-    pool, ready = ThreadPoolExecutor(num_threads, "winograd"), threading.Barrier(num_threads)
-
-    def start(_: int) -> None:
-        torch.get_num_threads()  # else the thread's first operation would take the default again
-        torch.set_num_threads(1)
-        ready.wait()
-
-    list(pool.map(start, range(num_threads)))
-    torch.set_num_threads(num_threads)  # for threads to come
-    return pool
+    return list(computing_threads(num_threads, 1).map(alone, shares))
