@@ -60,6 +60,7 @@ LATE = {
     "winograd.py",
     "estimator.py",
     "graph.py",
+    "convolutions.py",
     "small_maps.py",
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from featcache.finetune.small_maps import SmallMapConv, use_products
+from featcache.finetune.convolutions import ChosenConv, choose_convolutions
 from featcache.runtime import torch_threads_kept
 
 CASES = [
@@ -36,7 +36,7 @@ LARGE = [
 def by_products(network: nn.Module) -> nn.Module:
     """A copy that may use products."""
     ours = copy.deepcopy(network)
-    use_products(ours)
+    choose_convolutions(ours)
     return ours
 
 
@@ -48,7 +48,7 @@ def test_it_is_the_convolution(
     torch.manual_seed(0)
     plain = nn.Conv2d(5, 7, **options).to(memory_format=layout)
     ours = by_products(plain)
-    assert isinstance(ours, SmallMapConv)
+    assert isinstance(ours, ChosenConv)
     results = []
     for conv in (plain, ours):
         x = torch.randn(num, 5, *side, generator=torch.Generator().manual_seed(1))
@@ -127,5 +127,5 @@ def test_grouped_and_odd_convolutions_stay_as_they_are() -> None:
         nn.Conv2d(4, 4, 3, padding="same"),
         nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
     )
-    use_products(network)
+    choose_convolutions(network)
     assert {type(module) for module in network} == {nn.Conv2d}

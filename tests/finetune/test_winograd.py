@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from featcache.finetune import winograd
-from featcache.finetune.small_maps import use_products
+from featcache.finetune.convolutions import choose_convolutions
 
 CHANNELS_LAST = torch.channels_last
 
@@ -99,7 +99,7 @@ def test_only_the_gradients_that_are_asked_for() -> None:
 
 
 def uses_it(conv: nn.Conv2d, *size: int) -> bool:
-    use_products(conv)
+    choose_convolutions(conv)
     x = numbers(size[0], conv.in_channels, *size[1:]).to(memory_format=CHANNELS_LAST)
     return "_Convolution" in str(conv(x).grad_fn)
 
@@ -151,7 +151,7 @@ def test_a_bias_is_added_and_trains() -> None:
     x, grad = numbers(3, 128, 15, 13), numbers(3, 130, 15, 13, seed=2)
     expected = torch.autograd.grad(conv(x), tuple(conv.parameters()), grad)
     plain = conv(x)
-    use_products(conv)
+    choose_convolutions(conv)
     assert error(conv(x).detach(), plain.detach()) < 1e-5
     for found, wanted in zip(
         torch.autograd.grad(conv(x), tuple(conv.parameters()), grad), expected, strict=True

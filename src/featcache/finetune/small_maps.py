@@ -19,34 +19,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from featcache.finetune import winograd
 from featcache.runtime import computing_threads
 
 MAX_ROWS_PER_CHANNEL = 2
 """Rows of a product, the mean over taps, per output channel, up to which products win."""
 MIN_PART = 128
 """Least channels for a thread to take, so that its products cost more than their calls."""
-
-
-class SmallMapConv(nn.Conv2d):
-    """A convolution that picks the way to compute by the size of its output."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [N, C, H, W] to [N, C', H', W']."""
-        assert not isinstance(self.padding, str)
-        maps: Tensor
-        elsewhere = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-        if not elsewhere and winograd.suits(self, x):
-            maps = winograd.convolution(x, self.weight)
-        else:
-            geometry = _geometry(
-                x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation
-            )
-            num_rows = len(x) * geometry.num_pairs / math.prod(self.kernel_size)
-            if elsewhere or not 0 < num_rows <= MAX_ROWS_PER_CHANNEL * self.out_channels:
-                return super().forward(x)
-            maps = _Product.apply(x, self.weight, geometry)
-        return maps if self.bias is None else maps + self.bias.view(-1, 1, 1)
 
 
 class _Tap(NamedTuple):
@@ -57,12 +35,26 @@ class _Tap(NamedTuple):
     inputs: tuple[slice, ...]
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
     """The output's height and width, the taps that meet pixels, and how many all of them meet."""
 
     size: tuple[int, ...]
     taps: list[_Tap]
     num_pairs: int
+
+
+def geometry_if_suited(conv: nn.Conv2d, x: Tensor) -> Geometry | None:
+    """Where the taps of a plain convolution meet maps [N, C, H, W]; None if products lose there."""
+    assert not isinstance(conv.padding, str)
+    geometry = _geometry(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    num_rows = len(x) * geometry.num_pairs / math.prod(conv.kernel_size)
+    return geometry if 0 < num_rows <= MAX_ROWS_PER_CHANNEL * conv.out_channels else None
+
+
+def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Convolve maps [N, C, H, W] with weights [C', C, k, l]."""
+    maps: Tensor = _Product.apply(x, weight, geometry)
+    return maps
 
 
 class _Product(Function):
@@ -73,7 +65,7 @@ class _Product(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         maps = x.permute(0, 2, 3, 1).contiguous()
         ctx.save_for_backward(maps, weight)
         ctx.taps = geometry.taps
@@ -120,7 +112,7 @@ def _geometry(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> _Geometry:
+) -> Geometry:
     sizes: list[int] = []
     met: list[list[tuple[int, slice, slice]]] = []
     for n, k, step, pad, gap in zip(size, kernel, stride, padding, dilation, strict=True):
@@ -138,7 +130,7 @@ def _geometry(
         (row, column), outputs, inputs = zip(*pair, strict=True)
         taps.append(_Tap((row, column), (slice(None), *outputs), (slice(None), *inputs)))
     num_pairs = math.prod(sum(s.stop - s.start for _, s, _ in axis) for axis in met)
-    return _Geometry(tuple(sizes), taps, num_pairs)
+    return Geometry(tuple(sizes), taps, num_pairs)
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -170,11 +162,3 @@ def _in_parts(num_channels: int, work: Callable[[slice], None]) -> None:
     modeless = torch.inference_mode()(work)  # a thread has modes of its own
     pool = computing_threads(num_parts, num_threads // num_parts)
     list(pool.map(modeless, map(slice, ends, ends[1:])))
-
-
-def use_products(network: nn.Module) -> None:
-    """Let a network's plain convolutions pick their way, in place: names and parameters stay."""
-    for module in network.modules():
-        plain = type(module) is nn.Conv2d and module.groups == 1
-        if plain and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            module.__class__ = SmallMapConv

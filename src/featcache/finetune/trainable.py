@@ -162,7 +162,7 @@ class TrainableModel:
     def __init__(
         self, model: nn.Module, recipe: TrainingRecipe, info: BackboneInfo | None = None
     ) -> None:
-        from featcache.finetune.small_maps import use_products
+        from featcache.finetune.convolutions import choose_convolutions
 
         self.model, self.network, self.recipe = model, model, recipe
         self.head_name, _ = head_of(model)
@@ -170,7 +170,7 @@ class TrainableModel:
         self.head = head_of(model)[1]
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
-        use_products(model)
+        choose_convolutions(model)
         self.training_network = self.network
 
     def _trained_prefixes(self, info: BackboneInfo | None) -> tuple[str, ...] | None:
