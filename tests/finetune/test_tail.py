@@ -111,7 +111,7 @@ class TestEqualsTheLoop:
         assert {name for name in loop if not torch.equal(loop[name], before[name])} == {*moved}
         assert all(name.startswith((*changes["unfreeze"].split(","), "fc")) for name in moved)
         # Adam's steps are as long for the smallest gradients, which are mostly rounding.
-        limit = 1e-4 if changes.get("optimizer") == "sgd" else 2e-2
+        limit = 3e-4 if changes.get("optimizer") == "sgd" else 2e-2
         far = {}
         for name in moved:
             step = (loop[name] - before[name]).float()

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 from cache_helpers import blobs
 from featcache.heads.solvers.backends import SklearnPath, TorchPath
 from featcache.heads.solvers.curvature import ShiftedInverses
-from featcache.heads.solvers.lbfgs import minimize
+from featcache.heads.solvers.lbfgs import Memory, minimize
 from featcache.heads.solvers.logistic import LogisticPath, LogisticProblem
 from featcache.heads.solvers.softmax_loss import loss_in_memory
 from featcache.heads.training_data import Rows, balanced_weights
@@ -217,3 +217,18 @@ def test_what_was_learned_under_a_strong_penalty_does_not_mislead_under_a_weak_o
         cold = LogisticPath(LogisticProblem(rows), standardize=False).fit(strength)
         assert fit.converged
         assert fit.objective == pytest.approx(cold.objective, rel=1e-6)
+
+
+def test_what_misleads_is_forgotten(monkeypatch):
+    X, y = blobs(300, dim=20)
+    X = (X - X.mean(axis=0)).astype(np.float32)
+    loss = loss_in_memory(X, y, np.full(300, 1 / 300), 3)
+    plain = minimize(loss, 1e-2, ShiftedInverses(X))
+
+    def ascends(memory):  # as it may by rounding
+        return -memory._turned if memory._order else memory._turned
+
+    monkeypatch.setattr(Memory, "direction", ascends)
+    misled = minimize(loss, 1e-2, ShiftedInverses(X), tolerance=1e-5)
+    assert misled.converged
+    assert misled.objective == pytest.approx(plain.objective, rel=1e-4)

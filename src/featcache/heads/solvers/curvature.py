@@ -82,7 +82,7 @@ class ShiftedInverses:
     def sums(self, shifts: Doubles) -> Inverses:
         """The inverses for each of the shifts [C]."""
         self._tell_apart(PER_DIRECTION * self._variance / float(np.median(shifts)))
-        shifts = shifts.clip(min=self._least)
+        shifts = shifts.clip(min=self._least) + self._unseen
         if not self._anchor:
             self._anchor = float(np.exp(np.log(shifts).mean()))
         place = np.log(shifts / self._anchor) / np.log(RATIO)
@@ -113,7 +113,9 @@ class ShiftedInverses:
         rows = rows if whole else rows[:num]
         self._rows, self._num_directions = None if whole else rows, num
         self._gram = (rows.T @ rows if whole else rows @ rows.T) / np.float32(len(rows))
-        self._least = LEAST_SHIFT * max(float(np.linalg.norm(self._gram)), 1e-30)
+        norm = float(np.linalg.norm(self._gram))
+        self._least = LEAST_SHIFT * max(norm, 1e-30)
+        self._unseen = 0.0 if whole else _shrinkage(self._gram, norm, dim)
         self._found: dict[int, Singles] = {}
 
     def _inverse(self, power: int, shift: float) -> Singles:
@@ -140,6 +142,24 @@ def inverse_factor(matrix: Singles) -> Singles:
     factor[:half, :half], factor[half:, half:] = first, second
     factor[half:, :half] = -(second @ lower) @ first
     return factor
+
+
+def _shrinkage(gram: Singles, norm: float, dim: int) -> float:
+    """What some rows' second moment lacks in directions that they do not span.
+
+    The weight of the identity in the estimate of Ledoit and Wolf 2004, "A well-conditioned
+    estimator for large-dimensional covariance matrices".
+
+    Args:
+        gram: Of the rows, R R^T / n [n, n].
+        norm: Its Frobenius norm.
+        dim: Width D of a row.
+    """
+    num, mean = len(gram), float(np.trace(gram)) / dim
+    spread = norm**2 / dim - mean**2
+    lengths = num * np.diag(gram).astype(np.float64)
+    noise = (float(lengths @ lengths) / num - norm**2) / (num * dim)
+    return mean * float(np.clip(noise / max(spread, 1e-30), 0, 1))
 
 
 class InverseHessian:

@@ -138,6 +138,12 @@ class Memory:
             self._change_turned[:num, slot] = self._change_turned[slot, :num] = dots[:, 1]
         self._gradient, self._turned = gradient, turned
 
+    def forget(self) -> bool:
+        """Start again from the estimate; whether there was anything to forget."""
+        remembered = bool(self._order)
+        self._order = []
+        return remembered
+
     def pairs(self) -> Pairs:
         """The remembered pairs, without the penalty."""
         shape = (-1, *self._gradient.shape)
@@ -223,6 +229,9 @@ def _descend(
     for iteration in range(max_iterations):
         direction = memory.direction()
         decrement = float(np.vdot(gradient, direction))
+        if decrement <= 0 and memory.forget():  # it ascends: what was remembered is rounding
+            direction = memory.direction()
+            decrement = float(np.vdot(gradient, direction))
         gained = best.update(point, value, decrement)
         stalled = 0 if gained else stalled + 1
         # The class part is of the start, and the first steps may change it.
@@ -234,6 +243,8 @@ def _descend(
         refresh = curvature if worth else None
         found = line_search(loss, lam, (point, value, decrement), direction, refresh)
         if found is None:
+            if memory.forget():
+                continue
             break  # any decrease left is below the features' precision
         step, (point, value, gradient) = found[0] - point, found
         memory.add(step, gradient)
