@@ -449,6 +449,8 @@ def test_foreign_files_beside_the_cache_stay(path):
     mine = {"x.h5.shard-notes", "x.h5.plans", "y.x.h5.plan", "x.h5.shard-00000-of-00002.txt"}
     for name in mine:
         path.with_name(name).write_text("mine")
+    for killed in ("part", "shard-00001-of-00002.part"):  # writers, as they began a file
+        path.with_name(f".x.h5.{killed}.0123456789abcdef.tmp").mkdir()
     remove_shards(path)
     assert names(path) == mine
 

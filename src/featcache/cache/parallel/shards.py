@@ -191,7 +191,7 @@ def remove_shards(path: Path) -> None:
     """
     ours = re.compile(
         rf"{(name := re.escape(path.name))}\.(plan|shard-\d{{5}}-of-\d{{5}}(\.part|\.lock)?)"
-        rf"|\.{name}\.shard-[-\d]+of-\d{{5}}\.part\.[0-9a-f]{{16}}\.tmp"  # left by a killed writer
+        rf"|\.{name}\.(shard-[-\d]+of-\d{{5}}\.)?part\.[0-9a-f]{{16}}\.tmp"  # of a killed writer
     )
     with storage_errors(path):
         for found in path.parent.glob(f"*{glob.escape(path.name)}.*"):
