@@ -6,7 +6,6 @@ what it has learned; a head that already fits the frozen features does not.
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,13 +19,13 @@ from featcache.finetune.trainable import TrainableModel
 from featcache.heads import LinearHead, check_head_fits
 from featcache.heads.features import Floats
 from featcache.heads.files import parse_head
+from featcache.heads.solvers.logistic import SELECTION_TOLERANCE, LogisticPath, LogisticProblem
+from featcache.heads.training_data import Rows
 from featcache.tensor_files import TensorFile
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from featcache.heads.estimator import FeatureHeadClassifier
 
 MAX_PROBE_ROWS = 20_000
 """More rows hardly move a starting point, and their features would have to fit in memory."""
@@ -92,16 +91,17 @@ def fit_probe(
     weight = np.zeros((num_classes, len(mean)), np.float32)
     bias = np.full(num_classes, ABSENT_BIAS, np.float32)
     if samples.split.targets is None:
-        strength = _choose_strength(scaled, samples, seed)
-        probe = _fitted(scaled, samples.split.labels, strength)
-        weight[probe.classes_], bias[probe.classes_] = probe.coef_, probe.intercept_
+        strength = _choose_strength(scaled, samples, seed, num_classes)
+        probe = _path(scaled, samples.split.labels, num_classes).fit(strength).head
+        present = np.unique(samples.split.labels)
+        weight[present], bias[present] = probe.weight[present], probe.bias[present]
     else:
         strength = STRENGTHS[1]
         for label, column in enumerate(samples.split.targets.T):
             if column.min() < column.max():
-                probe = _fitted(scaled, column.astype(np.int64), strength)
-                weight[label] = probe.coef_[1] - probe.coef_[0]
-                bias[label] = probe.intercept_[1] - probe.intercept_[0]
+                probe = _path(scaled, column.astype(np.int64), 2).fit(strength).head
+                weight[label] = probe.weight[1] - probe.weight[0]
+                bias[label] = probe.bias[1] - probe.bias[0]
     if trainable.recipe.all_stages:
         set_head(trainable.head, weight, bias, mean=mean, scale=scale)
     else:
@@ -124,29 +124,25 @@ def _scale(trainable: TrainableModel, centered: Float32) -> Float32:
     return np.full_like(each, max(float(centered.std()), 1e-6))
 
 
-def _choose_strength(scaled: Float32, samples: Samples, seed: int) -> float:
+def _choose_strength(scaled: Float32, samples: Samples, seed: int, num_classes: int) -> float:
     labels = samples.split.labels
     num = round(CHOICE_SHARE * len(samples))
     held = held_out_rows(samples.split, num, seed=seed, purpose="probe-choice")
     rest = np.setdiff1d(np.arange(len(samples)), held)
     if len(held) == 0 or len(np.unique(labels[rest])) < 2:
         return STRENGTHS[1]
-    scores = [
-        _fitted(scaled[rest], labels[rest], strength).score(scaled[held], labels[held])
-        for strength in STRENGTHS
-    ]
+    path = _path(scaled[rest], labels[rest], num_classes)
+    heads = (path.fit(strength, SELECTION_TOLERANCE).head for strength in STRENGTHS)
+    scores = [float(np.mean(head.predict(scaled[held]) == labels[held])) for head in heads]
     return STRENGTHS[int(np.argmax(scores))]  # the strongest regularization among equals
 
 
-def _fitted(scaled: Float32, labels: NDArray[np.int64], strength: float) -> FeatureHeadClassifier:
-    from sklearn.exceptions import ConvergenceWarning
-
-    from featcache.heads.estimator import FeatureHeadClassifier
-
-    with warnings.catch_warnings():
-        # A starting point need not be the optimum.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return FeatureHeadClassifier(strength=strength).fit(scaled, labels)
+def _path(scaled: Float32, labels: NDArray[np.int64], num_classes: int) -> LogisticPath:
+    """Fits of logistic regression to these rows."""
+    names = [str(number) for number in range(num_classes)]
+    weights = np.ones(len(labels))
+    rows = Rows(views=scaled[None], y=labels, weights=weights, class_names=names)
+    return LogisticPath(LogisticProblem(rows), standardize=False)
 
 
 def head_to_start_from(file: TensorFile, info: BackboneInfo, class_names: list[str]) -> LinearHead:
