@@ -164,7 +164,7 @@ def torch_threads_kept() -> Iterator[None]:
             torch.set_num_threads(_kept.pop())
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def computing_threads(num: int, num_cores_each: int) -> ThreadPoolExecutor:
     """Threads for work in torch that is divided by hand, each with its own cores."""
     from concurrent.futures import ThreadPoolExecutor

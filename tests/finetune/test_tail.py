@@ -69,6 +69,21 @@ def tail(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finetune
     return config, finetune(config)
 
 
+def interrupt_second_epoch(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a run, and press Ctrl-C as its second epoch begins."""
+    train_epoch = run_module.train_epoch
+
+    def stop_at_second(*args: object) -> object:
+        if args[-1] == 1:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "train_epoch", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+
+
 class TestEqualsTheLoop:
     @pytest.mark.parametrize(
         ("from_stage", "changes"),
@@ -314,17 +329,7 @@ class TestAllStages:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         config = dataclasses.replace(wide[0], output=tmp_path / "m.safetensors")
-        train_epoch = run_module.train_epoch
-
-        def stop_at_second(*args: object) -> object:
-            if args[-1] == 1:
-                raise KeyboardInterrupt
-            return train_epoch(*args)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(run_module, "train_epoch", stop_at_second)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(config)
+        interrupt_second_epoch(config, monkeypatch)
         report = finetune(config)
         assert report["num_resumed_epochs"] == 1
         ours, whole = tensors_of(report), tensors_of(wide[1])
@@ -403,27 +408,19 @@ class TestRun:
         config = dataclasses.replace(
             tail[0], cache_dir=tmp_path / "cache", output=tmp_path / "m.safetensors"
         )
-        train_epoch, write = run_module.train_epoch, CacheWriter.write_block
+        write = CacheWriter.write_block
 
         def stop_at_test(writer: CacheWriter, split: str, *block: object) -> None:
             if split == "test":
                 raise KeyboardInterrupt
             write(writer, split, *block)
 
-        def stop_at_second(*args: object) -> object:
-            if args[-1] == 1:
-                raise KeyboardInterrupt
-            return train_epoch(*args)
-
         with monkeypatch.context() as patched:
             patched.setattr(CacheWriter, "write_block", stop_at_test)
             with pytest.raises(KeyboardInterrupt):
                 finetune(config)
         assert len(list(config.cache_dir.glob("*.h5.part"))) == 1
-        with monkeypatch.context() as patched:
-            patched.setattr(run_module, "train_epoch", stop_at_second)
-            with pytest.raises(KeyboardInterrupt):
-                finetune(config)
+        interrupt_second_epoch(config, monkeypatch)
         report = finetune(config)
         assert report["num_resumed_epochs"] == 1
         ours, whole = tensors_of(report), tensors_of(tail[1])

@@ -35,7 +35,7 @@ from featcache.files import open_regular
 from featcache.runtime import version_of
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 
 def identify(config: BackboneConfig, seed: int, cache_dir: Path) -> BackboneInfo:
@@ -91,13 +91,8 @@ def _identity(config: BackboneConfig, seed: int, file: WeightsFile | None) -> Js
     sha256 = file.sha256 if file else state_sha256(model)
     own = own_preprocessing(config, file)
     dim = remove_heads(model)
-    stages = None if config.stage_pool is None else _stages(config, own)
-    cut = None if config.cached_stage is None else _stage_input(config, own)
-    if cut is not None and stages is not None:
-        from featcache.backbone.tail import split_columns
-
-        stages, _ = split_columns(_headless(config), cut.stage, stages)
-    width = sum(stages.widths) if stages else 0
+    stages, cut = _layers(config, config.preprocessing(own).image_px)
+    width = stages.num_columns if stages else 0
     found = {
         "weights_sha256": sha256,
         "feature_dim": math.prod(cut.shape) + width if cut else width or dim,
@@ -119,29 +114,26 @@ def _published(config: BackboneConfig) -> dict[str, str]:
     return {"backbone": TIMM + architecture, "weights": tag, "weight_set": name}
 
 
-def _stages(config: BackboneConfig, own: Preprocessing) -> StageColumns:
-    """The columns of a network's layers, which do not depend on its weights."""
+def _layers(config: BackboneConfig, image_px: int) -> tuple[StageColumns | None, StageInput | None]:
+    """The columns that a row has, and the stage whose input comes before them.
+
+    Neither depends on the weights.
+    """
+    if config.stage_pool is None and config.cached_stage is None:
+        return None, None
     from featcache.backbone.stages import stage_columns
+    from featcache.backbone.tail import split_columns, stage_input
 
-    assert config.stage_pool is not None
-    image_px = config.preprocessing(own).image_px
-    return stage_columns(_headless(config), image_px, config.stage_pool, config.asked_layers)
-
-
-def _headless(config: BackboneConfig) -> nn.Module:
-    """The network with random weights, for what does not depend on them."""
     network = build_network(config.backbone, seed=0, image_px=config.image_px)
     remove_heads(network)
-    return frozen(network)
-
-
-def _stage_input(config: BackboneConfig, own: Preprocessing) -> StageInput:
-    """The shape of a stage's input, which does not depend on the weights."""
-    from featcache.backbone.tail import stage_input
-
-    assert config.cached_stage is not None
-    network = _headless(config)
-    return stage_input(network, config.cached_stage, config.preprocessing(own).image_px)
+    network, columns, cut = frozen(network), None, None
+    if config.stage_pool is not None:
+        columns = stage_columns(network, image_px, config.stage_pool, config.asked_layers)
+    if config.cached_stage is not None:
+        cut = stage_input(network, config.cached_stage, image_px)
+        if columns is not None:
+            columns, _ = split_columns(network, cut.stage, columns)
+    return columns, cut
 
 
 def _is_still(file: WeightsFile) -> bool:

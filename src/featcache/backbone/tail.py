@@ -103,10 +103,10 @@ class StagesTail(nn.Module):
             )
         self.shape = stage_input(network, stage, image_px).shape
         early, late = split_columns(network, stage, columns)
-        self.num_early = sum(early.widths) if early else 0
+        self.num_early = early.num_columns if early else 0
         self.columns = _Columns(network, late)
         self.body = _cut(network, stage, [n for n in self.columns.layers if n != "last"], name)
-        self.head = StageHead(sum(columns.widths), len(head.weight))
+        self.head = StageHead(columns.num_columns, len(head.weight))
         network.set_submodule(name, self.head)
 
     def forward(self, rows: Tensor) -> Tensor:

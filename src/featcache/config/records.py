@@ -99,6 +99,11 @@ class StageColumns:
         if not self.names or not distinct or min(self.widths) < 1:
             raise UserError(f"columns {self.names!r:.80} of {self.widths!r:.80}")
 
+    @property
+    def num_columns(self) -> int:
+        """Columns of all groups."""
+        return sum(self.widths)
+
     def of_layers(self, layers: Container[str]) -> Self | None:
         """The columns of some layers; None if there are none."""
         groups = zip(self.names, self.widths, strict=True)
@@ -175,7 +180,7 @@ class BackboneInfo:
     @property
     def num_columns(self) -> int:
         """How many columns the layers in `stages` give."""
-        return sum(self.stages.widths) if self.stages else 0
+        return self.stages.num_columns if self.stages else 0
 
     @property
     def file_name(self) -> str:

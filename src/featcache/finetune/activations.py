@@ -1,6 +1,6 @@
 """`finetune --from-stage`: the input of a stage, computed once for every image and cached.
 
-With `--layers stages` each row goes on with the columns of the stages before.
+With `--layers stages`, each row also holds the columns of the stages before, after its input.
 """
 
 from __future__ import annotations
@@ -83,17 +83,15 @@ class StageCache:
         Raises:
             UserError: There is none.
         """
-        cached, cut = self.cache.split(split.name), self.cache.meta.backbone.stage_input
-        assert cut is not None
+        cached, info = self.cache.split(split.name), self.cache.meta.backbone
+        assert info.stage_input is not None
         place_of = {name: place for place, name in enumerate(cached.ids)}
         rows = np.array([row for row, name in enumerate(split.ids) if name in place_of], np.int64)
         check_any(len(rows), split)
         usable = split.subset(rows) if len(rows) < len(split) else split
         places = np.array([place_of[name] for name in usable.ids], np.int64)
-        info = self.cache.meta.backbone
-        return Activations(
-            usable, cached, places, (info.feature_dim,) if info.stages else cut.shape
-        )
+        shape = (info.feature_dim,) if info.stages else info.stage_input.shape
+        return Activations(usable, cached, places, shape)
 
     def decisive(self) -> JsonObject:
         """What of it decides a run's outcome."""

@@ -44,7 +44,7 @@ def on_columns(solver: Solver, config: TrainHeadConfig, stages: StageColumns | N
         names = ["last"] if "last" in stages.names else list(stages.layers())
         names += ["all"] if len(stages.names) > 1 else []
     groups = {name: slice(None) if name == "all" else stages.group(name) for name in names}
-    return ColumnSolver(solver, groups, sum(stages.widths))
+    return ColumnSolver(solver, groups, stages.num_columns)
 
 
 def num_params(head: Head, stages: StageColumns | None) -> int:
@@ -52,7 +52,7 @@ def num_params(head: Head, stages: StageColumns | None) -> int:
     columns = str(head.chosen.get("columns", "all"))
     if stages is None or columns == "all":
         return head.num_params
-    num_columns = len(range(sum(stages.widths))[stages.group(columns)])
+    num_columns = len(range(stages.num_columns)[stages.group(columns)])
     return (num_columns + 1) * len(head.class_names)
 
 

@@ -288,7 +288,7 @@ def _model_network(file: TensorFile, card: ModelCard) -> nn.Module:
     network, tensors = build_classifier(config, num_classes, 0), file.tensors()
     try:
         if card.stages is not None:
-            _widen(network, tensors, sum(card.stages.widths))
+            _widen(network, tensors, card.stages.num_columns)
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(

@@ -19,7 +19,7 @@ from featcache.heads.features import Doubles, Floats, Singles
 # Directions of the features that are told apart, by as many rows: an inverse takes the cube. Those
 # of less variance than the shift matter little, so strong regularization needs few.
 NUM_DIRECTIONS, PER_DIRECTION = (128, 512), 2.0
-# With as many directions as columns, so many rows per column are enough.
+# Where every column is a direction, this many rows per column are enough.
 ROWS_PER_COLUMN = 16
 # Rows that the features' variance is estimated from.
 VARIANCE_ROWS = 256
@@ -99,7 +99,7 @@ class ShiftedInverses:
         return Inverses(terms, self._rows)
 
     def _tell_apart(self, wanted: float) -> None:
-        """Take the second moment of so many rows, unless that of more was taken before."""
+        """Sample as many rows as `wanted` asks for, unless a sample at least as large is there."""
         (num_rows, dim), (least, most) = self._X.shape, NUM_DIRECTIONS
         num = least
         while num < min(wanted, most):

@@ -43,7 +43,7 @@ from featcache.heads.training_data import CACHED_ROWS, SMALL, Rows, TrainRows
 # Candidates for C, half a decade apart. Few rows of few clean features want strong regularization,
 # many correlated features want little.
 C_GRID = tuple(float(f"{c:.3g}") for c in np.logspace(-5, 2, 15))
-# Rows of so many times as many features are turned to have as many columns as there are rows.
+# From this many times as many features as rows on, rows are rotated into one column per row.
 WIDE = 4
 # How far from its minimum the objective may be while choosing, relative to itself.
 SELECTION_TOLERANCE = 1e-4
